@@ -1,0 +1,28 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first, and can be repeated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types setup
+
+setup: $(VENV)/.ready
+
+# torch is pinned by constraints.txt: a bare one may pull gigabytes of CUDA.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[diffusers]" --group dev
+	touch $@
+
+demo: setup
+	$(BIN)/fewstep demo --out demo --overwrite
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/pyright --pythonpath $(BIN)/python

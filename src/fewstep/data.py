@@ -1,0 +1,175 @@
+"""Images of the user's: a folder, an idx file or an npz file, as one uint8 tensor."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in memory.
+
+    Attributes:
+        images: The images, uint8, with shape (N, C, H, W).
+        labels: The classes, int64, with shape (N,), or ``None``.
+        names: The names of the classes, or ``None``.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8 or not len(self.images):
+            raise ValueError(
+                "images must be uint8 with shape (N, C, H, W) and N >= 1, "
+                f"got {self.images.dtype} with shape {tuple(self.images.shape)}"
+            )
+        if self.labels is not None and self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"there are {len(self.images)} images but labels of shape {tuple(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape (C, H, W) of one image."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, or ``None``."""
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+    def floats(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """Returns images as float32 in [-1, 1]."""
+        return self.images[index].float() / 127.5 - 1
+
+
+def read_images(source: str | Path, *, size: int | None = None) -> ImageData:
+    """Reads images from a folder, an idx file (``.gz`` or not) or an npz file.
+
+    A folder of images may have one sub-folder a class; a folder may also hold the idx files of
+    MNIST (``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``). An npz file has the
+    images in the first four- or three-dimensional uint8 array, and labels in ``labels`` or ``y``.
+
+    Arguments:
+        source: The folder or file.
+        size: For a folder of images: their height and width after cropping and resizing; left
+            out, they must all be of one size.
+
+    Raises:
+        ValueError: If nothing readable is there; the message says what was expected.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"there is no folder or file {str(source)!r}")
+    if path.is_dir():
+        for suffix in ("", ".gz"):
+            images = path / f"train-images-idx3-ubyte{suffix}"
+            if images.exists():
+                return _read_idx_pair(images)
+        return _read_folder(path, size)
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    if "idx" in path.name:
+        return _read_idx_pair(path)
+    raise ValueError(
+        f"{str(source)!r} is neither a folder of images, nor an idx file, nor an npz file"
+    )
+
+
+def _read_idx(path: Path) -> numpy.ndarray:
+    try:
+        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        zero, kind, ndim = struct.unpack(">HBB", raw[:4])
+        shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
+    except (struct.error, OSError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} is not an idx file: {error}") from None
+    if zero or kind != 8:
+        raise ValueError(f"{str(path)!r} is not an idx file of unsigned bytes")
+    body = raw[4 + 4 * ndim :]
+    if len(body) != int(numpy.prod(shape, dtype=numpy.int64)):
+        raise ValueError(f"{str(path)!r} is cut: {len(body)} bytes for shape {shape}")
+    return numpy.frombuffer(body, numpy.uint8).reshape(shape)
+
+
+def _read_idx_pair(path: Path) -> ImageData:
+    images = _read_idx(path)
+    if images.ndim == 3:
+        images = images[:, None]
+    labels_path = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+    labels = None
+    if labels_path != path and labels_path.exists():
+        labels = torch.from_numpy(_read_idx(labels_path).astype(numpy.int64))
+    return ImageData(torch.from_numpy(images.copy()), labels)
+
+
+def _read_npz(path: Path) -> ImageData:
+    try:
+        with numpy.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} is not an npz file of arrays: {error}") from None
+    found = [a for a in arrays.values() if a.ndim in (3, 4) and a.dtype == numpy.uint8]
+    if not found:
+        kinds = {name: (str(a.dtype), a.shape) for name, a in arrays.items()}
+        raise ValueError(f"{str(path)!r} has no uint8 array of images; it has {kinds}")
+    images = found[0]
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[-1] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
+        images = images.transpose(0, 3, 1, 2)
+    labels = next((arrays[key] for key in ("labels", "y", "arr_1") if key in arrays), None)
+    return ImageData(
+        torch.from_numpy(numpy.ascontiguousarray(images)),
+        None if labels is None else torch.from_numpy(labels.astype(numpy.int64).reshape(-1)),
+    )
+
+
+def _read_folder(path: Path, size: int | None) -> ImageData:
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"the folder {str(path)!r} has no images ({', '.join(IMAGE_SUFFIXES)}) and no "
+            "train-images-idx3-ubyte"
+        )
+    arrays = [_read_image(file, size) for file in files]
+    shapes = {a.shape for a in arrays}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the images in {str(path)!r} have {len(shapes)} different shapes, for example "
+            f"{sorted(shapes)[:3]}; give a size to crop and resize them to"
+        )
+    names = sorted({file.parent.name for file in files if file.parent != path})
+    labels = None
+    if len(names) > 1 and all(file.parent != path for file in files):
+        labels = torch.tensor([names.index(file.parent.name) for file in files])
+    return ImageData(
+        torch.from_numpy(numpy.stack(arrays)), labels, tuple(names) if labels is not None else None
+    )
+
+
+def _read_image(file: Path, size: int | None) -> numpy.ndarray:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            image = image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")
+            if size is not None:
+                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+            array = numpy.asarray(image, numpy.uint8)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"the image {str(file)!r} cannot be read: {error}") from None
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

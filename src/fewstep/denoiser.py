@@ -1,0 +1,344 @@
+r"""Denoisers: any network in one coordinate system, and what wraps it (guidance, clipping, thresholds)."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.plans import Plan
+from fewstep.prediction import Prediction, coefficients, convert
+from fewstep.schedules import NoiseSchedule
+
+
+class Denoiser(nn.Module, ABC):
+    r"""A network with its schedule, asked for any of the five predictions.
+
+    Attributes:
+        schedule: The noise schedule that it was trained with.
+        native: What it predicts.
+        event_shape: The shape of one sample, or ``None`` if unknown.
+        null_condition: For each condition, the value that stands for none (for guidance).
+        data_mean: The mean of the data, a number or of the event's shape (for a head start).
+        data_std: The standard deviation of the data, likewise.
+        calls: The network calls of one evaluation (2 with guidance).
+    """
+
+    schedule: NoiseSchedule
+    native: Prediction
+    event_shape: tuple[int, ...] | None = None
+    null_condition: Mapping[str, Any] = {}  # noqa: RUF012 - replaced, never written to
+    data_mean: Tensor | float | None = None
+    data_std: Tensor | float | None = None
+    calls: int = 1
+
+    @abstractmethod
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        r"""Returns the native prediction, (B, \*), at a state (B, \*) and times (B)."""
+
+    @final
+    def forward(
+        self, x: Tensor, t: Tensor | float, *, prediction: Prediction | str = "eps", **cond: Any
+    ) -> Tensor:
+        r"""Returns a prediction, converted exactly.
+
+        Arguments:
+            x: The state, with shape (B, \*).
+            t: The time, a number or a tensor with shape () or (B).
+            prediction: What is wanted: ``"eps"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``.
+            cond: The conditions, e.g. ``class_labels``.
+        """
+        target = Prediction.of(prediction)
+        times = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        value = self.raw(x, _times(times, x), **cond)
+        if target is self.native:
+            return value
+        return convert(
+            value,
+            x,
+            alpha=self.schedule.alpha(times),
+            sigma=self.schedule.sigma(times),
+            source=self.native,
+            target=target,
+        )
+
+    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
+        """Checks the conditions for n samples before any network call, and spreads single values.
+
+        Raises:
+            ValueError: If a condition does not fit; the message says which and how.
+        """
+        ready: dict[str, Any] = {}
+        for name, value in cond.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) not in (1, n):
+                raise ValueError(
+                    f"the condition {name!r} has {len(value)} values for {n} samples; give 1 or {n}"
+                )
+            ready[name] = value
+        return ready
+
+    @staticmethod
+    def wrap(
+        network: Callable[..., Tensor],
+        *,
+        schedule: NoiseSchedule,
+        prediction: Prediction | str,
+        event_shape: Sequence[int] | None = None,
+        to_model_time: Callable[[Tensor], Tensor] | None = None,
+        integer_times: bool = False,
+        null_condition: Mapping[str, Any] | None = None,
+        data_mean: Tensor | float | None = None,
+        data_std: Tensor | float | None = None,
+    ) -> Denoiser:
+        r"""Returns a denoiser from any callable.
+
+        Arguments:
+            network: ``network(x, t, **cond)`` with x (B, \*) and t (B), returning (B, \*).
+            schedule: The noise schedule that it was trained with.
+            prediction: What it predicts: ``"eps"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``.
+            event_shape: The shape of one sample; without it, give ``noise=`` when sampling.
+            to_model_time: Maps schedule times (B) to what the network is given; left out, they
+                are given as they are (for tabulated schedules the fractional index).
+            integer_times: Whether the network knows only whole indices: grids are then rounded
+                when they are made, and stages between grid points get the nearest index.
+            null_condition: For each condition the value that stands for none, for guidance.
+            data_mean: The mean of the data, for a head start.
+            data_std: The standard deviation of the data, for a head start.
+
+        Raises:
+            TypeError: If the network is not callable, or the schedule is not a schedule.
+        """
+        if not callable(network):
+            raise TypeError(f"the network must be callable, got {type(network).__name__}")
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(
+                f"schedule must be a NoiseSchedule, got {schedule!r}; make one with fewstep.schedule(name)"
+            )
+        if integer_times and not schedule.discrete:
+            raise ValueError(
+                f"integer_times needs a tabulated schedule, {schedule.name!r} has continuous times"
+            )
+        return WrappedNetwork(
+            network,
+            schedule=schedule,
+            prediction=Prediction.of(prediction),
+            event_shape=None if event_shape is None else tuple(event_shape),
+            to_model_time=to_model_time,
+            integer_times=integer_times,
+            null_condition=null_condition,
+            data_mean=data_mean,
+            data_std=data_std,
+        )
+
+
+def _times(t: Tensor, x: Tensor) -> Tensor:
+    """Times as (B) on the state's device, never below float32."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return t.to(device=x.device, dtype=dtype).expand(x.shape[0])
+
+
+class WrappedNetwork(Denoiser):
+    """A callable with its schedule and conventions; made by :meth:`Denoiser.wrap`."""
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        *,
+        schedule: NoiseSchedule,
+        prediction: Prediction,
+        event_shape: tuple[int, ...] | None,
+        to_model_time: Callable[[Tensor], Tensor] | None = None,
+        integer_times: bool = False,
+        null_condition: Mapping[str, Any] | None = None,
+        data_mean: Tensor | float | None = None,
+        data_std: Tensor | float | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.schedule = schedule
+        self.native = prediction
+        self.event_shape = event_shape
+        self.integer_times = integer_times
+        self.null_condition = dict(null_condition or {})
+        self.data_mean, self.data_std = data_mean, data_std
+        self._to_model_time = to_model_time
+        self._names = _condition_names(network)
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        if self.integer_times:
+            t = t.round().long()
+        if self._to_model_time is not None:
+            t = self._to_model_time(t)
+        value = self.network(x, t, **cond)
+        if not isinstance(value, Tensor) or value.shape != x.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"the network must return a tensor of the state's shape {tuple(x.shape)}, got {got} "
+                "(of a network with learned variances take the first half of the channels)"
+            )
+        return value
+
+    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
+        if self._names is not None and (unknown := sorted(set(cond) - self._names)):
+            known = ", ".join(sorted(self._names)) or "none"
+            raise ValueError(
+                f"the network takes no condition {unknown[0]!r}; its conditions: {known}"
+            )
+        return super().prepare(n, cond)
+
+
+def _condition_names(network: Callable[..., Tensor]) -> set[str] | None:
+    """Returns the names of the conditions, or ``None`` if any name is accepted."""
+    target = network.forward if isinstance(network, nn.Module) else network
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters[2:]}
+
+
+class _Wrapper(Denoiser):
+    """A denoiser around another; everything but :meth:`raw` is the inner one's."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        super().__init__()
+        if not isinstance(inner, Denoiser):
+            raise TypeError(f"a denoiser is wrapped, got {type(inner).__name__}")
+        self.inner = inner
+        self.schedule, self.native = inner.schedule, inner.native
+        self.event_shape, self.null_condition = inner.event_shape, inner.null_condition
+        self.data_mean, self.data_std = inner.data_mean, inner.data_std
+        self.calls = inner.calls
+        self.integer_times = getattr(inner, "integer_times", False)
+
+    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
+        return self.inner.prepare(n, cond)
+
+
+class Guided(_Wrapper):
+    r"""Classifier-free guidance: :math:`D_\emptyset + w (D_c - D_\emptyset)`, in any prediction.
+
+    References:
+        | Classifier-Free Diffusion Guidance (Ho & Salimans, 2022)
+        | https://arxiv.org/abs/2207.12598
+
+    Arguments:
+        inner: A denoiser with a ``null_condition``.
+        scale: The scale w: 1 is the conditional model, 0 the unconditional one.
+    """
+
+    def __init__(self, inner: Denoiser, scale: float) -> None:
+        super().__init__(inner)
+        if not inner.null_condition:
+            raise ValueError(
+                "guidance needs a null condition: Denoiser.wrap(..., null_condition={name: value})"
+            )
+        self.scale = float(scale)
+        self.calls = 2 * inner.calls
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        if not cond:
+            raise ValueError(
+                f"guidance needs a condition, one of: {', '.join(self.null_condition)}"
+            )
+        both: dict[str, Any] = {}
+        for name, value in cond.items():
+            null = self.null_condition.get(name)
+            if isinstance(value, Tensor) and null is not None:
+                both[name] = torch.cat([value, torch.as_tensor(null).to(value).expand_as(value)])
+            elif isinstance(value, list):
+                both[name] = value + [null] * len(value)
+            else:
+                both[name] = value
+        value = self.inner.raw(torch.cat([x, x]), torch.cat([t, t]), **both)
+        conditional, unconditional = value.chunk(2)
+        return torch.lerp(unconditional, conditional, self.scale)
+
+
+class Clipped(_Wrapper):
+    """Clips the predicted data to a range, which makes the prediction ``x0``.
+
+    Arguments:
+        inner: The denoiser.
+        low: The lower end.
+        high: The upper end.
+    """
+
+    def __init__(self, inner: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__(inner)
+        if not low < high:
+            raise ValueError(f"low must be below high, got {low} and {high}")
+        self.low, self.high = low, high
+        self.native = Prediction.X0
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return self.inner(x, t, prediction=Prediction.X0, **cond).clamp(self.low, self.high)
+
+
+class Thresholded(_Wrapper):
+    r"""Dynamic thresholding: clips each predicted sample to a quantile s of its magnitudes, divides by s.
+
+    References:
+        | Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding (Saharia et al., 2022), section 2.3
+        | https://arxiv.org/abs/2205.11487
+
+    Arguments:
+        inner: The denoiser.
+        quantile: The quantile of the magnitudes, 0.995 in the paper.
+        limit: The range of the data, [-limit, limit]; below it nothing is done.
+    """
+
+    def __init__(self, inner: Denoiser, quantile: float = 0.995, limit: float = 1.0) -> None:
+        super().__init__(inner)
+        if not 0 < quantile <= 1:
+            raise ValueError(f"quantile must be in (0, 1], got {quantile}")
+        self.quantile, self.limit = quantile, limit
+        self.native = Prediction.X0
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        x0 = self.inner(x, t, prediction=Prediction.X0, **cond)
+        sizes = x0.flatten(1).abs()
+        # torch.quantile refuses more than 16 million values; the k-th smallest does not.
+        k = max(1, round(self.quantile * sizes.shape[1]))
+        scale = sizes.kthvalue(k, dim=1).values.clamp(min=self.limit)
+        scale = scale.reshape(-1, *[1] * (x.ndim - 1))
+        return x0.clamp(-scale, scale) * (self.limit / scale)
+
+
+def bind(denoiser: Denoiser, plan: Plan, batch: int, cond: Mapping[str, Any], like: Tensor) -> Callable[[Tensor, int], Tensor]:
+    r"""Returns the network as a plan calls it: ``f(x, k)`` in the plan's prediction at its k-th time.
+
+    Times and conversion factors are laid out beforehand, so that a call costs the network and at
+    most two tensor operations.
+
+    Arguments:
+        denoiser: The denoiser.
+        plan: The plan.
+        batch: The number of samples.
+        cond: The conditions, ready for this batch.
+        like: A state, for device and type.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    times = plan.times.detach().to(device=like.device, dtype=dtype)
+    rows = [t.expand(batch) for t in times.unbind()]
+    scales = plan.scales.detach()
+    shift, factor = coefficients(
+        denoiser.native, plan.prediction, alpha=scales[:, 0], sigma=scales[:, 1]
+    )
+    shifts: list[float] = shift.tolist()
+    factors: list[float] = factor.tolist()
+    same = denoiser.native is plan.prediction
+
+    def call(x: Tensor, k: int) -> Tensor:
+        value = denoiser.raw(x, rows[k], **cond)
+        if same:
+            return value
+        return torch.mul(value, factors[k]).add_(x, alpha=shifts[k])
+
+    return call

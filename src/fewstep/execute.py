@@ -1,0 +1,223 @@
+r"""The one loop: runs a plan against a network.
+
+Two executors, because they want opposite things of memory:
+
+- :class:`Execution` advances from one network call to the next, overwriting states that nobody
+  will read again, with coefficients as Python floats: no device reads, 2 to 5 tensor operations a
+  step. Iterators, adapters and plain sampling use it.
+- :func:`functional` never overwrites, and takes the coefficients as tensors: for gradients with
+  respect to them, and for ``torch.compile``, where another grid is then no other program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.plans import Eval, Lin, Noise, Plan, Row, Structure
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""Takes a state (B, *) and a time (), returns the plan's prediction (B, *)."""
+
+Draw = Callable[[int], Tensor]
+"""Takes the index of a draw, returns it, with the shape of the state."""
+
+
+class Call(NamedTuple):
+    """What the network is asked: the state, and the number of the call in the plan."""
+
+    x: Tensor
+    at: int
+
+
+class Execution:
+    r"""One run of a plan, advanced from outside.
+
+    ``call`` is the next request to the network, or ``None`` when the run is over; ``advance``
+    takes the answer. All state of a run is in this object, so runs share nothing.
+
+    Arguments:
+        plan: The plan.
+        x: The initial state, with shape (B, \*); it is not written to.
+        draw: The source of normal draws; needed if the plan has any.
+        on_state: Called with the knot and the state whenever one is reached; such states are
+            never overwritten afterwards.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        x: Tensor,
+        *,
+        draw: Draw | None = None,
+        on_state: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        if plan.n_noise and draw is None:
+            raise ValueError(f"the plan draws noise {plan.n_noise} times; give a source of draws")
+        self._rows = plan.structure.rows
+        self._dies = plan.structure.dies
+        self._values: list[float] = plan.values.tolist()
+        self._result = plan.structure.result
+        self._draw = draw
+        self._on_state = on_state
+        self._registers: dict[int, Tensor] = {0: x}
+        self._owned: set[int] = set()
+        self._row = 0
+        self.call: Call | None = None
+        self._run()
+
+    @property
+    def result(self) -> Tensor:
+        """The sample, once ``call`` is ``None``."""
+        return self._registers[self._result]
+
+    def advance(self, answer: Tensor) -> None:
+        """Takes the network's answer to ``call`` and runs up to the next call."""
+        if self.call is None:
+            raise RuntimeError("the run is over: there is no call to answer")
+        self._finish_row(answer)
+        self._run()
+
+    def _finish_row(self, register: Tensor) -> None:
+        dying = self._dies[self._row]
+        self._row += 1
+        self._registers[self._row] = register
+        for r in dying:
+            del self._registers[r]
+
+    def _run(self) -> None:
+        rows = self._rows
+        while self._row < len(rows):
+            row = rows[self._row]
+            if isinstance(row, Lin):
+                state = self._combine(row)
+                self._owned.add(self._row + 1)
+                if row.state is not None and self._on_state is not None:
+                    self._on_state(row.state, state)
+                    self._owned.discard(self._row + 1)
+                self._finish_row(state)
+            elif isinstance(row, Eval):
+                self.call = Call(self._registers[row.of], row.at)
+                return
+            else:
+                assert self._draw is not None
+                self._finish_row(self._draw(row.index))
+        self.call = None
+
+    def _combine(self, row: Lin) -> Tensor:
+        registers, values = self._registers, self._values
+        base = self._reusable(row)
+        first = 0 if base is None else row.terms.index(base)
+        scale = values[row.offset + first]
+        total = registers[row.terms[first]]
+        total = torch.mul(total, scale) if base is None else total.mul_(scale)
+        for place, r in enumerate(row.terms):
+            if place != first:
+                total.add_(registers[r], alpha=values[row.offset + place])
+        return total
+
+    def _reusable(self, row: Lin) -> int | None:
+        """Returns a register that may be overwritten: ours, dying here, its memory nobody else's."""
+        for r in self._dies[self._row]:
+            if r in self._owned and r in row.terms:
+                memory = self._registers[r].untyped_storage().data_ptr()
+                if all(
+                    other == r or tensor.untyped_storage().data_ptr() != memory
+                    for other, tensor in self._registers.items()
+                ):
+                    return r
+        return None
+
+
+def execute(
+    plan: Plan,
+    network: Network,
+    x: Tensor,
+    *,
+    draw: Draw | None = None,
+    on_state: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    r"""Runs a plan and returns the sample, with shape (B, \*); no gradients.
+
+    Arguments:
+        plan: The plan.
+        network: The network, in the plan's prediction.
+        x: The initial state, with shape (B, \*).
+        draw: The source of normal draws.
+        on_state: Called with each state reached.
+    """
+    times = plan.times.to(device=x.device, dtype=_time_dtype(x))
+    with torch.no_grad():
+        run = Execution(plan, x, draw=draw, on_state=on_state)
+        while (call := run.call) is not None:
+            run.advance(network(call.x, times[call.at]))
+        return run.result
+
+
+def functional(
+    structure: Structure,
+    values: Tensor,
+    times: Tensor,
+    network: Network,
+    x: Tensor,
+    *,
+    draw: Draw | None = None,
+    checkpoint: bool = False,
+) -> Tensor:
+    r"""Runs a structure with coefficients as tensors; differentiable in everything.
+
+    Arguments:
+        structure: The rows.
+        values: The coefficients, float64, shape (C), on the CPU or on the device of ``x``.
+        times: The times of the calls, float64, shape (K).
+        network: The network, in the structure's prediction.
+        x: The initial state, with shape (B, \*).
+        draw: The source of normal draws.
+        checkpoint: Whether to recompute each network call in the backward pass instead of
+            storing its activations: memory stays flat in the number of calls.
+    """
+    if checkpoint:
+        from torch.utils.checkpoint import checkpoint as rematerialise
+
+        def call(y: Tensor, t: Tensor) -> Tensor:
+            return rematerialise(network, y, t, use_reentrant=False)  # type: ignore[return-value]
+    else:
+        call = network
+    coefficients = values.unbind()
+    registers: dict[int, Tensor] = {0: x}
+    for i, row in enumerate(structure.rows):
+        registers[i + 1] = _row(row, registers, coefficients, times, call, draw)
+        for r in structure.dies[i]:
+            del registers[r]
+    return registers[structure.result]
+
+
+def _row(
+    row: Row,
+    registers: dict[int, Tensor],
+    coefficients: tuple[Tensor, ...],
+    times: Tensor,
+    network: Network,
+    draw: Draw | None,
+) -> Tensor:
+    if isinstance(row, Lin):
+        # A 0-dimensional float64 factor does not promote a float32 state.
+        total = coefficients[row.offset] * registers[row.terms[0]]
+        for place, r in enumerate(row.terms[1:], start=row.offset + 1):
+            total = total + coefficients[place] * registers[r]
+        return total
+    if isinstance(row, Eval):
+        x = registers[row.of]
+        return network(x, times[row.at].to(_time_dtype(x)))
+    if draw is None:
+        raise ValueError("the plan draws noise; give a source of draws")
+    assert isinstance(row, Noise)
+    return draw(row.index)
+
+
+def _time_dtype(x: Tensor) -> torch.dtype:
+    # Below float32 a time such as 999 would be rounded to another one.
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,105 @@
+"""Files written whole or not at all, with checksums; no pickle anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_whole(path: str | Path, content: bytes | str) -> Path:
+    """Writes a file so that it is there whole or not at all: temporary file, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Writes a JSON file whole; floats round-trip, NaN and infinity are refused."""
+    return write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, *, what: str = "file") -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        ValueError: If it is missing, unreadable or not JSON; the message names the file.
+    """
+    try:
+        return loads_json(Path(path).read_bytes(), what=f"{what} {str(path)!r}")
+    except OSError as error:
+        raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from None
+
+
+def loads_json(text: str | bytes, *, what: str) -> Any:
+    """Parses JSON, refusing NaN, infinity, repeated keys and absurd nesting with a clear error."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(f"{what} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{what} is not valid JSON: {error}") from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number that a file may hold")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in names if names.count(k) > 1)!r} is repeated")
+    return found
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes a safetensors file whole."""
+    from safetensors.torch import save
+
+    ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    return write_whole(path, save(ready, metadata=dict(metadata or {})))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        ValueError: If the file is missing or is not safetensors; the message names it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"file {str(path)!r} cannot be read: {error.strerror}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"file {str(path)!r} is not a safetensors file: {error}") from None
+
+
+def sha256(path: str | Path) -> str:
+    """Returns the SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

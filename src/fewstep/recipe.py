@@ -1,0 +1,168 @@
+"""The recipe: a sampler as names and numbers, in a file; the unit of the command line and of papers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fewstep.denoiser import Denoiser, Guided
+from fewstep.files import loads_json, write_whole
+from fewstep.planning import plan as make_plan
+from fewstep.plans import FORMAT as PLAN_FORMAT
+from fewstep.plans import Plan
+from fewstep.sampling import PlanSampler, Sampler
+from fewstep.schedules import NoiseSchedule, schedule_from_config
+
+FORMAT, VERSION = "fewstep.recipe", 1
+KINDS = ("solver", "plan", "adaptive")
+
+
+@dataclass(frozen=True)
+class SamplerRecipe:
+    r"""A sampler that can be written down.
+
+    Attributes:
+        kind: ``"solver"`` (built by name for a schedule), ``"plan"`` (coefficients and all), or
+            ``"adaptive"``.
+        name: The name of the solver.
+        nfe: The number of network calls (of a solver).
+        options: The options of the solver and its grid.
+        grid: The name of the grid, or ``None`` for the solver's own.
+        head_start: The time of an analytic head start.
+        schedule: The schedule, as :meth:`NoiseSchedule.to_config` writes it; ``None`` if any.
+        plan: The plan, of kind ``"plan"``.
+        guidance: The scale of classifier-free guidance that belongs to it, or ``None``.
+        about: Where it comes from: scores, model, objective. For readers.
+    """
+
+    kind: str = "solver"
+    name: str = "auto"
+    nfe: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    grid: str | None = None
+    head_start: float | None = None
+    schedule: Mapping[str, Any] | None = None
+    plan: Plan | None = None
+    guidance: float | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"the kind of a recipe is one of {', '.join(KINDS)}, got {self.kind!r}")
+        if (self.plan is not None) != (self.kind == "plan"):
+            raise ValueError("a recipe has a plan if and only if its kind is 'plan'")
+        if self.kind == "solver" and self.nfe is None and "times" not in self.options:
+            raise ValueError("a recipe of a solver has nfe, the number of network calls")
+
+    def plan_for(self, schedule: NoiseSchedule, *, integer_times: bool = False) -> Plan:
+        """Returns the plan for a schedule.
+
+        Raises:
+            ValueError: If the recipe is for another schedule, or has no plan beforehand.
+        """
+        if self.schedule is not None and schedule_from_config(self.schedule) != schedule:
+            raise ValueError(
+                f"the recipe was made for the schedule {self.schedule.get('name')!r}, the model has "
+                f"{schedule.name!r}"
+            )
+        if self.plan is not None:
+            self.plan.check_schedule(schedule)
+            return self.plan
+        return make_plan(
+            self.name,
+            schedule,
+            nfe=self.nfe,
+            grid=self.grid,
+            head_start=self.head_start,
+            integer_times=integer_times,
+            **self.options,
+        )
+
+    def build(self, denoiser: Denoiser) -> Sampler:
+        """Returns the sampler for a model."""
+        if self.guidance is not None and self.guidance != 1 and not isinstance(denoiser, Guided):
+            denoiser = Guided(denoiser, self.guidance)
+        if self.kind == "adaptive":
+            from fewstep.adaptive import AdaptiveSampler
+
+            return AdaptiveSampler(denoiser, **self.options)
+        integer = getattr(denoiser, "integer_times", False)
+        return PlanSampler(self.plan_for(denoiser.schedule, integer_times=integer), denoiser)
+
+    def to_json(self) -> str:
+        """Returns the recipe as JSON."""
+        content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": self.kind}
+        content["name"] = self.name
+        for key in ("nfe", "grid", "head_start", "guidance"):
+            if getattr(self, key) is not None:
+                content[key] = getattr(self, key)
+        for key in ("options", "schedule", "about"):
+            if getattr(self, key):
+                content[key] = dict(getattr(self, key))
+        if self.plan is not None:
+            content["plan"] = json.loads(self.plan.to_json())
+        return json.dumps(content, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> SamplerRecipe:
+        """Returns the recipe that the text describes; a plan is a recipe of kind ``"plan"``.
+
+        Raises:
+            ValueError: If it describes none; the message says why.
+        """
+        content = loads_json(text, what="the recipe")
+        if not isinstance(content, dict):
+            raise ValueError(f"a recipe is a JSON object, got {type(content).__name__}")
+        if content.get("format") == PLAN_FORMAT:
+            made = Plan._from_content(content)
+            return cls(kind="plan", name=made.name, plan=made)
+        if content.get("format") != FORMAT:
+            raise ValueError(f"not a recipe: its format is {content.get('format')!r}, not {FORMAT!r}")
+        if content.get("version") != VERSION:
+            raise ValueError(
+                f"the recipe has version {content.get('version')!r}; this fewstep reads version {VERSION}"
+            )
+        fields = {k: v for k, v in content.items() if k not in ("format", "version")}
+        types: dict[str, tuple[type, ...]] = {
+            "kind": (str,),
+            "name": (str,),
+            "nfe": (int,),
+            "options": (dict,),
+            "grid": (str,),
+            "head_start": (int, float),
+            "schedule": (dict,),
+            "plan": (dict,),
+            "guidance": (int, float),
+            "about": (dict,),
+        }
+        for key, value in fields.items():
+            if key not in types:
+                raise ValueError(f"the recipe has an unknown key {key!r}")
+            if not isinstance(value, types[key]) or isinstance(value, bool):
+                raise ValueError(f"{key!r} of a recipe cannot be {value!r:.60}")
+        if "plan" in fields:
+            fields["plan"] = Plan._from_content(fields["plan"])
+        return cls(**fields)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the recipe, whole or not at all; returns the path."""
+        return write_whole(path, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SamplerRecipe:
+        """Reads a recipe or a plan from a file.
+
+        Raises:
+            ValueError: If the file is missing or holds neither.
+        """
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from None
+        try:
+            return cls.from_json(text)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"recipe {str(path)!r}: {error}") from None

@@ -1,0 +1,488 @@
+r"""Sampling: ``sample``, ``steps``, and the protocol that every kind of sampler answers to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser, Guided, bind
+from fewstep.execute import Execution
+from fewstep.grids import TimeGrid
+from fewstep.noise import INITIAL, NoiseSource
+from fewstep.planning import choose, plan as make_plan
+from fewstep.plans import Plan
+from fewstep.prediction import Prediction, convert
+from fewstep.solvers import Solver
+
+logger = logging.getLogger("fewstep")
+
+DEFAULT_BATCH = 256
+"""The most samples that are drawn at a time if no batch size is given."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    r"""Samples, with the states on the way to them.
+
+    Attributes:
+        x: The samples, with shape (B, \*).
+        times: The times of the states, with shape (S), float64.
+        states: The states, with shape (S, B, \*), or ``None`` if they were not saved.
+        nfe: The number of network calls for each sample (the mean, if it differs).
+    """
+
+    x: Tensor
+    times: Tensor
+    states: Tensor | None
+    nfe: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a sampler needs besides the state: draws, conditions, whom to tell, what to keep.
+
+    Attributes:
+        noise: The source of draws, addressed by the samples' numbers.
+        cond: The conditions of this batch.
+        save: Whether to keep the states.
+        on_call: Called after each network call.
+    """
+
+    noise: NoiseSource
+    cond: Mapping[str, Any] = field(default_factory=dict)
+    save: bool = False
+    on_call: Callable[[], None] | None = None
+
+
+class Sampler(Protocol):
+    """One protocol for plans, adaptive solvers, learned plans and operators."""
+
+    denoiser: Denoiser
+
+    @property
+    def nfe(self) -> int | None:
+        """The number of network calls; ``None`` if it is not known beforehand."""
+        ...
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Returns the initial state that standard normal noise stands for."""
+        ...
+
+    def run(self, x: Tensor, run: Run) -> Trajectory:
+        """Returns the samples that start at a state."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlanSampler:
+    """Runs a plan with a denoiser.
+
+    Attributes:
+        plan: The plan.
+        denoiser: The denoiser; its schedule must be the plan's.
+        image: Where to start from instead of the prior: data, noised to the plan's first time.
+    """
+
+    plan: Plan
+    denoiser: Denoiser
+    image: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.plan.check_schedule(self.denoiser.schedule)
+        if self.plan.head and (self.denoiser.data_mean is None or self.denoiser.data_std is None):
+            raise ValueError(
+                "the plan has an analytic head start, which needs the mean and the variance of the "
+                "data: Denoiser.wrap(..., data_mean=, data_std=)"
+            )
+
+    @property
+    def nfe(self) -> int:
+        """The number of network calls."""
+        return self.plan.nfe
+
+    def start(self, noise: Tensor) -> Tensor:
+        r"""Returns the initial state: :math:`\sigma z` of the prior, :math:`\alpha x_0 + \sigma z` of an
+        image, or :math:`\alpha m + \sqrt{\alpha^2 s^2 + \sigma^2} \, z` of a head start."""
+        t = self.plan.knots[0].detach()
+        alpha, sigma = float(self.plan.schedule.alpha(t)), float(self.plan.schedule.sigma(t))
+        if self.image is not None:
+            return alpha * self.image.to(noise) + sigma * noise
+        if self.plan.head:
+            mean = torch.as_tensor(self.denoiser.data_mean).to(noise)
+            std = torch.as_tensor(self.denoiser.data_std).to(noise)
+            return alpha * mean + (alpha**2 * std.square() + sigma**2).sqrt() * noise
+        return sigma * noise
+
+    def run(self, x: Tensor, run: Run) -> Trajectory:
+        """Returns the samples that start at a state."""
+        kept: dict[int, Tensor] = {0: x}
+        with torch.no_grad():
+            execution, call = self._begin(x, run, kept.__setitem__ if run.save else None)
+            while (request := execution.call) is not None:
+                execution.advance(call(request.x, request.at))
+                if run.on_call is not None:
+                    run.on_call()
+        x = execution.result
+        if not bool(torch.isfinite(x).all()):
+            self._find_nan(kept[0], run)
+        states = torch.stack([kept[k] for k in sorted(kept)]) if run.save else None
+        times = self.plan.knots.detach()
+        times = times[sorted(kept)] if run.save else times[-1:]
+        return Trajectory(x, times, states, self.nfe)
+
+    def _begin(
+        self, x: Tensor, run: Run, on_state: Callable[[int, Tensor], None] | None
+    ) -> tuple[Execution, Callable[[Tensor, int], Tensor]]:
+        def draw(index: int) -> Tensor:
+            return run.noise.draw(index, x.shape[1:], dtype=x.dtype, device=x.device)
+
+        execution = Execution(self.plan, x, draw=draw, on_state=on_state)
+        return execution, bind(self.denoiser, self.plan, len(x), run.cond, x)
+
+    def _find_nan(self, x: Tensor, run: Run) -> None:
+        """Runs again, looking at each answer: the usual run reads nothing back from the device."""
+        with torch.no_grad():
+            execution, call = self._begin(x, run, None)
+            while (request := execution.call) is not None:
+                answer = call(request.x, request.at)
+                if not bool(torch.isfinite(answer).all()):
+                    wrong = ~torch.isfinite(answer.flatten(1)).all(1)
+                    rows = [self_ for self_ in wrong.nonzero().flatten().tolist()]
+                    raise ValueError(
+                        f"the network returned NaN or infinity at evaluation {request.at + 1} of "
+                        f"{self.nfe}, t = {float(self.plan.times[request.at]):.6g}, for sample "
+                        f"{run.noise.samples[rows[0]]} and {len(rows) - 1} others; its input was "
+                        f"{'finite' if bool(torch.isfinite(request.x).all()) else 'not finite either'}"
+                    )
+                execution.advance(answer)
+        raise ValueError("the sample is not finite although every answer of the network is")
+
+
+@dataclass(frozen=True)
+class Step:
+    r"""What :func:`steps` gives after each step.
+
+    Attributes:
+        index: The number of the step, from 0.
+        t: The time of the state.
+        x: The state, with shape (B, \*). Changing it in place changes what follows.
+        x0: The data predicted by the step's last network call.
+        eps: The noise predicted by it.
+    """
+
+    index: int
+    t: float
+    x: Tensor
+    x0: Tensor
+    eps: Tensor
+
+
+def sampler(
+    denoiser: Denoiser,
+    *,
+    solver: str | Solver = "auto",
+    nfe: int | None = 10,
+    steps: int | None = None,
+    plan: Plan | None = None,
+    recipe: Any = None,
+    grid: str | TimeGrid | None = None,
+    head_start: float | None = None,
+    image: Tensor | None = None,
+    **options: Any,
+) -> Sampler:
+    """Returns the sampler that these arguments of :func:`sample` describe."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"a Denoiser is needed, got {type(denoiser).__name__}; "
+            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
+        )
+    if plan is not None and recipe is not None:
+        raise ValueError("give a plan or a recipe, not both")
+    if recipe is not None:
+        return recipe.build(denoiser)
+    if plan is None:
+        if isinstance(solver, str) and solver == "dopri5":
+            from fewstep.adaptive import AdaptiveSampler
+
+            return AdaptiveSampler(denoiser, **options)
+        if solver == "auto":
+            logger.info("auto chose %s", choose(denoiser.schedule, nfe or steps or 0))
+        plan = make_plan(
+            solver,
+            denoiser.schedule,
+            nfe=None if steps is not None or isinstance(grid, TimeGrid) else nfe,
+            steps=steps,
+            grid=grid,
+            head_start=head_start,
+            integer_times=getattr(denoiser, "integer_times", False),
+            **options,
+        )
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
+    return PlanSampler(plan, denoiser, image)
+
+
+def sample(
+    denoiser: Denoiser,
+    n: int | None = None,
+    *,
+    solver: str | Solver = "auto",
+    nfe: int = 10,
+    plan: Plan | None = None,
+    recipe: Any = None,
+    grid: str | TimeGrid | None = None,
+    head_start: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    image: Tensor | None = None,
+    seed: int = 0,
+    first: int = 0,
+    noise: Tensor | None = None,
+    batch_size: int | None = None,
+    save: str | None = None,
+    progress: bool = False,
+    guidance: float | None = None,
+    **cond: Any,
+) -> Any:
+    r"""Draws samples.
+
+    Sample i depends on ``(seed, i)`` alone: not on the batch size, the device count or restarts.
+
+    Arguments:
+        denoiser: The model.
+        n: How many samples; left out, as many as ``noise`` has.
+        solver: A name in :data:`fewstep.SOLVERS`, ``"dopri5"``, ``"auto"``, or a solver.
+        nfe: The number of network calls.
+        plan: A plan to run, instead of a solver; or
+        recipe: a recipe.
+        grid: The name of a grid, or a grid.
+        head_start: The time above which the Gaussian solution replaces network calls.
+        options: Further options of solver and grid, e.g. ``{"eta": 0.5, "t_end": 0.01}``.
+        image: Data to start from, with shape (n, \*) or (\*): it is noised to the first time of
+            the grid (see ``t_start``).
+        seed: The seed.
+        first: The number of the first sample, to draw a part of a larger run.
+        noise: The initial draw, with shape (n, \*), of unit variance; its type, float32 or
+            float64, is the state's.
+        batch_size: How many samples go through the network at a time.
+        save: ``"states"`` to get a :class:`Trajectory` with the states at all grid points.
+        progress: Whether to show a progress bar.
+        guidance: The scale of classifier-free guidance; 1 is none.
+        cond: The conditions, e.g. ``class_labels``; tensors and lists of n values are split
+            among the batches.
+
+    Returns:
+        The samples, with shape (n, \*), or a :class:`Trajectory`.
+
+    Raises:
+        ValueError, TypeError: Before the first network call, if anything does not fit; and if
+            the network returns NaN (which evaluation, which time).
+    """
+    if save not in (None, "states"):
+        raise ValueError(f"save must be None or 'states', got {save!r}")
+    n, noise, denoiser, cond = _checked(denoiser, n, noise, guidance, cond)
+    image = _image(image, n, denoiser, noise)
+    if isinstance(recipe, (str, bytes)) or hasattr(recipe, "__fspath__"):
+        from fewstep.recipe import SamplerRecipe
+
+        recipe = SamplerRecipe.load(recipe)
+    made = sampler(
+        denoiser,
+        solver=solver,
+        nfe=nfe,
+        plan=plan,
+        recipe=recipe,
+        grid=grid,
+        head_start=head_start,
+        image=image,
+        **(options or {}),
+    )
+    size = batch_size if batch_size is not None else min(n, DEFAULT_BATCH)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+
+    parts: list[Trajectory] = []
+    with _Progress(progress, made.nfe, -(-n // size)) as tick:
+        for start in range(0, n, size):
+            rows = range(start, min(start + size, n))
+            source = NoiseSource(seed, [first + i for i in rows])
+            z = _initial(denoiser, source, None if noise is None else noise[start : rows.stop])
+            batch = made
+            if image is not None and isinstance(made, PlanSampler):
+                batch = PlanSampler(made.plan, denoiser, image[start : rows.stop])
+            part = {k: _split(v, n, rows) for k, v in cond.items()}
+            run = Run(source, part, save == "states", tick)
+            parts.append(batch.run(batch.start(z), run))
+    if save is None:
+        return torch.cat([p.x for p in parts])
+    states = torch.cat([p.states for p in parts if p.states is not None], dim=1)
+    calls = sum(p.nfe * len(p.x) for p in parts) / n
+    return Trajectory(torch.cat([p.x for p in parts]), parts[0].times, states, calls)
+
+
+def steps(
+    denoiser: Denoiser,
+    n: int | None = None,
+    *,
+    seed: int = 0,
+    noise: Tensor | None = None,
+    guidance: float | None = None,
+    image: Tensor | None = None,
+    options: Mapping[str, Any] | None = None,
+    solver: str | Solver = "auto",
+    nfe: int = 10,
+    plan: Plan | None = None,
+    recipe: Any = None,
+    grid: str | TimeGrid | None = None,
+    head_start: float | None = None,
+    **cond: Any,
+) -> Iterator[Step]:
+    """Samples step by step: for previews, edits, an early stop. Arguments as for :func:`sample`.
+
+    The last ``.x`` is the sample. All arguments are checked at once, before the first step.
+
+    Raises:
+        ValueError: If the sampler has no steps known beforehand.
+    """
+    n, noise, denoiser, cond = _checked(denoiser, n, noise, guidance, cond)
+    made = sampler(
+        denoiser,
+        solver=solver,
+        nfe=nfe,
+        plan=plan,
+        recipe=recipe,
+        grid=grid,
+        head_start=head_start,
+        image=_image(image, n, denoiser, noise),
+        **(options or {}),
+    )
+    if not isinstance(made, PlanSampler):
+        raise ValueError("only samplers with a plan can be followed step by step")
+    source = NoiseSource(seed, range(n))
+    x = made.start(_initial(denoiser, source, noise))
+    run = Run(source, {k: _split(v, n, range(n)) for k, v in cond.items()})
+    return _follow(made, x, run)
+
+
+def _follow(made: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
+    plan, reached = made.plan, list[tuple[int, Tensor]]()
+    knots = plan.knots.tolist()
+    with torch.no_grad():
+        execution, call = made._begin(x, run, lambda k, state: reached.append((k, state)))
+    while (request := execution.call) is not None:
+        with torch.no_grad():
+            y, answer = request.x.clone(), call(request.x, request.at)
+            alpha, sigma = plan.scales[request.at].detach()
+
+            def told(target: Prediction) -> Tensor:
+                return convert(
+                    answer, y, alpha=alpha, sigma=sigma, source=plan.prediction, target=target
+                )
+
+            execution.advance(answer)
+        for knot, state in reached:
+            yield Step(knot - 1, knots[knot], state, told(Prediction.X0), told(Prediction.EPS))
+        reached.clear()
+
+
+def _checked(
+    denoiser: Denoiser,
+    n: int | None,
+    noise: Tensor | None,
+    guidance: float | None,
+    cond: Mapping[str, Any],
+) -> tuple[int, Tensor | None, Denoiser, dict[str, Any]]:
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"a Denoiser is needed, got {type(denoiser).__name__}; "
+            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
+        )
+    if noise is not None:
+        if not isinstance(noise, Tensor) or noise.dtype not in (torch.float32, torch.float64):
+            got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+            raise TypeError(f"noise must be a float32 or float64 tensor, got {got}")
+        if denoiser.event_shape is not None and tuple(noise.shape[1:]) != denoiser.event_shape:
+            raise ValueError(
+                f"noise must have shape (n, {', '.join(map(str, denoiser.event_shape))}), "
+                f"got {tuple(noise.shape)}"
+            )
+        n = len(noise) if n is None else n
+        if n != len(noise):
+            raise ValueError(f"noise has {len(noise)} rows, but n is {n}")
+    elif denoiser.event_shape is None:
+        raise ValueError(
+            "the shape of a sample is not known; give noise=, or Denoiser.wrap(..., event_shape=)"
+        )
+    if n is None:
+        raise ValueError("give n, the number of samples, or noise")
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n must be a positive integer, got {n!r}")
+    ready = denoiser.prepare(n, cond)
+    if guidance is not None and guidance != 1:
+        denoiser = Guided(denoiser, guidance)
+        if not ready:
+            raise ValueError(
+                f"guidance needs a condition, one of: {', '.join(denoiser.null_condition)}"
+            )
+    return n, noise, denoiser, ready
+
+
+def _image(
+    image: Tensor | None, n: int, denoiser: Denoiser, noise: Tensor | None
+) -> Tensor | None:
+    if image is None:
+        return None
+    shape = denoiser.event_shape or (None if noise is None else tuple(noise.shape[1:]))
+    if shape is not None and tuple(image.shape) == tuple(shape):
+        image = image.expand(n, *shape)
+    if len(image) != n or (shape is not None and tuple(image.shape[1:]) != tuple(shape)):
+        raise ValueError(
+            f"image must have shape {tuple(shape or ())} or ({n}, ...), got {tuple(image.shape)}"
+        )
+    return image
+
+
+def _initial(denoiser: Denoiser, source: NoiseSource, noise: Tensor | None) -> Tensor:
+    device = next((p.device for p in denoiser.parameters()), None)
+    device = device or next((b.device for b in denoiser.buffers()), torch.device("cpu"))
+    if noise is not None:
+        return noise.to(device)
+    assert denoiser.event_shape is not None
+    return source.draw(INITIAL, denoiser.event_shape, device=device)
+
+
+def _split(value: Any, n: int, rows: Sequence[int]) -> Any:
+    if isinstance(value, (Tensor, list)) and len(value) == n:
+        return value[rows[0] : rows[-1] + 1]
+    if isinstance(value, Tensor) and value.ndim and len(value) == 1:
+        return value.expand(len(rows), *value.shape[1:])
+    return value
+
+
+class _Progress:
+    """A progress bar over network calls, if asked for."""
+
+    def __init__(self, shown: bool, nfe: int | None, batches: int) -> None:
+        self._bar = None
+        if shown:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+            self._bar = Progress(
+                "sampling", BarColumn(), MofNCompleteColumn(), "calls", TimeRemainingColumn()
+            )
+            self._task = self._bar.add_task("", total=None if nfe is None else nfe * batches)
+
+    def __enter__(self) -> Callable[[], None] | None:
+        if self._bar is None:
+            return None
+        bar = self._bar
+        bar.start()
+        return lambda: bar.advance(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

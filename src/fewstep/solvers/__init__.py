@@ -1,0 +1,88 @@
+"""The training-free solvers: one class each, and the one list in which they are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from fewstep.registry import Registry
+from fewstep.solvers.accelerated import (
+    AcceleratedDDIM,
+    AcceleratedDDIMLagged,
+    AcceleratedDDIMTheory,
+    AcceleratedDDPM,
+    DDIMTheory,
+    DDPMTheory,
+)
+from fewstep.solvers.adams import IPNDM, PNDM, TAB, LogRhoAB, RhoAB
+from fewstep.solvers.base import Solver
+from fewstep.solvers.ddim import DDIM, DDPM, GDDIM, AnalyticDDIM, EIScore, Euler, EulerMaruyama
+from fewstep.solvers.dpm import DPMpp2M, DPMpp2MSDE, DPMpp3M
+from fewstep.solvers.rk import DPM2, DPM3, EDMStochastic, Heun, RhoHeun, RhoKutta3, RhoMidpoint, RhoRK4
+from fewstep.solvers.unipc import UniPC
+
+SOLVERS: Registry[Callable[..., Solver]] = Registry(
+    "solver",
+    {
+        "ddim": DDIM,
+        "gddim": GDDIM,
+        "ddpm": DDPM,
+        "euler": Euler,
+        "euler-maruyama": EulerMaruyama,
+        "ei-score": EIScore,
+        "tab0": partial(TAB, 0),
+        "tab1": partial(TAB, 1),
+        "tab2": partial(TAB, 2),
+        "tab3": partial(TAB, 3),
+        "rhoab0": partial(RhoAB, 0),
+        "rhoab1": partial(RhoAB, 1),
+        "rhoab2": partial(RhoAB, 2),
+        "rhoab3": partial(RhoAB, 3),
+        "logrhoab0": partial(LogRhoAB, 0),
+        "logrhoab1": partial(LogRhoAB, 1),
+        "logrhoab2": partial(LogRhoAB, 2),
+        "logrhoab3": partial(LogRhoAB, 3),
+        "rho-midpoint": RhoMidpoint,
+        "rho-heun": RhoHeun,
+        "rho-kutta3": RhoKutta3,
+        "rho-rk4": RhoRK4,
+        "ipndm": IPNDM,
+        "pndm": PNDM,
+        "analytic-ddim": AnalyticDDIM,
+        "accelerated-ddim": AcceleratedDDIM,
+        "accelerated-ddim-theory": AcceleratedDDIMTheory,
+        "accelerated-ddim-lagged": AcceleratedDDIMLagged,
+        "ddim-theory": DDIMTheory,
+        "accelerated-ddpm": AcceleratedDDPM,
+        "ddpm-theory": DDPMTheory,
+        "heun": Heun,
+        "edm-stochastic": EDMStochastic,
+        "dpm2": DPM2,
+        "dpm3": DPM3,
+        "dpmpp-2m": DPMpp2M,
+        "dpmpp-3m": DPMpp3M,
+        "dpmpp-2m-sde": DPMpp2MSDE,
+        "unipc2": partial(UniPC, 2),
+        "unipc3": partial(UniPC, 3),
+    },
+)
+
+
+def solver(name: str, **options: Any) -> Solver:
+    """Returns the solver of that name.
+
+    Arguments:
+        name: One of :data:`SOLVERS`.
+        options: Its options, e.g. ``eta=0.5``.
+
+    Raises:
+        ValueError: If the name is unknown or an option is out of range.
+        TypeError: If the solver has no such option.
+    """
+    build = SOLVERS[name]
+    try:
+        return build(**options)
+    except TypeError as error:
+        message = str(error).split("__init__() ")[-1]
+        raise TypeError(f"solver {name!r} {message}") from None

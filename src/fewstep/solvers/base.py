@@ -1,0 +1,136 @@
+r"""What a solver is: equations on a tape, and what it declares about itself."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, final
+
+from torch import Tensor
+
+from fewstep.analysis import point_mass_defect
+from fewstep.grids import TimeGrid, grid
+from fewstep.plans import Plan
+from fewstep.prediction import Prediction
+from fewstep.schedules import NoiseSchedule
+from fewstep.tape import Form, Tape
+
+
+class Solver(ABC):
+    r"""A training-free sampler: a frozen dataclass whose fields are its options.
+
+    A subclass writes :meth:`equations`; plans, checks and the search for a number of steps that
+    meets a budget come from here.
+
+    Attributes:
+        name: The name in :data:`fewstep.solvers.SOLVERS`.
+        prediction: What the equations ask of the network.
+        stochastic: Whether it draws noise after the initial state.
+        exact: Whether the plan is exact on a point mass, i.e. whether it integrates a constant
+            :math:`\varepsilon` exactly; checked whenever a plan is made.
+        default_grid: The grid used when none is given: its name and options.
+        twin: The implementation of a peer that has the same table, for the tests.
+    """
+
+    name: str
+    prediction: ClassVar[Prediction] = Prediction.EPS
+    stochastic: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+    default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = ("uniform", {})
+    twin: ClassVar[str | None] = None
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """The order of convergence on smooth problems (of the marginals, if stochastic)."""
+
+    @abstractmethod
+    def equations(self, tape: Tape, grid: TimeGrid) -> Form:
+        """Writes the method on the tape and returns the final state."""
+
+    def nfe(self, steps: int, *, ends_at_zero: bool = False) -> int:
+        """Returns the number of network calls for so many steps."""
+        del ends_at_zero
+        return steps
+
+    @final
+    def make_grid(self, schedule: NoiseSchedule, steps: int, name: str | None, **options: Any) -> TimeGrid:
+        """Returns the grid of that name, or the solver's own; ``options`` override its options."""
+        if name is None:
+            name, own = self.default_grid
+            options = {**own, **options}
+        return grid(name, schedule, steps, **options)
+
+    @final
+    def steps_for(self, nfe: int, *, ends_at_zero: bool = False) -> int:
+        """Returns the number of steps that costs exactly ``nfe`` calls.
+
+        Raises:
+            ValueError: If no number of steps does; the message has the nearest budgets that work.
+        """
+        if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
+            raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
+        costs = {k: self.nfe(k, ends_at_zero=ends_at_zero) for k in range(1, nfe + 2)}
+        for steps, cost in costs.items():
+            if cost == nfe:
+                return steps
+        below = max((c for c in costs.values() if c < nfe), default=None)
+        above = min(c for c in costs.values() if c > nfe)
+        near = " or ".join(str(c) for c in (below, above) if c is not None)
+        raise ValueError(
+            f"{self.name} cannot use exactly {nfe} network calls; the nearest budgets are {near}"
+        )
+
+    @final
+    def plan(self, grid: TimeGrid) -> Plan:
+        """Returns the plan on a grid, audited.
+
+        Raises:
+            ValueError: If the method is not defined on this grid.
+        """
+        tape = Tape(grid, self.prediction)
+        plan = tape.finish(self.equations(tape, grid), self.name)
+        expected = self.nfe(grid.steps, ends_at_zero=grid.ends_at_zero)
+        if plan.nfe != expected:
+            raise AssertionError(f"{self.name} declares {expected} calls and makes {plan.nfe}")
+        if self.exact:
+            _audit(plan, grid)
+        return plan
+
+
+def _audit(plan: Plan, grid: TimeGrid) -> None:
+    """Checks that constant noise and data pass through unchanged, which a scale slip breaks."""
+    defect = point_mass_defect(plan, grid.alpha[-1], grid.sigma[-1])
+    # Coefficients of size alpha_end / alpha_start cancel in the check itself.
+    size = float(plan.values.detach().abs().max())
+    if not defect <= 1e-10 * max(1.0, size):
+        raise AssertionError(
+            f"{plan.name} claims to be exact on a point mass, the defect is {defect:.3g}"
+        )
+
+
+def transfer(x: Form, f: Form, grid: TimeGrid, i: int, j: int) -> Form:
+    r"""Returns the DDIM map :math:`\frac{\alpha_j}{\alpha_i} x + (\sigma_j - \frac{\alpha_j}{\alpha_i} \sigma_i) \varepsilon`."""
+    a, s = grid.alpha, grid.sigma
+    return move(x, f, a[i], s[i], a[j], s[j])
+
+
+def move(x: Form, f: Form, a: Tensor, s: Tensor, a_end: Tensor, s_end: Tensor) -> Form:
+    r"""Returns the DDIM map between two pairs of scales :math:`(\alpha, \sigma)`."""
+    ratio = a_end / a
+    return ratio * x + (s_end - ratio * s) * f
+
+
+def check_order(name: str, order: object, low: int, high: int) -> None:
+    """Raises unless an order is an integer in a range."""
+    if not isinstance(order, int) or isinstance(order, bool) or not low <= order <= high:
+        raise ValueError(f"the order of {name} must be an integer from {low} to {high}, got {order!r}")
+
+
+def check_number(name: str, value: object, *, low: float = 0.0, high: float = math.inf) -> None:
+    """Raises unless an option is a finite number in a range."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not low <= float(value) <= high:  # type: ignore[arg-type]
+        bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be a number {bound}, got {value!r}")

@@ -1,0 +1,121 @@
+r"""UniPC: a predictor and a corrector that share their network calls."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.grids import TimeGrid
+from fewstep.prediction import Prediction
+from fewstep.quadrature import phi
+from fewstep.solvers.base import Solver, check_order
+from fewstep.tape import Form, Tape
+
+
+@dataclass(frozen=True)
+class UniPC(Solver):
+    r"""UniPC of order p in data prediction: UniP-p predicts, UniC-p corrects.
+
+    From grid point t to s, :math:`h = \lambda_s - \lambda_t`, with the differences
+    :math:`D_k = (m_k - m_0) / r_k` of the answers at :math:`\lambda_t + r_k h`:
+
+    .. math:: x_s = \frac{\sigma_s}{\sigma_t} x_t - \alpha_s (e^{-h} - 1) m_0 - \alpha_s B(h) \sum_k a_k D_k,
+        \qquad \sum_k r_k^{n-1} a_k = \frac{n! \, (-h) \varphi_{n+1}(-h)}{B(h)}
+
+    The predictor uses the p - 1 older answers, the corrector one more: the answer at the
+    predicted point, which is not computed again at the corrected one. The order grows from 1 in
+    the first steps, and with ``lower_final`` (as in diffusers at any number of steps) falls to 1
+    in the last ones.
+
+    References:
+        | UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models (Zhao et al., 2023)
+        | https://arxiv.org/abs/2302.04867
+
+    Cost: one network call per step.
+
+    Order: p + 1 in theory with exact starting values; at least p observed. The first steps cap
+    it at 2 to 3 asymptotically.
+
+    Arguments:
+        degree: The order p, 1 to 3.
+        variant: The function B: ``"bh1"`` is :math:`-h`, ``"bh2"`` is :math:`e^{-h} - 1`.
+        lower_final: Whether the order falls to 1 in the last steps.
+    """
+
+    degree: int = 2
+    variant: str = "bh2"
+    lower_final: bool = True
+
+    prediction: ClassVar[Prediction] = Prediction.X0
+    default_grid = ("log-rho", {})
+    twin = "diffusers:UniPCMultistepScheduler"
+
+    def __post_init__(self) -> None:
+        check_order("unipc", self.degree, 1, 3)
+        if self.variant not in ("bh1", "bh2"):
+            raise ValueError(f"variant must be 'bh1' or 'bh2', got {self.variant!r}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"unipc{self.degree}"
+
+    @property
+    def order(self) -> int:
+        return self.degree
+
+    def equations(self, tape: Tape, grid: TimeGrid) -> Form:
+        x = predicted = tape.x
+        answers = list[Form]()
+        degree = 1
+        for i in range(grid.steps):
+            predicted, f = tape.evaluate(predicted, grid.times[i])
+            if i:
+                x = tape.state(self._step(grid, i - 1, degree, x, answers, f), i)
+            answers = [f, *answers[: self.degree - 1]]
+            degree = min(self.degree, i + 1)
+            if grid.is_last_zero(i):
+                degree = 1
+            elif self.lower_final:
+                degree = min(degree, grid.steps - i)
+            knot = i + 1 if i + 1 == grid.steps else None
+            predicted = tape.state(self._step(grid, i, degree, x, answers, None), knot)
+        return predicted
+
+    def _step(
+        self, grid: TimeGrid, i: int, degree: int, x: Form, answers: list[Form], newest: Form | None
+    ) -> Form:
+        """Step i of order ``degree``: predictor, or corrector if the answer at its end is given."""
+        lam, a = grid.lam, grid.alpha[i + 1]
+        h = lam[i + 1] - lam[i]
+        expm1 = torch.expm1(-h)
+        form = grid.sigma[i + 1] / grid.sigma[i] * x - a * expm1 * answers[0]
+        ratios = [(lam[i - k] - lam[i]) / h for k in range(1, degree)]
+        slopes = [
+            (answers[k] - answers[0]) / r for k, r in zip(range(1, degree), ratios, strict=True)
+        ]
+        if newest is not None:
+            ratios.append(torch.ones((), dtype=torch.float64))
+            slopes.append(newest - answers[0])
+        if not slopes:
+            return form
+        scale = -h if self.variant == "bh1" else expm1
+        for c, slope in zip(self._weights(h, ratios, scale), slopes, strict=True):
+            form = form - a * scale * c * slope
+        return form
+
+    @staticmethod
+    def _weights(h: Tensor, ratios: list[Tensor], scale: Tensor) -> Tensor:
+        r = torch.stack(ratios)
+        count = len(ratios)
+        if count == 1:
+            # One difference: the value of UniPC's authors, instead of the solution of the system.
+            return torch.full((1,), 0.5, dtype=torch.float64)
+        matrix = torch.stack([r**n for n in range(count)])
+        right = torch.stack(
+            [math.factorial(n) * -h * phi(n + 1, -h) / scale for n in range(1, count + 1)]
+        )
+        return torch.linalg.solve(matrix, right)

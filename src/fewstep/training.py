@@ -1,0 +1,306 @@
+r"""Training of a small diffusion model on the user's images: ``fewstep train``."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.data import ImageData
+from fewstep.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.schedules import NoiseSchedule, schedule_from_config
+from fewstep.zoo.unet import SmallUNet
+
+CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    r"""Everything that determines a training run, besides the images.
+
+    Batch, times and noise of step i depend on (seed, i) alone, so an interrupted run goes on
+    exactly where it was. The learning rate rises during ``warmup`` steps, stays, and falls
+    linearly to zero over the last ``decay`` share of the steps; a run can therefore be made
+    longer as long as it has not begun to fall.
+
+    Attributes:
+        network: The options of :class:`fewstep.zoo.unet.SmallUNet`.
+        schedule: The noise schedule, as :meth:`NoiseSchedule.to_config` writes it.
+        prediction: ``"v"`` or ``"eps"``.
+        label_dropout: The share of labels replaced by the null label, so that
+            classifier-free guidance works.
+        uniform_times: The share of times drawn uniformly; the others follow the density that
+            a cosine schedule has in :math:`\lambda`, which is where images are made.
+        ema: The decay of the moving average of the weights, which is what is stored.
+        precision: ``"float32"`` or ``"bfloat16"`` (autocast).
+    """
+
+    network: dict[str, Any]
+    schedule: dict[str, Any]
+    prediction: str = "v"
+    steps: int = 10_000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    decay: float = 0.3
+    weight_decay: float = 0.01
+    label_dropout: float = 0.1
+    uniform_times: float = 0.5
+    ema: float = 0.999
+    clip: float = 1.0
+    precision: str = "bfloat16"
+    compile: bool = False
+    seed: int = 0
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.prediction not in ("eps", "v"):
+            raise ValueError(f"prediction must be 'eps' or 'v', got {self.prediction!r}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"precision must be 'float32' or 'bfloat16', got {self.precision!r}"
+            )
+        for name in ("decay", "label_dropout", "uniform_times", "ema"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+
+    @classmethod
+    def from_json(cls, value: Any) -> TrainRecipe:
+        """Returns the recipe that a JSON object describes; unknown keys are an error."""
+        if not isinstance(value, dict):
+            raise ValueError(f"a training recipe is a JSON object, got {value!r:.80}")
+        unknown = sorted(set(value) - set(cls.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ValueError(f"a training recipe has no {unknown[0]!r}; it has {known}")
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise ValueError(f"the training recipe is not complete: {error}") from None
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """What is told after a step: its number, the number of steps, the smoothed loss."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+def train(
+    data: ImageData,
+    out: str | Path,
+    recipe: TrainRecipe,
+    *,
+    device: str | torch.device = "cpu",
+    checkpoint_every: int = 250,
+    on_step: Callable[[TrainEvent], None] | None = None,
+) -> Path:
+    r"""Trains a small diffusion model and writes it as a folder that :func:`fewstep.load` reads.
+
+    The loss is the mean square of the error in the recipe's prediction,
+
+    .. math:: E \, \| f_\theta(\alpha_t x_0 + \sigma_t \varepsilon, t) - v_t \|^2, \qquad
+        v_t = \alpha_t \varepsilon - \sigma_t x_0
+
+    References:
+        | Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022), appendix D
+        | https://arxiv.org/abs/2202.00512
+
+    Arguments:
+        data: The images, and labels if the network has classes.
+        out: The folder to write; if it holds a checkpoint of the same recipe, the run goes on.
+        recipe: What to train, how long, with which seed.
+        device: Where.
+        checkpoint_every: The steps between two checkpoints.
+        on_step: Called after each step.
+
+    Raises:
+        ValueError: If recipe and data do not fit, or the folder has a run of another recipe.
+    """
+    out = Path(out)
+    noise_schedule = schedule_from_config(recipe.schedule)
+    options = {"in_channels": data.event_shape[0], "num_classes": data.num_classes}
+    options |= recipe.network
+    patch = options.get("patch", 1)
+    if data.event_shape[1] % patch or data.event_shape[2] % patch:
+        raise ValueError(f"patch {patch} does not divide images of shape {data.event_shape}")
+    options.setdefault("time_scale", 1000.0 / (noise_schedule.t_max - noise_schedule.t_min))
+
+    torch.manual_seed(recipe.seed)
+    network = SmallUNet(**options).to(device)
+    if torch.device(device).type == "cpu":
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = {key: value.detach().clone() for key, value in network.state_dict().items()}
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=recipe.weight_decay,
+    )
+    start, loss_mean = _restore(out, recipe, network, average, optimizer)
+    call = torch.compile(network) if recipe.compile else network
+
+    for step in range(start, recipe.steps):
+        batch = _batch(data, noise_schedule, recipe, step)
+        x, t, target, labels = (None if b is None else b.to(device) for b in batch)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _rate(step, recipe)
+        with torch.autocast(
+            torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
+        ):
+            predicted = call(x, t, labels) if labels is not None else call(x, t)
+        loss = (predicted.float() - target).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(recipe.ema, (1 + step) / (10 + step))
+            for key, value in network.state_dict().items():
+                average[key].lerp_(value, 1 - decay)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"the loss is {value} at step {step}; lower learning_rate")
+        loss_mean = value if loss_mean is None else 0.99 * loss_mean + 0.01 * value
+        if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
+            _save(out, recipe, step + 1, loss_mean, network, average, optimizer)
+        if on_step is not None:
+            on_step(TrainEvent(step + 1, recipe.steps, loss_mean))
+
+    return _export(out, recipe, data, noise_schedule, network.config, average, loss_mean)
+
+
+def _rate(step: int, recipe: TrainRecipe) -> float:
+    falling = max(1, round(recipe.decay * recipe.steps))
+    return min(1.0, (step + 1) / max(1, recipe.warmup), (recipe.steps - step) / falling)
+
+
+def _generator(*address: int | str) -> torch.Generator:
+    digest = hashlib.sha256(repr(address).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _batch(
+    data: ImageData, schedule: NoiseSchedule, recipe: TrainRecipe, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    n = recipe.batch_size
+    per_epoch = max(1, len(data) // n)
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(len(data), generator=_generator(recipe.seed, "epoch", epoch))
+    index = order[place * n : (place + 1) * n]
+    n = len(index)
+
+    generator = _generator(recipe.seed, "step", step)
+    x0 = data.floats(index)
+    u = (torch.rand(n, generator=generator, dtype=torch.float64) + torch.arange(n)) / n
+    t_uniform = schedule.t_min + u * (schedule.t_max - schedule.t_min)
+    # A cosine schedule has lambda = log cot(pi u / 2); the same u through our schedule.
+    lam = -torch.log(torch.tan(u.clamp(1e-4, 1 - 1e-4) * (math.pi / 2)))
+    t_cosine = schedule.time(lam).clamp(schedule.t_min, schedule.t_max)
+    pick = torch.rand(n, generator=generator) < recipe.uniform_times
+    t = torch.where(pick, t_uniform, t_cosine)
+    shape = (-1, *[1] * (x0.ndim - 1))
+    alpha, sigma = (f(t).float().reshape(shape) for f in (schedule.alpha, schedule.sigma))
+    eps = torch.randn(x0.shape, generator=generator)
+    target = eps if recipe.prediction == "eps" else alpha * eps - sigma * x0
+    labels = None
+    if data.labels is not None and recipe.network.get("num_classes", -1) is not None:
+        drop = torch.rand(n, generator=generator) < recipe.label_dropout
+        labels = torch.where(drop, data.num_classes or 0, data.labels[index])
+    return alpha * x0 + sigma * eps, t.float(), target, labels
+
+
+def _save(
+    out: Path,
+    recipe: TrainRecipe,
+    step: int,
+    loss: float,
+    network: nn.Module,
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    metadata = {"step": str(step), "loss": repr(loss)}
+    write_tensors(out / f"{CHECKPOINT}.safetensors", tensors, metadata)
+    write_json(
+        out / f"{CHECKPOINT}.json", {"step": step, "loss": loss, "recipe": asdict(recipe)}
+    )
+
+
+def _restore(
+    out: Path,
+    recipe: TrainRecipe,
+    network: nn.Module,
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, float | None]:
+    state_file, tensor_file = out / f"{CHECKPOINT}.json", out / f"{CHECKPOINT}.safetensors"
+    if not (state_file.exists() and tensor_file.exists()):
+        return 0, None
+    state = read_json(state_file, what="checkpoint")
+    stored = TrainRecipe.from_json(state["recipe"])
+    falling_from = round((1 - stored.decay) * stored.steps)
+    same = asdict(stored) | {"steps": 0, "compile": False} == asdict(recipe) | {
+        "steps": 0,
+        "compile": False,
+    }
+    if not same or (stored.steps != recipe.steps and state["step"] > falling_from):
+        raise ValueError(
+            f"the folder {str(out)!r} has a run of another recipe, at step {state['step']}; "
+            "give the same recipe to go on, or another folder"
+        )
+    tensors = read_tensors(tensor_file)
+    part = lambda prefix: {  # noqa: E731
+        k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+    }
+    network.load_state_dict(part("network."))
+    for key, value in part("average.").items():
+        average[key].copy_(value)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in part("optimizer.").items():
+        index, name = key.split(".", 1)
+        moments.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return int(state["step"]), float(state["loss"])
+
+
+def _export(
+    out: Path,
+    recipe: TrainRecipe,
+    data: ImageData,
+    schedule: NoiseSchedule,
+    network: dict[str, Any],
+    average: dict[str, Tensor],
+    loss: float | None,
+) -> Path:
+    from fewstep.zoo.folder import write_model
+
+    pixels = data.floats(slice(0, 10_000))
+    return write_model(
+        out,
+        {key: value.half() for key, value in average.items()},
+        network={"kind": "small-unet", **network},
+        schedule=schedule,
+        prediction=recipe.prediction,
+        event_shape=data.event_shape,
+        class_names=data.names,
+        data_mean=float(pixels.mean()),
+        data_std=float(pixels.std()),
+        training={"recipe": asdict(recipe), "images": len(data), "loss": loss},
+    )

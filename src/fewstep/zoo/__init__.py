@@ -1,0 +1,1 @@
+"""The embedded models and feature extractors, and how each was trained."""

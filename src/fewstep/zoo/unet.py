@@ -1,0 +1,197 @@
+"""The small U-Net of the embedded models and of ``fewstep train``; torch alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around a scale and shift by the time embedding; identity at the start."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
+        super().__init__()
+        self.norm_in = nn.GroupNorm(_groups(inputs), inputs)
+        self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * outputs)
+        self.norm_out = nn.GroupNorm(_groups(outputs), outputs)
+        self.conv_out = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv_in(functional.silu(self.norm_in(x)))
+        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm_out(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv_out(functional.silu(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels; identity at the start."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(_groups(channels), channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.qkv(self.norm(x)).reshape(
+            batch, 3, self.heads, channels // self.heads, height * width
+        )
+        q, k, v = tokens.transpose(-1, -2).unbind(1)
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(mixed.transpose(-1, -2).reshape(batch, channels, height, width))
+
+
+class Stage(nn.Module):
+    """A residual block and, where asked for, attention: the unit after which others may hook."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, *, heads: int) -> None:
+        super().__init__()
+        self.block = ResBlock(inputs, outputs, embedding)
+        self.attention = Attention(outputs, heads) if heads else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.block(x, embedding))
+
+
+class SmallUNet(nn.Module):
+    r"""A class-conditional U-Net for small images.
+
+    Arguments:
+        in_channels: The channels of an image.
+        patch: The side of the squares of pixels that are folded into channels at the entrance
+            (and unfolded at the exit); 2 makes the network four times cheaper. It must divide
+            the height and the width.
+        channels: The width at each level; each further level halves the resolution.
+        blocks: The number of stages at each level, on the way down and on the way up.
+        attention: The levels (from 0) that have self-attention.
+        num_classes: The number of classes, or ``None`` for an unconditional network. Label
+            ``num_classes`` is the null label of classifier-free guidance.
+        time_scale: What a time is multiplied with before the sinusoidal embedding, so that it
+            covers about 0 to 1000.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 1,
+        patch: int = 1,
+        channels: Sequence[int] = (32, 64, 128),
+        blocks: Sequence[int] = (1, 2, 2),
+        attention: Sequence[int] = (2,),
+        num_classes: int | None = None,
+        time_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "in_channels": in_channels,
+            "patch": patch,
+            "channels": list(channels),
+            "blocks": list(blocks),
+            "attention": list(attention),
+            "num_classes": num_classes,
+            "time_scale": time_scale,
+        }
+        self.patch = patch
+        self.time_scale = time_scale
+        self.num_classes = num_classes
+        width = 4 * channels[0]
+        self.frequencies = channels[0]
+        self.embed_time = nn.Sequential(
+            nn.Linear(2 * self.frequencies, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.embed_class = nn.Embedding(num_classes + 1, width) if num_classes else None
+
+        heads = [max(1, c // 32) if i in attention else 0 for i, c in enumerate(channels)]
+        self.conv_in = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
+        current, skips = channels[0], []
+        for level, (c, n) in enumerate(zip(channels, blocks, strict=True)):
+            stages = nn.ModuleList()
+            for _ in range(n):
+                stages.append(Stage(current, c, width, heads=heads[level]))
+                current = c
+                skips.append(c)
+            self.down.append(stages)
+            last = level == len(channels) - 1
+            self.shrink.append(
+                nn.Identity() if last else nn.Conv2d(c, c, 3, stride=2, padding=1)
+            )
+        self.middle = Stage(current, current, width, heads=heads[-1])
+        for level in reversed(range(len(channels))):
+            stages = nn.ModuleList()
+            for _ in range(blocks[level]):
+                stages.append(
+                    Stage(current + skips.pop(), channels[level], width, heads=heads[level])
+                )
+                current = channels[level]
+            self.up.append(stages)
+            self.grow.append(
+                nn.Conv2d(current, channels[level - 1], 3, padding=1) if level else nn.Identity()
+            )
+            current = channels[level - 1] if level else current
+        self.norm_out = nn.GroupNorm(_groups(current), current)
+        self.conv_out = nn.Conv2d(current, in_channels * patch**2, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        r"""Returns the prediction.
+
+        Arguments:
+            x: The noisy images, with shape (B, C, H, W).
+            t: The times, with shape (B,).
+            class_labels: The classes, integers with shape (B,); left out, the null label.
+        """
+        embedding = self.embed_time(_sinusoid(t * self.time_scale, self.frequencies).to(x.dtype))
+        if self.embed_class is not None:
+            if class_labels is None:
+                class_labels = torch.full((x.shape[0],), self.num_classes, device=x.device)
+            embedding = embedding + self.embed_class(class_labels)
+        embedding = functional.silu(embedding)
+
+        h = self.conv_in(functional.pixel_unshuffle(x, self.patch))
+        skips = []
+        for stages, shrink in zip(self.down, self.shrink, strict=True):
+            for stage in stages:
+                h = stage(h, embedding)
+                skips.append(h)
+            h = shrink(h)
+        h = self.middle(h, embedding)
+        for stages, grow in zip(self.up, self.grow, strict=True):
+            for stage in stages:
+                h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
+            if skips:
+                h = grow(functional.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
+        h = self.conv_out(functional.silu(self.norm_out(h)))
+        return functional.pixel_shuffle(h, self.patch)
+
+
+def _groups(channels: int) -> int:
+    return math.gcd(channels, max(1, min(16, channels // 4)))
+
+
+def _sinusoid(t: Tensor, frequencies: int) -> Tensor:
+    # Times stay in at least float32: in bfloat16 999 would become 1000.
+    t = t if t.dtype == torch.float64 else t.float()
+    rate = torch.arange(frequencies, device=t.device, dtype=t.dtype) / frequencies
+    angle = t[:, None] * torch.exp(-math.log(10_000.0) * rate)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def build(config: dict[str, Any]) -> SmallUNet:
+    """Returns the network that :attr:`SmallUNet.config` describes."""
+    return SmallUNet(**config)
