@@ -62,7 +62,7 @@ _HOMES = {
     "load": "zoo.load",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - the list is the mapping's
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

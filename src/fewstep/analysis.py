@@ -45,7 +45,7 @@ def _weights(plan: Plan, variance: Tensor, alpha: Tensor, sigma: Tensor) -> Tens
             registers.append(shift[row.at] * x + factor[row.at] * eps)
         else:
             assert isinstance(row, Noise)
-            registers.append(basis[2 + row.index])
+            registers.append(basis[2 + row.draw])
     return registers[plan.structure.result]
 
 
@@ -86,7 +86,7 @@ def point_mass_defect(plan: Plan, alpha: Tensor, sigma: Tensor) -> float:
                 eps = check(registers[row.of], *plan.scales[row.at])
                 registers.append(p[row.at] * basis[0] + q[row.at] * eps)
             else:
-                registers.append(basis[2 + row.index])
+                registers.append(basis[2 + row.draw])
         check(registers[plan.structure.result], alpha, sigma)
         return float(torch.stack(defects).max())
 
@@ -150,4 +150,3 @@ def convert_plan(plan: Plan, prediction: Prediction | str) -> Plan:
         else:
             registers.append(tape.noise())
     return tape.finish(registers[plan.structure.result], plan.name)
-

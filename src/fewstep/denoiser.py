@@ -31,7 +31,7 @@ class Denoiser(nn.Module, ABC):
     schedule: NoiseSchedule
     native: Prediction
     event_shape: tuple[int, ...] | None = None
-    null_condition: Mapping[str, Any] = {}  # noqa: RUF012 - replaced, never written to
+    null_condition: Mapping[str, Any] = {}
     data_mean: Tensor | float | None = None
     data_std: Tensor | float | None = None
     calls: int = 1
@@ -311,7 +311,9 @@ class Thresholded(_Wrapper):
         return x0.clamp(-scale, scale) * (self.limit / scale)
 
 
-def bind(denoiser: Denoiser, plan: Plan, batch: int, cond: Mapping[str, Any], like: Tensor) -> Callable[[Tensor, int], Tensor]:
+def bind(
+    denoiser: Denoiser, plan: Plan, batch: int, cond: Mapping[str, Any], like: Tensor
+) -> Callable[[Tensor, int], Tensor]:
     r"""Returns the network as a plan calls it: ``f(x, k)`` in the plan's prediction at its k-th time.
 
     Times and conversion factors are laid out beforehand, so that a call costs the network and at

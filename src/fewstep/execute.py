@@ -104,7 +104,7 @@ class Execution:
                 return
             else:
                 assert self._draw is not None
-                self._finish_row(self._draw(row.index))
+                self._finish_row(self._draw(row.draw))
         self.call = None
 
     def _combine(self, row: Lin) -> Tensor:
@@ -182,7 +182,7 @@ def functional(
     if checkpoint:
         from torch.utils.checkpoint import checkpoint as rematerialise
 
-        def call(y: Tensor, t: Tensor) -> Tensor:
+        def call(y: Tensor, t: Tensor, /) -> Tensor:
             return rematerialise(network, y, t, use_reentrant=False)  # type: ignore[return-value]
     else:
         call = network
@@ -215,7 +215,7 @@ def _row(
     if draw is None:
         raise ValueError("the plan draws noise; give a source of draws")
     assert isinstance(row, Noise)
-    return draw(row.index)
+    return draw(row.draw)
 
 
 def _time_dtype(x: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@ r"""Time grids: which times a sampler visits, as the single place where they are
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class TimeGrid:
         if times.dtype != torch.float64:
             raise TypeError(f"the times of a grid are float64, got {times.dtype}")
         values = times.tolist()
-        for i, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+        for i, (a, b) in enumerate(itertools.pairwise(values)):
             if not b < a:
                 raise ValueError(
                     f"times must decrease strictly, got t[{i}] = {a:g} and t[{i + 1}] = {b:g}; "

@@ -9,7 +9,8 @@ from typing import Any
 from fewstep.grids import TimeGrid
 from fewstep.plans import Plan
 from fewstep.schedules import NoiseSchedule
-from fewstep.solvers import Solver, solver as make_solver
+from fewstep.solvers import Solver
+from fewstep.solvers import solver as make_solver
 
 GRID_OPTIONS = frozenset({"t_start", "t_end", "to_zero", "power", "rho", "times"})
 """The options of a plan that belong to its grid; all others are the solver's."""
@@ -102,7 +103,9 @@ def _grid(
         raise ValueError(f"give nfe or steps, not both; got nfe={nfe} and steps={steps}")
     if isinstance(grid, TimeGrid):
         if options:
-            raise ValueError(f"a grid that is made already takes no options, got {', '.join(options)}")
+            raise ValueError(
+                f"a grid that is made already takes no options, got {', '.join(options)}"
+            )
         if grid.schedule != schedule:
             raise ValueError(
                 f"the grid was made for schedule {grid.schedule.name!r}, the plan is for {schedule.name!r}"

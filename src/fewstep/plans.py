@@ -50,7 +50,7 @@ class Eval(NamedTuple):
 class Noise(NamedTuple):
     """A normal draw: which one."""
 
-    index: int
+    draw: int
 
 
 Row = Lin | Eval | Noise
@@ -124,9 +124,9 @@ class Structure:
                         )
                     evaluations += 1
                 case Noise():
-                    if row.index != noises:
+                    if row.draw != noises:
                         raise ValueError(
-                            f"row {i} draws noise {row.index}, expected {noises}: draws are in order"
+                            f"row {i} draws noise {row.draw}, expected {noises}: draws are in order"
                         )
                     noises += 1
         if not 0 <= self.result <= len(self.rows):
@@ -203,10 +203,14 @@ class Plan:
             raise ValueError("a plan has at least two knots, its first and its last time")
         if not self.structure.nfe:
             raise ValueError("a plan calls the network at least once; this one never does")
-        states = [r.state for r in self.structure.rows if isinstance(r, Lin) and r.state is not None]
+        states = [
+            r.state for r in self.structure.rows if isinstance(r, Lin) and r.state is not None
+        ]
         for state in states:
             if not 0 < state < self.knots.numel():
-                raise ValueError(f"a row is state {state}, but the plan has {self.knots.numel()} knots")
+                raise ValueError(
+                    f"a row is state {state}, but the plan has {self.knots.numel()} knots"
+                )
 
     @property
     def prediction(self) -> Prediction:
@@ -249,7 +253,7 @@ class Plan:
                     inputs.append(registers[row.of])
                     registers.append(_unit(1 + row.at, width))
                 case Noise():
-                    registers.append(_unit(1 + k + row.index, width))
+                    registers.append(_unit(1 + k + row.draw, width))
         table = torch.stack([*inputs, registers[self.structure.result]])
         return FlatPlan(table[:, 0], table[:, 1 : 1 + k], table[:, 1 + k :])
 
@@ -293,7 +297,7 @@ class Plan:
                 case Eval():
                     rows.append({"eval": [row.of, row.at]})
                 case Noise():
-                    rows.append({"noise": row.index})
+                    rows.append({"noise": row.draw})
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -325,12 +329,23 @@ class Plan:
         if not isinstance(content, Mapping):
             raise ValueError(f"a plan is a JSON object, got {type(content).__name__}")
         if content.get("format") != FORMAT:
-            raise ValueError(f"not a plan: its format is {content.get('format')!r}, not {FORMAT!r}")
+            raise ValueError(
+                f"not a plan: its format is {content.get('format')!r}, not {FORMAT!r}"
+            )
         if content.get("version") != VERSION:
             raise ValueError(
                 f"the plan has version {content.get('version')!r}; this fewstep reads version {VERSION}"
             )
-        required = {"format", "version", "prediction", "schedule", "times", "scales", "rows", "result"}
+        required = {
+            "format",
+            "version",
+            "prediction",
+            "schedule",
+            "times",
+            "scales",
+            "rows",
+            "result",
+        }
         optional = {"knots", "name", "head"}
         if missing := sorted(required - set(content)):
             raise ValueError(f"the plan has no {missing[0]!r}")
@@ -355,13 +370,23 @@ class Plan:
                     f"the plan calls the network at t = {t:g}, outside of the times of "
                     f"{schedule.name!r} ({schedule.t_min:g} to {schedule.t_max:g})"
                 )
-        plan = cls(structure, torch.tensor(values, dtype=torch.float64), times, knots, schedule, head, name)
+        plan = cls(
+            structure,
+            torch.tensor(values, dtype=torch.float64),
+            times,
+            knots,
+            schedule,
+            head,
+            name,
+        )
         scales = content["scales"]
         if not isinstance(scales, list) or len(scales) != plan.nfe:
             raise ValueError(f"the plan's scales must be {plan.nfe} pairs")
         stored = torch.stack([_numbers(pair, "scales", length=2) for pair in scales])
         if not torch.allclose(stored, plan.scales, rtol=1e-9, atol=1e-12):
-            k = int((~torch.isclose(stored, plan.scales, rtol=1e-9, atol=1e-12)).any(1).nonzero()[0])
+            k = int(
+                (~torch.isclose(stored, plan.scales, rtol=1e-9, atol=1e-12)).any(1).nonzero()[0]
+            )
             raise ValueError(
                 f"the plan's scales at t = {times[k]:g} are {stored[k].tolist()}, its schedule "
                 f"has {plan.scales[k].tolist()}: the file was changed, or is of another version"
@@ -425,7 +450,9 @@ def _numbers(value: object, what: str, length: int | None = None) -> Tensor:
         raise ValueError(f"the plan's {what} must be a list of numbers, got {value!r:.40}")
     if length is not None and len(value) != length:
         raise ValueError(f"each of the plan's {what} must be {length} numbers, got {value!r:.40}")
-    return torch.tensor([_number(v, f"each of the plan's {what}") for v in value], dtype=torch.float64)
+    return torch.tensor(
+        [_number(v, f"each of the plan's {what}") for v in value], dtype=torch.float64
+    )
 
 
 def _rows_from(content: object) -> tuple[tuple[Row, ...], list[float]]:

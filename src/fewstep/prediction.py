@@ -24,7 +24,7 @@ from torch import Tensor
 from fewstep.registry import unknown
 
 
-class Prediction(str, enum.Enum):
+class Prediction(enum.StrEnum):
     """A prediction convention; the value is the name that users write."""
 
     X0 = "x0"

@@ -51,7 +51,9 @@ class SamplerRecipe:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"the kind of a recipe is one of {', '.join(KINDS)}, got {self.kind!r}")
+            raise ValueError(
+                f"the kind of a recipe is one of {', '.join(KINDS)}, got {self.kind!r}"
+            )
         if (self.plan is not None) != (self.kind == "plan"):
             raise ValueError("a recipe has a plan if and only if its kind is 'plan'")
         if self.kind == "solver" and self.nfe is None and "times" not in self.options:
@@ -120,7 +122,9 @@ class SamplerRecipe:
             made = Plan._from_content(content)
             return cls(kind="plan", name=made.name, plan=made)
         if content.get("format") != FORMAT:
-            raise ValueError(f"not a recipe: its format is {content.get('format')!r}, not {FORMAT!r}")
+            raise ValueError(
+                f"not a recipe: its format is {content.get('format')!r}, not {FORMAT!r}"
+            )
         if content.get("version") != VERSION:
             raise ValueError(
                 f"the recipe has version {content.get('version')!r}; this fewstep reads version {VERSION}"

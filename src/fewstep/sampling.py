@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, Guided, bind
-from fewstep.execute import Execution
+from fewstep.execute import Call, Execution
 from fewstep.grids import TimeGrid
 from fewstep.noise import INITIAL, NoiseSource
-from fewstep.planning import choose, plan as make_plan
+from fewstep.planning import choose
+from fewstep.planning import plan as make_plan
 from fewstep.plans import Plan
 from fewstep.prediction import Prediction, convert
 from fewstep.solvers import Solver
@@ -62,7 +64,10 @@ class Run:
 class Sampler(Protocol):
     """One protocol for plans, adaptive solvers, learned plans and operators."""
 
-    denoiser: Denoiser
+    @property
+    def denoiser(self) -> Denoiser:
+        """The model."""
+        ...
 
     @property
     def nfe(self) -> int | None:
@@ -106,8 +111,11 @@ class PlanSampler:
         return self.plan.nfe
 
     def start(self, noise: Tensor) -> Tensor:
-        r"""Returns the initial state: :math:`\sigma z` of the prior, :math:`\alpha x_0 + \sigma z` of an
-        image, or :math:`\alpha m + \sqrt{\alpha^2 s^2 + \sigma^2} \, z` of a head start."""
+        r"""Returns the initial state that standard normal noise stands for.
+
+        That is :math:`\sigma z` of the prior, :math:`\alpha x_0 + \sigma z` of an image, or
+        :math:`\alpha m + \sqrt{\alpha^2 s^2 + \sigma^2} \, z` of a head start.
+        """
         t = self.plan.knots[0].detach()
         alpha, sigma = float(self.plan.schedule.alpha(t)), float(self.plan.schedule.sigma(t))
         if self.image is not None:
@@ -152,7 +160,7 @@ class PlanSampler:
                 answer = call(request.x, request.at)
                 if not bool(torch.isfinite(answer).all()):
                     wrong = ~torch.isfinite(answer.flatten(1)).all(1)
-                    rows = [self_ for self_ in wrong.nonzero().flatten().tolist()]
+                    rows = wrong.nonzero().flatten().tolist()
                     raise ValueError(
                         f"the network returned NaN or infinity at evaluation {request.at + 1} of "
                         f"{self.nfe}, t = {float(self.plan.times[request.at]):.6g}, for sample "
@@ -286,7 +294,7 @@ def sample(
         raise ValueError(f"save must be None or 'states', got {save!r}")
     n, noise, denoiser, cond = _checked(denoiser, n, noise, guidance, cond)
     image = _image(image, n, denoiser, noise)
-    if isinstance(recipe, (str, bytes)) or hasattr(recipe, "__fspath__"):
+    if isinstance(recipe, (str, Path)):
         from fewstep.recipe import SamplerRecipe
 
         recipe = SamplerRecipe.load(recipe)
@@ -375,18 +383,23 @@ def _follow(made: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
         execution, call = made._begin(x, run, lambda k, state: reached.append((k, state)))
     while (request := execution.call) is not None:
         with torch.no_grad():
-            y, answer = request.x.clone(), call(request.x, request.at)
-            alpha, sigma = plan.scales[request.at].detach()
-
-            def told(target: Prediction) -> Tensor:
-                return convert(
-                    answer, y, alpha=alpha, sigma=sigma, source=plan.prediction, target=target
-                )
-
+            # The state may be overwritten when the run goes on, so predictions come first.
+            answer = call(request.x, request.at)
+            x0, eps = _told(plan, request, answer)
             execution.advance(answer)
         for knot, state in reached:
-            yield Step(knot - 1, knots[knot], state, told(Prediction.X0), told(Prediction.EPS))
+            yield Step(knot - 1, knots[knot], state, x0, eps)
         reached.clear()
+
+
+def _told(plan: Plan, request: Call, answer: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the data and the noise that an answer of the network predicts."""
+    alpha, sigma = plan.scales[request.at].detach()
+    x0, eps = (
+        convert(answer, request.x, alpha=alpha, sigma=sigma, source=plan.prediction, target=target)
+        for target in (Prediction.X0, Prediction.EPS)
+    )
+    return x0, eps
 
 
 def _checked(

@@ -456,9 +456,7 @@ def _beta_options(beta_start: float, beta_end: float, levels: int) -> dict[str, 
         0 < beta_start <= beta_end < 1,
         f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}",
     )
-    _check(
-        isinstance(levels, int) and levels >= 2, f"levels must be at least 2, got {levels!r}"
-    )
+    _check(isinstance(levels, int) and levels >= 2, f"levels must be at least 2, got {levels!r}")
     return {"beta_start": float(beta_start), "beta_end": float(beta_end), "levels": int(levels)}
 
 

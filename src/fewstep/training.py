@@ -67,9 +67,7 @@ class TrainRecipe:
         if self.prediction not in ("eps", "v"):
             raise ValueError(f"prediction must be 'eps' or 'v', got {self.prediction!r}")
         if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"precision must be 'float32' or 'bfloat16', got {self.precision!r}"
-            )
+            raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
         for name in ("decay", "label_dropout", "uniform_times", "ema"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -238,9 +236,7 @@ def _save(
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     metadata = {"step": str(step), "loss": repr(loss)}
     write_tensors(out / f"{CHECKPOINT}.safetensors", tensors, metadata)
-    write_json(
-        out / f"{CHECKPOINT}.json", {"step": step, "loss": loss, "recipe": asdict(recipe)}
-    )
+    write_json(out / f"{CHECKPOINT}.json", {"step": step, "loss": loss, "recipe": asdict(recipe)})
 
 
 def _restore(

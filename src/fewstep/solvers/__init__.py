@@ -19,7 +19,16 @@ from fewstep.solvers.adams import IPNDM, PNDM, TAB, LogRhoAB, RhoAB
 from fewstep.solvers.base import Solver
 from fewstep.solvers.ddim import DDIM, DDPM, GDDIM, AnalyticDDIM, EIScore, Euler, EulerMaruyama
 from fewstep.solvers.dpm import DPMpp2M, DPMpp2MSDE, DPMpp3M
-from fewstep.solvers.rk import DPM2, DPM3, EDMStochastic, Heun, RhoHeun, RhoKutta3, RhoMidpoint, RhoRK4
+from fewstep.solvers.rk import (
+    DPM2,
+    DPM3,
+    EDMStochastic,
+    Heun,
+    RhoHeun,
+    RhoKutta3,
+    RhoMidpoint,
+    RhoRK4,
+)
 from fewstep.solvers.unipc import UniPC
 
 SOLVERS: Registry[Callable[..., Solver]] = Registry(

@@ -288,7 +288,9 @@ class AcceleratedDDPM(Solver):
 
     def __post_init__(self) -> None:
         if self.variant not in _VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(_VARIANTS)}, got {self.variant!r}")
+            raise ValueError(
+                f"variant must be one of {', '.join(_VARIANTS)}, got {self.variant!r}"
+            )
 
     @property
     def order(self) -> int:

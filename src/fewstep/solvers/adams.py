@@ -60,7 +60,9 @@ class _ExponentialAdams(Solver):
 
         breaks = _kinks(grid, i)
         nodes_each = 32 if breaks is None else 8
-        return grid.alpha[i + 1] * integrate(integrand, start, end, nodes=nodes_each, breaks=breaks)
+        return grid.alpha[i + 1] * integrate(
+            integrand, start, end, nodes=nodes_each, breaks=breaks
+        )
 
     def _degree_at(self, grid: TimeGrid, i: int) -> int:
         degree = min(self.degree, i)
@@ -311,5 +313,3 @@ class PNDM(Solver):
             combined = (e1 + 2 * e2 + 2 * e3 + e4) / 6
             x = tape.state(transfer(x, combined, grid, i, i + 1), i + 1)
         return x
-
-

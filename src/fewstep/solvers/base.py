@@ -55,7 +55,9 @@ class Solver(ABC):
         return steps
 
     @final
-    def make_grid(self, schedule: NoiseSchedule, steps: int, name: str | None, **options: Any) -> TimeGrid:
+    def make_grid(
+        self, schedule: NoiseSchedule, steps: int, name: str | None, **options: Any
+    ) -> TimeGrid:
         """Returns the grid of that name, or the solver's own; ``options`` override its options."""
         if name is None:
             name, own = self.default_grid
@@ -125,7 +127,9 @@ def move(x: Form, f: Form, a: Tensor, s: Tensor, a_end: Tensor, s_end: Tensor) -
 def check_order(name: str, order: object, low: int, high: int) -> None:
     """Raises unless an order is an integer in a range."""
     if not isinstance(order, int) or isinstance(order, bool) or not low <= order <= high:
-        raise ValueError(f"the order of {name} must be an integer from {low} to {high}, got {order!r}")
+        raise ValueError(
+            f"the order of {name} must be an integer from {low} to {high}, got {order!r}"
+        )
 
 
 def check_number(name: str, value: object, *, low: float = 0.0, high: float = math.inf) -> None:

@@ -359,7 +359,5 @@ class DPM3(_DPMSolver):
         _, f2 = tape.evaluate(u2, t2)
         s = grid.sigma[i + 1]
         return (
-            grid.alpha[i + 1] / a * x
-            - s * torch.expm1(h) * f
-            - 1.5 * s * h * phi(2, h) * (f2 - f)
+            grid.alpha[i + 1] / a * x - s * torch.expm1(h) * f - 1.5 * s * h * phi(2, h) * (f2 - f)
         )

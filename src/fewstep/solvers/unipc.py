@@ -86,7 +86,13 @@ class UniPC(Solver):
         return predicted
 
     def _step(
-        self, grid: TimeGrid, i: int, degree: int, x: Form, answers: list[Form], newest: Form | None
+        self,
+        grid: TimeGrid,
+        i: int,
+        degree: int,
+        x: Form,
+        answers: list[Form],
+        newest: Form | None,
     ) -> Form:
         """Step i of order ``degree``: predictor, or corrector if the answer at its end is given."""
         lam, a = grid.lam, grid.alpha[i + 1]

@@ -31,7 +31,7 @@ class FolderModel(WrappedNetwork):
     """A network from a folder written by fewstep, class-conditional or not."""
 
     class_names: tuple[str, ...] | None = None
-    about: Mapping[str, Any] = {}  # noqa: RUF012 - replaced, never written to
+    about: Mapping[str, Any] = {}
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         weights = next(self.parameters())
@@ -111,11 +111,16 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> FolderModel:
     if not file.exists():
         raise ValueError(f"the model {str(folder)!r} has no weights: model.safetensors is missing")
     if sha256(file) != about.get("sha256"):
-        raise ValueError(f"the weights {str(file)!r} are damaged: their checksum is not model.json's")
+        raise ValueError(
+            f"the weights {str(file)!r} are damaged: their checksum is not model.json's"
+        )
     try:
         network = _network(dict(about["network"]))
         tensors = read_tensors(file)
-        data = {key: tensors.pop(key, about.get(key.replace(".", "_"))) for key in ("data.mean", "data.std")}
+        data = {
+            key: tensors.pop(key, about.get(key.replace(".", "_")))
+            for key in ("data.mean", "data.std")
+        }
         network.load_state_dict(tensors)
         classes = getattr(network, "num_classes", None)
         model = FolderModel(
@@ -138,5 +143,7 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> FolderModel:
 def _network(config: dict[str, Any]) -> nn.Module:
     kind = config.pop("kind", None)
     if kind != "small-unet":
-        raise ValueError(f"the model's network is of kind {kind!r}; this fewstep knows 'small-unet'")
+        raise ValueError(
+            f"the model's network is of kind {kind!r}; this fewstep knows 'small-unet'"
+        )
     return SmallUNet(**config)

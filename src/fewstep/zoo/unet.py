@@ -22,8 +22,7 @@ class ResBlock(nn.Module):
         self.norm_out = nn.GroupNorm(_groups(outputs), outputs)
         self.conv_out = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        _silence(self.conv_out)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_in(functional.silu(self.norm_in(x)))
@@ -41,8 +40,7 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(_groups(channels), channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        _silence(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -127,9 +125,7 @@ class SmallUNet(nn.Module):
                 skips.append(c)
             self.down.append(stages)
             last = level == len(channels) - 1
-            self.shrink.append(
-                nn.Identity() if last else nn.Conv2d(c, c, 3, stride=2, padding=1)
-            )
+            self.shrink.append(nn.Identity() if last else nn.Conv2d(c, c, 3, stride=2, padding=1))
         self.middle = Stage(current, current, width, heads=heads[-1])
         for level in reversed(range(len(channels))):
             stages = nn.ModuleList()
@@ -145,8 +141,7 @@ class SmallUNet(nn.Module):
             current = channels[level - 1] if level else current
         self.norm_out = nn.GroupNorm(_groups(current), current)
         self.conv_out = nn.Conv2d(current, in_channels * patch**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        _silence(self.conv_out)
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         r"""Returns the prediction.
@@ -159,25 +154,32 @@ class SmallUNet(nn.Module):
         embedding = self.embed_time(_sinusoid(t * self.time_scale, self.frequencies).to(x.dtype))
         if self.embed_class is not None:
             if class_labels is None:
-                class_labels = torch.full((x.shape[0],), self.num_classes, device=x.device)
+                null = self.embed_class.num_embeddings - 1
+                class_labels = torch.full((x.shape[0],), null, device=x.device)
             embedding = embedding + self.embed_class(class_labels)
         embedding = functional.silu(embedding)
 
         h = self.conv_in(functional.pixel_unshuffle(x, self.patch))
         skips = []
         for stages, shrink in zip(self.down, self.shrink, strict=True):
-            for stage in stages:
+            for stage in stages.children():
                 h = stage(h, embedding)
                 skips.append(h)
             h = shrink(h)
         h = self.middle(h, embedding)
         for stages, grow in zip(self.up, self.grow, strict=True):
-            for stage in stages:
+            for stage in stages.children():
                 h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
             if skips:
                 h = grow(functional.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
         h = self.conv_out(functional.silu(self.norm_out(h)))
         return functional.pixel_shuffle(h, self.patch)
+
+
+def _silence(layer: nn.Conv2d) -> None:
+    """Makes a layer return zeros at the start of training."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _groups(channels: int) -> int:

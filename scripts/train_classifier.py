@@ -1,0 +1,79 @@
+"""Trains the classifier that ships as the feature extractor ``fashion``, and tests it.
+
+Usage: python scripts/train_classifier.py DATA OUT [--epochs 6] [--seed 0]
+
+DATA is a folder with the four idx files of Fashion-MNIST (or any data set in its format).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fewstep.data import ImageData, read_images
+from fewstep.metrics.features import Features, write_features
+from fewstep.zoo.classifier import SmallClassifier
+
+
+def _test_images(folder: Path) -> ImageData:
+    for suffix in (".gz", ""):
+        file = folder / f"t10k-images-idx3-ubyte{suffix}"
+        if file.exists():
+            return read_images(file)
+    raise SystemExit(f"error: {folder} has no t10k-images-idx3-ubyte")
+
+
+def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Moves a batch by up to 2 pixels, background filled."""
+    dx, dy = torch.randint(-2, 3, (2,), generator=generator).tolist()
+    padded = functional.pad(images, (2, 2, 2, 2), value=-1.0)
+    height, width = images.shape[-2:]
+    return padded[..., 2 + dy : 2 + dy + height, 2 + dx : 2 + dx + width]
+
+
+def main() -> None:
+    """Trains, tests, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    data, test = read_images(options.data), _test_images(options.data)
+    assert data.labels is not None
+    assert test.labels is not None
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    network = SmallClassifier(in_channels=data.event_shape[0], num_classes=data.num_classes or 1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
+    batch, total = 128, options.epochs * (len(data) // 128)
+    step = 0
+    for epoch in range(options.epochs):
+        order = torch.randperm(len(data), generator=generator)
+        for index in order[: len(data) // batch * batch].split(batch):
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / total))
+            logits = network(_shifted(data.floats(index), generator))
+            loss = functional.cross_entropy(logits, data.labels[index], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+        print(f"epoch {epoch + 1} of {options.epochs}: loss {loss.item():.3f}", flush=True)
+
+    training = {"epochs": options.epochs, "seed": options.seed, "images": len(data)}
+    write_features(options.out, network, training)
+    stored = Features.load(options.out)
+    accuracy = float((stored.classify(test.floats()) == test.labels).double().mean())
+    write_features(options.out, network, {**training, "test_accuracy": accuracy})
+    print(f"accuracy on {len(test)} test images: {accuracy:.4f}; written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

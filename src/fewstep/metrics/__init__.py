@@ -1,0 +1,3 @@
+"""Measures of sample quality."""
+
+from fewstep.metrics.features import Features as Features

@@ -1,0 +1,45 @@
+"""The small classifier whose inner layer is the feature extractor ``fashion``; torch alone."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class SmallClassifier(nn.Module):
+    r"""A convolutional classifier of small images; its penultimate layer gives features.
+
+    Arguments:
+        in_channels: The channels of an image.
+        width: The channels after the first layer; the features have 4 times as many.
+        num_classes: The number of classes.
+    """
+
+    def __init__(self, *, in_channels: int = 1, width: int = 32, num_classes: int = 10) -> None:
+        super().__init__()
+        self.config = {"in_channels": in_channels, "width": width, "num_classes": num_classes}
+        self.body = nn.Sequential(
+            nn.Conv2d(in_channels, width, 5, stride=2, padding=2),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(4 * width),
+            nn.ReLU(),
+            nn.Conv2d(4 * width, 4 * width, 3, padding=1),
+            nn.BatchNorm2d(4 * width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * width, 4 * width),
+        )
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns the features, (B, 4 * width), of images (B, C, H, W) in [-1, 1]."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits, (B, classes)."""
+        return self.head(self.features(x).relu())
