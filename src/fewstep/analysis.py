@@ -6,6 +6,7 @@ of the initial draw and of the further draws, instead of on samples: closed form
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -136,7 +137,8 @@ def convert_plan(plan: Plan, prediction: Prediction | str) -> Plan:
     from fewstep.tape import Form, Tape
 
     a, b = coefficients(target, plan.prediction, alpha=plan.scales[:, 0], sigma=plan.scales[:, 1])
-    tape = Tape(TimeGrid(plan.schedule, plan.knots), target)
+    zero = float(plan.knots[-1].detach()) == plan.schedule.t_zero
+    tape = Tape(TimeGrid(plan.schedule, plan.knots, zero), target)
     registers: list[Form] = [tape.x]
     for row in plan.structure.rows:
         if isinstance(row, Lin):
@@ -149,4 +151,5 @@ def convert_plan(plan: Plan, prediction: Prediction | str) -> Plan:
             registers.append(y * a[row.at] + f * b[row.at])
         else:
             registers.append(tape.noise())
-    return tape.finish(registers[plan.structure.result], plan.name)
+    made = tape.finish(registers[plan.structure.result], plan.name)
+    return replace(made, head=plan.head)

@@ -292,6 +292,9 @@ class Flow(NoiseSchedule):
     At exactly 1 nothing of the data is left and :math:`\varepsilon`-solvers are undefined, so
     time starts at 0.999; the difference is below the sampling noise of 10^6 images.
 
+    Arguments:
+        t_max: The largest time, below 1; pipelines of flow models start at 1 - 1e-6.
+
     References:
         | Flow Straight and Fast (Liu et al., 2023), Flow Matching (Lipman et al., 2023)
         | https://arxiv.org/abs/2209.03003, https://arxiv.org/abs/2210.02747
@@ -299,8 +302,12 @@ class Flow(NoiseSchedule):
 
     name = "flow"
 
-    def __init__(self) -> None:
-        self.t_min, self.t_max = 1e-3, 0.999
+    def __init__(self, t_max: float = 0.999) -> None:
+        _check(1e-3 < t_max < 1, f"t_max must be between 0.001 and 1, got {t_max}")
+        self.t_min, self.t_max = 1e-3, float(t_max)
+
+    def options(self) -> dict[str, Any]:
+        return {} if self.t_max == 0.999 else {"t_max": self.t_max}
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return torch.log1p(-t)
