@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+MOST_CLASSES = 100_000
+"""The most classes of a data set; labels beyond are something else."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class ImageData:
     names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype != torch.uint8 or not len(self.images):
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8 or not self.images.numel():
             raise ValueError(
                 "images must be uint8 with shape (N, C, H, W) and N >= 1, "
                 f"got {self.images.dtype} with shape {tuple(self.images.shape)}"
@@ -37,6 +42,14 @@ class ImageData:
         if self.labels is not None and self.labels.shape != self.images.shape[:1]:
             raise ValueError(
                 f"there are {len(self.images)} images but labels of shape {tuple(self.labels.shape)}"
+            )
+        if (
+            self.labels is not None
+            and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < MOST_CLASSES
+        ):
+            raise ValueError(
+                f"labels must be from 0 to {MOST_CLASSES - 1}, got {int(self.labels.min())} to "
+                f"{int(self.labels.max())}"
             )
 
     def __len__(self) -> int:
@@ -66,25 +79,27 @@ def read_images(source: str | Path, *, size: int | None = None) -> ImageData:
 
     Arguments:
         source: The folder or file.
-        size: For a folder of images: their height and width after cropping and resizing; left
-            out, they must all be of one size.
+        size: The height and width after cropping and resizing; left out, the images stay as
+            they are, and must all be of one size.
 
     Raises:
         ValueError: If nothing readable is there; the message says what was expected.
     """
     path = Path(source)
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"size must be a positive integer, got {size!r}")
     if not path.exists():
         raise ValueError(f"there is no folder or file {str(source)!r}")
     if path.is_dir():
         for suffix in ("", ".gz"):
             images = path / f"train-images-idx3-ubyte{suffix}"
             if images.exists():
-                return _read_idx_pair(images)
+                return _resized(_read_idx_pair(images), size)
         return _read_folder(path, size)
     if path.suffix == ".npz":
-        return _read_npz(path)
+        return _resized(_read_npz(path), size)
     if "idx" in path.name:
-        return _read_idx_pair(path)
+        return _resized(_read_idx_pair(path), size)
     raise ValueError(
         f"{str(source)!r} is neither a folder of images, nor an idx file, nor an npz file"
     )
@@ -95,12 +110,12 @@ def _read_idx(path: Path) -> numpy.ndarray:
         raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
         zero, kind, ndim = struct.unpack(">HBB", raw[:4])
         shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
-    except (struct.error, OSError, EOFError) as error:
+    except (struct.error, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{str(path)!r} is not an idx file: {error}") from None
     if zero or kind != 8:
         raise ValueError(f"{str(path)!r} is not an idx file of unsigned bytes")
     body = raw[4 + 4 * ndim :]
-    if len(body) != int(numpy.prod(shape, dtype=numpy.int64)):
+    if len(body) != math.prod(shape):
         raise ValueError(f"{str(path)!r} is cut: {len(body)} bytes for shape {shape}")
     return numpy.frombuffer(body, numpy.uint8).reshape(shape)
 
@@ -120,7 +135,9 @@ def _read_npz(path: Path) -> ImageData:
     try:
         with numpy.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (
+        Exception
+    ) as error:  # a damaged archive raises almost anything: zip, zlib, header parser
         raise ValueError(f"{str(path)!r} is not an npz file of arrays: {error}") from None
     found = [a for a in arrays.values() if a.ndim in (3, 4) and a.dtype == numpy.uint8]
     if not found:
@@ -132,6 +149,8 @@ def _read_npz(path: Path) -> ImageData:
     elif images.shape[-1] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
         images = images.transpose(0, 3, 1, 2)
     labels = next((arrays[key] for key in ("labels", "y", "arr_1") if key in arrays), None)
+    if labels is not None and labels.dtype.kind not in "iu":
+        raise ValueError(f"the labels in {str(path)!r} must be integers, got {labels.dtype}")
     return ImageData(
         torch.from_numpy(numpy.ascontiguousarray(images)),
         None if labels is None else torch.from_numpy(labels.astype(numpy.int64).reshape(-1)),
@@ -152,17 +171,31 @@ def _read_folder(path: Path, size: int | None) -> ImageData:
             f"the images in {str(path)!r} have {len(shapes)} different shapes, for example "
             f"{sorted(shapes)[:3]}; give a size to crop and resize them to"
         )
-    names = sorted({file.parent.name for file in files if file.parent != path})
+    classes = [file.relative_to(path).parts[0] for file in files if file.parent != path]
+    names = sorted(set(classes))
     labels = None
-    if len(names) > 1 and all(file.parent != path for file in files):
-        labels = torch.tensor([names.index(file.parent.name) for file in files])
+    if len(names) > 1 and len(classes) == len(files):
+        labels = torch.tensor([names.index(name) for name in classes])
     return ImageData(
         torch.from_numpy(numpy.stack(arrays)), labels, tuple(names) if labels is not None else None
     )
 
 
+def _resized(data: ImageData, size: int | None) -> ImageData:
+    if size is None or data.event_shape[1:] == (size, size):
+        return data
+    from PIL import Image, ImageOps
+
+    planes = [
+        numpy.asarray(ImageOps.fit(Image.fromarray(plane), (size, size), Image.Resampling.LANCZOS))
+        for plane in data.images.flatten(0, 1).numpy()
+    ]
+    images = torch.from_numpy(numpy.stack(planes)).unflatten(0, data.images.shape[:2])
+    return ImageData(images, data.labels, data.names)
+
+
 def _read_image(file: Path, size: int | None) -> numpy.ndarray:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as image:
@@ -170,6 +203,6 @@ def _read_image(file: Path, size: int | None) -> numpy.ndarray:
             if size is not None:
                 image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
             array = numpy.asarray(image, numpy.uint8)
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # PIL raises almost anything on damaged or oversized images
         raise ValueError(f"the image {str(file)!r} cannot be read: {error}") from None
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

@@ -3,6 +3,7 @@ r"""Denoisers: any network in one coordinate system, and what wraps it (guidance
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -74,10 +75,19 @@ class Denoiser(nn.Module, ABC):
         """
         ready: dict[str, Any] = {}
         for name, value in cond.items():
-            if isinstance(value, Tensor) and value.ndim and len(value) not in (1, n):
+            many = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
+            if many and len(value) not in (1, n):
                 raise ValueError(
                     f"the condition {name!r} has {len(value)} values for {n} samples; give 1 or {n}"
                 )
+            if name in self.null_condition and not isinstance(value, (Tensor, list)):
+                # One value a sample: guidance puts the null value beside each.
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                value = torch.full((n,), value) if number else [value] * n
+            elif isinstance(value, Tensor) and name in self.null_condition and not value.ndim:
+                value = value.expand(n)
+            elif isinstance(value, list) and len(value) == 1:
+                value = value * n
             ready[name] = value
         return ready
 
@@ -239,26 +249,43 @@ class Guided(_Wrapper):
             raise ValueError(
                 "guidance needs a null condition: Denoiser.wrap(..., null_condition={name: value})"
             )
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"the scale of guidance is a number, got {scale!r}")
+        if not math.isfinite(scale):
+            raise ValueError(f"the scale of guidance is a finite number, got {scale!r}")
         self.scale = float(scale)
         self.calls = 2 * inner.calls
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        if not cond:
-            raise ValueError(
-                f"guidance needs a condition, one of: {', '.join(self.null_condition)}"
-            )
+        self._check_conditions(cond)
         both: dict[str, Any] = {}
         for name, value in cond.items():
+            guided = name in self.null_condition
             null = self.null_condition.get(name)
-            if isinstance(value, Tensor) and null is not None:
-                both[name] = torch.cat([value, torch.as_tensor(null).to(value).expand_as(value)])
+            if isinstance(value, Tensor) and value.ndim:
+                other = torch.as_tensor(null).to(value).expand_as(value) if guided else value
+                both[name] = torch.cat([value, other])
             elif isinstance(value, list):
-                both[name] = value + [null] * len(value)
+                both[name] = value + ([null] * len(value) if guided else value)
+            elif guided:
+                raise ValueError(
+                    f"guidance needs one value of {name!r} a sample, got {value!r:.60}"
+                )
             else:
                 both[name] = value
         value = self.inner.raw(torch.cat([x, x]), torch.cat([t, t]), **both)
         conditional, unconditional = value.chunk(2)
         return torch.lerp(unconditional, conditional, self.scale)
+
+    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
+        self._check_conditions(cond)
+        return super().prepare(n, cond)
+
+    def _check_conditions(self, cond: Mapping[str, Any]) -> None:
+        if not any(name in self.null_condition for name in cond):
+            raise ValueError(
+                f"guidance needs a condition, one of: {', '.join(self.null_condition)}"
+            )
 
 
 class Clipped(_Wrapper):
@@ -298,6 +325,8 @@ class Thresholded(_Wrapper):
         super().__init__(inner)
         if not 0 < quantile <= 1:
             raise ValueError(f"quantile must be in (0, 1], got {quantile}")
+        if not 0 < limit < float("inf"):
+            raise ValueError(f"limit must be a positive number, got {limit}")
         self.quantile, self.limit = quantile, limit
         self.native = Prediction.X0
 
@@ -305,8 +334,11 @@ class Thresholded(_Wrapper):
         x0 = self.inner(x, t, prediction=Prediction.X0, **cond)
         sizes = x0.flatten(1).abs()
         # torch.quantile refuses more than 16 million values; the k-th smallest does not.
-        k = max(1, round(self.quantile * sizes.shape[1]))
-        scale = sizes.kthvalue(k, dim=1).values.clamp(min=self.limit)
+        place = self.quantile * (sizes.shape[1] - 1)
+        low = int(place)
+        below = sizes.kthvalue(low + 1, dim=1).values
+        above = sizes.kthvalue(min(low + 2, sizes.shape[1]), dim=1).values
+        scale = torch.lerp(below, above, place - low).clamp(min=self.limit)
         scale = scale.reshape(-1, *[1] * (x.ndim - 1))
         return x0.clamp(-scale, scale) * (self.limit / scale)
 

@@ -45,6 +45,7 @@ class Execution:
         draw: The source of normal draws; needed if the plan has any.
         on_state: Called with the knot and the state whenever one is reached; such states are
             never overwritten afterwards.
+        keep_inputs: Whether inputs of calls are never overwritten either, because others hold them.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Execution:
         *,
         draw: Draw | None = None,
         on_state: Callable[[int, Tensor], None] | None = None,
+        keep_inputs: bool = False,
     ) -> None:
         if plan.n_noise and draw is None:
             raise ValueError(f"the plan draws noise {plan.n_noise} times; give a source of draws")
@@ -63,6 +65,7 @@ class Execution:
         self._result = plan.structure.result
         self._draw = draw
         self._on_state = on_state
+        self._keep_inputs = keep_inputs
         self._registers: dict[int, Tensor] = {0: x}
         self._owned: set[int] = set()
         self._row = 0
@@ -78,8 +81,18 @@ class Execution:
         """Takes the network's answer to ``call`` and runs up to the next call."""
         if self.call is None:
             raise RuntimeError("the run is over: there is no call to answer")
+        self.call = None  # it holds a state, which may die now
         self._finish_row(answer)
         self._run()
+
+    def replace(self, x: Tensor) -> None:
+        """Gives the waiting call another input: the state was edited between two calls."""
+        row = self._rows[self._row] if self.call is not None else None
+        if not isinstance(row, Eval):
+            raise RuntimeError("the run is over: there is no call whose input could be replaced")
+        self._registers[row.of] = x
+        self._owned.discard(row.of)
+        self.call = Call(x, row.at)
 
     def _finish_row(self, register: Tensor) -> None:
         dying = self._dies[self._row]
@@ -100,6 +113,8 @@ class Execution:
                     self._owned.discard(self._row + 1)
                 self._finish_row(state)
             elif isinstance(row, Eval):
+                if self._keep_inputs:
+                    self._owned.discard(row.of)
                 self.call = Call(self._registers[row.of], row.at)
                 return
             else:
@@ -121,6 +136,8 @@ class Execution:
 
     def _reusable(self, row: Lin) -> int | None:
         """Returns a register that may be overwritten: ours, dying here, its memory nobody else's."""
+        if torch.compiler.is_compiling():
+            return None  # a compiled run has its memory planned for it
         for r in self._dies[self._row]:
             if r in self._owned and r in row.terms:
                 memory = self._registers[r].untyped_storage().data_ptr()
@@ -152,8 +169,8 @@ def execute(
     times = plan.times.to(device=x.device, dtype=_time_dtype(x))
     with torch.no_grad():
         run = Execution(plan, x, draw=draw, on_state=on_state)
-        while (call := run.call) is not None:
-            run.advance(network(call.x, times[call.at]))
+        while run.call is not None:  # no name for the call: it would keep its state alive
+            run.advance(network(run.call.x, times[run.call.at]))
         return run.result
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+MOST_NESTED = 64
+"""The most levels of nesting that a JSON file may have."""
 
 
 def write_whole(path: str | Path, content: bytes | str) -> Path:
@@ -50,11 +55,36 @@ def read_json(path: str | Path, *, what: str = "file") -> Any:
 def loads_json(text: str | bytes, *, what: str) -> Any:
     """Parses JSON, refusing NaN, infinity, repeated keys and absurd nesting with a clear error."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        value = json.loads(
+            text,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_unique,
+        )
     except RecursionError:
         raise ValueError(f"{what} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{what} is not valid JSON: {error}") from None
+    layer = [value]
+    for _ in range(MOST_NESTED):
+        layer = [child for node in layer for child in _children(node)]
+        if not layer:
+            return value
+    # Deeper values would overflow the stack of whoever prints or compares them.
+    raise ValueError(f"{what} is not valid JSON: it is nested too deeply")
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a number that a file may hold")
+    return number
 
 
 def _refuse_constant(name: str) -> float:
@@ -62,10 +92,11 @@ def _refuse_constant(name: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in names if names.count(k) > 1)!r} is repeated")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.60} is repeated")
+        found[key] = value
     return found
 
 
@@ -92,7 +123,22 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         return load(Path(path).read_bytes())
     except OSError as error:
         raise ValueError(f"file {str(path)!r} cannot be read: {error.strerror}") from None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"file {str(path)!r} is not a safetensors file: {error}") from None
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Reads the metadata of a safetensors file.
+
+    Raises:
+        ValueError: If the file is missing or is not safetensors; the message names it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"file {str(path)!r} is not a safetensors file: {error}") from None
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from fewstep.registry import Registry
 from fewstep.schedules import NoiseSchedule
 
+MOST_STEPS = 100_000
+"""The most steps of a grid; more is a slip of the pen, or a hostile file."""
+
 
 @dataclass(frozen=True, eq=False)
 class TimeGrid:
@@ -129,6 +132,8 @@ def _ends(
 def _steps(steps: int) -> int:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps must be at most {MOST_STEPS}, got {steps}")
     return steps
 
 
@@ -261,13 +266,16 @@ def explicit(
         times: The times.
         to_zero: Whether a step to :math:`\sigma = 0` is appended.
     """
-    points = torch.as_tensor(times, dtype=torch.float64)
+    try:
+        points = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"times must be a list of numbers, got {times!r:.60}: {error}") from None
     if points.ndim != 1 or not points.numel():
         raise ValueError(f"times must be a list of numbers, got shape {tuple(points.shape)}")
     ends_at_zero = to_zero
     if to_zero:
         points = torch.cat([points, torch.tensor([schedule.t_zero], dtype=torch.float64)])
-    elif float(points[-1]) == schedule.t_zero and schedule.t_zero < schedule.t_min:
+    elif float(points[-1].detach()) == schedule.t_zero and schedule.t_zero < schedule.t_min:
         ends_at_zero = True
     grid = TimeGrid(schedule, points, ends_at_zero)
     if steps is not None and _steps(steps) != grid.steps:

@@ -47,7 +47,8 @@ class NoiseSource:
         """
         batch = torch.empty((len(self.samples), *shape), dtype=torch.float32)
         for row, sample in enumerate(self.samples):
-            torch.randn(*shape, generator=generator_at(self.seed, sample, index), out=batch[row])
+            generator = generator_at(self.seed, sample, index)
+            torch.randn(tuple(shape), generator=generator, out=batch[row])
         return batch.to(device=device, dtype=dtype)
 
 

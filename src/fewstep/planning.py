@@ -51,8 +51,10 @@ def plan(
             f"schedule must be a NoiseSchedule, got {schedule!r}; make one with fewstep.schedule(name)"
         )
     if solver == "auto":
-        choice = choose(schedule, _budget(nfe, steps))
-        nfe, steps = (choice.nfe, None)
+        choice = choose(
+            schedule, grid.steps if isinstance(grid, TimeGrid) else _budget(nfe, steps)
+        )
+        nfe, steps = (None if isinstance(grid, TimeGrid) else choice.nfe), None
         solver = choice.solver
         options = {**choice.options, **options}
         grid = choice.grid if grid is None else grid

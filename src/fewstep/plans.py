@@ -16,7 +16,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,11 +64,14 @@ class Structure:
         prediction: What the network is asked for.
         rows: The rows, defining registers 1, 2, ...
         result: The register that is the sample.
+        dies: For each row, the registers that nobody reads after it.
     """
 
     prediction: Prediction
     rows: tuple[Row, ...]
     result: int
+    # Not a cached property: their lock (Python 3.11) cannot be traced by torch.compile.
+    dies: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
 
     @functools.cached_property
     def nfe(self) -> int:
@@ -85,9 +88,7 @@ class Structure:
         """The number of coefficients."""
         return sum(len(row.terms) for row in self.rows if isinstance(row, Lin))
 
-    @functools.cached_property
-    def dies(self) -> tuple[tuple[int, ...], ...]:
-        """For each row, the registers that nobody reads after it."""
+    def _deaths(self) -> tuple[tuple[int, ...], ...]:
         last = {self.result: len(self.rows)}
         for i, row in reversed(list(enumerate(self.rows))):
             for register in reads(row):
@@ -111,6 +112,8 @@ class Structure:
                     )
             match row:
                 case Lin():
+                    if not row.terms:
+                        raise ValueError(f"row {i} adds up nothing")
                     if len(set(row.terms)) != len(row.terms):
                         raise ValueError(f"row {i} names a register twice")
                     if row.offset != offset:
@@ -131,6 +134,7 @@ class Structure:
                     noises += 1
         if not 0 <= self.result <= len(self.rows):
             raise ValueError(f"the result is register {self.result} of {len(self.rows) + 1}")
+        object.__setattr__(self, "dies", self._deaths())
 
 
 def reads(row: Row) -> tuple[int, ...]:
@@ -186,21 +190,25 @@ class Plan:
     name: str = ""
 
     def __post_init__(self) -> None:
-        for field, expected in (
+        for name, expected in (
             ("values", self.structure.n_values),
             ("times", self.structure.nfe),
         ):
-            tensor = getattr(self, field)
+            tensor = getattr(self, name)
             if tensor.dtype != torch.float64:
-                raise TypeError(f"the {field} of a plan are float64, got {tensor.dtype}")
+                raise TypeError(f"the {name} of a plan are float64, got {tensor.dtype}")
             if tuple(tensor.shape) != (expected,):
                 raise ValueError(
-                    f"the plan's {field} have shape {tuple(tensor.shape)}, its rows need ({expected},)"
+                    f"the plan's {name} have shape {tuple(tensor.shape)}, its rows need ({expected},)"
                 )
             if not bool(tensor.detach().isfinite().all()):
-                raise ValueError(f"the plan's {field} are not all finite numbers")
+                raise ValueError(f"the plan's {name} are not all finite numbers")
         if self.knots.ndim != 1 or self.knots.numel() < 2:
             raise ValueError("a plan has at least two knots, its first and its last time")
+        if self.knots.dtype != torch.float64:
+            raise TypeError(f"the knots of a plan are float64, got {self.knots.dtype}")
+        if not bool((self.knots.detach().diff() < 0).all()):
+            raise ValueError("the knots of a plan must be numbers that decrease strictly")
         if not self.structure.nfe:
             raise ValueError("a plan calls the network at least once; this one never does")
         states = [
@@ -364,7 +372,7 @@ class Plan:
         head, name = content.get("head", False), content.get("name", "")
         if not isinstance(head, bool) or not isinstance(name, str):
             raise ValueError("'head' of a plan is true or false, and 'name' a text")
-        for t in times.tolist():
+        for t in [float(knots[0]), *times.tolist()] if len(knots) else ():
             if not schedule.t_zero < t <= schedule.t_max * (1 + 1e-9):
                 raise ValueError(
                     f"the plan calls the network at t = {t:g}, outside of the times of "

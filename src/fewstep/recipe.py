@@ -20,6 +20,12 @@ FORMAT, VERSION = "fewstep.recipe", 1
 KINDS = ("solver", "plan", "adaptive")
 
 
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 1e300  # false for NaN too
+
+
 @dataclass(frozen=True)
 class SamplerRecipe:
     r"""A sampler that can be written down.
@@ -58,6 +64,16 @@ class SamplerRecipe:
             raise ValueError("a recipe has a plan if and only if its kind is 'plan'")
         if self.kind == "solver" and self.nfe is None and "times" not in self.options:
             raise ValueError("a recipe of a solver has nfe, the number of network calls")
+        if self.nfe is not None and (
+            not isinstance(self.nfe, int) or isinstance(self.nfe, bool) or self.nfe < 1
+        ):
+            raise ValueError(f"nfe must be a positive integer, got {self.nfe!r:.40}")
+        for name in ("head_start", "guidance"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r:.40}")
+        if self.schedule is not None:
+            schedule_from_config(self.schedule)
 
     def plan_for(self, schedule: NoiseSchedule, *, integer_times: bool = False) -> Plan:
         """Returns the plan for a schedule.

@@ -33,7 +33,7 @@ class Registry(Mapping[str, T], Generic[T]):
             raise ValueError(unknown(self.kind, name, self._entries)) from None
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -48,6 +48,7 @@ class Registry(Mapping[str, T], Generic[T]):
 def unknown(kind: str, name: object, known: Mapping[str, object] | list[str]) -> str:
     """Returns the message for an unknown name: what was got, near matches, what is known."""
     names = sorted(known)
-    close = difflib.get_close_matches(str(name).lower().replace("_", "-"), names, n=3, cutoff=0.5)
+    text = f"{name!s:.60}".lower().replace("_", "-")
+    close = difflib.get_close_matches(text, names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+    return f"Unknown {kind} {name!r:.60}.{hint} Known: {', '.join(names)}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,12 +131,13 @@ class PlanSampler:
         kept: dict[int, Tensor] = {0: x}
         with torch.no_grad():
             execution, call = self._begin(x, run, kept.__setitem__ if run.save else None)
-            while (request := execution.call) is not None:
-                execution.advance(call(request.x, request.at))
+            while execution.call is not None:  # no name for it: that would keep its state alive
+                execution.advance(call(*execution.call))
                 if run.on_call is not None:
                     run.on_call()
         x = execution.result
-        if not bool(torch.isfinite(x).all()):
+        # A sum is one pass; it may overflow where no value does, hence the second look.
+        if not bool(x.sum().isfinite()) and not bool(x.isfinite().all()):
             self._find_nan(kept[0], run)
         states = torch.stack([kept[k] for k in sorted(kept)]) if run.save else None
         times = self.plan.knots.detach()
@@ -211,13 +212,23 @@ def sampler(
         )
     if plan is not None and recipe is not None:
         raise ValueError("give a plan or a recipe, not both")
+    if plan is not None or recipe is not None:
+        extra = {"grid": grid, "head_start": head_start, **options}
+        given = [name for name, value in extra.items() if value is not None]
+        if given:
+            kind = "plan" if plan is not None else "recipe"
+            raise ValueError(
+                f"a {kind} has its times and options already, got {', '.join(given)} as well"
+            )
     if recipe is not None:
-        return recipe.build(denoiser)
+        return _with_image(_recipe(recipe).build(denoiser), image)
     if plan is None:
         if isinstance(solver, str) and solver == "dopri5":
             from fewstep.adaptive import AdaptiveSampler
 
-            return AdaptiveSampler(denoiser, **options)
+            if grid is not None or head_start is not None:
+                raise ValueError("dopri5 chooses its times itself; leave grid and head_start out")
+            return _with_image(AdaptiveSampler(denoiser, **options), image)
         if solver == "auto":
             logger.info("auto chose %s", choose(denoiser.schedule, nfe or steps or 0))
         plan = make_plan(
@@ -233,6 +244,28 @@ def sampler(
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
     return PlanSampler(plan, denoiser, image)
+
+
+def _recipe(recipe: Any) -> Any:
+    from fewstep.recipe import SamplerRecipe
+
+    if isinstance(recipe, str) or hasattr(recipe, "__fspath__"):
+        return SamplerRecipe.load(recipe)
+    if not isinstance(recipe, SamplerRecipe):
+        raise TypeError(
+            f"recipe must be a SamplerRecipe or the path of one, got {type(recipe).__name__}"
+        )
+    return recipe
+
+
+def _with_image(made: Sampler, image: Tensor | None) -> Sampler:
+    if image is None:
+        return made
+    from fewstep.adaptive import AdaptiveSampler
+
+    if not isinstance(made, (PlanSampler, AdaptiveSampler)):
+        raise ValueError(f"{type(made).__name__} cannot start from an image")
+    return replace(made, image=image)
 
 
 def sample(
@@ -312,6 +345,9 @@ def sample(
     size = batch_size if batch_size is not None else min(n, DEFAULT_BATCH)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ValueError(f"first must be an integer that is not negative, got {first!r}")
+    NoiseSource(seed, ())  # checks the seed
 
     parts: list[Trajectory] = []
     with _Progress(progress, made.nfe, -(-n // size)) as tick:
@@ -319,9 +355,7 @@ def sample(
             rows = range(start, min(start + size, n))
             source = NoiseSource(seed, [first + i for i in rows])
             z = _initial(denoiser, source, None if noise is None else noise[start : rows.stop])
-            batch = made
-            if image is not None and isinstance(made, PlanSampler):
-                batch = PlanSampler(made.plan, denoiser, image[start : rows.stop])
+            batch = _with_image(made, None if image is None else image[start : rows.stop])
             part = {k: _split(v, n, rows) for k, v in cond.items()}
             run = Run(source, part, save == "states", tick)
             parts.append(batch.run(batch.start(z), run))
@@ -418,6 +452,8 @@ def _checked(
         if not isinstance(noise, Tensor) or noise.dtype not in (torch.float32, torch.float64):
             got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
             raise TypeError(f"noise must be a float32 or float64 tensor, got {got}")
+        if noise.ndim < 2:
+            raise ValueError(f"noise must have shape (n, ...), got {tuple(noise.shape)}")
         if denoiser.event_shape is not None and tuple(noise.shape[1:]) != denoiser.event_shape:
             raise ValueError(
                 f"noise must have shape (n, {', '.join(map(str, denoiser.event_shape))}), "
@@ -449,10 +485,17 @@ def _image(
 ) -> Tensor | None:
     if image is None:
         return None
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"image must be a floating tensor in the model's range, got {got}")
     shape = denoiser.event_shape or (None if noise is None else tuple(noise.shape[1:]))
     if shape is not None and tuple(image.shape) == tuple(shape):
         image = image.expand(n, *shape)
-    if len(image) != n or (shape is not None and tuple(image.shape[1:]) != tuple(shape)):
+    if (
+        not image.ndim
+        or len(image) != n
+        or (shape is not None and tuple(image.shape[1:]) != tuple(shape))
+    ):
         raise ValueError(
             f"image must have shape {tuple(shape or ())} or ({n}, ...), got {tuple(image.shape)}"
         )

@@ -17,6 +17,9 @@ from torch.nn.functional import logsigmoid, softplus
 
 from fewstep.registry import Registry
 
+MOST_LEVELS = 1_000_000
+"""The most levels of a tabulated schedule; a guard against hostile files."""
+
 
 class NoiseSchedule(ABC):
     r"""A noise schedule :math:`t \mapsto (\alpha(t), \sigma(t))`, noise growing with time.
@@ -115,7 +118,13 @@ def _short(value: object) -> str:
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    # Reverse mode of an elementwise function: forward mode imports torch.jit, which warns.
+    with torch.enable_grad():
+        point = t if t.requires_grad else t.detach().requires_grad_()
+        value = function(point).sum()
+        if not value.requires_grad:  # a constant
+            return torch.zeros_like(t)
+        return torch.autograd.grad(value, point, create_graph=t.requires_grad)[0]
 
 
 def _check(condition: bool, message: str) -> None:
@@ -448,7 +457,7 @@ class DDPMCosine(Tabulated):
     def __init__(self, s: float = 0.008, max_beta: float = 0.999, levels: int = 1000) -> None:
         _check(0 <= s < 1, f"s must be in [0, 1), got {s}")
         _check(0 < max_beta < 1, f"max_beta must be in (0, 1), got {max_beta}")
-        _check(levels >= 2, f"levels must be at least 2, got {levels}")
+        _check_levels(levels)
         self._options = {"s": float(s), "max_beta": float(max_beta), "levels": int(levels)}
         edge = torch.arange(levels + 1, dtype=torch.float64) / levels
         curve = torch.cos((edge + s) / (1 + s) * (math.pi / 2)).square()
@@ -458,12 +467,17 @@ class DDPMCosine(Tabulated):
         return dict(self._options)
 
 
+def _check_levels(levels: object) -> None:
+    ok = isinstance(levels, int) and not isinstance(levels, bool) and 2 <= levels <= MOST_LEVELS
+    _check(ok, f"levels must be an integer from 2 to {MOST_LEVELS}, got {levels!r:.40}")
+
+
 def _beta_options(beta_start: float, beta_end: float, levels: int) -> dict[str, Any]:
     _check(
         0 < beta_start <= beta_end < 1,
         f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}",
     )
-    _check(isinstance(levels, int) and levels >= 2, f"levels must be at least 2, got {levels!r}")
+    _check_levels(levels)
     return {"beta_start": float(beta_start), "beta_end": float(beta_end), "levels": int(levels)}
 
 
@@ -509,5 +523,5 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     options = {key: value for key, value in config.items() if key != "name"}
     try:
         return schedule(config["name"], **options)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
+    except (TypeError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"the schedule {config['name']!r:.60} cannot be made: {error}") from None

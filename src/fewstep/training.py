@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data import ImageData
-from fewstep.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from fewstep.schedules import NoiseSchedule, schedule_from_config
 from fewstep.zoo.unet import SmallUNet
 
@@ -70,8 +70,14 @@ class TrainRecipe:
             raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
         for name in ("decay", "label_dropout", "uniform_times", "ema"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
+            if isinstance(value, bool) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+        for name in ("learning_rate", "weight_decay", "clip", "warmup"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
+        if not isinstance(self.network, dict) or not isinstance(self.schedule, dict):
+            raise ValueError("network and schedule of a training recipe are JSON objects")
 
     @classmethod
     def from_json(cls, value: Any) -> TrainRecipe:
@@ -132,13 +138,28 @@ def train(
     noise_schedule = schedule_from_config(recipe.schedule)
     options = {"in_channels": data.event_shape[0], "num_classes": data.num_classes}
     options |= recipe.network
+    if options["in_channels"] != data.event_shape[0]:
+        raise ValueError(
+            f"the network has {options['in_channels']} channels, the images have {data.event_shape[0]}"
+        )
     patch = options.get("patch", 1)
+    if not isinstance(patch, int) or patch < 1:
+        raise ValueError(f"patch must be a positive integer, got {patch!r}")
     if data.event_shape[1] % patch or data.event_shape[2] % patch:
         raise ValueError(f"patch {patch} does not divide images of shape {data.event_shape}")
     options.setdefault("time_scale", 1000.0 / (noise_schedule.t_max - noise_schedule.t_min))
 
-    torch.manual_seed(recipe.seed)
-    network = SmallUNet(**options).to(device)
+    with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it is
+        torch.manual_seed(recipe.seed)
+        try:
+            network = SmallUNet(**options).to(device)
+        except TypeError as error:
+            raise ValueError(f"the network of the training recipe: {error}") from None
+    classes = network.num_classes
+    if classes is not None and (data.num_classes is None or data.num_classes > classes):
+        raise ValueError(
+            f"the network has {classes} classes, the images have {data.num_classes or 'none'}"
+        )
     if torch.device(device).type == "cpu":
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = {key: value.detach().clone() for key, value in network.state_dict().items()}
@@ -152,7 +173,7 @@ def train(
     call = torch.compile(network) if recipe.compile else network
 
     for step in range(start, recipe.steps):
-        batch = _batch(data, noise_schedule, recipe, step)
+        batch = _batch(data, noise_schedule, recipe, step, null=classes)
         x, t, target, labels = (None if b is None else b.to(device) for b in batch)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _rate(step, recipe)
@@ -192,7 +213,7 @@ def _generator(*address: int | str) -> torch.Generator:
 
 
 def _batch(
-    data: ImageData, schedule: NoiseSchedule, recipe: TrainRecipe, step: int
+    data: ImageData, schedule: NoiseSchedule, recipe: TrainRecipe, step: int, *, null: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     n = recipe.batch_size
     per_epoch = max(1, len(data) // n)
@@ -215,9 +236,9 @@ def _batch(
     eps = torch.randn(x0.shape, generator=generator)
     target = eps if recipe.prediction == "eps" else alpha * eps - sigma * x0
     labels = None
-    if data.labels is not None and recipe.network.get("num_classes", -1) is not None:
+    if data.labels is not None and null is not None:
         drop = torch.rand(n, generator=generator) < recipe.label_dropout
-        labels = torch.where(drop, data.num_classes or 0, data.labels[index])
+        labels = torch.where(drop, null, data.labels[index])
     return alpha * x0 + sigma * eps, t.float(), target, labels
 
 
@@ -250,6 +271,10 @@ def _restore(
     if not (state_file.exists() and tensor_file.exists()):
         return 0, None
     state = read_json(state_file, what="checkpoint")
+    if not isinstance(state, dict) or not {"recipe", "step"} <= set(state):
+        raise ValueError(
+            f"the checkpoint {str(state_file)!r} is damaged: it has no recipe or step"
+        )
     stored = TrainRecipe.from_json(state["recipe"])
     falling_from = round((1 - stored.decay) * stored.steps)
     same = asdict(stored) | {"steps": 0, "compile": False} == asdict(recipe) | {
@@ -262,18 +287,26 @@ def _restore(
             "give the same recipe to go on, or another folder"
         )
     tensors = read_tensors(tensor_file)
+    # A run that was stopped between the two files has newer tensors: they know their own step.
+    told = read_metadata(tensor_file)
+    step, loss = int(told.get("step", -1)), float(told.get("loss", "nan"))
+    if not 0 < step <= recipe.steps:
+        raise ValueError(f"the checkpoint {str(tensor_file)!r} is damaged: it has no step")
     part = lambda prefix: {  # noqa: E731
         k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
     }
-    network.load_state_dict(part("network."))
-    for key, value in part("average.").items():
-        average[key].copy_(value)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in part("optimizer.").items():
-        index, name = key.split(".", 1)
-        moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return int(state["step"]), float(state["loss"])
+    try:
+        network.load_state_dict(part("network."))
+        for key, value in part("average.").items():
+            average[key].copy_(value)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in part("optimizer.").items():
+            index, name = key.split(".", 1)
+            moments.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"the checkpoint {str(tensor_file)!r} is damaged: {error}") from None
+    return step, loss
 
 
 def _export(
@@ -287,16 +320,27 @@ def _export(
 ) -> Path:
     from fewstep.zoo.folder import write_model
 
-    pixels = data.floats(slice(0, 10_000))
+    mean, std = _statistics(data)
+    weights = {key: value.half() for key, value in average.items()}
     return write_model(
         out,
-        {key: value.half() for key, value in average.items()},
+        {**weights, "data.mean": mean.half(), "data.std": std.half()},
         network={"kind": "small-unet", **network},
         schedule=schedule,
         prediction=recipe.prediction,
         event_shape=data.event_shape,
         class_names=data.names,
-        data_mean=float(pixels.mean()),
-        data_std=float(pixels.std()),
         training={"recipe": asdict(recipe), "images": len(data), "loss": loss},
     )
+
+
+def _statistics(data: ImageData) -> tuple[Tensor, Tensor]:
+    """Returns mean and standard deviation of each coordinate, (C, H, W), for head starts."""
+    total = torch.zeros(data.event_shape, dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for start in range(0, len(data), 4096):
+        part = data.floats(slice(start, start + 4096)).double()
+        total += part.sum(0)
+        squares += part.square().sum(0)
+    mean = total / len(data)
+    return mean, (squares / len(data) - mean.square()).clamp(min=0).sqrt()

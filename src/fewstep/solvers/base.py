@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 from torch import Tensor
 
 from fewstep.analysis import point_mass_defect
-from fewstep.grids import TimeGrid, grid
+from fewstep.grids import MOST_STEPS, TimeGrid, grid
 from fewstep.plans import Plan
 from fewstep.prediction import Prediction
 from fewstep.schedules import NoiseSchedule
@@ -73,6 +73,8 @@ class Solver(ABC):
         """
         if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
             raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
+        if nfe > MOST_STEPS:
+            raise ValueError(f"nfe must be at most {MOST_STEPS}, got {nfe}")
         costs = {k: self.nfe(k, ends_at_zero=ends_at_zero) for k in range(1, nfe + 2)}
         for steps, cost in costs.items():
             if cost == nfe:

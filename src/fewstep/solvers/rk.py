@@ -55,7 +55,8 @@ class _RhoRK(Solver):
         (t, a, r), (t_end, a_end, r_end) = start, end
         h = r_end - r
         slopes: list[Form] = []
-        for row in self._matrix:
+        form = a_end / a * x
+        for stage, row in enumerate(self._matrix):
             c = sum(row)
             if c == 0:
                 time, scale = t, a
@@ -70,12 +71,13 @@ class _RhoRK(Solver):
                 for weight, k in zip(row, slopes, strict=True):
                     if weight:
                         y = y + scale * h * weight * k
+            if stage == 3:
+                # The slopes so far are summed up before the fourth call, which frees them.
+                y, form = tape.state(y), tape.state(form)
             _, f = tape.evaluate(y, time)
             slopes.append(f)
-        form = a_end / a * x
-        for weight, k in zip(self._weights, slopes, strict=True):
-            if weight:
-                form = form + a_end * h * weight * k
+            if self._weights[stage]:
+                form = form + a_end * h * self._weights[stage] * f
         return form
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep import exact
 from fewstep.denoiser import Denoiser, WrappedNetwork
@@ -25,6 +25,9 @@ EMBEDDED: dict[str, str] = {
     "mixture-sharp": "exact: eight narrow Gaussians in the plane, vp-linear",
 }
 """The embedded models, with a sentence about each."""
+
+MOST_PIXELS = 4096
+"""The largest height and width of an image of a folder's model; a guard against hostile files."""
 
 
 class FolderModel(WrappedNetwork):
@@ -47,7 +50,7 @@ class FolderModel(WrappedNetwork):
             raise ValueError("this model has no classes; leave class_labels out")
         try:
             labels = torch.as_tensor(labels)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"class_labels must be integers, got {labels!r:.60}") from None
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"class_labels must be integers, got {labels.dtype}")
@@ -115,32 +118,57 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> FolderModel:
             f"the weights {str(file)!r} are damaged: their checksum is not model.json's"
         )
     try:
-        network = _network(dict(about["network"]))
+        # On the meta device an absurd size costs nothing; the weights must then have it.
+        with torch.device("meta"):
+            network = _network(dict(about["network"]))
         tensors = read_tensors(file)
-        data = {
-            key: tensors.pop(key, about.get(key.replace(".", "_")))
-            for key in ("data.mean", "data.std")
-        }
-        network.load_state_dict(tensors)
-        classes = getattr(network, "num_classes", None)
+        mean, std = (tensors.pop(key, None) for key in ("data.mean", "data.std"))
+        network.load_state_dict(tensors, assign=True)
+        shape = _event_shape(about["event_shape"], network)
+        for statistic in (mean, std):
+            if statistic is not None and statistic.shape not in ((), shape):
+                raise ValueError(
+                    f"the statistics of the data have shape {tuple(statistic.shape)}, not {shape}"
+                )
+        names = about.get("class_names")
+        if names is not None and not (
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(f"class_names must be a list of texts, got {names!r:.60}")
+        classes = network.num_classes
         model = FolderModel(
             network.to(dtype).eval().requires_grad_(False),
             schedule=schedule_from_config(about["schedule"]),
             prediction=Prediction.of(about["prediction"]),
-            event_shape=tuple(int(size) for size in about["event_shape"]),
+            event_shape=shape,
             null_condition={"class_labels": classes} if classes else {},
-            data_mean=data["data.mean"],
-            data_std=data["data.std"],
+            data_mean=mean,
+            data_std=std,
         )
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the model {str(folder)!r} is damaged: {error}") from None
-    names = about.get("class_names")
     model.class_names = tuple(names) if names else None
     model.about = about
     return model
 
 
-def _network(config: dict[str, Any]) -> nn.Module:
+def _event_shape(value: object, network: SmallUNet) -> tuple[int, ...]:
+    patch, channels = network.patch, network.config["in_channels"]
+    if (
+        not isinstance(value, list)
+        or len(value) != 3
+        or not all(isinstance(size, int) and not isinstance(size, bool) for size in value)
+        or value[0] != channels
+        or not all(0 < size <= MOST_PIXELS and size % patch == 0 for size in value[1:])
+    ):
+        raise ValueError(
+            f"event_shape must be [{channels}, height, width] in multiples of {patch} up to "
+            f"{MOST_PIXELS}, got {value!r:.60}"
+        )
+    return tuple(value)
+
+
+def _network(config: dict[str, Any]) -> SmallUNet:
     kind = config.pop("kind", None)
     if kind != "small-unet":
         raise ValueError(

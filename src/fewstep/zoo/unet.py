@@ -93,6 +93,29 @@ class SmallUNet(nn.Module):
         time_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        _check("in_channels", in_channels)
+        _check("patch", patch)
+        if num_classes is not None:
+            _check("num_classes", num_classes, 1_000_000)
+        for name, many, low in (
+            ("channels", channels, 1),
+            ("blocks", blocks, 1),
+            ("attention", attention, 0),
+        ):
+            if not isinstance(many, (list, tuple)) or len(many) > 16:
+                raise ValueError(f"{name} must be a list of at most 16 integers, got {many!r:.60}")
+            for value in many:
+                _check(name, value, low=low)
+        if not channels or len(channels) != len(blocks) or sum(blocks) > 1000:
+            raise ValueError(
+                "channels and blocks must have one entry for each level, and blocks add up to "
+                f"at most 1000; got {channels!r:.60} and {blocks!r:.60}"
+            )
+        if channels[0] < 2 or not isinstance(time_scale, (int, float)) or not 0 < time_scale < 1e9:
+            raise ValueError(
+                "the first of channels must be at least 2 and time_scale positive, got "
+                f"{channels[0]} and {time_scale!r:.40}"
+            )
         self.config = {
             "in_channels": in_channels,
             "patch": patch,
@@ -180,6 +203,11 @@ def _silence(layer: nn.Conv2d) -> None:
     """Makes a layer return zeros at the start of training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+
+
+def _check(name: str, value: object, most: int = 65_536, *, low: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= most:
+        raise ValueError(f"{name} must be an integer from {low} to {most}, got {value!r:.40}")
 
 
 def _groups(channels: int) -> int:
