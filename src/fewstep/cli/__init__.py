@@ -1,0 +1,80 @@
+"""The command line: ``fewstep``. Its commands are imported when they are called.
+
+Nothing here, and nothing at the top of a command's module, imports torch or numpy, so that
+``fewstep --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from fewstep import __version__
+from fewstep.cli._common import fail
+
+RESUMABLE = ("sample", "train")
+"""The commands that go on when they are given again."""
+
+
+def app() -> App:
+    """Returns the application."""
+    made = App(
+        name="fewstep",
+        help="Sample from any pretrained diffusion model in few network evaluations.",
+        version=__version__,
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+    )
+    for name, module, function, text in (
+        ("sample", "sample", "sample", "Draw samples from a model."),
+        ("demo", "demo", "demo", "Compare samplers on an embedded model: a table and a picture."),
+        ("train", "train", "train", "Train a small diffusion model on your images."),
+        ("plan", "plan", "plan_app", "Read, check, compare and make plans (samplers as data)."),
+        ("solvers", "listing", "solvers", "List the solvers, or describe one."),
+        ("models", "listing", "models", "List the embedded models."),
+    ):
+        made.command(f"fewstep.cli.{module}:{function}", name=name, help=text)
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code.
+
+    0 is success, 1 a negative answer (a damaged plan, plans that differ), 2 a user's mistake, and
+    130 an interruption. With ``FEWSTEP_TRACEBACK=1`` mistakes are raised instead of told.
+    """
+    raising = os.environ.get("FEWSTEP_TRACEBACK") == "1"
+    try:
+        result = app()(list(arguments), exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        command = shlex.join(["fewstep", *arguments])
+        resumable = bool(arguments) and arguments[0] in RESUMABLE
+        hint = f"to go on, give it again: {command}" if resumable else f"again: {command}"
+        fail(f"interrupted; {hint}", kind="stopped")
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe left, as `head` does; Python would complain once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CycloptsError, ValueError, TypeError, OSError) as error:
+        if raising:
+            raise
+        fail(_message(error))
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """Runs the command line of the process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,256 @@
+"""What the commands share: consoles, options, models, output folders."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from fewstep.files import loads_json
+from fewstep.registry import unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from fewstep.denoiser import Denoiser
+    from fewstep.plans import Plan
+    from fewstep.recipe import SamplerRecipe
+    from fewstep.sampling import Sampler
+
+Options = Annotated[list[str] | None, Parameter(name="--option", negative="")]
+Flag = Annotated[bool, Parameter(negative="")]
+
+WIDTH = 120
+"""The width of tables that do not go to a terminal."""
+
+
+def console() -> Console:
+    """Returns the console for results."""
+    from rich.console import Console
+
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
+    return Console(width=wide, highlight=False, markup=False, emoji=False, soft_wrap=False)
+
+
+def say(text: str) -> None:
+    """Writes a line of results; it is not wrapped, so that paths can be copied."""
+    console().print(text, soft_wrap=True)
+
+
+def fail(text: str, *, kind: str = "error") -> None:
+    """Writes one red line to the error stream."""
+    from rich.console import Console
+
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    line = line.encode("utf-8", "replace").decode()
+    Console(stderr=True, highlight=False, markup=False, emoji=False).print(
+        f"{kind}: {line}", style="red", soft_wrap=True
+    )
+
+
+@contextmanager
+def progress(text: str, total: int | None, *, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Shows a bar on the error stream; gives ``tick(advance=1, note="")``."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+    task = bar.add_task(text, total=total, completed=done, note="")
+
+    def tick(advance: int = 1, note: str | None = None) -> None:
+        if note is None:
+            bar.advance(task, advance)
+        else:
+            bar.update(task, advance=advance, note=note)
+
+    with bar:
+        yield tick
+
+
+def parse_options(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """Returns ``["eta=0.5", "times=[1, 0.5]"]`` as a dictionary; values are JSON, or else texts."""
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, sign, text = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not sign or not key.isidentifier():
+            raise ValueError(f"--option is key=value, for example eta=0.5, got {pair!r:.60}")
+        if key in found:
+            raise ValueError(f"--option {key} is given twice")
+        try:
+            found[key] = loads_json(text, what="the value")
+        except ValueError:
+            found[key] = text
+    return found
+
+
+def check_device(name: str) -> str:
+    """Returns the name of a device that is there.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is not there"
+        raise ValueError(
+            f"device {name!r:.40} cannot be used: {reason:.200}; --device cpu always works"
+        ) from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; --device cpu always works")
+    return name
+
+
+def load_model(name: str, device: str) -> Denoiser:
+    """Returns the model of that name, on a device that is there."""
+    check_device(device)
+    from fewstep.zoo.load import load
+
+    return load(name, device=device)
+
+
+def parse_labels(text: str | None, denoiser: Denoiser, n: int) -> list[int] | None:
+    """Returns n class labels: ``"3"``, ``"0,1,2"`` repeated, names of classes, or ``"all"``."""
+    if text is None:
+        return None
+    classes = getattr(getattr(denoiser, "network", None), "num_classes", None)
+    names = getattr(denoiser, "class_names", None) or ()
+    if text.strip() == "all":
+        if not isinstance(classes, int):
+            raise ValueError(
+                "--class-labels all: the number of this model's classes is not known; "
+                "give the labels themselves, for example 0,1,2"
+            )
+        chosen = list(range(classes))
+    else:
+        chosen = [_label(part.strip(), names) for part in text.split(",")]
+    return [chosen[i % len(chosen)] for i in range(n)]
+
+
+def _label(text: str, names: Sequence[str]) -> int:
+    if text.isascii() and text.removeprefix("-").isdigit() and len(text) < 10:
+        return int(text)
+    if text in names:
+        return list(names).index(text)
+    if names:
+        raise ValueError(unknown("class", text, list(names)))
+    raise ValueError(
+        f"--class-labels are integers, for example 3 or 0,1,2, or 'all'; got {text!r:.40}"
+    )
+
+
+def draw(
+    made: Sampler,
+    numbers: Sequence[int],
+    *,
+    seed: int,
+    cond: dict[str, Any],
+    tick: Callable[[], None] | None = None,
+) -> Tensor:
+    """Returns the samples of these numbers in one batch, float32 on the CPU.
+
+    They are those of :func:`fewstep.sample`: sample i depends on ``(seed, i)`` alone.
+    """
+    from fewstep.noise import INITIAL, NoiseSource
+    from fewstep.sampling import Run
+
+    model = made.denoiser
+    shape = event_shape(model)
+    ready = model.prepare(len(numbers), cond)
+    source = NoiseSource(seed, numbers)
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else "cpu"
+    noise = source.draw(INITIAL, shape, device=device)
+    return made.run(made.start(noise), Run(source, ready, False, tick)).x.float().cpu()
+
+
+def event_shape(denoiser: Denoiser) -> tuple[int, ...]:
+    """Returns the shape of one sample.
+
+    Raises:
+        ValueError: If the model does not know it.
+    """
+    if denoiser.event_shape is None:
+        raise ValueError("this model does not say the shape of a sample; sample it from Python")
+    return tuple(denoiser.event_shape)
+
+
+def positive(name: str, value: int | None) -> None:
+    """Raises unless a number is positive or left out."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value}")
+
+
+def output_folder(out: Path) -> Path:
+    """Returns the folder, which need not be there yet; a file of that name is an error."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{str(out)!r} is a file; --out must be a folder")
+    return out
+
+
+def refuse_existing(out: Path, names: Iterable[str], *, overwrite: bool) -> None:
+    """Raises if one of the files that a command is about to write is there already."""
+    found = next((name for name in names if (out / name).exists()), None)
+    if found is not None and not overwrite:
+        raise exists(out)
+
+
+def exists(out: Path) -> ValueError:
+    """Returns the error for a result that would be overwritten."""
+    return ValueError(f"{str(out)!r} exists; give --overwrite or another --out")
+
+
+def read_plan(path: Path) -> Plan:
+    """Returns the plan in a file: a plan, or a recipe that says its schedule."""
+    from fewstep.recipe import SamplerRecipe
+
+    recipe = SamplerRecipe.load(path)
+    return recipe_plan(recipe, path)
+
+
+def recipe_plan(recipe: SamplerRecipe, path: Path) -> Plan:
+    """Returns the plan of a recipe.
+
+    Raises:
+        ValueError: If it has none beforehand; the message says why.
+    """
+    from fewstep.schedules import schedule_from_config
+
+    if recipe.plan is not None:
+        return recipe.plan
+    if recipe.kind == "adaptive":
+        raise ValueError(
+            f"{str(path)!r} is a recipe of {recipe.name!r}, which has no plan beforehand"
+        )
+    if recipe.schedule is None:
+        raise ValueError(
+            f"{str(path)!r} is a recipe for any schedule; make a plan of it with "
+            f"fewstep plan make {recipe.name} --schedule NAME --nfe {recipe.nfe} --out FILE"
+        )
+    integer = recipe.about.get("integer_times") is True
+    return recipe.plan_for(schedule_from_config(recipe.schedule), integer_times=integer)

@@ -1,0 +1,192 @@
+"""``fewstep demo``: the same noise through five samplers, beside a fine reference."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fewstep.cli._common import (
+    Flag,
+    console,
+    draw,
+    event_shape,
+    load_model,
+    output_folder,
+    progress,
+    refuse_existing,
+    say,
+)
+from fewstep.files import write_json, write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fewstep.denoiser import Denoiser
+    from fewstep.sampling import Sampler
+
+PICTURE, RESULTS = "demo.png", "results.json"
+SAMPLES = 16
+BUDGETS = (5, 10)
+SOLVERS = ("ddim", "tab3", "accelerated-ddim", "dpmpp-2m", "accelerated-ddpm")
+REFERENCE, REFERENCE_NFE, REFERENCE_GRID = "tab2", 200, "log-rho"
+
+
+class Row(NamedTuple):
+    """One sampler at one budget."""
+
+    solver: str
+    nfe: int
+    stochastic: bool
+    distance: float
+    seconds: float
+    samples: Tensor
+
+
+def demo(
+    *,
+    out: Path,
+    model: str = "fashion",
+    seed: int = 0,
+    device: str = "cpu",
+    overwrite: Flag = False,
+) -> None:
+    """Compare samplers at 5 and 10 evaluations with a reference at 200: a table and a picture.
+
+    Args:
+        out: The folder to write: demo.png and results.json.
+        model: An embedded name (see `fewstep models`), or a folder; a model of images.
+        seed: The seed; all samplers start from the same noise.
+        device: Where to run, for example cpu or cuda.
+        overwrite: Replace the results that are there.
+    """
+    from fewstep.noise import NoiseSource
+
+    output_folder(out)
+    refuse_existing(out, (PICTURE, RESULTS), overwrite=overwrite)
+    NoiseSource(seed, ())
+    denoiser = load_model(model, device)
+    shape = event_shape(denoiser)
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(
+            f"the demo shows images, {model!r} makes samples of shape {shape}; "
+            f"see it with: fewstep sample {shlex.quote(model)} --out samples"
+        )
+    classes = getattr(getattr(denoiser, "network", None), "num_classes", None)
+    labels = [i % classes for i in range(SAMPLES)] if classes else None
+    cond = {} if labels is None else {"class_labels": labels}
+
+    reference = _sampler(denoiser, REFERENCE, REFERENCE_NFE, REFERENCE_GRID)
+    rows = [(name, nfe, _sampler(denoiser, name, nfe)) for name in SOLVERS for nfe in BUDGETS]
+    calls = REFERENCE_NFE + len(SOLVERS) * sum(BUDGETS)
+    with progress("sampling", calls) as tick:
+        target, spent = _timed(reference, seed, cond, tick)
+        results = []
+        for name, nfe, made in rows:
+            samples, seconds = _timed(made, seed, cond, tick)
+            distance = float((samples - target).double().square().mean().sqrt())
+            stochastic = made.plan.stochastic  # type: ignore[attr-defined]
+            results.append(Row(name, nfe, stochastic, distance, seconds, samples))
+    results.insert(0, Row(REFERENCE, REFERENCE_NFE, False, 0.0, spent, target))
+
+    columns = _columns(denoiser, labels)
+    _write(out, results, columns, model=model, seed=seed, device=device, labels=labels)
+    _table(results)
+    say(f"\nwrote {out / PICTURE} and {out / RESULTS}")
+    more = " --class-labels all" if classes else ""
+    say(f"next: fewstep sample {shlex.quote(model)}{more} --out samples")
+
+
+def _sampler(denoiser: Denoiser, solver: str, nfe: int, grid: str | None = None) -> Sampler:
+    from fewstep.sampling import sampler
+
+    return sampler(denoiser, solver=solver, nfe=nfe, grid=grid)
+
+
+def _timed(made: Sampler, seed: int, cond: dict[str, Any], tick: Any) -> tuple[Tensor, float]:
+    begin = time.perf_counter()
+    samples = draw(made, range(SAMPLES), seed=seed, cond=cond, tick=tick)
+    return samples, time.perf_counter() - begin
+
+
+def _columns(denoiser: Denoiser, labels: list[int] | None) -> list[str]:
+    names = getattr(denoiser, "class_names", None)
+    heads = [f"sample {i}" for i in range(SAMPLES)]
+    if labels is None:
+        return heads
+    told = [names[k] if names else f"class {k}" for k in labels]
+    return [f"{head}\n{text[:14]}" for head, text in zip(heads, told, strict=True)]
+
+
+def _label(row: Row, *, reference: bool) -> str:
+    kind = "\nreference" if reference else "\ndraws noise" if row.stochastic else ""
+    return f"{row.solver}\n{row.nfe} evaluations{kind}"
+
+
+def _write(out: Path, rows: list[Row], columns: list[str], *, model: str, **settings: Any) -> None:
+    import io
+
+    import torch
+
+    from fewstep import __version__
+    from fewstep.plots import image_grid
+
+    image = image_grid(
+        torch.cat([row.samples for row in rows]),
+        columns=SAMPLES,
+        row_labels=[_label(row, reference=not i) for i, row in enumerate(rows)],
+        column_labels=columns,
+        title=f"{Path(model).name}: the same noise through each sampler (seed {settings['seed']})",
+    )
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_whole(out / PICTURE, buffer.getvalue())
+    reference, *others = rows
+    write_json(
+        out / RESULTS,
+        {
+            "model": model,
+            **settings,
+            "samples": SAMPLES,
+            "reference": {
+                "solver": reference.solver,
+                "grid": REFERENCE_GRID,
+                "nfe": reference.nfe,
+                "seconds": reference.seconds,
+            },
+            "results": [
+                {
+                    "solver": row.solver,
+                    "nfe": row.nfe,
+                    "stochastic": row.stochastic,
+                    "rms_distance": row.distance,
+                    "seconds": row.seconds,
+                }
+                for row in others
+            ],
+            "versions": {"fewstep": __version__, "torch": torch.__version__},
+            "threads": torch.get_num_threads(),
+        },
+    )
+
+
+def _table(rows: list[Row]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("solver", no_wrap=True)
+    for column in ("NFE", "RMS distance", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for i, row in enumerate(rows):
+        note = "the reference" if not i else "draws noise on the way"
+        distance = "0" if not i else f"{row.distance:.4f}"
+        table.add_row(
+            row.solver,
+            str(row.nfe),
+            distance,
+            f"{row.seconds:.2f}",
+            note if row.stochastic or not i else "",
+        )
+    console().print(table)

@@ -1,0 +1,311 @@
+"""``fewstep sample``: samples, a picture of them, and the recipe that reproduces them."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from fewstep.cli._common import (
+    Flag,
+    Options,
+    draw,
+    event_shape,
+    exists,
+    load_model,
+    output_folder,
+    parse_labels,
+    parse_options,
+    positive,
+    progress,
+    say,
+)
+from fewstep.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from fewstep.denoiser import Denoiser
+    from fewstep.recipe import SamplerRecipe
+
+SAMPLES, PICTURE, RECIPE = "samples.safetensors", "grid.png", "recipe.json"
+STATE, PARTS = "unfinished.json", "parts"
+DEFAULT_NFE, DEFAULT_BATCH = 10, 64
+MOST_SHOWN = 100
+"""The most samples in the picture."""
+
+
+def sample(
+    model: str,
+    *,
+    out: Path,
+    solver: str | None = None,
+    nfe: int | None = None,
+    n: Annotated[int, Parameter(name=["-n", "--n"])] = 64,
+    recipe: Path | None = None,
+    grid: str | None = None,
+    option: Options = None,
+    head_start: float | None = None,
+    class_labels: str | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    batch_size: int | None = None,
+    overwrite: Flag = False,
+) -> None:
+    """Draw samples: OUT/grid.png, OUT/samples.safetensors and OUT/recipe.json.
+
+    A run that was interrupted goes on when the same command is given again.
+
+    Args:
+        model: An embedded name (see `fewstep models`), or a folder.
+        out: The folder to write.
+        solver: A solver (see `fewstep solvers`), or auto, which is the default.
+        nfe: The number of network evaluations; 10 if left out.
+        n: How many samples.
+        recipe: A file with a recipe, a plan or a tuned sampler, instead of a solver.
+        grid: The name of a time grid; left out, the solver's own.
+        option: An option of solver or grid as key=value; can be repeated.
+        head_start: The time above which the Gaussian solution replaces evaluations.
+        class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all).
+        guidance: The scale of classifier-free guidance; 1 is none.
+        seed: The seed; sample i depends on (seed, i) alone.
+        device: Where to run, for example cpu or cuda.
+        batch_size: How many samples go through the network at a time; 64 if left out.
+        overwrite: Replace the results that are there.
+    """
+    from fewstep.denoiser import Guided
+    from fewstep.noise import NoiseSource
+
+    positive("-n", n)
+    positive("--batch-size", batch_size)
+    NoiseSource(seed, ())
+    output_folder(out)
+    denoiser = load_model(model, device)
+    chosen = _chosen(denoiser, solver, nfe, recipe, grid, option, head_start, guidance)
+    labels = parse_labels(class_labels, denoiser, n)
+    cond = {} if labels is None else {"class_labels": labels}
+    if chosen.guidance not in (None, 1):
+        denoiser = Guided(denoiser, chosen.guidance)  # type: ignore[arg-type]
+    made = chosen.build(denoiser)
+    shape = event_shape(denoiser)
+    denoiser.prepare(n, cond)
+
+    size = min(n, batch_size or DEFAULT_BATCH)
+    settings = _settings(chosen, model, denoiser, n, seed, class_labels, device, size)
+    _prepare_folder(out, settings, overwrite=overwrite)
+    with progress("sampling", None if made.nfe is None else made.nfe * -(-n // size)) as tick:
+        for start in range(0, n, size):
+            rows = range(start, min(start + size, n))
+            part = out / PARTS / f"{start:09d}.safetensors"
+            if _is_part(part, (len(rows), *shape)):
+                tick(made.nfe or 0)
+                continue
+            own = {} if labels is None else {"class_labels": labels[start : rows.stop]}
+            _write(part, draw(made, rows, seed=seed, cond=own, tick=tick))
+
+    _finish(out, n, size, chosen, settings, _title(model, chosen, n, class_labels))
+    say(f"wrote {out / PICTURE}, {out / SAMPLES} and {out / RECIPE}")
+    again = ["fewstep", "sample", model, "--recipe", str(out / RECIPE), "--seed", str(seed + 1)]
+    if class_labels is not None:
+        again += ["--class-labels", class_labels]
+    say(f"next: {shlex.join([*again, '--out', f'{out}-2'])}")
+
+
+def _chosen(
+    denoiser: Denoiser,
+    solver: str | None,
+    nfe: int | None,
+    recipe: Path | None,
+    grid: str | None,
+    option: list[str] | None,
+    head_start: float | None,
+    guidance: float | None,
+) -> SamplerRecipe:
+    """Returns the recipe that the arguments describe, with everything that ``auto`` chose."""
+    from dataclasses import replace
+
+    from fewstep.planning import choose
+    from fewstep.recipe import SamplerRecipe
+
+    options = parse_options(option)
+    if recipe is not None:
+        given = {
+            "--solver": solver,
+            "--nfe": nfe,
+            "--grid": grid,
+            "--option": option,
+            "--head-start": head_start,
+        }
+        extra = [name for name, value in given.items() if value is not None]
+        if extra:
+            raise ValueError(f"a recipe says everything itself, got {', '.join(extra)} as well")
+        found = SamplerRecipe.load(recipe)
+        return found if guidance is None else replace(found, guidance=guidance)
+    name = solver or "auto"
+    positive("--nfe", nfe)
+    if name == "dopri5":
+        if nfe is not None or grid is not None or head_start is not None:
+            raise ValueError(
+                "dopri5 chooses its times itself: leave --nfe, --grid and --head-start out and "
+                "give --option rtol=1e-4"
+            )
+        return SamplerRecipe(kind="adaptive", name=name, options=options, guidance=guidance)
+    budget = nfe if nfe is not None else DEFAULT_NFE
+    if grid == "explicit" and nfe is None:
+        budget = None
+    if name == "auto":
+        choice = choose(denoiser.schedule, budget or DEFAULT_NFE)
+        say(f"auto chose {choice}")
+        name, budget = choice.solver, choice.nfe
+        options = {**choice.options, **options}
+        grid = grid or choice.grid
+        head_start = choice.head_start if head_start is None else head_start
+    return SamplerRecipe(
+        name=name,
+        nfe=budget,
+        options=options,
+        grid=grid,
+        head_start=head_start,
+        schedule=denoiser.schedule.to_config(),
+        guidance=guidance,
+    )
+
+
+def _settings(
+    recipe: SamplerRecipe,
+    model: str,
+    denoiser: Denoiser,
+    n: int,
+    seed: int,
+    class_labels: str | None,
+    device: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Returns what determines the samples, for the state file and the recipe."""
+    import json
+
+    inner = getattr(denoiser, "inner", denoiser)
+    weights = getattr(inner, "about", {}).get("sha256")
+    settings: dict[str, Any] = {
+        "model": model,
+        "weights": weights,
+        "n": n,
+        "seed": seed,
+        "class_labels": class_labels,
+        "device": device,
+        "batch_size": batch_size,
+        "sampler": json.loads(recipe.to_json()),
+    }
+    if getattr(inner, "integer_times", False):
+        settings["integer_times"] = True
+    return settings
+
+
+def _prepare_folder(out: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+    """Leaves a folder in which the run starts or goes on."""
+    state = out / STATE
+    ours = [out / name for name in (SAMPLES, PICTURE, RECIPE, PARTS)]
+    if state.exists():
+        try:
+            before = read_json(state, what="the state of an unfinished run")
+        except ValueError:
+            before = None
+        if before == settings:
+            return
+        if not overwrite:
+            raise ValueError(
+                f"{str(out)!r} has an unfinished run with other settings"
+                f"{_differences(before, settings)}; give its command again, --overwrite or "
+                "another --out"
+            )
+    elif any(path.exists() for path in ours) and not overwrite:
+        raise exists(out)
+    for path in ours:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_json(state, settings)
+
+
+def _differences(before: Any, after: dict[str, Any]) -> str:
+    if not isinstance(before, dict):
+        return ""
+    different = [key for key in after if before.get(key) != after[key]]
+    simple = [k for k in different if k not in ("sampler", "weights")]
+    if simple:
+        return f" ({simple[0]} {before.get(simple[0])!r:.40}, now {after[simple[0]]!r:.40})"
+    return f" (another {different[0]})" if different else ""
+
+
+def _is_part(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a part is there and whole; a damaged one is drawn again."""
+    import torch
+
+    from fewstep.files import read_tensors
+
+    if not path.exists():
+        return False
+    try:
+        found = read_tensors(path).get("samples")
+    except ValueError:
+        return False
+    return found is not None and tuple(found.shape) == shape and found.dtype == torch.float32
+
+
+def _write(path: Path, samples: Any) -> None:
+    from fewstep.files import write_tensors
+
+    write_tensors(path, {"samples": samples})
+
+
+def _finish(
+    out: Path,
+    n: int,
+    size: int,
+    recipe: SamplerRecipe,
+    settings: dict[str, Any],
+    title: str,
+) -> None:
+    """Puts the parts together; whatever is interrupted here is repeated by the next run."""
+    from dataclasses import replace
+
+    import torch
+
+    from fewstep import __version__
+    from fewstep.files import read_tensors, write_whole
+    from fewstep.plots import picture
+
+    parts = [out / PARTS / f"{start:09d}.safetensors" for start in range(0, n, size)]
+    samples = torch.cat([read_tensors(part)["samples"] for part in parts])
+    _write(out / SAMPLES, samples)
+    about = {
+        key: value for key, value in settings.items() if key != "sampler" and value is not None
+    }
+    about = {**recipe.about, **about, "fewstep": __version__}
+    replace(recipe, about=about).save(out / RECIPE)
+    write_whole(
+        out / PICTURE,
+        _png(picture(samples[:MOST_SHOWN] if samples.ndim == 4 else samples, title=title)),
+    )
+    # The state goes first: without it a folder with results is finished, parts or not.
+    (out / STATE).unlink()
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+
+
+def _png(image: Any) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _title(model: str, recipe: SamplerRecipe, n: int, class_labels: str | None) -> str:
+    nfe = recipe.plan.nfe if recipe.plan is not None else recipe.nfe
+    calls = f" · {nfe} evaluations" if nfe else ""
+    shown = "" if class_labels is None else f" · classes {class_labels}"
+    guided = f" · guidance {recipe.guidance:g}" if recipe.guidance is not None else ""
+    return f"{Path(model).name} · {recipe.name or 'plan'}{calls}{shown}{guided}"
