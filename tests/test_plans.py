@@ -183,8 +183,7 @@ def test_missing_or_damaged_file(tmp_path):
 def loads_to_itself_or_is_refused(text):
     try:
         plan = Plan.from_json(text)
-    except ValueError as error:
-        assert str(error)
+    except ValueError:
         return
     again = Plan.from_json(plan.to_json())
     assert again.to_json() == plan.to_json()

@@ -133,7 +133,8 @@ def _read_idx_pair(path: Path) -> ImageData:
 
 def _read_npz(path: Path) -> ImageData:
     try:
-        with numpy.load(path, allow_pickle=False) as archive:
+        # Opened here: numpy leaves a file open that it refuses.
+        with open(path, "rb") as stream, numpy.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (
         Exception
