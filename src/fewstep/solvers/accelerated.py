@@ -167,14 +167,13 @@ class AcceleratedDDIMTheory(Solver):
         + \tfrac{(1 - a_t)^2}{4 (1 - a_{t+1})} \left( s_t(Y_t) - \sqrt{a_{t+1}} \, s_{t+1}(Y_t^-) \right) \right]
 
     The noisier level t + 1 is the previous grid point. At the first step there is none on the
-    grid: the noisiest level of the schedule serves, or, if the grid starts there, the step is
-    DDIM's. Linearised coefficients: below some 64 calls plain ``ddim`` is better.
+    grid, and the step is DDIM's. Linearised coefficients: below some 64 calls plain ``ddim`` is better.
 
     References:
         | Accelerating Convergence of Score-Based Diffusion Models, Provably (Li et al., 2024), eq. (15)
         | https://arxiv.org/abs/2403.03852
 
-    Cost: two network calls per step; one in the first if the grid starts at the noisiest level.
+    Cost: two network calls per step, one in the first: 2 K - 1.
 
     Order: 2.
     """

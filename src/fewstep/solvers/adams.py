@@ -40,7 +40,8 @@ class _ExponentialAdams(Solver):
 
     @property
     def order(self) -> int:
-        return self.degree + 1
+        # A last step of degree 0 has a local error of order 2.
+        return min(self.degree + 1, 2) if self.lower_final else self.degree + 1
 
     @abstractmethod
     def _variable(self, grid: TimeGrid, log_rho: Tensor) -> Tensor:

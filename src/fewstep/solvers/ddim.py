@@ -318,14 +318,16 @@ def _euler(tape: Tape, grid: TimeGrid, lam: float) -> Form:
             f"Euler's method steps in time, and {schedule.name!r} has no time with sigma = 0; "
             "leave to_zero out"
         )
+    inner = t[:-1]
+    drift, g2 = schedule.drift(inner), schedule.diffusion(inner)
     x = tape.x
     for i in range(grid.steps):
         _, f = tape.evaluate(x, t[i])
-        step, g2 = t[i + 1] - t[i], schedule.diffusion(t[i])
-        slope = (1 + lam**2) / 2 * g2 / grid.sigma[i]
-        form = (1 + step * schedule.drift(t[i])) * x + step * slope * f
+        step = t[i + 1] - t[i]
+        slope = (1 + lam**2) / 2 * g2[i] / grid.sigma[i]
+        form = (1 + step * drift[i]) * x + step * slope * f
         if lam and not grid.is_last_zero(i):
-            form = form + lam * torch.sqrt(-step * g2) * tape.noise()
+            form = form + lam * torch.sqrt(-step * g2[i]) * tape.noise()
         x = tape.state(form, i + 1)
     return x
 

@@ -37,8 +37,9 @@ class UniPC(Solver):
 
     Cost: one network call per step.
 
-    Order: p + 1 in theory with exact starting values; at least p observed. The first steps cap
-    it at 2 to 3 asymptotically.
+    Order: p, and p + 1 observed where the first steps do not matter; at most 2 with
+    ``lower_final``, whose last step is of first order. The first steps cap it at 2 to 3
+    asymptotically.
 
     Arguments:
         degree: The order p, 1 to 3.
@@ -65,7 +66,7 @@ class UniPC(Solver):
 
     @property
     def order(self) -> int:
-        return self.degree
+        return min(self.degree, 2) if self.lower_final else self.degree
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
         x = predicted = tape.x
