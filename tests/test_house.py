@@ -1,0 +1,259 @@
+"""The rules of the house, read off the source: floors, imports, docstrings, the public face."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fewstep
+from fewstep import solvers
+
+ROOT = Path(fewstep.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+FLOORS = (
+    ("prediction", "quadrature", "registry", "noise", "files"),
+    ("schedules", "plans"),
+    ("grids", "tape", "execute", "analysis", "denoiser", "exact"),
+    ("solvers", "planning", "sampling"),
+    ("adaptive", "data", "zoo"),
+    ("recipe", "metrics", "training"),
+    ("plots", "adapters", "cli"),
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+# Imports of a higher floor, inside of functions: the face hands over to another kind of sampler.
+LATE = {("sampling", "adaptive"), ("sampling", "recipe"), ("zoo", "adapters")}
+
+
+def part(path):
+    """The module of the package, or its sub-package, that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(module, inside a function or a TYPE_CHECKING block) for each import of a file."""
+    found = []
+
+    def walk(node, late):
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, late) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            if node.module == "fewstep":
+                found.extend((f"fewstep.{alias.name}", late) for alias in node.names)
+            else:
+                found.append((node.module, late))
+        is_late = late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            is_late = True
+        for child in ast.iter_child_nodes(node):
+            walk(child, is_late)
+
+    walk(ast.parse(path.read_text(encoding="utf-8")), False)
+    return found
+
+
+def inner(path):
+    """(part of the package, late) for each import of our own."""
+    for module, late in imports(path):
+        if module.startswith("fewstep."):
+            yield module.split(".")[1], late
+
+
+def ids(paths):
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+LIBRARY = [path for path in FILES if part(path) not in ("__init__", "cli")]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=ids(LIBRARY))
+def test_no_import_from_a_higher_floor(path):
+    own = part(path)
+    assert own in FLOOR, f"{own} has no floor; put it on one"
+    for name, late in inner(path):
+        if name in FLOOR and name != own and FLOOR[name] > FLOOR[own]:
+            assert late, f"{own} imports {name} of a higher floor at the top"
+            assert (own, name) in LATE, f"{own} imports {name} of a higher floor"
+
+
+def test_no_circles():
+    graph: dict[str, set[str]] = {}
+    for path in LIBRARY:
+        module = str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
+        module = module.removesuffix(".__init__")
+        modules = {name.removeprefix("fewstep.") for name, late in imports(path) if not late}
+        graph[module] = modules
+    done: set[str] = set()
+
+    def visit(module, trail):
+        assert module not in trail, f"a circle of imports: {' -> '.join([*trail, module])}"
+        if module in done or module not in graph:
+            return
+        for other in graph[module]:
+            if other != module:
+                visit(other, [*trail, module])
+        done.add(module)
+
+    for module in graph:
+        visit(module, [])
+    assert len(done) == len(graph)
+
+
+DEFINITIONS = [p for p in FILES if part(p) in ("plans", "tape", "grids", "schedules", "solvers")]
+
+
+@pytest.mark.parametrize("path", DEFINITIONS, ids=ids(DEFINITIONS))
+def test_definitions_know_no_network_and_no_device(path):
+    names = {name for name, _ in inner(path)}
+    assert not names & {"denoiser", "execute", "sampling", "adaptive", "zoo", "cli", "exact"}
+    text = path.read_text(encoding="utf-8")
+    assert "cuda" not in text
+    assert ".to(device" not in text
+
+
+OPTIONAL = {
+    "diffusers": {"adapters"},
+    "transformers": {"adapters"},
+    "accelerate": {"adapters"},
+    "rich": {"cli"},
+    "cyclopts": {"cli"},
+    "PIL": {"plots"},
+    "matplotlib": set(),
+    "scipy": set(),
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids(FILES))
+def test_optional_dependencies_are_imported_late(path):
+    for module, late in imports(path):
+        top = module.split(".")[0]
+        assert late or top not in OPTIONAL or part(path) in OPTIONAL[top], f"{module} at the top"
+
+
+def calls(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids(FILES))
+def test_nothing_prints_and_nothing_runs_code(path):
+    assert not {module.split(".")[0] for module, _ in imports(path)} & {
+        "pickle",
+        "dill",
+        "marshal",
+    }
+    for name, node in calls(path):
+        assert name not in ("eval", "exec", "torch.load", "torch.save", "__import__"), name
+        assert name != "print" or part(path) == "cli"
+        if name == "numpy.load":
+            assert "allow_pickle=False" in ast.unparse(node)
+
+
+CLASSES = [
+    item
+    for item in vars(solvers).values()
+    if isinstance(item, type) and issubclass(item, solvers.Solver) and item is not solvers.Solver
+]
+
+
+@pytest.mark.parametrize("item", CLASSES, ids=lambda item: item.__name__)
+def test_docstrings_of_solvers(item):
+    text = item.__doc__
+    assert ".. math::" in text
+    assert re.search(r"References:\n +\| .+\n +\| https://", text)
+    assert "Cost: " in text
+    assert "Order: " in text
+    options = [field.name for field in dataclasses.fields(item)]
+    assert ("Arguments:" in text) == bool(options)
+    for name in options:
+        assert re.search(rf"^ +{name}: \S", text, re.MULTILINE), f"{name} is not explained"
+
+
+def test_every_solver_class_is_registered():
+    made = {type(build()) for build in fewstep.SOLVERS.values()}
+    assert made == set(CLASSES)
+    assert len(CLASSES) > 20
+
+
+# The contract: users' scripts name these.
+NAMES = (
+    "ddim gddim ddpm euler euler-maruyama ei-score tab0 tab1 tab2 tab3 rhoab0 rhoab1 rhoab2 "
+    "rhoab3 logrhoab0 logrhoab1 logrhoab2 logrhoab3 rho-midpoint rho-heun rho-kutta3 rho-rk4 "
+    "ipndm pndm analytic-ddim accelerated-ddim accelerated-ddim-theory accelerated-ddim-lagged "
+    "ddim-theory accelerated-ddpm ddpm-theory heun edm-stochastic dpm2 dpm3 dpmpp-2m dpmpp-3m "
+    "dpmpp-2m-sde unipc2 unipc3"
+).split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_solvers_of_the_contract(name):
+    assert name in fewstep.SOLVERS
+    assert fewstep.SOLVERS[name]().name == name
+
+
+def test_the_schedules_and_grids_of_the_contract():
+    assert set(fewstep.SCHEDULES) >= {
+        "vp-linear",
+        "vp-cosine",
+        "sub-vp",
+        "ve",
+        "edm",
+        "flow",
+        "ddpm-linear",
+        "ddpm-scaled-linear",
+        "ddpm-cosine",
+        "tabulated",
+    }
+    assert set(fewstep.GRIDS) >= {
+        "uniform",
+        "quadratic",
+        "power",
+        "log-rho",
+        "lambda",
+        "karras",
+        "explicit",
+    }
+
+
+def test_registries_are_read_only():
+    for registry in (fewstep.SOLVERS, fewstep.SCHEDULES, fewstep.GRIDS):
+        with pytest.raises(TypeError, match="item assignment"):
+            registry["x"] = None
+        assert [] not in registry
+        assert "x" not in registry
+
+
+def test_no_public_function_is_named_as_a_module():
+    """``import fewstep.x`` would replace it."""
+    modules = {part(path) for path in FILES}
+    functions = [name for name in fewstep.__all__ if callable(getattr(fewstep, name))]
+    assert "sample" in functions
+    assert not modules & set(functions)
+
+
+def test_the_face_is_whole():
+    for name in fewstep.__all__:
+        assert getattr(fewstep, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fewstep.nothing
+
+
+def test_import_costs_nothing():
+    code = (
+        "import fewstep, sys; print(sorted({'torch', 'numpy', 'rich', 'PIL'} & set(sys.modules)))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_types_ship():
+    assert (ROOT / "py.typed").is_file()
