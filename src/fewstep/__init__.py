@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fewstep import adapters as adapters
     from fewstep import exact as exact
+    from fewstep import metrics as metrics
     from fewstep.adaptive import log_likelihood as log_likelihood
     from fewstep.denoiser import Clipped as Clipped
     from fewstep.denoiser import Denoiser as Denoiser
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "adapters": "",
     "exact": "",
+    "metrics": "",
     "log_likelihood": "adaptive",
     "Clipped": "denoiser",
     "Denoiser": "denoiser",

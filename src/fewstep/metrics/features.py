@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,38 @@ def write_features(folder: str | Path, network: nn.Module, training: dict[str, A
         },
     )
     return folder
+
+
+FeatureMap = str | Callable[[Tensor], Tensor] | None
+"""The name of an extractor, a callable (n, *) to (n, D), or ``None`` for the samples themselves."""
+
+
+def two_sides(a: Tensor, b: Tensor, features: FeatureMap, *, least: int) -> tuple[Tensor, Tensor]:
+    r"""Returns the features of two sets, float64, shapes (n, D) and (m, D).
+
+    Raises:
+        ValueError: If a side has fewer than ``least`` samples, the dimensions differ, a value is
+            not finite, or all features are constant on both sides.
+    """
+    look = Features.load(features) if isinstance(features, str) else features
+    sides = []
+    for name, side in (("first", a), ("second", b)):
+        if not isinstance(side, Tensor) or side.ndim < 2:
+            got = tuple(side.shape) if isinstance(side, Tensor) else type(side).__name__
+            raise ValueError(f"the {name} set must be a tensor with shape (n, *), got {got}")
+        if len(side) < least:
+            raise ValueError(
+                f"the {name} set has {len(side)} samples; at least {least} are needed"
+            )
+        found = (side if look is None else look(side)).flatten(1).to(torch.float64)
+        if not bool(found.detach().isfinite().all()):
+            raise ValueError(f"the features of the {name} set are not all finite")
+        sides.append(found)
+    left, right = sides
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(
+            f"the two sets have {left.shape[1]} and {right.shape[1]} features; they must agree"
+        )
+    if float(left.detach().std(0).max()) == 0 == float(right.detach().std(0).max()):
+        raise ValueError("the features are constant on both sides; there is nothing to compare")
+    return left, right

@@ -1,0 +1,83 @@
+r"""Distances that need no features: sliced Wasserstein, and RMS to a reference from the same noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.metrics.features import FeatureMap, two_sides
+from fewstep.metrics.intervals import Estimate, jackknife, student
+
+
+def sliced_wasserstein(
+    a: Tensor,
+    b: Tensor,
+    *,
+    features: FeatureMap = None,
+    projections: int = 128,
+    level: float = 0.95,
+    blocks: int = 20,
+    seed: int = 0,
+) -> Estimate:
+    r"""Returns the sliced 2-Wasserstein distance, with an interval.
+
+    .. math:: \left( \frac1P \sum_p W_2^2(\theta_p \cdot a, \theta_p \cdot b) \right)^{1/2}
+
+    over P random directions. Sets of different sizes are compared by their quantiles.
+
+    References:
+        | Sliced and Radon Wasserstein Barycenters of Measures (Bonneel et al., 2015)
+        | https://doi.org/10.1007/s10851-014-0506-3
+
+    Arguments:
+        a: Samples, with shape (n, \*).
+        b: Samples, with shape (m, \*).
+        features: What to look at, see :func:`fewstep.metrics.fid`; left out, the samples.
+        projections: The number P of directions.
+        level: The probability that the interval covers.
+        blocks: The number of blocks of the jackknife.
+        seed: The seed of the directions and blocks.
+    """
+    fa, fb = two_sides(a, b, features, least=2)
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn((fa.shape[1], projections), generator=generator, dtype=torch.float64)
+    directions = directions / directions.norm(dim=0)
+    pa, pb = fa @ directions, fb @ directions
+
+    def statistic(i: Tensor, j: Tensor) -> Tensor:
+        left, right = pa[i].sort(0).values, pb[j].sort(0).values
+        if len(left) != len(right):
+            count = max(len(left), len(right))
+            left, right = _quantiles(left, count), _quantiles(right, count)
+        return (left - right).square().mean().sqrt()[None]
+
+    return jackknife(statistic, (len(fa), len(fb)), level=level, blocks=blocks, seed=seed)[0]
+
+
+def _quantiles(ordered: Tensor, count: int) -> Tensor:
+    """Returns the empirical quantiles at the middles of ``count`` equal shares."""
+    share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return ordered[(share * len(ordered)).long().clamp(max=len(ordered) - 1)]
+
+
+def rms(a: Tensor, b: Tensor, *, level: float = 0.95) -> Estimate:
+    r"""Returns the root mean square difference of samples from the same noise, with an interval.
+
+    The interval is Student's for the mean square over samples, carried through the root.
+
+    Arguments:
+        a: Samples, with shape (n, \*), n >= 2.
+        b: The reference, of the same shape; sample i of both started from the same noise.
+        level: The probability that the interval covers.
+    """
+    if a.shape != b.shape or a.ndim < 1 or len(a) < 2:
+        raise ValueError(
+            f"two sets of one shape with n >= 2 are compared, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    squares = (a.double() - b.double()).square().flatten(1).mean(1)
+    if not bool(squares.isfinite().all()):
+        raise ValueError("the samples are not all finite")
+    mean, n = squares.mean(), len(squares)
+    width = student(level, n - 1) * squares.std() / n**0.5
+    low, high = (mean - width).clamp(min=0).sqrt(), (mean + width).sqrt()
+    return Estimate(float(mean.sqrt()), float(low), float(high), level, "Student", (n, n))

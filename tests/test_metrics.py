@@ -1,0 +1,188 @@
+"""Metrics against closed forms and independent references; their intervals against their level."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from torch import Tensor
+
+from fewstep import metrics
+from fewstep.metrics.intervals import student
+
+
+def _normal(n: int, dimension: int, *, seed: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return mean + std * torch.randn((n, dimension), generator=generator, dtype=torch.float64)
+
+
+def test_frechet_distance_of_two_gaussians_in_closed_form() -> None:
+    # N(0, I) and N(m, s^2 I) in D dimensions: D m^2 + D (1 - s)^2.
+    one = metrics.Statistics(torch.zeros(3).double(), torch.eye(3).double(), 10)
+    two = metrics.Statistics(torch.full((3,), 0.5).double(), 4 * torch.eye(3).double(), 10)
+    assert float(metrics.frechet_distance(one, two)) == pytest.approx(3 * 0.25 + 3, rel=1e-12)
+
+
+def test_fid_equals_the_formula_with_a_matrix_root_by_scipy() -> None:
+    a, b = _normal(300, 6, seed=0) @ _normal(6, 6, seed=1), _normal(200, 6, seed=2, mean=0.3)
+    sa, sb = numpy.cov(a.numpy(), rowvar=False), numpy.cov(b.numpy(), rowvar=False)
+    root = scipy.linalg.sqrtm(sa @ sb).real
+    gap = a.mean(0) - b.mean(0)
+    expected = float(gap @ gap) + numpy.trace(sa + sb - 2 * root)
+    assert metrics.fid(a, b).value == pytest.approx(expected, rel=1e-9)
+
+
+def test_fid_has_a_gradient_also_where_covariances_are_singular() -> None:
+    a = _normal(5, 8, seed=0).requires_grad_()
+    b = metrics.Statistics.of(_normal(50, 8, seed=1))
+    (gradient,) = torch.autograd.grad(metrics.frechet_distance(metrics.Statistics.of(a), b), a)
+    step = 1e-6 * _normal(5, 8, seed=2)
+    change = [
+        float(metrics.frechet_distance(metrics.Statistics.of(a.detach() + s * step), b))
+        for s in (1, -1)
+    ]
+    assert float((gradient * step).sum()) == pytest.approx((change[0] - change[1]) / 2, rel=1e-3)
+
+
+def test_extrapolation_removes_most_of_the_bias_of_fid() -> None:
+    plain, infinite = [], []
+    for seed in range(8):
+        a, b = _normal(200, 8, seed=seed), _normal(200, 8, seed=100 + seed)
+        plain.append(metrics.fid(a, b, blocks=2).value)
+        infinite.append(metrics.fid(a, b, extrapolate=True, blocks=2).value)
+    assert numpy.mean(plain) > 0.15  # the truth is 0
+    assert abs(numpy.mean(infinite)) < 0.25 * numpy.mean(plain)
+
+
+@pytest.mark.parametrize(("kernel", "power"), [("linear", 1), ("cubic", 3)])
+def test_kid_is_the_double_sum_of_its_definition(kernel: str, power: int) -> None:
+    x, y = _normal(7, 4, seed=0).numpy(), _normal(9, 4, seed=1, mean=0.5).numpy()
+
+    def k(u: numpy.ndarray, v: numpy.ndarray) -> float:
+        return float(u @ v / 4) if power == 1 else float((u @ v / 4 + 1) ** 3)
+
+    xx = numpy.mean([k(x[i], x[j]) for i in range(7) for j in range(7) if i != j])
+    yy = numpy.mean([k(y[i], y[j]) for i in range(9) for j in range(9) if i != j])
+    xy = numpy.mean([k(u, v) for u in x for v in y])
+    value = metrics.kid(torch.from_numpy(x), torch.from_numpy(y), kernel=kernel).value
+    assert value == pytest.approx(xx + yy - 2 * xy, rel=1e-9)
+
+
+def test_kid_is_unbiased() -> None:
+    values = [
+        metrics.kid(_normal(30, 3, seed=s), _normal(40, 3, seed=900 + s), blocks=2).value
+        for s in range(200)
+    ]
+    error = numpy.std(values) / len(values) ** 0.5
+    assert abs(numpy.mean(values)) < 3.5 * error
+
+
+def test_linear_kid_of_shifted_gaussians_in_closed_form() -> None:
+    # The linear kernel gives the squared distance of the means, divided by the dimension.
+    a, b = _normal(4000, 5, seed=0), _normal(4000, 5, seed=1, mean=1.0)
+    found = metrics.kid(a, b, kernel="linear")
+    assert found.low < 1.0 < found.high
+    assert found.high - found.low < 0.2
+
+
+def test_precision_recall_density_coverage_by_brute_force() -> None:
+    a, b, k = _normal(40, 3, seed=0, mean=0.6), _normal(50, 3, seed=1), 3
+    x, y = a.numpy(), b.numpy()
+
+    def radius(points: numpy.ndarray, i: int) -> float:
+        return sorted(numpy.linalg.norm(points - points[i], axis=1))[k]
+
+    real = [radius(y, j) for j in range(len(y))]
+    fake = [radius(x, i) for i in range(len(x))]
+    gap = [[numpy.linalg.norm(u - v) for u in x] for v in y]
+    inside = [[gap[j][i] < real[j] for i in range(len(x))] for j in range(len(y))]
+    expected = (
+        numpy.mean([any(inside[j][i] for j in range(len(y))) for i in range(len(x))]),
+        numpy.mean([any(gap[j][i] < fake[i] for i in range(len(x))) for j in range(len(y))]),
+        numpy.sum(inside) / (k * len(x)),
+        numpy.mean([min(gap[j]) < real[j] for j in range(len(y))]),
+    )
+    found = metrics.precision_recall(a, b, neighbours=k)
+    assert [e.value for e in found] == pytest.approx(list(expected), abs=1e-12)
+
+
+def test_precision_and_recall_see_different_faults() -> None:
+    data = _normal(400, 2, seed=0)
+    narrow = metrics.precision_recall(_normal(400, 2, seed=1, std=0.3), data)
+    wide = metrics.precision_recall(_normal(400, 2, seed=2, std=4.0), data)
+    assert narrow.precision.value > 0.95 > 0.6 > narrow.recall.value
+    assert wide.recall.value > 0.9 > 0.5 > wide.precision.value
+
+
+def test_sliced_wasserstein_of_shifted_points_is_the_shift() -> None:
+    a = _normal(300, 1, seed=0)
+    assert metrics.sliced_wasserstein(a, a + 0.7).value == pytest.approx(0.7, rel=1e-9)
+    # In two dimensions a shift d has a mean square projection d^2 / 2.
+    b = _normal(300, 2, seed=1)
+    shifted = b + torch.tensor([0.6, 0.8])
+    value = metrics.sliced_wasserstein(b, shifted, projections=4000).value
+    assert value == pytest.approx(0.5**0.5, rel=0.02)
+
+
+def test_sliced_wasserstein_of_different_sizes_uses_quantiles() -> None:
+    a = _normal(500, 1, seed=0)
+    doubled = torch.cat([a, a])
+    assert metrics.sliced_wasserstein(a, doubled).value == pytest.approx(0.0, abs=1e-12)
+
+
+def test_rms_is_the_root_mean_square_and_its_interval_is_students() -> None:
+    a, b = _normal(50, 4, seed=0), _normal(50, 4, seed=1)
+    found = metrics.rms(a, b)
+    squares = ((a - b) ** 2).mean(1).numpy()
+    half = scipy.stats.t.ppf(0.975, 49) * squares.std(ddof=1) / 50**0.5
+    assert found.value == pytest.approx(squares.mean() ** 0.5)
+    assert found.low == pytest.approx((squares.mean() - half) ** 0.5, rel=1e-4)
+    assert found.high == pytest.approx((squares.mean() + half) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("freedom", [8, 18, 38])
+def test_student_quantiles(level: float, freedom: int) -> None:
+    expected = scipy.stats.t.ppf((1 + level) / 2, freedom)
+    assert student(level, freedom) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["kid", "fid"])
+def test_intervals_cover_at_their_nominal_rate(name: str) -> None:
+    trials, level, covered = 150, 0.9, 0
+    values, intervals = [], []
+    for seed in range(trials):
+        a, b = _normal(120, 2, seed=seed, mean=0.8), _normal(150, 2, seed=10_000 + seed)
+        found = getattr(metrics, name)(a, b, level=level)
+        values.append(found.value)
+        intervals.append(found)
+    # What an interval is about is the expected value at this number of samples.
+    centre = float(numpy.mean(values))
+    covered = sum(e.low <= centre <= e.high for e in intervals)
+    spread = (level * (1 - level) / trials) ** 0.5
+    assert level - 3.5 * spread <= covered / trials <= level + 3.5 * spread
+
+
+@pytest.mark.parametrize("function", [metrics.fid, metrics.kid, metrics.precision_recall])
+def test_clear_errors(function) -> None:
+    good = _normal(40, 3, seed=0)
+    with pytest.raises(ValueError, match="has 1 samples; at least"):
+        function(good[:1], good)
+    with pytest.raises(ValueError, match="3 and 4 features"):
+        function(good, _normal(40, 4, seed=1))
+    with pytest.raises(ValueError, match="constant on both sides"):
+        function(torch.ones(40, 3), torch.ones(40, 3))
+    with pytest.raises(ValueError, match="not all finite"):
+        function(good.clone().fill_(float("nan")), good)
+    with pytest.raises(
+        ValueError, match="Unknown feature extractor 'fashon'. Did you mean 'fashion'"
+    ):
+        function(good, good, features="fashon")
+
+
+def test_a_callable_gives_the_features() -> None:
+    a, b = _normal(60, 3, seed=0), _normal(60, 3, seed=1, mean=1)
+    only_first = metrics.fid(a, b, features=lambda x: x[:, :1])
+    assert only_first.value == pytest.approx(metrics.fid(a[:, :1], b[:, :1]).value, rel=1e-12)
