@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from fewstep.adapters._spacing import FLOW_START, levels
+from fewstep.plans import Eval, Lin, Noise, Plan, Row, Structure
+from fewstep.prediction import Prediction, mixture
+from fewstep.schedules import EDM, Flow, NoiseSchedule, Tabulated
 
 NOT_AFFINE = {
     "clip_sample": "clips the predicted sample",
@@ -199,3 +205,183 @@ class Runner:
         offset = self.scheduler.precondition_outputs(x, zero, level)
         scale = self.scheduler.precondition_outputs(zero, one, level)
         return (x0 - offset) / scale
+
+
+PREDICTIONS = {
+    "epsilon": Prediction.EPS,
+    "sample": Prediction.X0,
+    "v_prediction": Prediction.V,
+    "flow_prediction": Prediction.FLOW,
+}
+"""What diffusers calls the predictions."""
+
+
+def plan_from_scheduler(scheduler: Any, num_inference_steps: int | None, **kwargs: Any) -> Plan:
+    """Returns what a scheduler of diffusers does in a run, as a plan.
+
+    The plan starts from the same standard normal draw (scaled as the scheduler scales it) and makes
+    the same calls and draws. Its times are what the network is told (trained levels; for flow
+    models sigma; for EDM-preconditioned schedulers sigma, and the network is then the
+    preconditioned one, which predicts the data).
+
+    Arguments:
+        scheduler: The scheduler; it is copied, not changed.
+        num_inference_steps: The number of its steps; ``None`` with ``timesteps`` or ``sigmas``.
+        kwargs: Further arguments of its ``set_timesteps`` or of its ``step``, e.g. ``eta``.
+
+    Raises:
+        ValueError: If it is not affine; the message names the option that is to blame.
+        TypeError: If it takes no such argument.
+    """
+    sets = inspect.signature(scheduler.set_timesteps).parameters
+    setting = {k: v for k, v in kwargs.items() if k in sets}
+    stepping = {k: v for k, v in kwargs.items() if k not in sets}
+    table = probe(scheduler, num_inference_steps, set_timesteps=setting, step=stepping)
+    schedule, prediction = _schedule(scheduler), _prediction(scheduler)
+    times = torch.tensor(table.times, dtype=torch.float64)
+    if isinstance(schedule, Flow):
+        times = times / scheduler.config["num_train_timesteps"]
+    times = times.clamp(max=schedule.t_max)
+    return _plan(table, times, schedule, prediction, type(scheduler).__name__)
+
+
+def _prediction(scheduler: Any) -> Prediction:
+    if hasattr(scheduler, "precondition_outputs"):
+        return Prediction.X0
+    if _is_flow(scheduler):
+        return PREDICTIONS.get(scheduler.config.get("prediction_type", ""), Prediction.FLOW)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        raise ValueError(
+            f"{type(scheduler).__name__} has prediction_type {kind!r}; known: {', '.join(PREDICTIONS)}"
+        )
+    return PREDICTIONS[kind]
+
+
+def _is_flow(scheduler: Any) -> bool:
+    config = scheduler.config
+    return (
+        type(scheduler).__name__.startswith("FlowMatch")
+        or bool(config.get("use_flow_sigmas"))
+        or config.get("prediction_type") == "flow_prediction"
+    )
+
+
+def _schedule(scheduler: Any) -> NoiseSchedule:
+    if hasattr(scheduler, "precondition_outputs"):
+        config = scheduler.config
+        # The ends of the range are reached up to float32.
+        return EDM(config["sigma_min"] * (1 - 1e-5), config["sigma_max"] * (1 + 1e-5))
+    if _is_flow(scheduler):
+        return Flow(t_max=FLOW_START)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has no alphas_cumprod, so the noise schedule that its "
+            "coefficients belong to is not known"
+        )
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    return Tabulated(levels(scheduler.alphas_cumprod, prediction).double())
+
+
+def _plan(
+    table: Table, times: Tensor, schedule: NoiseSchedule, prediction: Prediction, name: str
+) -> Plan:
+    rows = torch.cat([table.inputs, table.output[None]])
+    start = float(schedule.sigma(times[0]))
+    scale = float(rows[0, 0]) / start
+    # Below the rounding of the scheduler's own float32 it is no scaling.
+    scaled = abs(scale - 1) > 2e-6
+    rows[:, 0] /= float(rows[0, 0]) if scaled else start
+    writer = _Writer(len(times), table.draws)
+    if scaled:
+        writer.lin({writer.initial: scale})
+    writer.evaluate(writer.last)
+    for k in range(1, len(rows)):
+        writer.state(rows, k)
+        if k < len(times):
+            writer.evaluate(writer.last)
+    return Plan(
+        Structure(prediction, tuple(writer.rows), writer.last),
+        torch.tensor(writer.values, dtype=torch.float64),
+        times,
+        torch.stack([times[0], _end(rows, times, schedule, prediction)]),
+        schedule,
+        name=name,
+    )
+
+
+class _Writer:
+    """Writes rows of a plan from rows of a table, as short as they can be."""
+
+    def __init__(self, calls: int, draws: int) -> None:
+        self.calls, self.draws = calls, draws
+        self.rows: list[Row] = []
+        self.values: list[float] = []
+        self.initial = self.last = 0
+        self.states: list[int] = []
+        self.answers: list[int] = []
+        self.noises: list[int] = []
+
+    def lin(self, terms: dict[int, float]) -> None:
+        self.rows.append(Lin(tuple(terms), len(self.values)))
+        self.values += terms.values()
+        self.last = len(self.rows)
+
+    def evaluate(self, register: int) -> None:
+        self.states.append(register)
+        self.rows.append(Eval(register, len(self.answers)))
+        self.answers.append(len(self.rows))
+
+    def state(self, table: Tensor, k: int) -> None:
+        """Writes row k of the table: from one of the last states if that leaves few other terms."""
+        row = table[k]
+        known = len(self.answers)
+        best: tuple[int, dict[int, float], Tensor] | None = None
+        for j in range(max(0, k - 4), k):
+            if float(table[j, 0]) == 0 or not math.isfinite(float(row[0] / table[j, 0])):
+                continue
+            factor = float(row[0] / table[j, 0])
+            rest = row - factor * table[j]
+            size = float(max(row.abs().max(), abs(factor) * table[j].abs().max()))
+            rest = torch.where(rest.abs() <= 3e-7 * size, 0.0, rest)
+            rest[0] = 0.0
+            terms = int((rest != 0).sum()) + 1
+            if abs(factor) <= 1e3 and (best is None or terms < len(best[1])):
+                best = (j, dict.fromkeys(range(terms), 0.0), rest)
+                chosen = factor
+        full = int((row != 0).sum())
+        if best is None or full <= len(best[1]):
+            terms_of, rest = {self._state(0): float(row[0])}, row.clone()
+            rest[0] = 0.0
+        else:
+            terms_of, rest = {self.states[best[0]]: chosen}, best[2]
+        for m in range(self.draws):
+            if float(rest[1 + self.calls + m]) != 0:
+                while len(self.noises) <= m:
+                    self.rows.append(Noise(len(self.noises)))
+                    self.noises.append(len(self.rows))
+        for place in range(known):
+            if float(rest[1 + place]) != 0:
+                terms_of[self.answers[place]] = float(rest[1 + place])
+        for m in range(self.draws):
+            if float(rest[1 + self.calls + m]) != 0:
+                terms_of[self.noises[m]] = float(rest[1 + self.calls + m])
+        self.lin(terms_of)
+
+    def _state(self, k: int) -> int:
+        return self.states[k]
+
+
+def _end(rows: Tensor, times: Tensor, schedule: NoiseSchedule, prediction: Prediction) -> Tensor:
+    """Returns the time of the sample: what is left of the data and of the noise says it."""
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    p, _ = mixture(prediction, alpha, sigma)
+    calls = len(times)
+    left = float(rows[-1, 0] * alpha[0] + rows[-1, 1 : 1 + calls] @ p)
+    zero = torch.tensor(schedule.t_zero, dtype=torch.float64)
+    if isinstance(schedule, EDM) or not left < 1 - 1e-5 or left <= 0:
+        return zero
+    if isinstance(schedule, Flow):
+        return torch.tensor(1 - left, dtype=torch.float64)
+    lam = torch.tensor(math.log(left) - 0.5 * math.log1p(-(left**2)), dtype=torch.float64)
+    return schedule.time(lam).clamp(schedule.t_min, float(times[-1]))
