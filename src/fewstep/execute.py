@@ -61,7 +61,7 @@ class Execution:
             raise ValueError(f"the plan draws noise {plan.n_noise} times; give a source of draws")
         self._rows = plan.structure.rows
         self._dies = plan.structure.dies
-        self._values: list[float] = plan.values.tolist()
+        self._values = plan.numbers
         self._result = plan.structure.result
         self._draw = draw
         self._on_state = on_state

@@ -241,6 +241,11 @@ class Plan:
         return self.n_noise > 0
 
     @functools.cached_property
+    def numbers(self) -> tuple[float, ...]:
+        """The values as Python numbers, for runs without gradients."""
+        return tuple(self.values.detach().tolist())
+
+    @functools.cached_property
     def scales(self) -> Tensor:
         r"""The :math:`(\alpha, \sigma)` at the calls, shape (K, 2)."""
         return torch.stack([self.schedule.alpha(self.times), self.schedule.sigma(self.times)], 1)

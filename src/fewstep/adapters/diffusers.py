@@ -359,9 +359,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, Mapping) and "_use_default_values" in config:
             kept = [k for k in config["_use_default_values"] if k not in OF_THE_MODEL]
             config = {**config, "_use_default_values": kept}
-        if isinstance(config, Mapping) and "prediction_type" not in config:
-            flow = {"invert_sigmas", "shift_terminal", "base_image_seq_len"} & set(config)
-            if flow or ("shift" in config and "beta_schedule" not in config):
+        if isinstance(config, Mapping) and not {"prediction_type", "beta_schedule"} & set(config):
+            if {"shift", "invert_sigmas", "shift_terminal", "base_image_seq_len"} & set(config):
                 kwargs.setdefault("prediction_type", "flow_prediction")
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -639,6 +638,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             risky = float(plan.scales[:, 0].min()) < 1e-3
             if risky or merged.structure.n_values <= plan.structure.n_values + 2 * plan.nfe:
                 plan = merged
+        _ = plan.numbers, plan.structure.dies  # so that a compiled step finds them made
         if native is plan.prediction:
             return _Setup(plan, grid, method, told, None, reshapes)
         shifts, factors = coefficients(
