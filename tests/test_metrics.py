@@ -177,7 +177,7 @@ def test_clear_errors(function) -> None:
     with pytest.raises(ValueError, match="not all finite"):
         function(good.clone().fill_(float("nan")), good)
     with pytest.raises(
-        ValueError, match="Unknown feature extractor 'fashon'. Did you mean 'fashion'"
+        ValueError, match=r"Unknown feature extractor 'fashon'\. Did you mean 'fashion'"
     ):
         function(good, good, features="fashon")
 

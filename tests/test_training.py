@@ -204,3 +204,20 @@ def test_recipe_and_data_must_fit(tmp_path, network, classes, reason):
     with pytest.raises(ValueError, match=reason):
         train(images(classes), tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cycle_makes_a_finished_run_longer(tmp_path):
+    train(images(), tmp_path / "model", RECIPE)
+    longer, steps = replace(RECIPE, steps=10, cycles=[6]), []
+    told = lambda event: steps.append(event.step)  # noqa: E731
+    train(images(), tmp_path / "model", longer, on_step=told)
+    assert steps == [7, 8, 9, 10]
+    # Another place of the first cycle's end would change the steps that are done.
+    with pytest.raises(ValueError, match="another recipe"):
+        train(images(), tmp_path / "model", replace(RECIPE, steps=14, cycles=[4]))
+
+
+@pytest.mark.parametrize("cycles", [[6], [0], [3, 2], ["2"], 4])
+def test_cycles_that_do_not_fit_are_refused(cycles):
+    with pytest.raises(ValueError, match="cycles must"):
+        replace(RECIPE, cycles=cycles)

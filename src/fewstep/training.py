@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ class TrainRecipe:
             classifier-free guidance works.
         uniform_times: The share of times drawn uniformly; the others follow the density that
             a cosine schedule has in :math:`\lambda`, which is where images are made.
+        cycles: The steps at which the rate has fallen to zero and a new cycle begins: a run that
+            is finished is made longer by writing its ``steps`` here and giving more.
+        later_peak: The share of the learning rate to which later cycles rise.
         ema: The decay of the moving average of the weights, which is what is stored.
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).
     """
@@ -52,6 +55,8 @@ class TrainRecipe:
     weight_decay: float = 0.01
     label_dropout: float = 0.1
     uniform_times: float = 0.5
+    cycles: list[int] = field(default_factory=list)
+    later_peak: float = 0.5
     ema: float = 0.999
     clip: float = 1.0
     precision: str = "bfloat16"
@@ -68,7 +73,13 @@ class TrainRecipe:
             raise ValueError(f"prediction must be 'eps' or 'v', got {self.prediction!r}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
-        for name in ("decay", "label_dropout", "uniform_times", "ema"):
+        if not isinstance(self.cycles, list) or not all(
+            isinstance(end, int) and 0 < end < self.steps for end in self.cycles
+        ):
+            raise ValueError(f"cycles must be steps below {self.steps}, got {self.cycles!r:.60}")
+        if sorted(set(self.cycles)) != self.cycles:
+            raise ValueError(f"cycles must increase, got {self.cycles!r:.60}")
+        for name in ("decay", "label_dropout", "uniform_times", "ema", "later_peak"):
             value = getattr(self, name)
             if isinstance(value, bool) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
@@ -203,8 +214,17 @@ def train(
 
 
 def _rate(step: int, recipe: TrainRecipe) -> float:
-    falling = max(1, round(recipe.decay * recipe.steps))
-    return min(1.0, (step + 1) / max(1, recipe.warmup), (recipe.steps - step) / falling)
+    """Returns the share of the learning rate at a step."""
+    start, end, peak = _cycle(step, recipe)
+    falling = max(1, round(recipe.decay * (end - start)))
+    return peak * min(1.0, (step - start + 1) / max(1, recipe.warmup), (end - step) / falling)
+
+
+def _cycle(step: int, recipe: TrainRecipe) -> tuple[int, int, float]:
+    """Returns the cycle that a step is in: its start, its end and its peak."""
+    ends = [*recipe.cycles, recipe.steps]
+    number = next(i for i, end in enumerate(ends) if step < end or end == recipe.steps)
+    return ([0, *ends][number], ends[number], recipe.later_peak if number else 1.0)
 
 
 def _generator(*address: int | str) -> torch.Generator:
@@ -276,12 +296,12 @@ def _restore(
             f"the checkpoint {str(state_file)!r} is damaged: it has no recipe or step"
         )
     stored = TrainRecipe.from_json(state["recipe"])
-    falling_from = round((1 - stored.decay) * stored.steps)
-    same = asdict(stored) | {"steps": 0, "compile": False} == asdict(recipe) | {
-        "steps": 0,
-        "compile": False,
-    }
-    if not same or (stored.steps != recipe.steps and state["step"] > falling_from):
+    varies = {"steps": 0, "cycles": [], "later_peak": 0.0, "compile": False}
+    same = asdict(stored) | varies == asdict(recipe) | varies
+    # What the finished steps were made with must be what the new recipe says of them.
+    if not same or any(
+        not math.isclose(_rate(k, stored), _rate(k, recipe)) for k in range(state["step"])
+    ):
         raise ValueError(
             f"the folder {str(out)!r} has a run of another recipe, at step {state['step']}; "
             "give the same recipe to go on, or another folder"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -168,7 +168,7 @@ def make(
     say(f"next: fewstep plan show {out}")
 
 
-def _keywords(option: list[str] | None) -> dict[str, object]:
+def _keywords(option: list[str] | None) -> dict[str, Any]:
     options = parse_options(option)
     taken = {"solver", "schedule", "nfe", "steps", "grid", "head_start", "integer_times"}
     for key in options:

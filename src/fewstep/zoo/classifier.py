@@ -18,18 +18,13 @@ class SmallClassifier(nn.Module):
         super().__init__()
         self.config = {"in_channels": in_channels, "width": width, "num_classes": num_classes}
         self.body = nn.Sequential(
-            nn.Conv2d(in_channels, width, 5, stride=2, padding=2),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, padding=1),
-            nn.BatchNorm2d(2 * width),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
-            nn.BatchNorm2d(4 * width),
-            nn.ReLU(),
-            nn.Conv2d(4 * width, 4 * width, 3, padding=1),
-            nn.BatchNorm2d(4 * width),
-            nn.ReLU(),
+            *_layer(in_channels, width),
+            nn.MaxPool2d(2),
+            *_layer(width, 2 * width),
+            *_layer(2 * width, 2 * width),
+            nn.MaxPool2d(2),
+            *_layer(2 * width, 4 * width),
+            *_layer(4 * width, 4 * width),
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
             nn.Linear(16 * width, 4 * width),
@@ -43,3 +38,8 @@ class SmallClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits, (B, classes)."""
         return self.head(self.features(x).relu())
+
+
+def _layer(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(outputs), nn.ReLU()

@@ -23,22 +23,19 @@ def write_model(
     prediction: str,
     event_shape: Sequence[int],
     class_names: Sequence[str] | None = None,
-    data_mean: float | None = None,
-    data_std: float | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a model as a folder that :func:`fewstep.load` reads; returns the folder.
 
     Arguments:
         folder: Where to write.
-        weights: The state of the network.
+        weights: The state of the network; besides it ``data.mean`` and ``data.std``, the
+            statistics of the data for head starts, may be there.
         network: Its kind and the options that rebuild it.
         schedule: The schedule that it was trained with.
         prediction: What it predicts.
         event_shape: The shape of one sample.
         class_names: The names of the classes.
-        data_mean: The mean of the data, over samples and coordinates.
-        data_std: The standard deviation of the data.
         training: How it was trained; for the reader, not for the code.
     """
     folder = Path(folder)
@@ -53,8 +50,6 @@ def write_model(
             "prediction": prediction,
             "event_shape": list(event_shape),
             "class_names": None if class_names is None else list(class_names),
-            "data_mean": data_mean,
-            "data_std": data_std,
             "sha256": sha256(file),
             "training": dict(training or {}),
         },
