@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import subprocess
-import sys
-import threading
 from typing import Any
 
 import pytest
@@ -19,11 +16,9 @@ from fewstep.execute import execute
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-from fewstep.adapters import diffusers as adapter  # noqa: E402
 from fewstep.adapters._probing import Runner  # noqa: E402
 from fewstep.adapters.diffusers import (  # noqa: E402
     PlanScheduler,
-    load_pipeline,
     plan_from_scheduler,
 )
 

@@ -53,6 +53,9 @@ ENDS_ABOVE_ZERO = ("tab", "rhoab", "logrhoab", "ipndm", "pndm", "rho-", "ei-scor
 LOWERS_FINAL = ("logrhoab", "dpmpp", "unipc")
 """Solvers whose twins obey ``lower_order_final``."""
 
+LARGEST_JUMP = 200.0
+"""The most by which one step of several stages may divide sigma / alpha: that is its amplification."""
+
 OF_THE_MODEL = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 """What a configuration says about the noise levels."""
 
@@ -383,10 +386,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     @timesteps.setter
     def timesteps(self, value: Tensor) -> None:
-        raise AttributeError(
-            "timesteps cannot be assigned, as the plan belongs to them; "
-            "call set_timesteps(timesteps=[...])"
-        )
+        run = self._run()  # some pipelines put them back in another type
+        if run.setup is None or value.shape != run.timesteps.shape:
+            raise ValueError(
+                "timesteps cannot be exchanged, as the plan belongs to them; "
+                "call set_timesteps(timesteps=[...])"
+            )
+        run.timesteps = value
+        run.pointer, run.size = value.data_ptr(), value.element_size()
 
     @property
     def sigmas(self) -> Tensor:
@@ -596,7 +603,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             grid = method.make_grid(schedule, count, None, **grid_options)
         else:
             grid = method.make_grid(schedule, count, own_grid, **grid_options)
-        return method, grid.rounded() if config.integer_times else grid
+        grid = grid.rounded() if config.integer_times else grid
+        if method.nfe(2) > 2 and grid.steps > 1:
+            jump = float(grid.rho[0] / grid.rho[1])
+            if jump > LARGEST_JUMP and not grid.is_last_zero(0):
+                raise ValueError(
+                    f"the first step of this grid divides sigma / alpha by {jump:.3g}, which "
+                    f"{method.name} amplifies, as its stages are weighted in sigma / alpha; "
+                    "use grid='karras', or a multistep solver such as 'tab3' or 'unipc3'"
+                )
+        return method, grid
 
     def _told(self, times: Tensor, given: tuple[float, ...] | None) -> tuple[float, ...]:
         if given is not None and len(given) == len(times):

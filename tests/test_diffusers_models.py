@@ -1,0 +1,159 @@
+"""fewstep.load on what diffusers saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewstep
+import tiny_pipelines as tiny
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    diffusers.utils.logging.set_verbosity_error()
+
+
+def noise(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_network_alone(tmp_path):
+    network = tiny.unet2d()
+    network.save_pretrained(tmp_path)
+    model = fewstep.load(tmp_path)
+    assert model.event_shape == (3, 8, 8)
+    assert model.native.value == "eps"
+    assert model.schedule.levels == 1000
+    x = noise((2, 3, 8, 8))
+    want = network(x, 500).sample
+    assert torch.allclose(model(x, 500.0), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["DDPM", "DDIM"])
+def test_pixel_pipelines(tmp_path, kind):
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(
+        clip_sample=False, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"
+    )
+    pipe = getattr(diffusers, f"{kind}Pipeline")(tiny.unet2d(), scheduler)
+    pipe.save_pretrained(tmp_path)
+    model = fewstep.load(tmp_path)
+    assert model.native.value == "v"
+    assert torch.allclose(model.schedule.alphas_cumprod.float(), scheduler.alphas_cumprod)
+    # The same samples as the pipeline's own loop.
+    z = noise((2, 3, 8, 8))
+    ddim = diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    ddim.set_timesteps(5)
+    x = z
+    for t in ddim.timesteps:
+        x = ddim.step(tiny.unet2d()(x, t).sample, t, x).prev_sample.detach()
+    options = {"times": [*map(float, ddim.timesteps), -1.0]}
+    got = fewstep.sample(model, noise=z, solver="ddim", nfe=5, grid="explicit", options=options)
+    assert float((got - x).abs().max() / x.abs().max()) < 1e-3
+
+
+def test_dit(tmp_path):
+    pipe = diffusers.DiTPipeline(
+        tiny.dit(), tiny.vae(), diffusers.DDIMScheduler(clip_sample=False)
+    )
+    pipe.save_pretrained(tmp_path)
+    model = fewstep.load(tmp_path)
+    assert model.event_shape == (4, 8, 8)
+    x, labels = noise((2, 4, 8, 8)), torch.tensor([3, 8])
+    t = torch.tensor([400, 400])
+    want = tiny.dit()(x, timestep=t, class_labels=labels).sample[:, :4]
+    assert torch.allclose(model(x, 400.0, class_labels=labels), want, atol=1e-5)
+    one = fewstep.sample(model, 2, nfe=4, class_labels=labels, guidance=3.0)
+    other = fewstep.sample(model, 2, nfe=4, class_labels=labels)
+    assert not torch.allclose(one, other, atol=1e-3)
+    picture = model.decode(one)
+    want = tiny.vae().decode(one / tiny.vae().config.scaling_factor).sample
+    assert torch.allclose(picture, want, atol=1e-5)
+
+
+def text_pipeline(tmp_path: Path) -> Any:
+    words = tiny.tokenizer(tmp_path / "words")
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1, **LATENT)
+    return tiny.stable_diffusion(scheduler, tokenizer=words)
+
+
+def test_stable_diffusion_with_prompt_and_guidance(tmp_path):
+    pipe = text_pipeline(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "sd")
+    model = fewstep.load(tmp_path / "sd")
+    assert model.event_shape == (4, 8, 8)
+    z = noise((1, 4, 8, 8))
+    want = pipe(
+        "a b", num_inference_steps=5, guidance_scale=4.0, latents=z, output_type="latent"
+    ).images
+    pipe.scheduler.set_timesteps(5)
+    options = {"times": [*map(float, pipe.scheduler.timesteps), -1.0]}
+    got = fewstep.sample(
+        model,
+        noise=z / model.schedule.prior_std(float(pipe.scheduler.timesteps[0])),
+        solver="ddim",
+        grid="explicit",
+        nfe=5,
+        options=options,
+        prompt="a b",
+        guidance=4.0,
+    )
+    assert float((got - want).abs().max() / want.abs().max()) < 2e-3
+    assert model.decode(got).shape == (1, 3, 16, 16)
+    plain = fewstep.sample(model, noise=z, nfe=5, prompt="a b")
+    assert not torch.allclose(
+        plain, fewstep.sample(model, noise=z, nfe=5, prompt="c d"), atol=1e-4
+    )
+
+
+def test_a_flow_transformer(tmp_path):
+    network = tiny.sd3_transformer()
+    network.save_pretrained(tmp_path)
+    model = fewstep.load(tmp_path)
+    assert model.native.value == "flow"
+    assert model.schedule.name == "flow"
+    text = {
+        "encoder_hidden_states": noise((2, 8, 16), 1),
+        "pooled_projections": noise((2, 16), 2),
+    }
+    x = noise((2, 4, 8, 8))
+    want = network(x, timestep=torch.tensor([300.0, 300.0]), **text).sample
+    assert torch.allclose(model(x, 0.3, prediction="flow", **text), want, atol=1e-4)
+    euler = diffusers.FlowMatchEulerDiscreteScheduler()
+    euler.set_timesteps(6)
+    y = x
+    for t in euler.timesteps:
+        y = euler.step(network(y, timestep=t.expand(2), **text).sample, t, y).prev_sample.detach()
+    times = [min(float(s), model.schedule.t_max) for s in euler.sigmas]
+    got = fewstep.sample(
+        model, noise=x, solver="ddim", nfe=6, grid="explicit", options={"times": times}, **text
+    )
+    assert float((got - y).abs().max() / y.abs().max()) < 1e-3
+
+
+def test_only_safetensors_and_known_networks(tmp_path):
+    tiny.unet2d().save_pretrained(tmp_path / "bin", safe_serialization=False)
+    with pytest.raises(ValueError, match="safetensors"):
+        fewstep.load(tmp_path / "bin")
+    tiny.vae().save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="autoencoder"):
+        fewstep.load(tmp_path / "vae")
+    tiny.unet1d().save_pretrained(tmp_path / "audio")
+    with pytest.raises(ValueError, match="UNet1DModel"):
+        fewstep.load(tmp_path / "audio")

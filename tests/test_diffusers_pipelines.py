@@ -1,0 +1,263 @@
+"""PlanScheduler in real pipelines of diffusers, against diffusers' own scheduler of the same method."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+import tiny_pipelines as tiny
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+from fewstep.adapters.diffusers import PlanScheduler, load_pipeline  # noqa: E402
+
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+ROUNDING = 2e-4
+"""Of float32 through a network and a decoder; pictures are in [0, 1]."""
+
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    diffusers.utils.logging.set_verbosity_error()
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def embeddings(seed: int) -> torch.Tensor:
+    return torch.randn(1, 8, 16, generator=seeded(seed))
+
+
+TEXT = {"prompt_embeds": embeddings(1), "negative_prompt_embeds": embeddings(2)}
+POOLED = {
+    "pooled_prompt_embeds": embeddings(1)[:, 0],
+    "negative_pooled_prompt_embeds": embeddings(2)[:, 0],
+}
+PICTURE = torch.rand(1, 3, 16, 16, generator=seeded(3))
+MASK = (torch.rand(1, 1, 16, 16, generator=seeded(4)) > 0.5).float()
+
+
+def ddpm(scheduler: Any) -> Any:
+    return diffusers.DDPMPipeline(tiny.unet2d(), scheduler)
+
+
+def ddim(scheduler: Any) -> Any:
+    pipe = diffusers.DDIMPipeline(tiny.unet2d(), diffusers.DDIMScheduler(clip_sample=False))
+    pipe.scheduler = scheduler
+    return pipe
+
+
+def dit(scheduler: Any) -> Any:
+    return diffusers.DiTPipeline(tiny.dit(), tiny.vae(), scheduler)
+
+
+def sdxl(scheduler: Any) -> Any:
+    return diffusers.StableDiffusionXLPipeline(
+        vae=tiny.vae(),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=tiny.unet_text(True),
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+
+
+def sd3(scheduler: Any) -> Any:
+    nothing = dict.fromkeys(
+        (
+            "text_encoder",
+            "tokenizer",
+            "text_encoder_2",
+            "tokenizer_2",
+            "text_encoder_3",
+            "tokenizer_3",
+        )
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=tiny.sd3_transformer(), scheduler=scheduler, vae=tiny.vae(4, 0.1), **nothing
+    )
+
+
+def dance(scheduler: Any) -> Any:
+    return diffusers.DanceDiffusionPipeline(tiny.unet1d(), scheduler)
+
+
+def sd(kind: str) -> Callable[[Any], Any]:
+    return lambda scheduler: tiny.stable_diffusion(scheduler, kind)
+
+
+PIPELINES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
+    "ddpm": (ddpm, {}),
+    "ddim": (ddim, {}),
+    "dit": (dit, {"class_labels": [1, 7]}),
+    "text": (sd("StableDiffusionPipeline"), {**TEXT, "height": 16, "width": 16}),
+    "img2img": (sd("StableDiffusionImg2ImgPipeline"), {**TEXT, "image": PICTURE, "strength": 0.6}),
+    "inpaint": (
+        sd("StableDiffusionInpaintPipeline"),
+        {**TEXT, "image": PICTURE, "mask_image": MASK, "strength": 0.8, "height": 16, "width": 16},
+    ),
+    "sdxl": (sdxl, {**TEXT, **POOLED, "height": 16, "width": 16}),
+    "sd3": (sd3, {**TEXT, **POOLED, "height": 16, "width": 16}),
+    "audio": (dance, {"audio_length_in_s": 1.0}),
+}
+
+
+def draw(pipe: Any, arguments: dict[str, Any], steps: int = 8, seed: int = 0) -> numpy.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(seed)  # DiT and SD3 pass no generator to the scheduler
+    if "audio_length_in_s" in arguments:
+        made = pipe(num_inference_steps=steps, generator=seeded(seed), **arguments).audios
+    else:
+        made = pipe(
+            num_inference_steps=steps, generator=seeded(seed), output_type="np", **arguments
+        ).images
+    return numpy.asarray(made)
+
+
+DEIS = ("logrhoab1", "DEISMultistepScheduler", {"steps_offset": 1})
+DDIM = ("ddim", "DDIMScheduler", {"clip_sample": False, "steps_offset": 1})
+PP2M = ("dpmpp-2m", "DPMSolverMultistepScheduler", {"steps_offset": 1})
+UNIPC = ("unipc2", "UniPCMultistepScheduler", {"steps_offset": 1})
+HEUN = ("heun", "HeunDiscreteScheduler", {"steps_offset": 1})
+EULER = ("ddim", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
+FLOW_UNIPC = (
+    "unipc2",
+    "UniPCMultistepScheduler",
+    {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+)
+SAME = [
+    ("ddpm", ("ddpm", "DDPMScheduler", {"clip_sample": False})),
+    ("ddpm", ("ddpm", "DDPMScheduler", {"clip_sample": True})),
+    ("ddpm", (*PP2M[:2], {})),
+    ("ddim", (*DDIM[:2], {"clip_sample": False})),
+    ("dit", DDIM),
+    ("dit", PP2M),
+    *[("text", case) for case in (DDIM, DEIS, PP2M, UNIPC)],
+    *[("img2img", case) for case in (DDIM, DEIS, PP2M, UNIPC)],
+    *[("inpaint", case) for case in (DDIM, DEIS, PP2M, UNIPC)],
+    *[("sdxl", case) for case in (DDIM, DEIS, PP2M, UNIPC)],
+    ("sd3", EULER),
+    ("audio", DDIM),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), SAME, ids=[f"{name}-{case[0]}-{n}" for n, (name, case) in enumerate(SAME)]
+)
+def test_same_pictures_as_diffusers(name, case):
+    solver, twin, config = case
+    build, arguments = PIPELINES[name]
+    levels = LATENT if name in ("text", "img2img", "inpaint", "sdxl") else {}
+    theirs = getattr(diffusers, twin)(**config, **({} if "Flow" in twin else levels))
+    want = draw(build(theirs), arguments)
+    got = draw(build(PlanScheduler.from_config(theirs.config, solver=solver)), arguments)
+    assert want.std() > 0.01
+    assert numpy.abs(got - want).max() < ROUNDING
+
+
+def test_heun_in_text_to_image():
+    """Steps on trained levels: between them diffusers interpolates otherwise."""
+    solver, twin, _ = HEUN
+    build, arguments = PIPELINES["text"]
+    theirs = getattr(diffusers, twin)(**LATENT)
+    want = draw(build(theirs), arguments, 10)
+    ours = PlanScheduler.from_config(theirs.config, solver=solver)
+    assert numpy.abs(draw(build(ours), arguments, 10) - want).max() < ROUNDING
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+@pytest.mark.parametrize("solver", ["tab3", "rho-heun", "edm-stochastic"])
+def test_other_solvers_run_and_agree_with_ddim_on_many_steps(name, solver):
+    """Few steps of a good solver are near many of DDIM (stochastic: they run, and follow the seed)."""
+    build, arguments = PIPELINES[name]
+    if solver == "edm-stochastic" and name in ("img2img", "inpaint"):
+        pytest.skip("it would add noise before the first call")
+    steps = 30 if name == "sd3" and solver == "rho-heun" else 8
+    base = {} if name == "sd3" else {"steps_offset": 0, "timestep_spacing": "linspace"}
+    if name == "sd3":
+        base["prediction_type"] = "flow_prediction"
+        if solver != "tab3":
+            base["grid"] = "karras"
+            with pytest.raises(ValueError, match="grid='karras'"):
+                PlanScheduler(solver=solver, prediction_type="flow_prediction").set_timesteps(8)
+    one = draw(
+        build(PlanScheduler(solver=solver, final_sigmas_type="zero", **base)), arguments, steps
+    )
+    again = draw(
+        build(PlanScheduler(solver=solver, final_sigmas_type="zero", **base)), arguments, steps
+    )
+    assert numpy.array_equal(one, again)
+    if solver != "edm-stochastic":
+        ddim = PlanScheduler(solver="ddim", final_sigmas_type="zero", **base)
+        fine = draw(build(ddim), arguments, 60)
+        assert numpy.abs(one - fine).mean() < 0.05
+
+
+def test_eight_threads_share_one_pipeline():
+    build, arguments = PIPELINES["text"]
+    pipe = build(PlanScheduler(solver="tab3", **LATENT))
+    steps = [4, 5, 6, 7, 8, 9, 10, 11]
+    alone = [draw(pipe, arguments, n, seed) for seed, n in enumerate(steps)]
+    together: dict[int, numpy.ndarray] = {}
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for _ in range(2):
+                together[seed] = draw(pipe, arguments, steps[seed], seed)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for seed in range(8):
+        assert numpy.abs(together[seed] - alone[seed]).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_saved_pipelines_come_back_in_a_fresh_process(tmp_path, kind):
+    """DDIMPipeline puts its own scheduler in; load_pipeline puts ours back."""
+    build, arguments = PIPELINES[kind]
+    pipe = build(PlanScheduler(solver="tab2", grid="log-rho"))
+    pipe.save_pretrained(tmp_path)
+    want = draw(load_pipeline(tmp_path), arguments, 4)
+    assert numpy.abs(draw(pipe, arguments, 4) - want).max() < ROUNDING
+    code = (
+        "import sys, numpy, torch\n"
+        "from fewstep.adapters.diffusers import load_pipeline\n"
+        "pipe = load_pipeline(sys.argv[1])\n"
+        "pipe.set_progress_bar_config(disable=True)\n"
+        "made = pipe(num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type='np')\n"
+        "assert pipe.scheduler.config.solver == 'tab2'\n"
+        "numpy.save(sys.argv[2], made.images)\n"
+    )
+    file = tmp_path / "out.npy"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(file)], check=True, timeout=300)
+    assert numpy.abs(numpy.load(file) - want).max() < ROUNDING
+
+
+def test_a_folder_without_a_pipeline_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model_index\.json"):
+        load_pipeline(tmp_path)

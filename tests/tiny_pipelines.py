@@ -1,0 +1,193 @@
+"""Tiny pipelines of diffusers with random weights, for the tests."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _seeded(build: Any) -> Any:
+    """Caches a pipeline's parts, made with fixed random weights."""
+
+    @functools.cache
+    @functools.wraps(build)
+    def made(*args: Any) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return build(*args)
+
+    return made
+
+
+@_seeded
+def unet2d(classes: int | None = None) -> Any:
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=classes,
+    ).eval()
+
+
+@_seeded
+def vae(channels: int = 4, shift: float | None = None) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=16,
+        **(
+            {}
+            if shift is None
+            else {"shift_factor": shift, "use_quant_conv": False, "use_post_quant_conv": False}
+        ),
+    ).eval()
+
+
+@_seeded
+def dit() -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    ).eval()
+
+
+@_seeded
+def unet_text(xl: bool = False) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    extra: dict[str, Any] = {}
+    if xl:
+        extra = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 6 * 4 + 16,
+        }
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **extra,
+    ).eval()
+
+
+@_seeded
+def clip_text() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        vocab_size=64,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def tokenizer(folder: Path) -> Any:
+    """A tokenizer that knows single letters."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
+    )
+
+
+@_seeded
+def sd3_transformer() -> Any:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+    ).eval()
+
+
+@_seeded
+def unet1d() -> Any:
+    from diffusers import UNet1DModel
+
+    return UNet1DModel(
+        block_out_channels=(32, 32, 64),
+        extra_in_channels=64,
+        sample_size=64,
+        sample_rate=64,
+        in_channels=2,
+        out_channels=2,
+        flip_sin_to_cos=True,
+        use_timestep_embedding=False,
+        time_embedding_type="fourier",
+        mid_block_type="UNetMidBlock1D",
+        down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
+        up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
+    ).eval()
+
+
+def stable_diffusion(scheduler: Any, kind: str = "StableDiffusionPipeline", **parts: Any) -> Any:
+    import diffusers
+
+    return getattr(diffusers, kind)(
+        vae=vae(),
+        text_encoder=clip_text(),
+        tokenizer=parts.get("tokenizer"),
+        unet=unet_text(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
