@@ -96,10 +96,6 @@ def sd3(scheduler: Any) -> Any:
     )
 
 
-def dance(scheduler: Any) -> Any:
-    return diffusers.DanceDiffusionPipeline(tiny.unet1d(), scheduler)
-
-
 def sd(kind: str) -> Callable[[Any], Any]:
     return lambda scheduler: tiny.stable_diffusion(scheduler, kind)
 
@@ -116,19 +112,15 @@ PIPELINES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     ),
     "sdxl": (sdxl, {**TEXT, **POOLED, "height": 16, "width": 16}),
     "sd3": (sd3, {**TEXT, **POOLED, "height": 16, "width": 16}),
-    "audio": (dance, {"audio_length_in_s": 1.0}),
 }
 
 
 def draw(pipe: Any, arguments: dict[str, Any], steps: int = 8, seed: int = 0) -> numpy.ndarray:
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(seed)  # DiT and SD3 pass no generator to the scheduler
-    if "audio_length_in_s" in arguments:
-        made = pipe(num_inference_steps=steps, generator=seeded(seed), **arguments).audios
-    else:
-        made = pipe(
-            num_inference_steps=steps, generator=seeded(seed), output_type="np", **arguments
-        ).images
+    made = pipe(
+        num_inference_steps=steps, generator=seeded(seed), output_type="np", **arguments
+    ).images
     return numpy.asarray(made)
 
 
@@ -155,7 +147,6 @@ SAME = [
     *[("inpaint", case) for case in (DDIM, DEIS, PP2M, UNIPC)],
     *[("sdxl", case) for case in (DDIM, DEIS, PP2M, UNIPC)],
     ("sd3", EULER),
-    ("audio", DDIM),
 ]
 
 

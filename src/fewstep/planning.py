@@ -144,8 +144,9 @@ class Choice:
     head_start: float | None = None
 
     def __str__(self) -> str:
+        options = ", ".join(f"{k}={v}" for k, v in self.options.items())
         grid = f" on the grid {self.grid!r}" if self.grid else ""
-        return f"{self.solver}{grid} with {self.nfe} calls"
+        return f"{self.solver}{grid}{f' ({options})' if options else ''} with {self.nfe} calls"
 
 
 def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
@@ -155,5 +156,7 @@ def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
     """
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
-    del schedule
-    return Choice("tab1" if nfe < 10 else "tab2", nfe, "log-rho")
+    if not schedule.discrete:
+        return Choice("tab3", nfe, "quadratic")
+    solver = "unipc3" if nfe < 10 else "tab3"
+    return Choice(solver, nfe, "power", {"power": 1.5})

@@ -48,7 +48,7 @@ class DiffusersModel(WrappedNetwork):
         vae: The autoencoder of a latent model, or ``None``.
     """
 
-    vae: Any = None
+    vae: Any  # without a value: a class attribute would hide the submodule
 
     @torch.no_grad()
     def decode(self, x: Tensor, *, batch_size: int = 8) -> Tensor:
@@ -258,8 +258,10 @@ def _conventions(
             f"the scheduler's prediction_type {full['prediction_type']!r} is not known"
         )
     products = torch.cumprod(1 - spacing.betas(full), 0)
-    table = spacing.levels(products, full["prediction_type"])
+    # Plans in eps divide by alpha at the start: not as close to pure noise as a scheduler goes.
+    table = spacing.levels(products, "epsilon")
     made = spacing.schedule_of(full, table)
+    made = Flow() if isinstance(made, Flow) else made
     return made, PREDICTIONS[full["prediction_type"]], int(full["num_train_timesteps"])
 
 

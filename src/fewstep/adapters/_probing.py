@@ -336,7 +336,7 @@ class _Writer:
         """Writes row k of the table: from one of the last states if that leaves few other terms."""
         row = table[k]
         known = len(self.answers)
-        best: tuple[int, dict[int, float], Tensor] | None = None
+        best: tuple[int, dict[int, float], Tensor, float] | None = None
         for j in range(max(0, k - 4), k):
             if float(table[j, 0]) == 0 or not math.isfinite(float(row[0] / table[j, 0])):
                 continue
@@ -347,14 +347,13 @@ class _Writer:
             rest[0] = 0.0
             terms = int((rest != 0).sum()) + 1
             if abs(factor) <= 1e3 and (best is None or terms < len(best[1])):
-                best = (j, dict.fromkeys(range(terms), 0.0), rest)
-                chosen = factor
+                best = (j, dict.fromkeys(range(terms), 0.0), rest, factor)
         full = int((row != 0).sum())
         if best is None or full <= len(best[1]):
             terms_of, rest = {self._state(0): float(row[0])}, row.clone()
             rest[0] = 0.0
         else:
-            terms_of, rest = {self.states[best[0]]: chosen}, best[2]
+            terms_of, rest = {self.states[best[0]]: best[3]}, best[2]
         for m in range(self.draws):
             if float(rest[1 + self.calls + m]) != 0:
                 while len(self.noises) <= m:

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import (
+    KarrasDiffusionSchedulers,
+    SchedulerMixin,
+    SchedulerOutput,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -317,7 +321,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             method = make_solver(name)
             self.order = method.nfe(3) - method.nfe(2)
         # Of the twins only Heun's, whose state is x / alpha, begins at the exact sigma.
-        exact = name == "heun" and self.config.timestep_spacing != "leading"
+        exact = name == "heun" and self._settings.timestep_spacing != "leading"
         self.init_noise_sigma: float = self.schedule.prior_std() if exact else 1.0
         if self._recipe is not None and self._recipe.plan is not None:
             self.init_noise_sigma = _without_scaling(self._recipe.plan)[1]
@@ -342,7 +346,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         )
 
     def _initial_tensors(self) -> tuple[Tensor, Tensor]:
-        count = self.config.num_train_timesteps
+        count = self._settings.num_train_timesteps
         if isinstance(self.schedule, Flow):
             sigmas = torch.linspace(1, 1 / count, count)
             return sigmas * count, sigmas
@@ -365,7 +369,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, Mapping) and not {"prediction_type", "beta_schedule"} & set(config):
             if {"shift", "invert_sigmas", "shift_terminal", "base_image_seq_len"} & set(config):
                 kwargs.setdefault("prediction_type", "flow_prediction")
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        return super().from_config(dict(config), return_unused_kwargs, **kwargs)
+
+    @property
+    def _settings(self) -> Any:
+        """The configuration: diffusers declares a dict and lets its keys be read as attributes."""
+        return self.config
 
     # What a run is doing: attributes of the thread.
 
@@ -442,7 +451,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         run.step_index, run.execution, run.sample = None, None, None
 
     def __len__(self) -> int:
-        return int(self.config.num_train_timesteps)
+        return int(self._settings.num_train_timesteps)
 
     # Planning.
 
@@ -477,12 +486,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps = int(n)
         times = None if timesteps is None else tuple(float(t) for t in timesteps)
         levels = None if sigmas is None else tuple(float(s) for s in sigmas)
-        if self.config.use_dynamic_shifting:
+        if self._settings.use_dynamic_shifting:
             mu = None if mu is None else float(mu)
         else:
             mu = None
-        offset = self.config.steps_offset  # pipelines may replace it after the making
-        flags = (self.config.clip_sample, self.config.thresholding)
+        offset = self._settings.steps_offset  # pipelines may replace it after the making
+        flags = (self._settings.clip_sample, self._settings.thresholding)
         key = (num_inference_steps, times, levels, mu, offset, *flags)
         setup = self._cached(key, lambda: self._setup(num_inference_steps, times, levels, mu))
         values = torch.tensor(setup.told, dtype=torch.float64)
@@ -541,7 +550,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         levels: tuple[float, ...] | None,
         mu: float | None,
     ) -> tuple[Solver, TimeGrid]:
-        config, schedule = self.config, self.schedule
+        config, schedule = self._settings, self.schedule
         name = _solver_name(config.solver, config.solver_order)
         options = dict(config.solver_options or {})
         own_grid, grid_options = config.grid, dict(config.grid_options or {})
@@ -618,13 +627,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if given is not None and len(given) == len(times):
             return given
         if isinstance(self.schedule, Flow):
-            count = self.config.num_train_timesteps
+            count = self._settings.num_train_timesteps
             # The clamped start stands for 1.
             told = [count * (1.0 if t >= spacing.FLOW_START else t) for t in times.tolist()]
         else:
             near = times.round()
             told = torch.where((times - near).abs() < 1e-4, near, times).tolist()
-        return tuple(float(round(t)) if self.config.integer_times else t for t in told)
+        return tuple(float(round(t)) if self._settings.integer_times else t for t in told)
 
     def _finish(
         self,
@@ -645,8 +654,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 f"{plan.name} changes the state before its first network call, which a pipeline "
                 "makes before it asks the scheduler; start it where it does not"
             )
-        native = PREDICTIONS[self.config.prediction_type]
-        reshapes = bool(self.config.clip_sample or self.config.thresholding)
+        native = PREDICTIONS[self._settings.prediction_type]
+        reshapes = bool(self._settings.clip_sample or self._settings.thresholding)
         if reshapes:
             plan = convert_plan(plan, Prediction.X0)
         elif native is not plan.prediction:
@@ -682,7 +691,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         grid = setup.grid
         if told is not None:
             flow = isinstance(self.schedule, Flow)
-            start = told / self.config.num_train_timesteps if flow else told
+            start = told / self._settings.num_train_timesteps if flow else told
             later = grid.times[grid.times < start]
             if not len(later):
                 return self._rest(setup, _last_start(setup), None, eta)
@@ -824,17 +833,17 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             )
 
     def _reshape(self, x0: Tensor) -> Tensor:
-        if self.config["thresholding"]:
+        if self._settings["thresholding"]:
             sizes = x0.flatten(1).abs()
-            place = self.config["dynamic_thresholding_ratio"] * (sizes.shape[1] - 1)
+            place = self._settings["dynamic_thresholding_ratio"] * (sizes.shape[1] - 1)
             low = int(place)
             below = sizes.kthvalue(low + 1, dim=1).values
             above = sizes.kthvalue(min(low + 2, sizes.shape[1]), dim=1).values
-            most = max(1.0, self.config["sample_max_value"])
+            most = max(1.0, self._settings["sample_max_value"])
             bound = torch.lerp(below, above, place - low).clamp(min=1.0, max=most)
             bound = bound.reshape(-1, *[1] * (x0.ndim - 1))
             return x0.clamp(-bound, bound) / bound
-        bound = self.config["clip_sample_range"]
+        bound = self._settings["clip_sample_range"]
         return x0.clamp(-bound, bound)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
@@ -847,7 +856,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _scales(self, like: Tensor, timesteps: Tensor | float) -> tuple[Tensor, Tensor]:
         t = torch.as_tensor(timesteps).to(like.device)
         if isinstance(self.schedule, Flow):
-            sigma = t.to(torch.float32) / self.config.num_train_timesteps
+            sigma = t.to(torch.float32) / self._settings.num_train_timesteps
             alpha = 1 - sigma
         elif t.is_floating_point():
             times = t.to(torch.float64 if like.device.type != "mps" else torch.float32)
