@@ -426,3 +426,19 @@ def test_answers_of_another_shape(answer):
     )
     with pytest.raises(ValueError, match=r"tensor of the state's shape \(2, 2\), got"):
         fewstep.sample(denoiser, 2, solver="ddim", nfe=2)
+
+
+def test_a_condition_that_is_a_single_number_reaches_every_batch():
+    seen = []
+
+    def network(x, t, *, scale):
+        seen.append(scale)
+        return x * scale
+
+    denoiser = fewstep.Denoiser.wrap(
+        network, schedule=fewstep.schedule("vp-linear"), prediction="eps", event_shape=(2,)
+    )
+    scale = torch.tensor(0.5)
+    fewstep.sample(denoiser, 4, solver="ddim", nfe=2, batch_size=3, scale=scale)
+    assert len(seen) == 4
+    assert all(value is scale for value in seen)

@@ -512,9 +512,11 @@ def _initial(denoiser: Denoiser, source: NoiseSource, noise: Tensor | None) -> T
 
 
 def _split(value: Any, n: int, rows: Sequence[int]) -> Any:
+    if isinstance(value, Tensor) and not value.ndim:
+        return value
     if isinstance(value, (Tensor, list)) and len(value) == n:
         return value[rows[0] : rows[-1] + 1]
-    if isinstance(value, Tensor) and value.ndim and len(value) == 1:
+    if isinstance(value, Tensor) and len(value) == 1:
         return value.expand(len(rows), *value.shape[1:])
     return value
 
