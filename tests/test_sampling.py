@@ -442,3 +442,11 @@ def test_a_condition_that_is_a_single_number_reaches_every_batch():
     fewstep.sample(denoiser, 4, solver="ddim", nfe=2, batch_size=3, scale=scale)
     assert len(seen) == 4
     assert all(value is scale for value in seen)
+
+
+def test_steps_take_the_file_of_a_recipe_as_sample_does(tmp_path):
+    model = fewstep.load("mixture-smooth")
+    path = SamplerRecipe(name="tab2", nfe=4).save(tmp_path / "recipe.json")
+    *_, last = fewstep.steps(model, 3, recipe=path)
+    assert torch.equal(last.x, fewstep.sample(model, 3, recipe=path))
+    assert torch.equal(last.x, fewstep.sample(model, 3, solver="tab2", nfe=4))

@@ -220,6 +220,10 @@ def sampler(
             raise ValueError(
                 f"a {kind} has its times and options already, got {', '.join(given)} as well"
             )
+    if isinstance(recipe, (str, Path)):
+        from fewstep.recipe import SamplerRecipe
+
+        recipe = SamplerRecipe.load(recipe)
     if recipe is not None:
         return _with_image(_recipe(recipe).build(denoiser), image)
     if plan is None:
@@ -327,10 +331,6 @@ def sample(
         raise ValueError(f"save must be None or 'states', got {save!r}")
     n, noise, denoiser, cond = _checked(denoiser, n, noise, guidance, cond)
     image = _image(image, n, denoiser, noise)
-    if isinstance(recipe, (str, Path)):
-        from fewstep.recipe import SamplerRecipe
-
-        recipe = SamplerRecipe.load(recipe)
     made = sampler(
         denoiser,
         solver=solver,

@@ -299,7 +299,7 @@ class Flow(NoiseSchedule):
     r"""Rectified flow: :math:`\alpha = 1 - t`, :math:`\sigma = t`, time in [1e-3, 0.999].
 
     At exactly 1 nothing of the data is left and :math:`\varepsilon`-solvers are undefined, so
-    time starts at 0.999; the difference is below the sampling noise of 10^6 images.
+    time starts at 0.999, where the data still enter the state with weight 0.001.
 
     Arguments:
         t_max: The largest time, below 1; pipelines of flow models start at 1 - 1e-6.

@@ -150,11 +150,10 @@ def _step(out: Path) -> int:
 
 
 def _same_run(out: Path, recipe: TrainRecipe) -> bool:
+    import json
     from dataclasses import asdict
 
     state = read_json(out / "checkpoint.json", what="checkpoint")
-    import json
-
     return state.get("recipe") == json.loads(json.dumps(asdict(recipe)))
 
 
