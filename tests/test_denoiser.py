@@ -259,3 +259,13 @@ def test_wrappers_wrap_denoisers_and_each_other():
     assert outer.event_shape == (2,)
     out = fewstep.sample(outer, 2, solver="ddim", nfe=3, class_labels=1, options={"to_zero": True})
     assert float(out.abs().max()) <= 1.0
+
+
+def test_the_fingerprint_tells_models_apart():
+    def mixture(std=0.5, schedule=SCHEDULE):
+        return exact.GaussianMixture([[0.0], [1.0]], [std, 0.1], [1.0, 1.0], schedule)
+
+    assert mixture().fingerprint() == mixture().fingerprint()
+    others = [mixture(std=0.5 + 1e-15), mixture(schedule=DDPM), labelled()]
+    assert len({model.fingerprint() for model in [mixture(), *others]}) == 4
+    assert fewstep.Guided(labelled(), 2.0).fingerprint() == labelled().fingerprint()

@@ -2,7 +2,9 @@ r"""Denoisers: any network in one coordinate system, and what wraps it (guidance
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +92,22 @@ class Denoiser(nn.Module, ABC):
                 value = value * n
             ready[name] = value
         return ready
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 of what this model is: schedule, prediction, shape and every weight.
+
+        Two models with the same one give the same answers, as far as can be told without reading
+        code: a plain function has no weights to look at. Guidance is part of a sampler, not of it.
+        """
+        digest = hashlib.sha256()
+        shape = None if self.event_shape is None else list(self.event_shape)
+        about = [self.schedule.to_config(), self.native.value, shape]
+        digest.update(json.dumps(about, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @staticmethod
     def wrap(
@@ -226,6 +244,10 @@ class _Wrapper(Denoiser):
         self.data_mean, self.data_std = inner.data_mean, inner.data_std
         self.calls = inner.calls
         self.integer_times = getattr(inner, "integer_times", False)
+
+    def fingerprint(self) -> str:
+        """Returns that of the model inside."""
+        return self.inner.fingerprint()
 
     def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
         return self.inner.prepare(n, cond)
