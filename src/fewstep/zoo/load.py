@@ -137,7 +137,8 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> FolderModel:
             raise ValueError(f"class_names must be a list of texts, got {names!r:.60}")
         classes = network.num_classes
         model = FolderModel(
-            network.to(dtype).eval().requires_grad_(False),
+            # channels_last: a fifth faster on a CPU, and what tensor cores want
+            network.to(dtype, memory_format=torch.channels_last).eval().requires_grad_(False),
             schedule=schedule_from_config(about["schedule"]),
             prediction=Prediction.of(about["prediction"]),
             event_shape=shape,
