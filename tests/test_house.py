@@ -20,11 +20,11 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
     ("prediction", "quadrature", "registry", "noise", "files"),
     ("schedules", "plans"),
-    ("grids", "tape", "execute", "analysis", "denoiser", "exact"),
+    ("grids", "tape", "layout", "execute", "analysis", "denoiser", "exact"),
     ("solvers", "planning", "sampling"),
     ("adaptive", "data", "zoo"),
-    ("recipe", "metrics", "training"),
-    ("plots", "adapters", "cli"),
+    ("recipe", "metrics", "training", "studies"),
+    ("plots", "figures", "report", "adapters", "comparison", "cli"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
