@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,58 +25,82 @@ class Features:
     Attributes:
         name: Its name, for reports.
         sha256: The checksum of its weights.
-        network: The classifier inside.
+        network: What gives the features: (B, C, H, W) in [-1, 1] to (B, D).
+        classifier: The classifier inside, or ``None``.
     """
 
-    def __init__(self, network: SmallClassifier, *, name: str, sha256: str) -> None:
-        self.network = network.eval().requires_grad_(False)
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        *,
+        name: str,
+        sha256: str,
+        classifier: SmallClassifier | None = None,
+    ) -> None:
+        self.network, self.classifier = network, classifier
         self.name, self.sha256 = name, sha256
+
+    def __repr__(self) -> str:
+        return f"Features({self.name!r}, sha256={self.sha256[:12]!r})"
 
     def __call__(self, images: Tensor, *, batch_size: int = 500) -> Tensor:
         r"""Returns the features, (n, D), of images (n, C, H, W) in [-1, 1]."""
-        return torch.cat([self.network.features(part) for part in images.split(batch_size)])
+        return torch.cat([self.network(part) for part in images.split(batch_size)])
 
     def classify(self, images: Tensor, *, batch_size: int = 500) -> Tensor:
-        """Returns the most likely class of each image, (n)."""
-        return torch.cat([self.network(part).argmax(1) for part in images.split(batch_size)])
+        """Returns the most likely class of each image, (n).
+
+        Raises:
+            ValueError: If the extractor is not a classifier.
+        """
+        if self.classifier is None:
+            raise ValueError(f"the feature extractor {self.name!r} does not classify")
+        return torch.cat([self.classifier(part).argmax(1) for part in images.split(batch_size)])
 
     @classmethod
     def load(cls, source: str | Path) -> Features:
-        """Loads an embedded extractor by name, or one from a folder.
+        """Loads an embedded extractor by name, ``"pixels"``, or one from a folder.
 
         Raises:
             ValueError: If there is none, or its weights are damaged.
         """
         name = str(source)
+        if name == "pixels":
+            return pixels()
         folder = HERE / name if name in EMBEDDED else Path(source)
         if not (folder / "features.json").exists():
             raise ValueError(
-                unknown("feature extractor", name, list(EMBEDDED)) + " Or give a folder."
+                unknown("feature extractor", name, [*EMBEDDED, "pixels"]) + " Or give a folder."
             )
-        about = read_json(folder / "features.json", what="feature extractor")
-        if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (
-            FORMAT,
-            VERSION,
-        ):
-            raise ValueError(
-                f"{str(folder)!r} does not hold a feature extractor of version {VERSION}"
-            )
-        file = folder / "features.safetensors"
-        if not file.exists() or sha256(file) != about.get("sha256"):
-            raise ValueError(
-                f"the weights of the feature extractor {name!r} are missing or damaged"
-            )
-        try:
-            network = SmallClassifier(**about["network"])
-            network.load_state_dict(
-                {
-                    k: v.float() if v.is_floating_point() else v
-                    for k, v in read_tensors(file).items()
-                }
-            )
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the feature extractor {name!r} is damaged: {error}") from None
-        return cls(network, name=name, sha256=about["sha256"])
+        return _read_folder(folder, name)
+
+
+def pixels() -> Features:
+    """Returns the extractor that gives the samples themselves, flattened."""
+    digest = hashlib.sha256(b"fewstep.features: pixels").hexdigest()
+    return Features(lambda images: images.flatten(1), name="pixels", sha256=digest)
+
+
+def _read_folder(folder: Path, name: str) -> Features:
+    about = read_json(folder / "features.json", what="feature extractor")
+    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (
+        FORMAT,
+        VERSION,
+    ):
+        raise ValueError(f"{str(folder)!r} does not hold a feature extractor of version {VERSION}")
+    file = folder / "features.safetensors"
+    if not file.exists() or sha256(file) != about.get("sha256"):
+        raise ValueError(f"the weights of the feature extractor {name!r} are missing or damaged")
+    try:
+        network = SmallClassifier(**about["network"])
+        weights = read_tensors(file)
+        network.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"the feature extractor {name!r} is damaged: {error}") from None
+    network = network.eval().requires_grad_(False)
+    return Features(network.features, name=name, sha256=about["sha256"], classifier=network)
 
 
 def write_features(folder: str | Path, network: nn.Module, training: dict[str, Any]) -> Path:
@@ -102,32 +127,8 @@ FeatureMap = str | Callable[[Tensor], Tensor] | None
 """The name of an extractor, a callable (n, *) to (n, D), or ``None`` for the samples themselves."""
 
 
-def two_sides(a: Tensor, b: Tensor, features: FeatureMap, *, least: int) -> tuple[Tensor, Tensor]:
-    r"""Returns the features of two sets, float64, shapes (n, D) and (m, D).
-
-    Raises:
-        ValueError: If a side has fewer than ``least`` samples, the dimensions differ, a value is
-            not finite, or all features are constant on both sides.
-    """
-    look = Features.load(features) if isinstance(features, str) else features
-    sides = []
-    for name, side in (("first", a), ("second", b)):
-        if not isinstance(side, Tensor) or side.ndim < 2:
-            got = tuple(side.shape) if isinstance(side, Tensor) else type(side).__name__
-            raise ValueError(f"the {name} set must be a tensor with shape (n, *), got {got}")
-        if len(side) < least:
-            raise ValueError(
-                f"the {name} set has {len(side)} samples; at least {least} are needed"
-            )
-        found = (side if look is None else look(side)).flatten(1).to(torch.float64)
-        if not bool(found.detach().isfinite().all()):
-            raise ValueError(f"the features of the {name} set are not all finite")
-        sides.append(found)
-    left, right = sides
-    if left.shape[1] != right.shape[1]:
-        raise ValueError(
-            f"the two sets have {left.shape[1]} and {right.shape[1]} features; they must agree"
-        )
-    if float(left.detach().std(0).max()) == 0 == float(right.detach().std(0).max()):
-        raise ValueError("the features are constant on both sides; there is nothing to compare")
-    return left, right
+def extractor(features: FeatureMap) -> Callable[[Tensor], Tensor]:
+    """Returns what gives the features: named extractors loaded, ``None`` as pixels."""
+    if features is None:
+        return pixels()
+    return Features.load(features) if isinstance(features, str) else features

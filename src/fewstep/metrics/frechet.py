@@ -2,28 +2,16 @@ r"""The Fréchet distance between Gaussians fitted to features (FID)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fewstep.metrics.features import FeatureMap, two_sides
+from fewstep.metrics.features import FeatureMap
 from fewstep.metrics.intervals import Estimate, jackknife
-
-
-class Statistics(NamedTuple):
-    """The mean (D) and the covariance (D, D) of features, float64, and their number n."""
-
-    mean: Tensor
-    covariance: Tensor
-    n: int
-
-    @classmethod
-    def of(cls, features: Tensor) -> Statistics:
-        """Returns the statistics of features (n, D); the covariance is the unbiased one."""
-        mean = features.mean(0)
-        centred = features - mean
-        return cls(mean, centred.T @ centred / (len(features) - 1), len(features))
+from fewstep.metrics.reference import Reference
+from fewstep.metrics.sides import against, two_sides
+from fewstep.metrics.statistics import Statistics
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> Tensor:
@@ -49,9 +37,10 @@ def frechet_distance(a: Statistics, b: Statistics) -> Tensor:
 
 def fid(
     a: Tensor,
-    b: Tensor,
+    b: Tensor | Reference,
     *,
     features: FeatureMap = None,
+    heldout: bool = False,
     extrapolate: bool = False,
     level: float = 0.95,
     blocks: int = 20,
@@ -62,6 +51,9 @@ def fid(
     FID of n samples is biased upwards by about c / n. With ``extrapolate`` it is measured on
     random subsets of n, n/2 and n/4 of both sides, and a line in 1/n is carried to 0.
 
+    Against a :class:`~fewstep.metrics.Reference` the statistics of all its data are taken as they
+    are: the interval is about the samples alone, and only their side is cut.
+
     References:
         | GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel et al., 2017)
         | https://arxiv.org/abs/1706.08500
@@ -70,10 +62,12 @@ def fid(
 
     Arguments:
         a: Samples, with shape (n, \*), n >= 2.
-        b: Samples, with shape (m, \*), m >= 2.
+        b: Samples, with shape (m, \*), m >= 2; or a reference.
         features: What to look at: the name of an embedded extractor, a
-            :class:`~fewstep.metrics.Features`, any callable (n, \*) to (n, D); left out, the
-            samples themselves, flattened.
+            :class:`~fewstep.metrics.Features`, any callable (n, \*) to (n, D); left out, what
+            the reference looks at, or else the samples themselves, flattened. Against a
+            reference, ``a`` may also be its features already, with shape (n, D).
+        heldout: Whether to compare with the held-out samples of the reference instead.
         extrapolate: Whether to remove the bias of finite samples.
         level: The probability that the interval covers.
         blocks: The number of blocks of the jackknife.
@@ -82,30 +76,50 @@ def fid(
     Raises:
         ValueError: If there is one sample, the dimensions differ, or a value is not finite.
     """
-    fa, fb = two_sides(a, b, features, least=8 if extrapolate else 2)
+    least = 8 if extrapolate else 2
+    distance = _extrapolated if extrapolate else _plain
+    settings = {"level": level, "blocks": blocks, "seed": seed}
+    if isinstance(b, Reference) and not heldout:
+        fa, known = against(a, b, features, least=least), b.statistics
+        return jackknife(
+            lambda i, _: distance(fa[i], known, seed)[None],
+            (len(fa), known.n),
+            fixed=(False, True),
+            **settings,
+        )[0]
+    fa, fb = two_sides(a, b, features, least=least, heldout=heldout)
+    return jackknife(
+        lambda i, j: distance(fa[i], fb[j], seed)[None], (len(fa), len(fb)), **settings
+    )[0]
 
-    def statistic(i: Tensor, j: Tensor) -> Tensor:
-        left, right = fa[i], fb[j]
-        if not extrapolate:
-            return frechet_distance(Statistics.of(left), Statistics.of(right))[None]
-        return _extrapolated(left, right, seed)[None]
 
-    return jackknife(statistic, (len(fa), len(fb)), level=level, blocks=blocks, seed=seed)[0]
+Side = Tensor | Statistics
 
 
-def _extrapolated(a: Tensor, b: Tensor, seed: int) -> Tensor:
+def _plain(a: Side, b: Side, seed: int) -> Tensor:
+    del seed
+    left, right = (s if isinstance(s, Statistics) else Statistics.of(s) for s in (a, b))
+    return frechet_distance(left, right)
+
+
+def _extrapolated(a: Side, b: Side, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 1)
-    orders = [torch.randperm(len(side), generator=generator) for side in (a, b)]
+
+    def shuffled(side: Side) -> Side:
+        if isinstance(side, Statistics):
+            return side
+        return side[torch.randperm(len(side), generator=generator)]
+
+    def pieces(side: Side, parts: int) -> Sequence[Side]:
+        if isinstance(side, Statistics):
+            return [side] * parts
+        return side.tensor_split(parts)
+
+    a, b = shuffled(a), shuffled(b)
     inverse, values = list[float](), list[Tensor]()
     for parts in (1, 2, 4):
-        pieces = [
-            [side[o] for o in order.tensor_split(parts)]
-            for side, order in zip((a, b), orders, strict=True)
-        ]
-        distances = [
-            frechet_distance(Statistics.of(left), Statistics.of(right))
-            for left, right in zip(*pieces, strict=True)
-        ]
+        pairs = zip(pieces(a, parts), pieces(b, parts), strict=True)
+        distances = [_plain(left, right, seed) for left, right in pairs]
         inverse.append(float(parts))
         values.append(torch.stack(distances).mean())
     x = torch.tensor(inverse, dtype=torch.float64)

@@ -41,6 +41,7 @@ def jackknife(
     statistic: Callable[[Tensor, Tensor], Tensor],
     sizes: tuple[int, int],
     *,
+    fixed: tuple[bool, bool] = (False, False),
     level: float = 0.95,
     blocks: int = 20,
     seed: int = 0,
@@ -52,7 +53,8 @@ def jackknife(
     .. math:: v = \sum_{\text{sides}} \frac{g - 1}{g} \sum_{k=1}^{g} (\theta_{(k)} - \bar\theta)^2
 
     and the interval is :math:`\theta \pm q \sqrt v`, q of Student's distribution with
-    :math:`2 (g - 1)` degrees of freedom.
+    :math:`2 (g - 1)` degrees of freedom. A side that is fixed is known, not sampled: it is not cut
+    and adds nothing.
 
     References:
         | The Jackknife, the Bootstrap and Other Resampling Plans (Efron, 1982)
@@ -61,18 +63,21 @@ def jackknife(
     Arguments:
         statistic: Takes the indices kept on each side, returns the statistics, shape (S).
         sizes: The numbers of samples on each side.
+        fixed: Which sides are known exactly.
         level: The probability of covering.
         blocks: The number g of blocks on each side.
         seed: The seed of the cut.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level!r}")
-    everything = [torch.arange(n) for n in sizes]
+    everything = [torch.arange(0 if known else n) for n, known in zip(sizes, fixed, strict=True)]
     value = statistic(*everything)
     generator = torch.Generator().manual_seed(seed)
     variance = torch.zeros_like(value)
     used = [min(blocks, n) for n in sizes]
-    for side, n in enumerate(sizes):
+    cut = [side for side in (0, 1) if not fixed[side]]
+    for side in cut:
+        n = sizes[side]
         order = torch.randperm(n, generator=generator)
         left_out = []
         for block in order.tensor_split(used[side]):
@@ -84,8 +89,10 @@ def jackknife(
         values = torch.stack(left_out)
         share = (used[side] - 1) / used[side]
         variance = variance + share * (values - values.mean(0)).square().sum(0)
-    width = student(level, sum(used) - 2) * variance.sqrt()
-    method = f"jackknife, {used[0]} and {used[1]} blocks"
+    width = student(level, sum(used[side] - 1 for side in cut)) * variance.sqrt()
+    method = f"jackknife, {' and '.join(str(used[side]) for side in cut)} blocks"
+    if len(cut) < 2:
+        method += ", the other side known"
     return [
         Estimate(v, v - w, v + w, level, method, sizes)
         for v, w in zip(value.tolist(), width.tolist(), strict=True)

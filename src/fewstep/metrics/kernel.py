@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.metrics.features import FeatureMap, two_sides
+from fewstep.metrics.features import FeatureMap
 from fewstep.metrics.intervals import Estimate, jackknife
+from fewstep.metrics.reference import Reference
+from fewstep.metrics.sides import two_sides
 from fewstep.registry import Registry
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -69,9 +71,10 @@ def mmd2(xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
 
 def kid(
     a: Tensor,
-    b: Tensor,
+    b: Tensor | Reference,
     *,
     features: FeatureMap = None,
+    heldout: bool = False,
     kernel: str | Kernel = "cubic",
     level: float = 0.95,
     blocks: int = 20,
@@ -87,8 +90,9 @@ def kid(
 
     Arguments:
         a: Samples, with shape (n, \*), n >= 3.
-        b: Samples, with shape (m, \*), m >= 3.
+        b: Samples, with shape (m, \*), m >= 3; or a reference.
         features: What to look at, see :func:`fewstep.metrics.fid`.
+        heldout: Whether to compare with the held-out samples of the reference.
         kernel: ``"cubic"``, ``"linear"``, ``"gaussian"``, or a callable.
         level: The probability that the interval covers.
         blocks: The number of blocks of the jackknife.
@@ -97,7 +101,7 @@ def kid(
     Raises:
         ValueError: If there are too few samples, the dimensions differ, or a value is not finite.
     """
-    fa, fb = two_sides(a, b, features, least=3)
+    fa, fb = two_sides(a, b, features, least=3, heldout=heldout)
     if isinstance(kernel, str):
         function: Kernel = KERNELS[kernel]
         if kernel == "gaussian":

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.metrics.features import FeatureMap, two_sides
+from fewstep.metrics.features import FeatureMap
 from fewstep.metrics.intervals import Estimate, jackknife
+from fewstep.metrics.reference import Reference
+from fewstep.metrics.sides import two_sides
 
 
 class PrecisionRecall(NamedTuple):
@@ -29,9 +31,10 @@ class PrecisionRecall(NamedTuple):
 
 def precision_recall(
     a: Tensor,
-    b: Tensor,
+    b: Tensor | Reference,
     *,
     features: FeatureMap = None,
+    heldout: bool = False,
     neighbours: int = 5,
     level: float = 0.95,
     blocks: int = 10,
@@ -50,8 +53,9 @@ def precision_recall(
 
     Arguments:
         a: Samples, with shape (n, \*), n > ``neighbours`` + 1.
-        b: Real data, with shape (m, \*), likewise.
+        b: Real data, with shape (m, \*), likewise; or a reference.
         features: What to look at, see :func:`fewstep.metrics.fid`.
+        heldout: Whether to compare with the held-out samples of the reference.
         neighbours: The number k of neighbours.
         level: The probability that the intervals cover.
         blocks: The number of blocks of the jackknife.
@@ -62,7 +66,7 @@ def precision_recall(
     """
     if not isinstance(neighbours, int) or neighbours < 1:
         raise ValueError(f"neighbours must be a positive integer, got {neighbours!r}")
-    fa, fb = two_sides(a, b, features, least=2 * (neighbours + 2))
+    fa, fb = two_sides(a, b, features, least=2 * (neighbours + 2), heldout=heldout)
     exactly = "donot_use_mm_for_euclid_dist"  # the fast formula would lose half of the digits
     aa, bb, ba = (
         torch.cdist(x, y, compute_mode=exactly) for x, y in ((fa, fa), (fb, fb), (fb, fa))

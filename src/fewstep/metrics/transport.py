@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.metrics.features import FeatureMap, two_sides
+from fewstep.metrics.features import FeatureMap
 from fewstep.metrics.intervals import Estimate, jackknife, student
+from fewstep.metrics.reference import Reference
+from fewstep.metrics.sides import two_sides
 
 
 def sliced_wasserstein(
     a: Tensor,
-    b: Tensor,
+    b: Tensor | Reference,
     *,
     features: FeatureMap = None,
+    heldout: bool = False,
     projections: int = 128,
     level: float = 0.95,
     blocks: int = 20,
@@ -31,14 +34,15 @@ def sliced_wasserstein(
 
     Arguments:
         a: Samples, with shape (n, \*).
-        b: Samples, with shape (m, \*).
-        features: What to look at, see :func:`fewstep.metrics.fid`; left out, the samples.
+        b: Samples, with shape (m, \*); or a reference.
+        features: What to look at, see :func:`fewstep.metrics.fid`.
+        heldout: Whether to compare with the held-out samples of the reference.
         projections: The number P of directions.
         level: The probability that the interval covers.
         blocks: The number of blocks of the jackknife.
         seed: The seed of the directions and blocks.
     """
-    fa, fb = two_sides(a, b, features, least=2)
+    fa, fb = two_sides(a, b, features, least=2, heldout=heldout)
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn((fa.shape[1], projections), generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=0)

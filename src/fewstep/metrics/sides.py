@@ -1,0 +1,87 @@
+"""The two sets that a metric compares, as features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fewstep.metrics.features import FeatureMap, extractor
+from fewstep.metrics.reference import Reference
+
+Look = Callable[[Tensor], Tensor]
+
+
+def two_sides(
+    a: Tensor, b: Tensor | Reference, features: FeatureMap, *, least: int, heldout: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Returns the features of two sets, float64 on the CPU, shapes (n, D) and (m, D).
+
+    Raises:
+        ValueError: If a side has fewer than ``least`` samples, the dimensions differ, a value is
+            not finite, or all features are constant on both sides.
+    """
+    if isinstance(b, Reference):
+        left = against(a, b, features, least=least)
+        right = _checked("second", b.heldout if heldout else b.features, extractor(None), least)
+    else:
+        if heldout:
+            raise ValueError("heldout chooses a part of a Reference; the second set is a tensor")
+        look = extractor(features)
+        left, right = (
+            _checked(name, side, look, least) for name, side in (("first", a), ("second", b))
+        )
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(
+            f"the two sets have {left.shape[1]} and {right.shape[1]} features; they must agree"
+        )
+    if float(left.detach().std(0).max()) == 0 == float(right.detach().std(0).max()):
+        raise ValueError("the features are constant on both sides; there is nothing to compare")
+    return left, right
+
+
+def against(a: Tensor, reference: Reference, features: FeatureMap, *, least: int) -> Tensor:
+    """Returns the features of a set as a reference looks at it, float64, shape (n, D).
+
+    Raises:
+        ValueError: If other features are asked for than those of the reference, the samples do
+            not have the shape of its data, or they are not fit (see :func:`two_sides`).
+    """
+    width = reference.features.shape[1]
+    shape = reference.event_shape
+    if isinstance(a, Tensor) and a.ndim == 2 and a.shape[1] == width and shape != (width,):
+        look = extractor(None)  # features already
+    else:
+        look = _agreed(features, reference)
+        if isinstance(a, Tensor) and shape is not None and tuple(a.shape[1:]) != shape:
+            raise ValueError(
+                f"the data of the reference {reference.name!r} have shape {shape}, the samples "
+                f"{tuple(a.shape[1:])}"
+            )
+    return _checked("first", a, look, least)
+
+
+def _agreed(features: FeatureMap, reference: Reference) -> Look:
+    if features is None or features is reference.extractor:
+        return extractor(reference.extractor)
+    look = extractor(features)
+    found = getattr(look, "sha256", "")
+    if not found or found != reference.features_sha256:
+        raise ValueError(
+            f"the reference {reference.name!r} holds features of {reference.features_name!r}, but "
+            f"those of {getattr(look, 'name', look)!r} were asked for; leave features out, or make "
+            "a reference with Reference.load(data, features)"
+        )
+    return look
+
+
+def _checked(name: str, side: Tensor, look: Look, least: int) -> Tensor:
+    if not isinstance(side, Tensor) or side.ndim < 2:
+        got = tuple(side.shape) if isinstance(side, Tensor) else type(side).__name__
+        raise ValueError(f"the {name} set must be a tensor with shape (n, *), got {got}")
+    if len(side) < least:
+        raise ValueError(f"the {name} set has {len(side)} samples; at least {least} are needed")
+    found = look(side).flatten(1).cpu().double()
+    if not bool(found.detach().isfinite().all()):
+        raise ValueError(f"the features of the {name} set are not all finite")
+    return found
