@@ -22,14 +22,16 @@ FLOORS = (
     ("schedules", "plans"),
     ("grids", "tape", "layout", "execute", "analysis", "denoiser", "exact"),
     ("solvers", "planning", "sampling"),
-    ("adaptive", "data", "zoo"),
+    ("adaptive", "data", "zoo", "checkpoints"),
     ("recipe", "metrics", "training", "studies"),
+    ("trajectories", "operators"),
     ("plots", "figures", "report", "adapters", "comparison", "cli"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # Imports of a higher floor, inside of functions: the face hands over to another kind of sampler.
 LATE = {("sampling", "adaptive"), ("sampling", "recipe"), ("zoo", "adapters")}
+LATE |= {("zoo", "operators"), ("operators", "adapters")}
 
 
 def part(path):

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fewstep.schedules import schedule as schedule
     from fewstep.solvers import SOLVERS as SOLVERS
     from fewstep.solvers import Solver as Solver
+    from fewstep.trajectories import TrajectoryStore as TrajectoryStore
+    from fewstep.trajectories import record as record
     from fewstep.zoo.load import load as load
 
 __version__ = "0.1.0"
@@ -61,6 +63,8 @@ _HOMES = {
     "schedule": "schedules",
     "SOLVERS": "solvers",
     "Solver": "solvers",
+    "TrajectoryStore": "trajectories",
+    "record": "trajectories",
     "load": "zoo.load",
 }
 

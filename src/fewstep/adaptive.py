@@ -135,14 +135,17 @@ class AdaptiveSampler:
 
         Arguments:
             x: The state at ``t_start``, with shape (B, \*), float32 or float64.
-            run: The conditions, and what to keep: the states are those at 33 times, even in
-                log rho, the same for all samples, by the interpolant of order 4.
+            run: The conditions, and what to keep: the states are those at ``run.times``, from
+                ``t_start`` to ``t_end``, or else at 33 times, even in log rho; the same for all
+                samples, by the interpolant of order 4.
 
         Raises:
-            ValueError: If the network returns NaN or infinity, or if a sample needs more steps
+            ValueError: If the times to keep do not go from the start to the end; if the network returns NaN or infinity, or if a sample needs more steps
                 than allowed, or smaller ones than its numbers can resolve.
         """
-        done = self._integrate(x, run.cond, run.noise.samples, save=run.save, on_call=run.on_call)
+        done = self._integrate(
+            x, run.cond, run.noise.samples, save=run.save, on_call=run.on_call, keep=run.times
+        )
         times = done.times if run.save else done.times[-1:]
         return Trajectory(done.x, times, done.states, sum(done.calls) / len(done.calls))
 
@@ -154,8 +157,17 @@ class AdaptiveSampler:
         *,
         save: bool = False,
         on_call: Callable[[], None] | None = None,
+        keep: Sequence[float] | None = None,
     ) -> _Solution:
         times = _span(self.denoiser.schedule, self.t_start, self.t_end).times
+        if keep is not None:
+            kept = grid("explicit", self.denoiser.schedule, None, times=keep).times
+            if not torch.equal(kept[[0, -1]], times[[0, -1]]):
+                raise ValueError(
+                    f"the times to keep must go from {times[0]:g} to {times[-1]:g}, got "
+                    f"{kept[0]:g} to {kept[-1]:g}"
+                )
+            times = kept
         network = _Field(self.denoiser, x, cond, on_call)
         return _Integration(network, times, self.rtol, self.atol, self.max_steps, samples).run(
             x, save=save

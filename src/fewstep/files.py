@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,26 +19,34 @@ MOST_NESTED = 64
 """The most levels of nesting that a JSON file may have."""
 
 
-def write_whole(path: str | Path, content: bytes | str) -> Path:
-    """Writes a file so that it is there whole or not at all: temporary file, fsync, rename."""
+def write_whole(path: str | Path, content: bytes | str, *, new: bool = False) -> Path:
+    """Writes a file so that it is there whole or not at all: temporary file, fsync, rename.
+
+    Raises:
+        FileExistsError: If it should be ``new`` and is there: of many writers one succeeds.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: on a shared folder another machine may have the same.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        if new:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
-def write_json(path: str | Path, value: Any) -> Path:
+def write_json(path: str | Path, value: Any, *, new: bool = False) -> Path:
     """Writes a JSON file whole; floats round-trip, NaN and infinity are refused."""
-    return write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    return write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n", new=new)
 
 
 def read_json(path: str | Path, *, what: str = "file") -> Any:

@@ -52,7 +52,7 @@ class NoiseSource:
         return batch.to(device=device, dtype=dtype)
 
 
-def generator_at(*address: int) -> torch.Generator:
+def generator_at(*address: int | str) -> torch.Generator:
     """Returns a generator on the CPU that depends on the address alone."""
     digest = hashlib.blake2b(repr(address).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

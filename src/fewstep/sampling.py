@@ -53,12 +53,15 @@ class Run:
         cond: The conditions of this batch.
         save: Whether to keep the states.
         on_call: Called after each network call.
+        times: The times of the states to keep, decreasing; left out, all that the sampler has.
+            A plan has those of its knots; others do not count.
     """
 
     noise: NoiseSource
     cond: Mapping[str, Any] = field(default_factory=dict)
     save: bool = False
     on_call: Callable[[], None] | None = None
+    times: Sequence[float] | None = None
 
 
 class Sampler(Protocol):
@@ -129,8 +132,15 @@ class PlanSampler:
     def run(self, x: Tensor, run: Run) -> Trajectory:
         """Returns the samples that start at a state."""
         kept: dict[int, Tensor] = {0: x}
+        knots = self.plan.knots.tolist()
+        wanted = None if run.times is None else set(run.times)
+
+        def keep(knot: int, state: Tensor) -> None:
+            if wanted is None or knots[knot] in wanted:
+                kept[knot] = state
+
         with torch.no_grad():
-            execution, call = self._begin(x, run, kept.__setitem__ if run.save else None)
+            execution, call = self._begin(x, run, keep if run.save else None)
             while execution.call is not None:  # no name for it: that would keep its state alive
                 execution.advance(call(*execution.call))
                 if run.on_call is not None:
@@ -354,7 +364,7 @@ def sample(
         for start in range(0, n, size):
             rows = range(start, min(start + size, n))
             source = NoiseSource(seed, [first + i for i in rows])
-            z = _initial(denoiser, source, None if noise is None else noise[start : rows.stop])
+            z = initial(denoiser, source, None if noise is None else noise[start : rows.stop])
             batch = _with_image(made, None if image is None else image[start : rows.stop])
             part = {k: _split(v, n, rows) for k, v in cond.items()}
             run = Run(source, part, save == "states", tick)
@@ -405,7 +415,7 @@ def steps(
     if not isinstance(made, PlanSampler):
         raise ValueError("only samplers with a plan can be followed step by step")
     source = NoiseSource(seed, range(n))
-    x = made.start(_initial(denoiser, source, noise))
+    x = made.start(initial(denoiser, source, noise))
     run = Run(source, {k: _split(v, n, range(n)) for k, v in cond.items()})
     return _follow(made, x, run)
 
@@ -502,7 +512,8 @@ def _image(
     return image
 
 
-def _initial(denoiser: Denoiser, source: NoiseSource, noise: Tensor | None) -> Tensor:
+def initial(denoiser: Denoiser, source: NoiseSource, noise: Tensor | None = None) -> Tensor:
+    """Returns the initial draw, or the given one, on the device of the model."""
     device = next((p.device for p in denoiser.parameters()), None)
     device = device or next((b.device for b in denoiser.buffers()), torch.device("cpu"))
     if noise is not None:

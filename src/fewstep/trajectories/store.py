@@ -1,0 +1,155 @@
+r"""Reading a store of trajectories: memory-mapped, in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from fewstep.noise import generator_at
+from fewstep.trajectories.conditions import TYPES
+from fewstep.trajectories.manifest import DTYPES, read_manifest, shard_count
+from fewstep.trajectories.shards import Shard, open_shard, shard_file
+
+
+@dataclass(frozen=True)
+class Batch:
+    r"""Some trajectories.
+
+    Attributes:
+        states: The states, with shape (B, S, \*), float32; state 0 is :math:`x_T`.
+        conditions: The conditions by name, each with shape (B, \*).
+    """
+
+    states: Tensor
+    conditions: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class TrajectoryStore:
+    """Trajectories on disk, written by :func:`fewstep.record`; open one with :meth:`open`.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What it holds: model, sampler, times, seed, type, conditions.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    _shards: dict[int, Shard] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> TrajectoryStore:
+        """Opens a store.
+
+        Raises:
+            ValueError: If there is none, its manifest is damaged, or shards are missing.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        missing = missing_shards(folder, manifest)
+        if missing:
+            raise ValueError(
+                f"the store {str(folder)!r} is not finished: {len(missing)} of "
+                f"{shard_count(manifest)} shards are missing, the first is {missing[0]}; "
+                "give the command that began it again"
+            )
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest["n"]
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
+        # Another process maps the files itself; the maps would be sent as copies.
+        return TrajectoryStore.open, (self.folder,)
+
+    @property
+    def times(self) -> Tensor:
+        """The times of the states, float64, with shape (S), decreasing."""
+        return torch.tensor(self.manifest["times"], dtype=torch.float64)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one state."""
+        return tuple(self.manifest["event_shape"])
+
+    def read(
+        self, indices: Sequence[int] | Tensor, *, frames: Sequence[int] | None = None
+    ) -> Batch:
+        r"""Returns some trajectories, in the order asked for.
+
+        Arguments:
+            indices: The numbers of the trajectories, with shape (B).
+            frames: Which of the S states, by number; left out, all.
+
+        Raises:
+            IndexError: If there is no such trajectory or state.
+            ValueError: If a shard does not fit the manifest.
+        """
+        numbers = torch.as_tensor(indices).tolist()
+        if not all(isinstance(i, int) and 0 <= i < len(self) for i in numbers):
+            raise IndexError(f"the trajectories have the numbers 0 to {len(self) - 1}")
+        dtype, places = DTYPES[self.manifest["dtype"]], len(self.manifest["times"])
+        size = int(numpy.prod(self.event_shape, dtype=numpy.int64)) * dtype.itemsize
+        chosen = list(range(places)) if frames is None else list(frames)
+        if not all(0 <= k < places for k in chosen):
+            raise IndexError(f"the states have the numbers 0 to {places - 1}, got {chosen}")
+        per_shard = self.manifest["shard_size"]
+        states = numpy.empty((len(numbers), len(chosen) * size), dtype=numpy.uint8)
+        found = [(self._shard(i // per_shard), i % per_shard) for i in numbers]
+        for place, (shard, row) in enumerate(found):
+            if frames is None:
+                states[place] = shard.states[row]
+            else:
+                states[place] = shard.states[row].reshape(places, size)[chosen].reshape(-1)
+        conditions = {
+            name: _gather(found, name, about)
+            for name, about in self.manifest["conditions"].items()
+        }
+        shape = (len(numbers), len(chosen), *self.event_shape)
+        return Batch(torch.from_numpy(states).view(dtype).reshape(shape).float(), conditions)
+
+    def order(self, *, seed: int, epoch: int, window: int = 8) -> Tensor:
+        r"""Returns all numbers in the order of an epoch, int64, with shape (n).
+
+        The shards are permuted, and the trajectories inside of windows of shards: so a disk reads
+        large pieces, and few shards are in use at a time. It depends on (seed, epoch) alone.
+
+        Arguments:
+            seed: The seed.
+            epoch: The number of the epoch.
+            window: How many shards are mixed with one another.
+        """
+        generator = generator_at(seed, epoch, "order")
+        size, n = self.manifest["shard_size"], len(self)
+        shards = torch.randperm(shard_count(self.manifest), generator=generator)
+        pieces = []
+        for some in shards.split(window):
+            rows = (some[:, None] * size + torch.arange(size)).flatten()
+            rows = rows[rows < n]
+            pieces.append(rows[torch.randperm(len(rows), generator=generator)])
+        return torch.cat(pieces)
+
+    def _shard(self, number: int) -> Shard:
+        if number not in self._shards:
+            self._shards[number] = open_shard(self.folder, self.manifest, number)
+        return self._shards[number]
+
+
+def missing_shards(folder: Path, manifest: Mapping[str, Any]) -> list[int]:
+    """Returns the numbers of the shards that are not there."""
+    return [s for s in range(shard_count(manifest)) if not shard_file(folder, s).exists()]
+
+
+def _gather(found: Sequence[tuple[Shard, int]], name: str, about: Mapping[str, Any]) -> Tensor:
+    dtype, shape = TYPES[about["dtype"]], tuple(about["shape"])
+    size = int(numpy.prod(shape, dtype=numpy.int64)) * dtype.itemsize
+    values = numpy.empty((len(found), size), dtype=numpy.uint8)
+    for place, (shard, row) in enumerate(found):
+        values[place] = shard.conditions[name][row]
+    return torch.from_numpy(values).view(dtype).reshape(len(found), *shape)
