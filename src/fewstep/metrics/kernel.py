@@ -111,7 +111,35 @@ def kid(
         function = kernel
     xx, yy, xy = function(fa, fa), function(fb, fb), function(fa, fb)
 
+    left, right, across = _Sums(xx), _Sums(yy), _Sums(xy)
+
     def statistic(i: Tensor, j: Tensor) -> Tensor:
-        return mmd2(xx[i][:, i], yy[j][:, j], xy[i][:, j])[None]
+        n, m = len(i), len(j)
+        out_i, out_j = _others(i, len(fa)), _others(j, len(fb))
+        inside = left.without(out_i, out_i, diagonal=False) / (n * (n - 1))
+        inside = inside + right.without(out_j, out_j, diagonal=False) / (m * (m - 1))
+        return (inside - 2 * across.without(out_i, out_j) / (n * m))[None]
 
     return jackknife(statistic, (len(fa), len(fb)), level=level, blocks=blocks, seed=seed)[0]
+
+
+class _Sums:
+    """Sums over a kernel matrix without some rows and columns; each costs those alone."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.rows, self.columns = matrix, matrix.sum(1), matrix.sum(0)
+        self.total = self.rows.sum()
+
+    def without(self, rows: Tensor, columns: Tensor, *, diagonal: bool = True) -> Tensor:
+        both = self.matrix[rows][:, columns].sum()
+        total = self.total - self.rows[rows].sum() - self.columns[columns].sum() + both
+        if diagonal:
+            return total
+        entries = self.matrix.diagonal()
+        return total - entries.sum() + entries[rows].sum()
+
+
+def _others(kept: Tensor, n: int) -> Tensor:
+    out = torch.ones(n, dtype=torch.bool)
+    out[kept] = False
+    return out.nonzero().flatten()

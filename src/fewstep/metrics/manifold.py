@@ -72,11 +72,13 @@ def precision_recall(
         torch.cdist(x, y, compute_mode=exactly) for x, y in ((fa, fa), (fb, fb), (fb, fa))
     )
 
+    # The nearest of all is the point itself, so the k-th neighbour has rank k + 1.
+    reach_a, reach_b = _Reach(aa, neighbours + 1), _Reach(bb, neighbours + 1)
+
     def statistic(i: Tensor, j: Tensor) -> Tensor:
-        between = ba[j][:, i]
-        # The nearest of all is the point itself, so the k-th neighbour has rank k + 1.
-        real = bb[j][:, j].kthvalue(neighbours + 1, dim=1).values[:, None]
-        fake = aa[i][:, i].kthvalue(neighbours + 1, dim=1).values[None, :]
+        between = ba if len(j) == len(fb) else ba[j]
+        between = between if len(i) == len(fa) else between[:, i]
+        real, fake = reach_b(j)[:, None], reach_a(i)[None, :]
         inside = between < real
         return torch.stack(
             [
@@ -89,3 +91,25 @@ def precision_recall(
 
     sizes = (len(fa), len(fb))
     return PrecisionRecall(*jackknife(statistic, sizes, level=level, blocks=blocks, seed=seed))
+
+
+class _Reach:
+    """The distance from each point to its k-th nearest among some of the points."""
+
+    def __init__(self, distances: Tensor, rank: int) -> None:
+        self.distances, self.rank = distances, rank
+        # With a list of the nearest there is no need to sort anew for each block left out.
+        listed = min(len(distances), 4 * rank + 8)
+        self.near, self.who = distances.topk(listed, dim=1, largest=False)
+
+    def __call__(self, kept: Tensor) -> Tensor:
+        there = torch.zeros(len(self.distances), dtype=torch.bool)
+        there[kept] = True
+        alive = there[self.who[kept]]
+        hit = alive & (alive.cumsum(1) == self.rank)
+        found = self.near[kept].gather(1, hit.int().argmax(1, keepdim=True))[:, 0]
+        short = ~hit.any(1)
+        if bool(short.any()):
+            rows = self.distances[kept[short]][:, kept]
+            found[short] = rows.kthvalue(self.rank, dim=1).values
+        return found

@@ -46,12 +46,21 @@ def sliced_wasserstein(
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn((fa.shape[1], projections), generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=0)
-    pa, pb = fa @ directions, fb @ directions
+    # Sorted once; what is left out later keeps the order. One direction a row.
+    pa, pb = ((side @ directions).T.contiguous().sort(1) for side in (fa, fb))
+
+    def kept(projected: torch.return_types.sort, index: Tensor) -> Tensor:
+        n = projected.values.shape[1]
+        if len(index) == n:
+            return projected.values
+        there = torch.zeros(n, dtype=torch.bool)
+        there[index] = True
+        return projected.values[there[projected.indices]].reshape(-1, len(index))
 
     def statistic(i: Tensor, j: Tensor) -> Tensor:
-        left, right = pa[i].sort(0).values, pb[j].sort(0).values
-        if len(left) != len(right):
-            count = max(len(left), len(right))
+        left, right = kept(pa, i), kept(pb, j)
+        if left.shape != right.shape:
+            count = max(left.shape[1], right.shape[1])
             left, right = _quantiles(left, count), _quantiles(right, count)
         return (left - right).square().mean().sqrt()[None]
 
@@ -61,7 +70,8 @@ def sliced_wasserstein(
 def _quantiles(ordered: Tensor, count: int) -> Tensor:
     """Returns the empirical quantiles at the middles of ``count`` equal shares."""
     share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    return ordered[(share * len(ordered)).long().clamp(max=len(ordered) - 1)]
+    n = ordered.shape[1]
+    return ordered[:, (share * n).long().clamp(max=n - 1)]
 
 
 def rms(a: Tensor, b: Tensor, *, level: float = 0.95) -> Estimate:
