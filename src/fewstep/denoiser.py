@@ -93,6 +93,10 @@ class Denoiser(nn.Module, ABC):
             ready[name] = value
         return ready
 
+    def own_sampler(self) -> Any:
+        """Returns the sampler that this model brings, or ``None``: any solver samples it then."""
+        return None
+
     def fingerprint(self) -> str:
         """Returns a SHA-256 of what this model is: schedule, prediction, shape and every weight.
 
@@ -238,6 +242,11 @@ class _Wrapper(Denoiser):
         super().__init__()
         if not isinstance(inner, Denoiser):
             raise TypeError(f"a denoiser is wrapped, got {type(inner).__name__}")
+        if inner.own_sampler() is not None:
+            raise ValueError(
+                f"this model brings its own sampler and cannot be wrapped in {type(self).__name__}; "
+                "guidance and clipping belong to the trajectories that it was distilled from"
+            )
         self.inner = inner
         self.schedule, self.native = inner.schedule, inner.native
         self.event_shape, self.null_condition = inner.event_shape, inner.null_condition

@@ -17,7 +17,7 @@ from fewstep.sampling import PlanSampler, Sampler
 from fewstep.schedules import NoiseSchedule, schedule_from_config
 
 FORMAT, VERSION = "fewstep.recipe", 1
-KINDS = ("solver", "plan", "adaptive")
+KINDS = ("solver", "plan", "adaptive", "operator")
 
 
 def _is_number(value: object) -> bool:
@@ -31,8 +31,8 @@ class SamplerRecipe:
     r"""A sampler that can be written down.
 
     Attributes:
-        kind: ``"solver"`` (built by name for a schedule), ``"plan"`` (coefficients and all), or
-            ``"adaptive"``.
+        kind: ``"solver"`` (built by name for a schedule), ``"plan"`` (coefficients and all),
+            ``"adaptive"``, or ``"operator"`` (the sampler that the model brings).
         name: The name of the solver.
         nfe: The number of network calls (of a solver).
         options: The options of the solver and its grid.
@@ -103,6 +103,13 @@ class SamplerRecipe:
         """Returns the sampler for a model."""
         if self.guidance is not None and self.guidance != 1 and not isinstance(denoiser, Guided):
             denoiser = Guided(denoiser, self.guidance)
+        if self.kind == "operator":
+            own = denoiser.own_sampler()
+            if own is None:
+                raise ValueError(
+                    "the recipe is for a model that brings its own sampler; this one has none"
+                )
+            return own
         if self.kind == "adaptive":
             from fewstep.adaptive import AdaptiveSampler
 

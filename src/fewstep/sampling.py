@@ -26,6 +26,11 @@ logger = logging.getLogger("fewstep")
 DEFAULT_BATCH = 256
 """The most samples that are drawn at a time if no batch size is given."""
 
+OWN_SAMPLER = (
+    "this model brings its own sampler, of one evaluation, and takes no other; leave {} out, or "
+    "take the model that it was distilled from"
+)
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -101,6 +106,8 @@ class PlanSampler:
     image: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.denoiser.own_sampler() is not None:
+            raise ValueError(OWN_SAMPLER.format("a plan"))
         self.plan.check_schedule(self.denoiser.schedule)
         if self.plan.head and (self.denoiser.data_mean is None or self.denoiser.data_std is None):
             raise ValueError(
@@ -222,6 +229,15 @@ def sampler(
         )
     if plan is not None and recipe is not None:
         raise ValueError("give a plan or a recipe, not both")
+    if recipe is None and (own := denoiser.own_sampler()) is not None:
+        other = {"plan": plan, "steps": steps, "grid": grid, "head_start": head_start}
+        other |= {"image": image, **options, "solver": None if solver == "auto" else solver}
+        # 10 is the default of sample, for any model.
+        other["nfe"] = None if nfe in (None, 10, own.nfe) else nfe
+        given = [name for name, value in other.items() if value is not None]
+        if given:
+            raise ValueError(OWN_SAMPLER.format(" and ".join(given)))
+        return own
     if plan is not None or recipe is not None:
         extra = {"grid": grid, "head_start": head_start, **options}
         given = [name for name, value in extra.items() if value is not None]

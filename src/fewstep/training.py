@@ -2,7 +2,6 @@ r"""Training of a small diffusion model on the user's images: ``fewstep train``.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.checkpoints import (
+    generator,
+    load_checkpoint,
+    new_average,
+    read_checkpoint,
+    save_checkpoint,
+    update_average,
+)
 from fewstep.data import ImageData
-from fewstep.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from fewstep.schedules import NoiseSchedule, schedule_from_config
 from fewstep.zoo.unet import SmallUNet
-
-CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def train(
         )
     if torch.device(device).type == "cpu":
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = {key: value.detach().clone() for key, value in network.state_dict().items()}
+    average = new_average(network)
     optimizer = torch.optim.AdamW(
         network.parameters(),
         lr=recipe.learning_rate,
@@ -197,16 +201,21 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
         optimizer.step()
-        with torch.no_grad():
-            decay = min(recipe.ema, (1 + step) / (10 + step))
-            for key, value in network.state_dict().items():
-                average[key].lerp_(value, 1 - decay)
+        update_average(average, network, step, recipe.ema)
         value = loss.item()
         if not math.isfinite(value):
             raise ValueError(f"the loss is {value} at step {step}; lower learning_rate")
         loss_mean = value if loss_mean is None else 0.99 * loss_mean + 0.01 * value
         if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
-            _save(out, recipe, step + 1, loss_mean, network, average, optimizer)
+            save_checkpoint(
+                out,
+                {"recipe": asdict(recipe)},
+                step=step + 1,
+                loss=loss_mean,
+                network=network,
+                average=average,
+                optimizer=optimizer,
+            )
         if on_step is not None:
             on_step(TrainEvent(step + 1, recipe.steps, loss_mean))
 
@@ -227,57 +236,34 @@ def _cycle(step: int, recipe: TrainRecipe) -> tuple[int, int, float]:
     return ([0, *ends][number], ends[number], recipe.later_peak if number else 1.0)
 
 
-def _generator(*address: int | str) -> torch.Generator:
-    digest = hashlib.sha256(repr(address).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 def _batch(
     data: ImageData, schedule: NoiseSchedule, recipe: TrainRecipe, step: int, *, null: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     n = recipe.batch_size
     per_epoch = max(1, len(data) // n)
     epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(len(data), generator=_generator(recipe.seed, "epoch", epoch))
+    order = torch.randperm(len(data), generator=generator(recipe.seed, "epoch", epoch))
     index = order[place * n : (place + 1) * n]
     n = len(index)
 
-    generator = _generator(recipe.seed, "step", step)
+    draws = generator(recipe.seed, "step", step)
     x0 = data.floats(index)
-    u = (torch.rand(n, generator=generator, dtype=torch.float64) + torch.arange(n)) / n
+    u = (torch.rand(n, generator=draws, dtype=torch.float64) + torch.arange(n)) / n
     t_uniform = schedule.t_min + u * (schedule.t_max - schedule.t_min)
     # A cosine schedule has lambda = log cot(pi u / 2); the same u through our schedule.
     lam = -torch.log(torch.tan(u.clamp(1e-4, 1 - 1e-4) * (math.pi / 2)))
     t_cosine = schedule.time(lam).clamp(schedule.t_min, schedule.t_max)
-    pick = torch.rand(n, generator=generator) < recipe.uniform_times
+    pick = torch.rand(n, generator=draws) < recipe.uniform_times
     t = torch.where(pick, t_uniform, t_cosine)
     shape = (-1, *[1] * (x0.ndim - 1))
     alpha, sigma = (f(t).float().reshape(shape) for f in (schedule.alpha, schedule.sigma))
-    eps = torch.randn(x0.shape, generator=generator)
+    eps = torch.randn(x0.shape, generator=draws)
     target = eps if recipe.prediction == "eps" else alpha * eps - sigma * x0
     labels = None
     if data.labels is not None and null is not None:
-        drop = torch.rand(n, generator=generator) < recipe.label_dropout
+        drop = torch.rand(n, generator=draws) < recipe.label_dropout
         labels = torch.where(drop, null, data.labels[index])
     return alpha * x0 + sigma * eps, t.float(), target, labels
-
-
-def _save(
-    out: Path,
-    recipe: TrainRecipe,
-    step: int,
-    loss: float,
-    network: nn.Module,
-    average: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    metadata = {"step": str(step), "loss": repr(loss)}
-    write_tensors(out / f"{CHECKPOINT}.safetensors", tensors, metadata)
-    write_json(out / f"{CHECKPOINT}.json", {"step": step, "loss": loss, "recipe": asdict(recipe)})
 
 
 def _restore(
@@ -287,14 +273,9 @@ def _restore(
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> tuple[int, float | None]:
-    state_file, tensor_file = out / f"{CHECKPOINT}.json", out / f"{CHECKPOINT}.safetensors"
-    if not (state_file.exists() and tensor_file.exists()):
+    state = read_checkpoint(out)
+    if state is None:
         return 0, None
-    state = read_json(state_file, what="checkpoint")
-    if not isinstance(state, dict) or not {"recipe", "step"} <= set(state):
-        raise ValueError(
-            f"the checkpoint {str(state_file)!r} is damaged: it has no recipe or step"
-        )
     stored = TrainRecipe.from_json(state["recipe"])
     varies = {"steps": 0, "cycles": [], "later_peak": 0.0, "compile": False}
     same = asdict(stored) | varies == asdict(recipe) | varies
@@ -306,27 +287,9 @@ def _restore(
             f"the folder {str(out)!r} has a run of another recipe, at step {state['step']}; "
             "give the same recipe to go on, or another folder"
         )
-    tensors = read_tensors(tensor_file)
-    # A run that was stopped between the two files has newer tensors: they know their own step.
-    told = read_metadata(tensor_file)
-    step, loss = int(told.get("step", -1)), float(told.get("loss", "nan"))
-    if not 0 < step <= recipe.steps:
-        raise ValueError(f"the checkpoint {str(tensor_file)!r} is damaged: it has no step")
-    part = lambda prefix: {  # noqa: E731
-        k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
-    }
-    try:
-        network.load_state_dict(part("network."))
-        for key, value in part("average.").items():
-            average[key].copy_(value)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in part("optimizer.").items():
-            index, name = key.split(".", 1)
-            moments.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"the checkpoint {str(tensor_file)!r} is damaged: {error}") from None
-    return step, loss
+    return load_checkpoint(
+        out, steps=recipe.steps, network=network, average=average, optimizer=optimizer
+    )
 
 
 def _export(

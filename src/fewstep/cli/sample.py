@@ -143,8 +143,10 @@ def _chosen(
             raise ValueError(f"a recipe says everything itself, got {', '.join(extra)} as well")
         found = SamplerRecipe.load(recipe)
         return found if guidance is None else replace(found, guidance=guidance)
-    name = solver or "auto"
     positive("--nfe", nfe)
+    if denoiser.own_sampler() is not None:
+        return _own(denoiser, solver, nfe, grid, options, head_start, guidance)
+    name = solver or "auto"
     if name == "dopri5":
         if nfe is not None or grid is not None or head_start is not None:
             raise ValueError(
@@ -171,6 +173,33 @@ def _chosen(
         schedule=denoiser.schedule.to_config(),
         guidance=guidance,
     )
+
+
+def _own(
+    denoiser: Denoiser,
+    solver: str | None,
+    nfe: int | None,
+    grid: str | None,
+    options: dict[str, Any],
+    head_start: float | None,
+    guidance: float | None,
+) -> SamplerRecipe:
+    """Returns the recipe of a model that brings its own sampler."""
+    from fewstep.recipe import SamplerRecipe
+    from fewstep.sampling import sampler
+
+    made = sampler(
+        denoiser,
+        solver=solver or "auto",
+        nfe=nfe,
+        grid=grid,
+        head_start=head_start,
+        **options,
+    )
+    if guidance not in (None, 1) or nfe not in (None, made.nfe):
+        given = "--nfe" if guidance in (None, 1) else "--guidance"
+        raise ValueError(f"this model brings its own sampler, of {made.nfe} call; leave {given} out")
+    return SamplerRecipe(kind="operator", name="operator", nfe=made.nfe)
 
 
 def _settings(

@@ -90,6 +90,10 @@ def load(
     folder = HERE / name if name in EMBEDDED else Path(source)
     if not folder.is_dir():
         raise ValueError(unknown("model", name, list(EMBEDDED)) + " Or give a folder that exists.")
+    if (folder / "operator.json").exists():
+        from fewstep.operators.folder import read_operator
+
+        return read_operator(folder, dtype=dtype or torch.float32).to(device)
     if (folder / "model.json").exists():
         return _read_folder(folder, dtype or torch.float32).to(device)
     if (folder / "model_index.json").exists() or (folder / "config.json").exists():
@@ -124,7 +128,7 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> FolderModel:
         tensors = read_tensors(file)
         mean, std = (tensors.pop(key, None) for key in ("data.mean", "data.std"))
         network.load_state_dict(tensors, assign=True)
-        shape = _event_shape(about["event_shape"], network)
+        shape = model_shape(about["event_shape"], network)
         for statistic in (mean, std):
             if statistic is not None and statistic.shape not in ((), shape):
                 raise ValueError(
@@ -153,7 +157,7 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> FolderModel:
     return model
 
 
-def _event_shape(value: object, network: SmallUNet) -> tuple[int, ...]:
+def model_shape(value: object, network: SmallUNet) -> tuple[int, ...]:
     patch, channels = network.patch, network.config["in_channels"]
     if (
         not isinstance(value, list)

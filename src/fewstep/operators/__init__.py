@@ -1,0 +1,14 @@
+"""Operators: networks that give a whole trajectory in one evaluation, and their training."""
+
+from __future__ import annotations
+
+from fewstep.operators.folder import read_operator as read_operator
+from fewstep.operators.folder import write_operator as write_operator
+from fewstep.operators.insertion import TimeAxis as TimeAxis
+from fewstep.operators.insertion import attach as attach
+from fewstep.operators.insertion import detach as detach
+from fewstep.operators.operator import Layout as Layout
+from fewstep.operators.operator import OperatorModel as OperatorModel
+from fewstep.operators.operator import OperatorSampler as OperatorSampler
+from fewstep.operators.operator import TrajectoryOperator as TrajectoryOperator
+from fewstep.operators.temporal import TemporalConv as TemporalConv

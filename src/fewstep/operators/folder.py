@@ -1,0 +1,185 @@
+"""The folder that holds an operator: ``operator.json`` and ``operator.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.denoiser import Denoiser
+from fewstep.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.operators.operator import Layout, OperatorModel, TrajectoryOperator
+from fewstep.prediction import Prediction
+from fewstep.schedules import schedule_from_config
+from fewstep.zoo.load import FolderModel, model_shape
+from fewstep.zoo.unet import SmallUNet
+
+FORMAT, VERSION = "fewstep.operator", 1
+ABOUT, WEIGHTS = "operator.json", "operator.safetensors"
+CALLS = {
+    "UNet2DModel": "_Image",
+    "UNet2DConditionModel": "_Text",
+    "DiTTransformer2DModel": "_Classes",
+}
+"""The networks of diffusers that a folder can describe, and how each is called."""
+
+
+def write_operator(
+    folder: str | Path,
+    operator: TrajectoryOperator,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    training: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Writes an operator as a folder that :func:`fewstep.load` reads; returns the folder.
+
+    Arguments:
+        folder: Where to write.
+        operator: The operator.
+        weights: The state of its model, instead of its own (for example the average).
+        training: How it was trained; for the reader, not for the code.
+        dtype: The type of the stored weights.
+    """
+    folder, model = Path(folder), operator.model
+    state = dict(weights) if weights is not None else model.state_dict()
+    ready = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    file = write_tensors(folder / WEIGHTS, ready)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "network": describe(model),
+        "schedule": model.schedule.to_config(),
+        "prediction": model.native.value,
+        "event_shape": None if model.event_shape is None else list(model.event_shape),
+        "class_names": list(getattr(model, "class_names", None) or []) or None,
+        "layout": _plain(asdict(operator.layout)),
+        "sha256": sha256(file),
+        "training": dict(training or {}),
+    }
+    write_json(folder / ABOUT, content)
+    return folder
+
+
+def describe(model: Denoiser) -> dict[str, Any]:
+    """Returns the kind of the network and the options that rebuild it."""
+    network = getattr(model, "network", None)
+    if isinstance(network, SmallUNet):
+        return {"kind": "small-unet", **network.config}
+    inner = getattr(network, "network", None)
+    name = type(inner).__name__
+    if name in CALLS and type(network).__name__ == CALLS[name]:
+        import json
+
+        config = json.loads(inner.to_json_string())  # type: ignore[union-attr]
+        return {"kind": "diffusers", "class": name, "config": config}
+    return {"kind": "other"}
+
+
+def read_operator(
+    folder: str | Path, *, teacher: Denoiser | None = None, dtype: torch.dtype = torch.float32
+) -> OperatorModel:
+    """Reads an operator.
+
+    Arguments:
+        folder: The folder.
+        teacher: The model that it was distilled from: needed if its network is the user's own,
+            whose code no folder holds; its weights are replaced in a copy.
+        dtype: The type of the weights.
+
+    Raises:
+        ValueError: If the folder is not an operator or is damaged.
+    """
+    folder = Path(folder)
+    about = read_json(folder / ABOUT, what="operator")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(f"{str(folder / ABOUT)!r} does not describe an operator of fewstep")
+    if about.get("version") != VERSION:
+        raise ValueError(
+            f"the operator has version {about.get('version')!r}; this fewstep reads {VERSION}"
+        )
+    file = folder / WEIGHTS
+    if not file.exists():
+        raise ValueError(f"the operator {str(folder)!r} has no weights: {WEIGHTS} is missing")
+    if sha256(file) != about.get("sha256"):
+        raise ValueError(f"the weights {str(file)!r} are damaged: their checksum is not {ABOUT}'s")
+    try:
+        layout = _layout(about["layout"])
+        model = teacher if teacher is not None else _rebuild(about)
+        operator = TrajectoryOperator(model, layout)
+        operator.model.load_state_dict(read_tensors(file), assign=True)
+        operator = operator.to(dtype)
+        operator.set_times(layout.times)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the operator {str(folder)!r} cannot be read: {error}") from None
+    return OperatorModel(operator.eval().requires_grad_(False), about=about)
+
+
+def _rebuild(about: Mapping[str, Any]) -> Denoiser:
+    """Returns the teacher without its weights, which are yet to come."""
+    config = dict(about["network"])
+    kind = config.pop("kind", None)
+    schedule = schedule_from_config(about["schedule"])
+    prediction = Prediction.of(about["prediction"])
+    if kind == "small-unet":
+        # On the meta device an absurd size costs nothing; the weights must then have it.
+        with torch.device("meta"):
+            network = SmallUNet(**config)
+        made = FolderModel(
+            network,
+            schedule=schedule,
+            prediction=prediction,
+            event_shape=model_shape(about["event_shape"], network),
+            null_condition={},
+        )
+        names = about.get("class_names")
+        made.class_names = tuple(map(str, names)) if names else None
+        return made
+    if kind == "diffusers":
+        return _diffusers(config, about, schedule, prediction)
+    raise ValueError(
+        "its network is not one that a folder can describe; read it with "
+        "fewstep.operators.read_operator(folder, teacher=denoiser)"
+    )
+
+
+def _diffusers(
+    config: Mapping[str, Any], about: Mapping[str, Any], schedule: Any, prediction: Prediction
+) -> Denoiser:
+    import diffusers
+
+    from fewstep.adapters import _loading
+
+    name = config["class"]
+    if name not in CALLS:
+        raise ValueError(
+            f"networks of the class {name!r:.60} are not known; {', '.join(CALLS)} are"
+        )
+    network = getattr(diffusers, name).from_config(dict(config["config"]))
+    extra = (None, None) if name == "UNet2DConditionModel" else ()
+    call: nn.Module = getattr(_loading, CALLS[name])(network, *extra)
+    shape = about["event_shape"]
+    return _loading.DiffusersModel(
+        call,
+        schedule=schedule,
+        prediction=prediction,
+        event_shape=None if shape is None else tuple(map(int, shape)),
+    )
+
+
+def _layout(value: Mapping[str, Any]) -> Layout:
+    content = dict(value)
+    content["times"] = tuple(content["times"])
+    if content.get("sites") is not None:
+        content["sites"] = tuple(map(str, content["sites"]))
+    return Layout(**content)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -1,0 +1,243 @@
+r"""Insertion of blocks into a network whose code is not touched: submodules and forward hooks.
+
+Frames are folded into the batch, so the network sees (B M, \*). Each host gets its block as a
+submodule, ``host.temporal``, and a forward hook that applies it: devices, states, optimisers and
+averages see it, and gradient checkpointing, which calls the host, computes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.operators.temporal import TemporalConv
+from fewstep.zoo.unet import SmallUNet, Stage
+
+BLOCK = "temporal"
+"""The name of the block in its host."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for a block.
+
+    Attributes:
+        name: The name of the host in the network.
+        channels: The channels that it returns.
+        tokens: Whether it returns (B, L, C) instead of (B, C, *).
+    """
+
+    name: str
+    channels: int
+    tokens: bool = False
+
+
+Sites = Sequence[str] | Callable[[str, nn.Module], bool] | None
+"""Where blocks go: names of modules, or a test of names and modules; ``None`` if it is known."""
+
+
+class TimeAxis:
+    """The frames that the temporal blocks of a network see.
+
+    Arguments:
+        network: The network; its blocks may come later.
+        frames: The number M of frames.
+    """
+
+    def __init__(self, network: nn.Module, frames: int) -> None:
+        self.network = network
+        self._frames = frames
+        self.frames = frames
+
+    @property
+    def frames(self) -> int:
+        """The number M of frames; a whole number, never a tensor."""
+        return self._frames
+
+    @frames.setter
+    def frames(self, value: int) -> None:
+        for block in blocks(self.network).values():
+            if isinstance(block, TemporalConv):
+                block.set_frames(value)
+        self._frames = value
+
+
+def blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """Returns the blocks that were attached, by the name of their host."""
+    return {
+        name: module._modules[BLOCK]  # type: ignore[misc]
+        for name, module in network.named_modules()
+        if getattr(module, "_block_hook", None) is not None
+    }
+
+
+def attach(
+    network: nn.Module,
+    make: Callable[[Site], nn.Module],
+    *,
+    sites: Sites = None,
+    example: Callable[[nn.Module], Any] | None = None,
+) -> list[Site]:
+    r"""Puts a block behind each site of a network; returns the sites.
+
+    Arguments:
+        network: The network, changed in place.
+        make: Makes the block of a site; the block takes and returns what the host returns.
+        sites: Names of modules or a test of (name, module). Left out, the sites of a network that
+            is known: after every unit of the levels of U-Nets (:class:`SmallUNet`,
+            ``UNet2DModel``, ``UNet2DConditionModel``), after every block of ``DiT``.
+        example: Calls the network once, to learn the channels of sites that the caller names.
+
+    Raises:
+        ValueError: If the sites are not known, not there, or have a block already.
+    """
+    found = known_sites(network) if sites is None else _named(network, sites, example)
+    modules = dict(network.named_modules())
+    for site in found:
+        host = modules[site.name]
+        if BLOCK in host._modules or hasattr(host, BLOCK):
+            raise ValueError(
+                f"the module {site.name!r} has a {BLOCK!r} already; call detach(network) first"
+            )
+    for site in found:
+        host = modules[site.name]
+        like = next(network.parameters(), None)
+        block = make(site)
+        if like is not None:
+            block = block.to(device=like.device, dtype=like.dtype)
+        host.add_module(BLOCK, block)
+        host._block_hook = host.register_forward_hook(_apply)  # type: ignore[assignment]
+    return found
+
+
+def detach(network: nn.Module) -> None:
+    """Takes all attached blocks out again; the network is then what it was."""
+    for module in list(network.modules()):
+        handle = getattr(module, "_block_hook", None)
+        if handle is not None:
+            handle.remove()
+            del module._block_hook
+            del module._modules[BLOCK]
+
+
+def known_sites(network: nn.Module) -> list[Site]:
+    """Returns the sites of a network that is known.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    kind = type(network).__name__
+    if isinstance(network, SmallUNet):
+        return [
+            Site(name, module.block.conv_out.out_channels)
+            for name, module in network.named_modules()
+            if isinstance(module, Stage)
+        ]
+    if kind in ("UNet2DModel", "UNet2DConditionModel"):
+        return list(_units(network))
+    if kind in ("DiTTransformer2DModel", "Transformer2DModel", "PixArtTransformer2DModel"):
+        width = _width(network)
+        count = len(network.transformer_blocks)  # type: ignore[arg-type]
+        return [Site(f"transformer_blocks.{i}", width, True) for i in range(count)]
+    raise ValueError(
+        f"where temporal blocks go in a {kind} is not known; name its modules: sites=[...] "
+        "(see network.named_modules())"
+    )
+
+
+def is_known(network: nn.Module) -> bool:
+    """Whether :func:`known_sites` knows the network."""
+    try:
+        known_sites(network)
+    except ValueError:
+        return False
+    return True
+
+
+def _width(network: Any) -> int:
+    config = network.config
+    return int(config.num_attention_heads) * int(config.attention_head_dim)
+
+
+def _units(network: Any) -> Iterator[Site]:
+    """The units of a U-Net of diffusers: the attention after a residual block, or the block."""
+    for side in ("down_blocks", "up_blocks"):
+        for level, block in enumerate(getattr(network, side)):
+            for index, unit in enumerate(block.resnets):
+                yield _unit(block, f"{side}.{level}", index, unit)
+    middle = network.mid_block
+    if middle is not None:
+        yield _unit(middle, "mid_block", 0, middle.resnets[0])
+
+
+def _unit(block: Any, path: str, index: int, unit: Any) -> Site:
+    attentions = getattr(block, "attentions", None)
+    kind = "resnets"
+    if attentions is not None and index < len(attentions) and attentions[index] is not None:
+        kind = "attentions"
+    return Site(f"{path}.{kind}.{index}", int(unit.out_channels))
+
+
+def _named(
+    network: nn.Module, sites: Any, example: Callable[[nn.Module], Any] | None
+) -> list[Site]:
+    modules = dict(network.named_modules())
+    if callable(sites):
+        names = [name for name, module in modules.items() if name and sites(name, module)]
+    else:
+        names = list(sites)
+    unknown = [name for name in names if name not in modules]
+    if unknown or not names:
+        raise ValueError(
+            f"the network has no module {unknown[0]!r}; see network.named_modules()"
+            if unknown
+            else "sites names no module of the network"
+        )
+    if example is None:
+        raise ValueError("to learn the channels of sites, give example=, which calls the network")
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: object, output: object) -> None:
+            shapes[name] = tuple(_first(output).shape)
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(look(name)) for name in names]
+    try:
+        with torch.no_grad():
+            example(network)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if silent := [name for name in names if name not in shapes]:
+        raise ValueError(f"the module {silent[0]!r} is not called by the network")
+    return [
+        Site(n, shapes[n][2 if len(shapes[n]) == 3 else 1], len(shapes[n]) == 3) for n in names
+    ]
+
+
+def _first(output: Any) -> Tensor:
+    """Returns the features in what a module returned: a tensor, a tuple or an output dataclass."""
+    if isinstance(output, Tensor):
+        return output
+    value = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a host of a block returns features, got {type(value).__name__}")
+    return value
+
+
+def _apply(module: nn.Module, _args: object, output: Any) -> Any:
+    block = module._modules[BLOCK]
+    assert block is not None
+    if isinstance(output, Tensor):
+        return block(output)
+    features = block(_first(output))
+    if isinstance(output, tuple):
+        return (features, *output[1:])
+    output[next(iter(output.keys()))] = features
+    return output

@@ -1,0 +1,244 @@
+r"""The temporal block: a convolution along the frames of a trajectory, in real arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+BASES = ("dft", "dct", "dense")
+INITS = ("zero", "published")
+
+
+class TemporalConv(nn.Module):
+    r"""Lets the M frames of each trajectory exchange information: :math:`T u = u + \varsigma(K u)`.
+
+    K mixes the channels of the first J coefficients of u along the frames and drops the others;
+    :math:`\varsigma` is the leaky rectifier. With the basis ``dft``, phase
+    :math:`p = 2 \pi j m / M` and complex matrices :math:`R_j = A_j + i B_j`,
+
+    .. math:: a_j = \sum_m \cos(p) u_m, \quad b_j = -\sum_m \sin(p) u_m, \quad
+        k_j = a_j A_j - b_j B_j, \quad l_j = a_j B_j + b_j A_j
+
+    .. math:: (K u)_m = \sum_j \frac{w_j}{M} (\cos(p) k_j - \sin(p) l_j), \quad
+        w_0 = w_{M/2} = 1, \text{ else } 2
+
+    which is the inverse real Fourier transform of :math:`R \cdot F u`. The imaginary parts that
+    the inverse transform discards (of the mean, and of j = M/2) are no parameters here. The basis
+    ``dct`` uses :math:`\cos(\pi j (m + \frac12) / M)`, which does not wrap around, with one matrix
+    a mode; ``dense`` mixes any frame into any other, with :math:`M^2` matrices.
+
+    References:
+        | Fast Sampling of Diffusion Models via Operator Learning (Zheng et al., 2023), section 3
+        | https://arxiv.org/abs/2211.13449
+
+    Cost: per pixel and trajectory :math:`(4 J - 3) C^2` multiplications (``dft``), :math:`J C^2`
+    (``dct``) or :math:`M^2 C^2` (``dense``).
+
+    Arguments:
+        channels: The number C of channels.
+        modes: The number J of coefficients kept; more than M frames have are not made.
+        frames: The number M of frames; it can be changed by :meth:`set_frames`, except of
+            ``dense``.
+        basis: ``"dft"``, ``"dct"`` or ``"dense"``.
+        slope: The slope of the leaky rectifier below zero.
+        init: ``"zero"``, the identity exactly, or ``"published"``, uniform on
+            :math:`[0, 1 / C^2)`.
+        compat: Whether to keep the parameters as they were published: one tensor (C, C, J, 2)
+            with its dead part. Only with ``dft``.
+        tokens: Whether features are (B, L, C) instead of (B, C, \*).
+
+    Raises:
+        ValueError: If an argument is not one of these.
+    """
+
+    analysis: Tensor
+    synthesis: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        modes: int = 2,
+        *,
+        frames: int = 4,
+        basis: str = "dft",
+        slope: float = 0.01,
+        init: str = "zero",
+        compat: bool = False,
+        tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("modes", modes), ("frames", frames)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 65_536:
+                raise ValueError(f"{name} must be a positive integer, got {value!r:.40}")
+        if basis not in BASES:
+            raise ValueError(f"basis must be one of {', '.join(BASES)}, got {basis!r:.40}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r:.40}")
+        if compat and basis != "dft":
+            raise ValueError(f"the published layout has the basis dft, got {basis!r}")
+        self.channels, self.basis, self.slope = channels, basis, float(slope)
+        self.compat, self.tokens = compat, tokens
+        square = (channels, channels)
+        if basis == "dense":
+            self.modes = frames
+            self.weight = nn.Parameter(torch.empty(frames, frames, *square))
+        elif basis == "dct":
+            self.modes = min(modes, frames)
+            self.weight = nn.Parameter(torch.empty(self.modes, *square))
+        elif compat:
+            self.modes = modes
+            self.weight = nn.Parameter(torch.empty(*square, modes, 2))
+        else:
+            self.modes = min(modes, frames // 2 + 1)
+            self.real = nn.Parameter(torch.empty(self.modes, *square))
+            self.imag = nn.Parameter(torch.empty(min(self.modes - 1, (frames - 1) // 2), *square))
+        for parameter in self.parameters():
+            if init == "zero":
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, 0, 1 / channels**2)
+        self.frames = 0
+        self.set_frames(frames)
+
+    def set_frames(self, frames: int) -> None:
+        """Sets the number of frames and lays out the transforms for it."""
+        if frames == self.frames:
+            return
+        if self.basis == "dense" and self.frames:
+            raise ValueError(
+                f"the basis dense is made for {self.frames} frames and takes no other number, "
+                f"got {frames}"
+            )
+        self.frames = frames
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        if self.basis != "dense":
+            like = next(self.parameters())
+            there, back = transforms(self.basis, self.modes, self.frames)
+            self.analysis = there.to(device=like.device, dtype=like.dtype)
+            self.synthesis = back.to(device=like.device, dtype=like.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemporalConv:
+        # The transforms are numbers, not state: they follow the parameters to device and type.
+        super()._apply(fn, recurse)
+        self._lay_out()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Returns the features after the exchange.
+
+        Arguments:
+            x: Features (B M, C, \*), or (B M, L, C) of tokens; the frames of a trajectory follow
+                each other.
+        """
+        # (B M, C, S): whatever is not a channel is a place.
+        places = x.transpose(1, 2) if self.tokens else x.flatten(2)
+        u = places.unflatten(0, (-1, self.frames))
+        if self.basis == "dense":
+            mixed = torch.einsum("bncs,nmco->bmos", u, self.weight)
+        else:
+            coefficients = torch.einsum("qm,bmcs->bqcs", self.analysis, u)
+            mixed = torch.einsum("mq,bqcs->bmcs", self.synthesis, self._mix(coefficients))
+        added = functional.leaky_relu(mixed, self.slope).flatten(0, 1).to(x.dtype)
+        return x + (added.transpose(1, 2) if self.tokens else added.reshape(x.shape))
+
+    def _mix(self, u: Tensor) -> Tensor:
+        """Mixes the channels of coefficients (B, Q, C, S)."""
+        if self.basis == "dct":
+            weight = self.weight[: u.shape[1]]
+            return torch.einsum("bqcs,qco->bqos", u, weight)
+        real, imag = self._complex()
+        kept = min(self.modes, self.frames // 2 + 1)
+        waves = min(kept - 1, (self.frames - 1) // 2)  # the modes that have a sine
+        a, b = u[:, :kept], u[:, kept:]
+        k = torch.einsum("bqcs,qco->bqos", a, real[:kept])
+        if not waves:
+            return k
+        l = torch.einsum("bqcs,qco->bqos", b, real[1 : waves + 1])  # noqa: E741 - as in the formula
+        both = min(waves, len(imag))  # at more frames than at first, a mode may lack its part
+        if both:
+            turned = torch.einsum("bqcs,qco->bqos", a[:, 1 : both + 1], imag[:both])
+            back = torch.einsum("bqcs,qco->bqos", b[:, :both], imag[:both])
+            k = k - functional.pad(back, (0, 0, 0, 0, 1, kept - 1 - both))
+            l = l + functional.pad(turned, (0, 0, 0, 0, 0, waves - both))  # noqa: E741
+        return torch.cat([k, l], dim=1)
+
+    def _complex(self) -> tuple[Tensor, Tensor]:
+        """Returns the real parts (J, C, C) and the imaginary parts of the modes from 1 on."""
+        if not self.compat:
+            return self.real, self.imag
+        parts = self.weight.permute(2, 3, 0, 1)
+        return parts[:, 0], parts[1:, 1]
+
+    @torch.no_grad()
+    def load_published(self, weight: Tensor) -> None:
+        """Takes the published parameters (C, C, J, 2), input channel first, real part first.
+
+        Raises:
+            ValueError: If their shape is not this block's.
+        """
+        expected = (self.channels, self.channels, self.modes, 2)
+        if self.basis != "dft" or tuple(weight.shape) != expected:
+            raise ValueError(
+                f"published parameters of this block have basis dft and shape {expected}, "
+                f"got {tuple(weight.shape)} for the basis {self.basis}"
+            )
+        if self.compat:
+            self.weight.copy_(weight)
+            return
+        parts = weight.permute(2, 3, 0, 1)
+        self.real.copy_(parts[:, 0])
+        self.imag.copy_(parts[1 : len(self.imag) + 1, 1])
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, modes={self.modes}, frames={self.frames}, basis={self.basis!r}"
+
+
+def transforms(basis: str, modes: int, frames: int) -> tuple[Tensor, Tensor]:
+    r"""Returns the real transforms of frames: analysis (Q, M) and synthesis (M, Q), float64.
+
+    The rows of ``dft`` are the cosines of the modes kept, and then minus the sines of those that
+    have one.
+
+    Arguments:
+        basis: ``"dft"`` or ``"dct"``.
+        modes: The number J of modes; at most those that M frames have are kept.
+        frames: The number M of frames.
+    """
+    m = torch.arange(frames, dtype=torch.float64)
+    if basis == "dct":
+        j = torch.arange(min(modes, frames), dtype=torch.float64)
+        there = torch.cos(math.pi / frames * j[:, None] * (m + 0.5))
+        weight = torch.where(j == 0, 1.0, 2.0) / frames
+        return there, (weight[:, None] * there).T
+    kept = min(modes, frames // 2 + 1)
+    waves = min(kept - 1, (frames - 1) // 2)
+    j = torch.arange(kept, dtype=torch.float64)
+    phase = 2 * math.pi / frames * j[:, None] * m
+    there = torch.cat([phase.cos(), -phase[1 : waves + 1].sin()])
+    whole = (j == 0) | (2 * j == frames)
+    weight = torch.where(whole, 1.0, 2.0) / frames
+    weight = torch.cat([weight, weight[1 : waves + 1]])
+    return there, (weight[:, None] * there).T
+
+
+def published_parameters(
+    levels: list[tuple[int, int]], modes: int = 2, *, device: str = "meta"
+) -> int:
+    """Returns the number of published temporal parameters, the dead ones included.
+
+    Arguments:
+        levels: (channels, number of blocks) for each level.
+        modes: The number of modes.
+        device: Where to make the blocks; on ``"meta"`` nothing is allocated.
+    """
+    with torch.device(device):
+        blocks = [
+            TemporalConv(channels, modes, compat=True) for channels, n in levels for _ in range(n)
+        ]
+    return sum(p.numel() for block in blocks for p in block.parameters())
