@@ -49,6 +49,7 @@ def unknown(kind: str, name: object, known: Mapping[str, object] | list[str]) ->
     """Returns the message for an unknown name: what was got, near matches, what is known."""
     names = sorted(known)
     text = f"{name!s:.60}".lower().replace("_", "-")
-    close = difflib.get_close_matches(text, names, n=3, cutoff=0.5)
+    lowered = {known_name.lower(): known_name for known_name in names}
+    close = [lowered[c] for c in difflib.get_close_matches(text, lowered, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"Unknown {kind} {name!r:.60}.{hint} Known: {', '.join(names)}."
