@@ -12,11 +12,12 @@ Two executors, because they want opposite things of memory:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fewstep.layout import NOTHING, Ask, Sum, lay_out
 from fewstep.plans import Eval, Lin, Noise, Plan, Row, Structure
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -59,15 +60,14 @@ class Execution:
     ) -> None:
         if plan.n_noise and draw is None:
             raise ValueError(f"the plan draws noise {plan.n_noise} times; give a source of draws")
-        self._rows = plan.structure.rows
-        self._dies = plan.structure.dies
-        self._values = plan.numbers
+        self._lines = lay_out(plan, keep_inputs=keep_inputs, keep_states=on_state is not None)
         self._result = plan.structure.result
+        self._keeps_inputs = keep_inputs
         self._draw = draw
         self._on_state = on_state
-        self._keep_inputs = keep_inputs
-        self._registers: dict[int, Tensor] = {0: x}
-        self._owned: set[int] = set()
+        # None where a register is not made yet, or dead.
+        self._registers: list[Any] = [None] * (len(self._lines) + 1)
+        self._registers[0] = x
         self._row = 0
         self.call: Call | None = None
         self._run()
@@ -82,71 +82,67 @@ class Execution:
         if self.call is None:
             raise RuntimeError("the run is over: there is no call to answer")
         self.call = None  # it holds a state, which may die now
-        self._finish_row(answer)
+        registers = self._registers
+        dying = self._lines[self._row].dying
+        self._row += 1
+        registers[self._row] = answer
+        for r in dying:
+            registers[r] = None
         self._run()
 
     def replace(self, x: Tensor) -> None:
         """Gives the waiting call another input: the state was edited between two calls."""
-        row = self._rows[self._row] if self.call is not None else None
-        if not isinstance(row, Eval):
+        line = self._lines[self._row] if self.call is not None else None
+        if not isinstance(line, Ask):
             raise RuntimeError("the run is over: there is no call whose input could be replaced")
-        self._registers[row.of] = x
-        self._owned.discard(row.of)
-        self.call = Call(x, row.at)
-
-    def _finish_row(self, register: Tensor) -> None:
-        dying = self._dies[self._row]
-        self._row += 1
-        self._registers[self._row] = register
-        for r in dying:
-            del self._registers[r]
+        # The memory is not ours: the layout says so for inputs that are kept; else it is copied.
+        self._registers[line.of] = x if self._keeps_inputs else x.clone()
+        self.call = Call(self._registers[line.of], line.at)
 
     def _run(self) -> None:
-        rows = self._rows
-        while self._row < len(rows):
-            row = rows[self._row]
-            if isinstance(row, Lin):
-                state = self._combine(row)
-                self._owned.add(self._row + 1)
-                if row.state is not None and self._on_state is not None:
-                    self._on_state(row.state, state)
-                    self._owned.discard(self._row + 1)
-                self._finish_row(state)
-            elif isinstance(row, Eval):
-                if self._keep_inputs:
-                    self._owned.discard(row.of)
-                self.call = Call(self._registers[row.of], row.at)
+        lines, registers, row = self._lines, self._registers, self._row
+        while row < len(lines):
+            line = lines[row]
+            if isinstance(line, Sum):
+                made = self._sum(line)
+                if line.state is not None and self._on_state is not None:
+                    self._on_state(line.state, made)
+            elif isinstance(line, Ask):
+                self._row = row
+                self.call = Call(registers[line.of], line.at)
                 return
             else:
                 assert self._draw is not None
-                self._finish_row(self._draw(row.draw))
-        self.call = None
+                made = self._draw(line.draw)
+            row += 1
+            registers[row] = made
+            for r in line.dying:
+                registers[r] = None
+        self._row = row
 
-    def _combine(self, row: Lin) -> Tensor:
-        registers, values = self._registers, self._values
-        base = self._reusable(row)
-        first = 0 if base is None else row.terms.index(base)
-        scale = values[row.offset + first]
-        total = registers[row.terms[first]]
-        total = torch.mul(total, scale) if base is None else total.mul_(scale)
-        for place, r in enumerate(row.terms):
-            if place != first:
-                total.add_(registers[r], alpha=values[row.offset + place])
+    def _sum(self, line: Sum) -> Tensor:
+        registers = self._registers
+        first, scale, others, spare, suspects, _, _ = line
+        total, rest = registers[first], others
+        if spare != NOTHING and not self._shared(spare, suspects):
+            if scale != 1.0:
+                total.mul_(scale)
+        elif scale == 1.0 and others:
+            r, c = others[0]
+            total, rest = torch.add(total, registers[r], alpha=c), others[1:]
+        else:
+            total = torch.mul(total, scale)
+        for r, c in rest:
+            total.add_(registers[r], alpha=c)
         return total
 
-    def _reusable(self, row: Lin) -> int | None:
-        """Returns a register that may be overwritten: ours, dying here, its memory nobody else's."""
+    def _shared(self, spare: int, suspects: tuple[int, ...]) -> bool:
+        """Returns whether another register has the memory of this one."""
         if torch.compiler.is_compiling():
-            return None  # a compiled run has its memory planned for it
-        for r in self._dies[self._row]:
-            if r in self._owned and r in row.terms:
-                memory = self._registers[r].untyped_storage().data_ptr()
-                if all(
-                    other == r or tensor.untyped_storage().data_ptr() != memory
-                    for other, tensor in self._registers.items()
-                ):
-                    return r
-        return None
+            return True  # a compiled run has its memory planned for it
+        registers = self._registers
+        memory = registers[spare].untyped_storage().data_ptr() if suspects else 0
+        return any(registers[r].untyped_storage().data_ptr() == memory for r in suspects)
 
 
 def execute(

@@ -250,6 +250,11 @@ class Plan:
         r"""The :math:`(\alpha, \sigma)` at the calls, shape (K, 2)."""
         return torch.stack([self.schedule.alpha(self.times), self.schedule.sigma(self.times)], 1)
 
+    @functools.cached_property
+    def layouts(self) -> dict[Any, Any]:
+        """What runs have worked out of the rows beforehand; see :mod:`fewstep.layout`."""
+        return {}
+
     def flat(self) -> FlatPlan:
         r"""Returns the normal form; for analysis, as its size grows with the square of the calls."""
         k, m = self.nfe, self.n_noise

@@ -2,6 +2,7 @@ r"""Sampling: ``sample``, ``steps``, and the protocol that every kind of sampler
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fewstep.analysis import plan_for
 from fewstep.denoiser import Denoiser, Guided, bind
 from fewstep.execute import Call, Execution
 from fewstep.grids import TimeGrid
@@ -120,6 +122,11 @@ class PlanSampler:
         """The number of network calls."""
         return self.plan.nfe
 
+    @functools.cached_property
+    def native(self) -> Plan:
+        """The plan as it is run: asking for what the network predicts."""
+        return plan_for(self.plan, self.denoiser.native)
+
     def start(self, noise: Tensor) -> Tensor:
         r"""Returns the initial state that standard normal noise stands for.
 
@@ -167,8 +174,8 @@ class PlanSampler:
         def draw(index: int) -> Tensor:
             return run.noise.draw(index, x.shape[1:], dtype=x.dtype, device=x.device)
 
-        execution = Execution(self.plan, x, draw=draw, on_state=on_state)
-        return execution, bind(self.denoiser, self.plan, len(x), run.cond, x)
+        execution = Execution(self.native, x, draw=draw, on_state=on_state)
+        return execution, bind(self.denoiser, self.native, len(x), run.cond, x)
 
     def _find_nan(self, x: Tensor, run: Run) -> None:
         """Runs again, looking at each answer: the usual run reads nothing back from the device."""
@@ -445,7 +452,7 @@ def _follow(made: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
         with torch.no_grad():
             # The state may be overwritten when the run goes on, so predictions come first.
             answer = call(request.x, request.at)
-            x0, eps = _told(plan, request, answer)
+            x0, eps = _told(made.native, request, answer)
             execution.advance(answer)
         for knot, state in reached:
             yield Step(knot - 1, knots[knot], state, x0, eps)

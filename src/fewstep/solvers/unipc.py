@@ -27,8 +27,9 @@ class UniPC(Solver):
         \qquad \sum_k r_k^{n-1} a_k = \frac{n! \, (-h) \varphi_{n+1}(-h)}{B(h)}
 
     The predictor uses the p - 1 older answers, the corrector one more: the answer at the
-    predicted point, which is not computed again at the corrected one. The order grows from 1 in
-    the first steps, and with ``lower_final`` (as in diffusers at any number of steps) falls to 1
+    predicted point, which is not computed again at the corrected one. Corrector and next predictor
+    are one row here, so the states between steps are the predicted ones, as the network sees them.
+    The order grows from 1 in the first steps, and with ``lower_final`` (as in diffusers at any number of steps) falls to 1
     in the last ones.
 
     References:
@@ -69,37 +70,35 @@ class UniPC(Solver):
         return min(self.degree, 2) if self.lower_final else self.degree
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
-        x = predicted = tape.x
+        y = tape.x
         answers = list[Form]()
-        degree = 1
+        predictor, degree = None, 1
         for i in range(grid.steps):
-            predicted, f = tape.evaluate(predicted, grid.times[i])
-            if i:
-                x = tape.state(self._step(grid, i - 1, degree, x, answers, f), i)
+            y, f = tape.evaluate(y, grid.times[i])
+            x = y
+            if predictor is not None:
+                # Both start at one state, so what the corrector changes is in the answers alone.
+                x = y + self._change(grid, i - 1, degree, answers, f) - predictor
             answers = [f, *answers[: self.degree - 1]]
             degree = min(self.degree, i + 1)
             if grid.is_last_zero(i):
                 degree = 1
             elif self.lower_final:
                 degree = min(degree, grid.steps - i)
-            knot = i + 1 if i + 1 == grid.steps else None
-            predicted = tape.state(self._step(grid, i, degree, x, answers, None), knot)
-        return predicted
+            predictor = self._change(grid, i, degree, answers, None)
+            ends = grid.is_last_zero(i)  # nothing is left of the state there
+            form = predictor if ends else grid.sigma[i + 1] / grid.sigma[i] * x + predictor
+            y = tape.state(form, i + 1)
+        return y
 
-    def _step(
-        self,
-        grid: TimeGrid,
-        i: int,
-        degree: int,
-        x: Form,
-        answers: list[Form],
-        newest: Form | None,
+    def _change(
+        self, grid: TimeGrid, i: int, degree: int, answers: list[Form], newest: Form | None
     ) -> Form:
-        """Step i of order ``degree``: predictor, or corrector if the answer at its end is given."""
+        """What step i of order ``degree`` adds: predictor, or corrector if the answer at its end is given."""
         lam, a = grid.lam, grid.alpha[i + 1]
         h = lam[i + 1] - lam[i]
         expm1 = torch.expm1(-h)
-        form = grid.sigma[i + 1] / grid.sigma[i] * x - a * expm1 * answers[0]
+        form = -a * expm1 * answers[0]
         ratios = [(lam[i - k] - lam[i]) / h for k in range(1, degree)]
         slopes = [
             (answers[k] - answers[0]) / r for k, r in zip(range(1, degree), ratios, strict=True)
