@@ -1,0 +1,314 @@
+"""Quality at equal numbers of network calls: every solver of ours and the peers', in one run.
+
+Usage: python benchmarks/quality.py draw --out DIR [--names tab3,unipc3,...] [--nfe 5,6,8,10,15,20,50]
+       python benchmarks/quality.py score --out DIR
+
+``draw`` makes the samples of each sampler and budget from the same noise and the same labels, and
+keeps them in DIR; it can be interrupted, and several may run side by side on the same folder
+(each takes what no other has begun). ``score`` prints the table: FID and KID to the real images
+with 95 % intervals, and the RMS distance to the reference.
+
+The reference is ``tab3`` with 100 calls. Libraries end differently: at the schedule's last level
+(sigma = 0.01) or at sigma = 0. So a sampler is compared with the reference at either end, the
+latter by one more denoising call, and the smaller distance counts. FID is compared in pairs: the
+same noise and labels, so that the interval of a difference is much narrower than those of its
+parts; ``tie`` says that the interval of the difference to the best of the column contains 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fewstep
+from fewstep import metrics
+from fewstep.adapters.peers import diffusers_sampler
+from fewstep.denoiser import Denoiser
+from fewstep.files import read_metadata, read_tensors, write_json, write_tensors
+from fewstep.metrics import Estimate, Features, Reference, Statistics
+from fewstep.metrics.intervals import jackknife
+from fewstep.noise import INITIAL, NoiseSource
+from fewstep.sampling import Run, Sampler, sampler
+
+MODEL, SEED, N, CHUNK = "fashion", 5000, 2000, 100
+BUDGETS = (5, 6, 8, 10, 15, 20, 50)
+REFERENCE, REFERENCE_CALLS = "reference", 100
+
+DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "diffusers:ddim": ("DDIM", {}),
+    "diffusers:ddim-trailing": ("DDIM", {"timestep_spacing": "trailing"}),
+    "diffusers:deis-2": ("DEIS", {"solver_order": 2}),
+    "diffusers:deis-3": ("DEIS", {"solver_order": 3}),
+    "diffusers:dpmpp-2m": ("DPMSolver", {"solver_order": 2}),
+    "diffusers:dpmpp-2m-karras": ("DPMSolver", {"solver_order": 2, "use_karras_sigmas": True}),
+    "diffusers:dpmpp-3m": ("DPMSolver", {"solver_order": 3}),
+    "diffusers:dpmpp-3m-karras": ("DPMSolver", {"solver_order": 3, "use_karras_sigmas": True}),
+    "diffusers:unipc-2": ("UniPC", {"solver_order": 2}),
+    "diffusers:unipc-3": ("UniPC", {"solver_order": 3}),
+    "diffusers:heun": ("Heun", {}),
+    "diffusers:euler": ("Euler", {}),
+    "diffusers:pndm": ("PNDM", {}),
+    "diffusers:plms": ("PNDM", {"skip_prk_steps": True}),
+    "diffusers:lms": ("LMS", {}),
+}
+"""The schedulers of diffusers with their options; what is not named is their default."""
+
+FIRST = ("auto", "unipc3", "tab3", "ddim", "ipndm", "dpmpp-2m", "dpmpp-3m", "unipc2", "tab2")
+"""What is drawn first, if time is short."""
+
+
+def names() -> list[str]:
+    """Returns the samplers that there are, the most telling first."""
+    peers = [*DIFFUSERS, *_azula()]
+    rest = [name for name in fewstep.SOLVERS if name not in FIRST]
+    return [REFERENCE, *FIRST, *peers, *rest]
+
+
+def _azula() -> list[str]:
+    try:
+        from _azula import NAMES
+    except ImportError:
+        return []
+    return list(NAMES)
+
+
+def build(name: str, denoiser: Denoiser, nfe: int) -> Sampler:
+    """Returns a sampler by name and budget.
+
+    Raises:
+        ValueError: If it cannot meet the budget.
+    """
+    if name.startswith("azula:"):
+        from _azula import AzulaSampler
+
+        return AzulaSampler(name, denoiser, nfe)
+    if name in DIFFUSERS:
+        kind, options = DIFFUSERS[name]
+        return diffusers_sampler(denoiser, kind, nfe, **options)
+    return sampler(denoiser, solver="tab3" if name == REFERENCE else name, nfe=nfe)
+
+
+def labels(rows: range) -> Tensor:
+    """Returns the class of each sample: 0 to 9, over and over."""
+    return torch.tensor([i % 10 for i in rows])
+
+
+def draw(name: str, nfe: int, folder: Path, denoiser: Denoiser) -> None:
+    """Draws what is missing of one cell, piece by piece."""
+    made = build(name, denoiser, nfe)
+    for start in range(0, N, CHUNK):
+        file = folder / f"{name.replace(':', '_')}-{nfe}-{start}.safetensors"
+        if file.exists() or not _claim(file):
+            continue
+        rows = range(start, start + CHUNK)
+        source = NoiseSource(SEED, rows)
+        assert denoiser.event_shape is not None
+        z = source.draw(INITIAL, denoiser.event_shape)
+        cond = denoiser.prepare(CHUNK, {"class_labels": labels(rows)})
+        begun = time.perf_counter()
+        x = made.run(made.start(z), Run(source, cond)).x
+        seconds = time.perf_counter() - begun
+        about = {"fingerprint": denoiser.fingerprint(), "seconds": f"{seconds:.3f}"}
+        write_tensors(file, {"samples": x.contiguous()}, metadata=about)
+        _lock(file).unlink()
+
+
+def _lock(file: Path) -> Path:
+    return file.with_suffix(f".{os.uname().nodename}.lock")
+
+
+def _claim(file: Path) -> bool:
+    """Returns whether this process may make a file: nobody else who still lives has claimed it."""
+    lock = _lock(file)
+    try:
+        with lock.open("x") as handle:
+            handle.write(str(os.getpid()))
+    except FileExistsError:
+        owner = lock.read_text() or "0"
+        if Path(f"/proc/{owner}").exists():
+            return False
+        lock.write_text(str(os.getpid()))
+    return True
+
+
+def gather(name: str, nfe: int, folder: Path, fingerprint: str) -> tuple[Tensor, float] | None:
+    """Returns the samples of a cell and the seconds that they took, or ``None`` if incomplete."""
+    parts, seconds = [], 0.0
+    for start in range(0, N, CHUNK):
+        file = folder / f"{name.replace(':', '_')}-{nfe}-{start}.safetensors"
+        if not file.exists():
+            return None
+        about = read_metadata(file)
+        if about["fingerprint"] != fingerprint:
+            raise ValueError(f"{file} was drawn with another model; give another --out")
+        parts.append(read_tensors(file)["samples"])
+        seconds += float(about["seconds"])
+    return torch.cat(parts), seconds
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is told of a cell."""
+
+    name: str
+    nfe: int
+    fid: Estimate
+    kid: Estimate
+    rms: Estimate
+    seconds: float
+    features: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it without the features."""
+        values = {key: getattr(self, key) for key in ("fid", "kid", "rms")}
+        told: dict[str, Any] = {"name": self.name, "nfe": self.nfe, "seconds": self.seconds}
+        return told | {key: [e.value, e.low, e.high] for key, e in values.items()}
+
+
+def score_all(asked: list[str], budgets: list[int], folder: Path, denoiser: Denoiser) -> None:
+    """Prints the tables of what was drawn, and writes them as JSON."""
+    print_header()
+    fingerprint = denoiser.fingerprint()
+    real = Reference.load(MODEL)
+    found = gather(REFERENCE, REFERENCE_CALLS, folder, fingerprint)
+    if found is None:
+        raise SystemExit("the reference is not drawn yet: draw --names reference")
+    ends = [found[0], _denoised(denoiser, found[0])]
+    scores = []
+    for name, nfe in cells(asked, budgets):
+        drawn = gather(name, nfe, folder, fingerprint)
+        if drawn is not None:
+            scores.append(_score(name, nfe, *drawn, ends, real))
+    top = max((s for s in scores if s.name == REFERENCE), key=lambda s: s.nfe)
+    print(f"reference, {top.nfe} calls: FID {top.fid}, KID {top.kid}\n")
+    rows = []
+    for nfe in budgets:
+        column = [s for s in scores if s.nfe == nfe and s.name != REFERENCE]
+        rows += _column(nfe, column)
+    write_json(
+        folder / "quality.json",
+        {"n": N, "seed": SEED, "model": fingerprint, "reference": top.to_json(), "cells": rows},
+    )
+    print(f"wrote {folder / 'quality.json'}")
+
+
+def _score(
+    name: str, nfe: int, x: Tensor, seconds: float, ends: list[Tensor], real: Reference
+) -> Score:
+    look = real.extractor
+    features = (Features.load(look) if isinstance(look, str) else look)(x)  # type: ignore[misc]
+    rms = min((metrics.rms(x, end) for end in ends), key=float)
+    fid = metrics.fid(features, real)
+    return Score(name, nfe, fid, metrics.kid(features, real), rms, seconds, features)
+
+
+def _denoised(denoiser: Denoiser, x: Tensor) -> Tensor:
+    """Returns the data that the model sees in states at the last level."""
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(x), CHUNK):
+            rows = range(start, start + CHUNK)
+            t, cond = denoiser.schedule.t_min, {"class_labels": labels(rows)}
+            parts.append(denoiser(x[start : rows.stop], t, prediction="x0", **cond))
+    return torch.cat(parts)
+
+
+def _column(nfe: int, column: list[Score]) -> list[dict[str, Any]]:
+    """Prints one budget, best first; returns its rows."""
+    if not column:
+        return []
+    column = sorted(column, key=lambda s: s.fid.value)
+    real = Reference.load(MODEL)
+    best = column[0]
+    print(f"{nfe} calls")
+    print(
+        f"  {'sampler':26} {'FID (95 %)':>22} {'more than the best':>24} {'RMS':>8} {'KID x 1e3':>10}"
+    )
+    rows = []
+    for score in column:
+        more = _difference(score, best, real)
+        tie = score is best or more.low <= 0
+        told = "best" if score is best else f"{more.value:.2f} ({more.low:.2f} to {more.high:.2f})"
+        print(
+            f"  {score.name:26} {score.fid.value:7.2f} ({score.fid.low:5.2f} to {score.fid.high:5.2f})"
+            f" {told + (' tie' if tie and score is not best else ''):>24}"
+            f" {score.rms.value:8.4f} {1e3 * score.kid.value:10.2f}"
+        )
+        rows.append(score.to_json() | {"more": [more.value, more.low, more.high], "tie": tie})
+    print(flush=True)
+    return rows
+
+
+def _difference(score: Score, best: Score, real: Reference) -> Estimate:
+    """Returns how much larger the FID is than that of the best, in pairs."""
+    if score is best:
+        return Estimate(0.0, 0.0, 0.0, 0.95, "itself", (N, N))
+
+    def statistic(i: Tensor, _: Tensor) -> Tensor:
+        sides = (Statistics.of(s.features[i].double()) for s in (score, best))
+        a, b = (metrics.frechet_distance(side, real.statistics) for side in sides)
+        return (a - b)[None]
+
+    return jackknife(statistic, (N, real.statistics.n), fixed=(False, True))[0]
+
+
+def cells(asked: list[str], budgets: list[int]) -> list[tuple[str, int]]:
+    """Returns samplers with budgets, budget by budget; the reference comes first."""
+    first = [(REFERENCE, REFERENCE_CALLS)] if REFERENCE in asked else []
+    return first + [(name, nfe) for nfe in budgets for name in asked if name != REFERENCE]
+
+
+def draw_all(asked: list[str], budgets: list[int], folder: Path, denoiser: Denoiser) -> None:
+    """Draws what is missing."""
+    for name, nfe in cells(asked, budgets):
+        begun = time.perf_counter()
+        try:
+            draw(name, nfe, folder, denoiser)
+            told = f"done in {time.perf_counter() - begun:.0f} s"
+        except ValueError as error:
+            told = f"left out: {error}"
+        print(f"{name} {nfe}: {told}", flush=True)
+
+
+def print_header() -> None:
+    """Says what is run."""
+    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("torch", "diffusers", "azula"))
+    print(
+        f"{date.today()}, fewstep {fewstep.__version__}, {versions}; {MODEL}, {N} samples,",
+        end=" ",
+    )
+    print(f"classes in turn, seed {SEED}; features of the embedded classifier\n")
+
+
+def main() -> None:
+    """Draws or scores."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("draw", "score"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--names", default="", help="samplers, separated by commas; all if left out"
+    )
+    parser.add_argument("--nfe", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    asked = [n for n in arguments.names.split(",") if n] or names()
+    budgets = [int(k) for k in arguments.nfe.split(",")]
+    job = {"draw": draw_all, "score": score_all}[arguments.what]
+    job(asked, budgets, arguments.out, fewstep.load(MODEL))
+
+
+if __name__ == "__main__":
+    main()
