@@ -140,8 +140,9 @@ class AdaptiveSampler:
                 samples, by the interpolant of order 4.
 
         Raises:
-            ValueError: If the times to keep do not go from the start to the end; if the network returns NaN or infinity, or if a sample needs more steps
-                than allowed, or smaller ones than its numbers can resolve.
+            ValueError: If the times to keep do not go from the start to the end; if the network
+                returns NaN or infinity; or if a sample needs more steps than allowed, or smaller
+                ones than its numbers can resolve.
         """
         done = self._integrate(
             x, run.cond, run.noise.samples, save=run.save, on_call=run.on_call, keep=run.times

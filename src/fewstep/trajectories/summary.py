@@ -1,0 +1,124 @@
+r"""What a store holds in numbers: the states by time, and the spectrum over time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser
+from fewstep.planning import plan as make_plan
+from fewstep.recipe import SamplerRecipe
+from fewstep.schedules import schedule_from_config
+from fewstep.studies.spectrum import Spectrum, time_spectrum
+from fewstep.trajectories.shards import shard_file
+from fewstep.trajectories.store import TrajectoryStore
+from fewstep.trajectories.writing import writer_of
+
+DENSE = 32
+"""The least number of states from which a spectrum is taken as they are stored."""
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Numbers about the states of a store.
+
+    Attributes:
+        trajectories: How many were read.
+        bytes: The size of the store.
+        times: The times of the states, float64, with shape (S); so have the next four.
+        mean: The mean of all coordinates.
+        std: Their standard deviation.
+        smallest: The smallest.
+        largest: The largest.
+    """
+
+    trajectories: int
+    bytes: int
+    times: Tensor
+    mean: Tensor
+    std: Tensor
+    smallest: Tensor
+    largest: Tensor
+
+
+def statistics(store: TrajectoryStore, *, most: int = 4096) -> Statistics:
+    """Returns numbers about the first trajectories of a store, at most so many."""
+    n = min(len(store), most)
+    total = square = torch.zeros(len(store.times), dtype=torch.float64)
+    low, high = torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf)
+    for rows in torch.arange(n).split(CHUNK):
+        flat = store.read(rows).states.transpose(0, 1).flatten(1).double()
+        total, square = total + flat.sum(1), square + flat.square().sum(1)
+        low, high = torch.minimum(low, flat.amin(1)), torch.maximum(high, flat.amax(1))
+    count = n * max(1, torch.Size(store.event_shape).numel())
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(0).sqrt()
+    shards = range(-(-len(store) // store.manifest["shard_size"]))
+    size = sum(shard_file(store.folder, shard).stat().st_size for shard in shards)
+    return Statistics(n, size, store.times, mean, std, low, high)
+
+
+def spectrum(
+    store: TrajectoryStore, denoiser: Denoiser | None = None, *, n: int = 32, states: int = 128
+) -> Spectrum:
+    r"""Returns the spectrum over time of trajectories as they are in a store.
+
+    It is taken in the variable in which the stored times are most even, t or its square root. A
+    store of few states says nothing of modes between them: then the model integrates n of its
+    trajectories anew, with the same starts and conditions, through as many states as asked for.
+
+    Arguments:
+        store: The store.
+        denoiser: The model that made it; not needed if the store has 32 states or more.
+        n: How many trajectories, at most.
+        states: The number of steps, each of one network call, and so of states.
+
+    Raises:
+        ValueError: If the store has few states and the model is not given, or is another one.
+    """
+    schedule = schedule_from_config(store.manifest["schedule"])
+    variable = _variable(store.times)
+    rows = range(min(n, len(store)))
+    if len(store.times) >= DENSE:
+        found = store.read(rows).states
+        return time_spectrum(found, store.times, variable=variable, schedule=schedule)
+    if denoiser is None:
+        raise ValueError(
+            f"the store has {len(store.times)} states of a trajectory, a spectrum needs {DENSE}; "
+            "give the model, which then integrates some anew, or record with keep='all'"
+        )
+    kept = store.times
+    dense = make_plan(
+        "tab2",
+        schedule,
+        steps=states - 1,
+        grid="quadratic" if variable == "sqrt" else "uniform",
+        t_start=float(kept[0]),
+        t_end=max(float(kept[-1]), schedule.t_min),
+        integer_times=getattr(denoiser, "integer_times", False),
+    )
+    before = SamplerRecipe.from_json(json.dumps(store.manifest["sampler"]))
+    recipe = SamplerRecipe(kind="plan", plan=dense, guidance=before.guidance)
+    manifest = {
+        **store.manifest,
+        "sampler": json.loads(recipe.to_json()),
+        "times": dense.knots.tolist(),
+        "dtype": "float32",
+    }
+    writer = writer_of(denoiser, store.folder, manifest)
+    found = writer.follow(list(rows), store.read(rows).conditions)
+    return time_spectrum(found, dense.knots, variable=variable, schedule=schedule)
+
+
+def _variable(times: Tensor) -> str:
+    """Returns in what the times are more even, t or its square root."""
+    spread = {}
+    for name, place in (("t", times), ("sqrt", times.clamp_min(0).sqrt())):
+        gaps = place.diff().abs()
+        spread[name] = float(gaps.std(correction=0) / gaps.mean())
+    return min(spread, key=spread.__getitem__)

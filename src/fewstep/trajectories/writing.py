@@ -1,0 +1,193 @@
+r"""The writer of a store: makes the shards that are missing, beside other writers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Clipped, Denoiser, Guided, Thresholded
+from fewstep.noise import NoiseSource
+from fewstep.recipe import SamplerRecipe
+from fewstep.sampling import Run, Sampler, initial
+from fewstep.trajectories.claims import FOLDER as CLAIMS
+from fewstep.trajectories.claims import PATIENCE, Claim
+from fewstep.trajectories.conditions import Condition, from_json
+from fewstep.trajectories.manifest import DTYPES, shard_count, shard_rows
+from fewstep.trajectories.shards import check_shard, shard_file, write_shard
+from fewstep.trajectories.store import missing_shards
+
+Progress = Callable[[int, int], None]
+"""Told how many trajectories of how many are there."""
+
+POLL = 0.2
+"""Seconds between looks at shards that other writers are at."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Makes the shards of a store.
+
+    Attributes:
+        folder: The folder of the store.
+        manifest: Its manifest.
+        sampler: The sampler that the manifest describes.
+        rules: The conditions that the manifest describes; ``None`` for values that were given to
+            :func:`record` and are not here.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    sampler: Sampler
+    rules: Mapping[str, Condition | None]
+
+    def run(self, tell: Progress = lambda done, n: None) -> None:
+        """Makes all shards that are missing or damaged, beside other writers."""
+        count, n = shard_count(self.manifest), self.manifest["n"]
+        there = set(range(count)) - set(missing_shards(self.folder, self.manifest))
+        for shard in sorted(there):
+            # Damaged before this run; what appears during it was just written, and whole.
+            if check_shard(self.folder, self.manifest, shard) is not None:
+                shard_file(self.folder, shard).unlink(missing_ok=True)
+        self._sweep()
+        while missing := missing_shards(self.folder, self.manifest):
+            tell(n - sum(len(shard_rows(self.manifest, s)) for s in missing), n)
+            # Each writer in an order of its own, so that two seldom want the same.
+            random.Random(f"{os.getpid()} {time.time_ns()}").shuffle(missing)
+            if not any([self._take(shard, tell) for shard in missing]):
+                time.sleep(POLL)  # all that is missing is under way elsewhere
+        tell(n, n)
+        self._sweep()
+
+    def _take(self, shard: int, tell: Progress) -> bool:
+        """Makes a shard unless it is there or claimed; returns whether it did."""
+        if shard_file(self.folder, shard).exists():
+            return False
+        claim = Claim(self.folder, shard)
+        if not claim.take():
+            return False
+        try:
+            if not shard_file(self.folder, shard).exists():
+                self.make(shard, claim.renew, tell)
+        finally:
+            claim.drop()
+        return True
+
+    def make(
+        self,
+        shard: int,
+        renew: Callable[[], None] = lambda: None,
+        tell: Progress = lambda done, n: None,
+    ) -> Path:
+        """Integrates the trajectories of a shard and writes it, whether it is there or not."""
+        rows = shard_rows(self.manifest, shard)
+        n = self.manifest["n"]
+        absent = sum(
+            len(shard_rows(self.manifest, s)) for s in missing_shards(self.folder, self.manifest)
+        )
+        states, conditions = [], []
+        size = self.manifest["batch_size"]
+        for first in range(0, len(rows), size):
+            x, cond = self.integrate(rows[first : first + size])
+            states.append(x)
+            conditions.append(cond)
+            renew()
+            tell(n - absent + sum(map(len, states)), n)
+        tensors = {"states": torch.cat(states), "index": torch.tensor(rows, dtype=torch.int64)}
+        for name in self.rules:
+            tensors[f"condition.{name}"] = torch.cat([cond[name] for cond in conditions])
+        return write_shard(self.folder, self.manifest, shard, tensors)
+
+    def integrate(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        r"""Returns some trajectories, (B, S, \*) in the store's type, and their conditions."""
+        seed = self.manifest["seed"]
+        values = {}
+        for name, rule in self.rules.items():
+            if rule is None:
+                raise ValueError(
+                    f"the values of the condition {name!r} are not in the manifest; give them to "
+                    "fewstep.record once more"
+                )
+            values[name] = rule.at(rows, seed=seed, name=name)
+        return self.follow(rows, values), values
+
+    def follow(self, rows: Sequence[int], values: Mapping[str, Tensor]) -> Tensor:
+        r"""Returns trajectories under given conditions, (B, S, \*), on the CPU."""
+        dtype = DTYPES[self.manifest["dtype"]]
+        model = self.sampler.denoiser
+        source = NoiseSource(self.manifest["seed"], rows)
+        # Rounded first: the trajectory of the rounded start is what is stored.
+        start = self.sampler.start(initial(model, source)).to(dtype).float()
+        self._check(start[None], rows)
+        cond = model.prepare(len(rows), {k: v.to(start.device) for k, v in values.items()})
+        run = Run(source, cond, save=True, times=self.manifest["times"])
+        done = self.sampler.run(start, run)
+        assert done.states is not None
+        states = done.states.to(dtype)
+        self._check(states, rows)
+        return states.transpose(0, 1).cpu().contiguous()
+
+    def _check(self, states: Tensor, rows: Sequence[int]) -> None:
+        fine = states.isfinite().flatten(2).all(2)
+        if not bool(fine.all()):
+            frame, place = (~fine).nonzero()[0].tolist()
+            dtype = self.manifest["dtype"]
+            most = torch.finfo(DTYPES[dtype]).max
+            raise ValueError(
+                f"state {frame} of trajectory {rows[place]} does not fit into {dtype}, whose "
+                f"largest number is {most:g}; record with dtype float32"
+            )
+
+    def _sweep(self) -> None:
+        """Removes what writers that were killed left behind."""
+        for path in self.folder.glob(".*.tmp"):
+            try:
+                if time.time() - path.stat().st_mtime > PATIENCE:
+                    path.unlink()
+            except OSError:
+                continue  # somebody else was faster
+        for path in (self.folder / CLAIMS).glob("*"):
+            if path.name.isdigit() and Claim(self.folder, int(path.name)).is_abandoned():
+                Claim(self.folder, int(path.name)).drop()
+
+
+def writer_of(denoiser: Denoiser, folder: Path, manifest: Mapping[str, Any]) -> Writer:
+    """Returns the writer that a manifest describes.
+
+    Raises:
+        ValueError: If it was begun with another model, or its conditions are not in the manifest.
+    """
+    if denoiser.fingerprint() != manifest["fingerprint"]:
+        raise ValueError(
+            f"{str(folder)!r} was recorded with another model (its fingerprint differs)"
+        )
+    if wrappers(denoiser) != manifest["wrappers"]:
+        raise ValueError(
+            f"{str(folder)!r} was recorded with {manifest['wrappers']} around the model, now there "
+            f"is {wrappers(denoiser)}"
+        )
+    recipe = SamplerRecipe.from_json(json.dumps(manifest["sampler"]))
+    rules = {name: from_json(rule) for name, rule in manifest["conditions"].items()}
+    return Writer(folder, manifest, recipe.build(denoiser), rules)
+
+
+def wrappers(denoiser: Denoiser) -> list[dict[str, Any]]:
+    """Returns what is wrapped around the model, from the outside in: it is not in its fingerprint."""
+    found: list[dict[str, Any]] = []
+    while isinstance(denoiser, (Guided, Clipped, Thresholded)):
+        options = {
+            key: value
+            for key in ("scale", "low", "high", "quantile", "limit")
+            if (value := getattr(denoiser, key, None)) is not None
+        }
+        found.append({"kind": type(denoiser).__name__.lower(), **options})
+        denoiser = denoiser.inner
+    return found
