@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.metrics.torchscript import SCRIPTS, read_script
 from fewstep.registry import unknown
 from fewstep.zoo.classifier import SmallClassifier
 
@@ -24,9 +25,11 @@ class Features:
 
     Attributes:
         name: Its name, for reports.
-        sha256: The checksum of its weights.
+        sha256: The checksum of its weights, or of its file.
+        settings: What else decides the features, such as the range that images are brought to.
         network: What gives the features: (B, C, H, W) in [-1, 1] to (B, D).
-        classifier: The classifier inside, or ``None``.
+        module: The network's parameters, or ``None``; images are brought to their device.
+        batch_size: The most images that are looked at together.
     """
 
     def __init__(
@@ -35,42 +38,100 @@ class Features:
         *,
         name: str,
         sha256: str,
-        classifier: SmallClassifier | None = None,
+        settings: str = "",
+        module: nn.Module | None = None,
+        batch_size: int = 500,
     ) -> None:
-        self.network, self.classifier = network, classifier
-        self.name, self.sha256 = name, sha256
+        self.network, self.module, self.batch_size = network, module, batch_size
+        self.name, self.sha256, self.settings = name, sha256, settings
 
     def __repr__(self) -> str:
-        return f"Features({self.name!r}, sha256={self.sha256[:12]!r})"
+        settings = f", {self.settings}" if self.settings else ""
+        return f"Features({self.name!r}, sha256={self.sha256[:12]!r}{settings})"
 
-    def __call__(self, images: Tensor, *, batch_size: int = 500) -> Tensor:
+    def __call__(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
         r"""Returns the features, (n, D), of images (n, C, H, W) in [-1, 1]."""
-        return torch.cat([self.network(part) for part in images.split(batch_size)])
+        return torch.cat([self.network(part) for part in self._batches(images, batch_size)])
 
-    def classify(self, images: Tensor, *, batch_size: int = 500) -> Tensor:
+    def classify(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Returns the most likely class of each image, (n).
 
         Raises:
             ValueError: If the extractor is not a classifier.
         """
-        if self.classifier is None:
+        if not isinstance(self.module, SmallClassifier):
             raise ValueError(f"the feature extractor {self.name!r} does not classify")
-        return torch.cat([self.classifier(part).argmax(1) for part in images.split(batch_size)])
+        found = [self.module(part).argmax(1) for part in self._batches(images, batch_size)]
+        return torch.cat(found)
+
+    def _batches(self, images: Tensor, size: int | None) -> Iterator[Tensor]:
+        weight = None if self.module is None else next(self.module.parameters(), None)
+        if isinstance(self.module, SmallClassifier):
+            channels = self.module.config["in_channels"]
+            if images.ndim != 4 or images.shape[1] != channels:
+                raise ValueError(
+                    f"the feature extractor {self.name!r} looks at images of shape "
+                    f"(n, {channels}, H, W), got {tuple(images.shape)}"
+                )
+        for part in images.split(size or self.batch_size):
+            yield part if weight is None else part.to(weight.device)
 
     @classmethod
-    def load(cls, source: str | Path) -> Features:
-        """Loads an embedded extractor by name, ``"pixels"``, or one from a folder.
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        sha256: str | None = None,
+        input: str | None = None,
+        channels: int | None = None,
+    ) -> Features:
+        r"""Loads a feature extractor.
+
+        An embedded one by name, ``"pixels"``, a folder, or a TorchScript file (``.pt``, ``.pth``,
+        ``.ts``, ``.torchscript``) of a network images -> features (B, D); nothing is downloaded.
+
+        TorchScript is a program, run by an interpreter that is shut off from Python but not from
+        the machine's resources: give files that you trust only. Give their SHA-256, which is
+        checked; left out, it is written to the log. If the network's ``forward`` has an option
+        ``return_features``, it is switched on. So ``inception-2015-12-05.pt``, the network of the
+        usual FID, gives its 2048 features; bytes and 3 channels are its defaults.
+
+        Arguments:
+            source: The name, folder or file.
+            sha256: The checksum of the TorchScript file.
+            input: The range that a TorchScript file takes: ``"symmetric"`` is [-1, 1], ``"unit"``
+                is [0, 1], ``"byte"`` is uint8 from 0 to 255, rounded, without a gradient. Left
+                out, ``"symmetric"``.
+            channels: The channels that a TorchScript file takes; grey images are repeated. Left
+                out, those of the images.
 
         Raises:
-            ValueError: If there is none, or its weights are damaged.
+            ValueError: If there is none, it is damaged, or the checksum differs.
         """
-        name = str(source)
+        name, path = str(source), Path(source)
+        script = path.suffix in SCRIPTS
+        if not script and (sha256, input, channels) != (None, None, None):
+            raise ValueError(
+                f"sha256, input and channels are for TorchScript files ({', '.join(SCRIPTS)}), "
+                f"and {name!r} is none"
+            )
+        if script:
+            made = read_script(path, digest=sha256, takes=input, channels=channels)
+            return cls(
+                made.look,
+                name=path.name,
+                sha256=made.sha256,
+                settings=made.settings,
+                module=made.module,
+                batch_size=50,
+            )
         if name == "pixels":
             return pixels()
-        folder = HERE / name if name in EMBEDDED else Path(source)
+        folder = HERE / name if name in EMBEDDED else path
         if not (folder / "features.json").exists():
             raise ValueError(
-                unknown("feature extractor", name, [*EMBEDDED, "pixels"]) + " Or give a folder."
+                unknown("feature extractor", name, [*EMBEDDED, "pixels"])
+                + f" Or give a folder, or a TorchScript file ({', '.join(SCRIPTS)})."
             )
         return _read_folder(folder, name)
 
@@ -100,7 +161,7 @@ def _read_folder(folder: Path, name: str) -> Features:
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"the feature extractor {name!r} is damaged: {error}") from None
     network = network.eval().requires_grad_(False)
-    return Features(network.features, name=name, sha256=about["sha256"], classifier=network)
+    return Features(network.features, name=name, sha256=about["sha256"], module=network)
 
 
 def write_features(folder: str | Path, network: nn.Module, training: dict[str, Any]) -> Path:
@@ -132,3 +193,14 @@ def extractor(features: FeatureMap) -> Callable[[Tensor], Tensor]:
     if features is None:
         return pixels()
     return Features.load(features) if isinstance(features, str) else features
+
+
+def identity(look: object) -> str:
+    """Returns the checksum of an extractor and its settings; empty if it has no ``sha256``."""
+    found, settings = getattr(look, "sha256", "") or "", getattr(look, "settings", "")
+    return hashlib.sha256(f"{found} {settings}".encode()).hexdigest() if settings else found
+
+
+def name_of(look: object) -> str:
+    """Returns the name of an extractor or any callable, for reports."""
+    return getattr(look, "name", None) or getattr(look, "__name__", type(look).__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data import ImageData, read_images
 from fewstep.files import read_json, read_tensors, sha256, write_json, write_tensors
-from fewstep.metrics.features import FeatureMap, extractor
+from fewstep.metrics.features import FeatureMap, extractor, identity, name_of
+from fewstep.metrics.real import RealData, order
 from fewstep.metrics.statistics import Statistics
 
 FORMAT, VERSION = "fewstep.reference", 1
@@ -23,8 +22,6 @@ HERE = Path(__file__).parent.parent / "zoo" / "references"
 EMBEDDED = ("fashion",)
 KEPT = 5000
 """The features that are kept of each part."""
-LEAST = 20
-"""The fewest images of a data set."""
 
 logger = logging.getLogger("fewstep")
 
@@ -41,7 +38,8 @@ class Reference:
         statistics: Mean and covariance of the features of all training data, float64.
         name: The name of the data.
         sha256: The checksum of the data.
-        features_sha256: The checksum of the feature extractor; empty if it has none.
+        features_sha256: The checksum of the feature extractor and its settings; empty if it has
+            none.
         extractor: The feature extractor itself; ``None`` means the samples themselves.
         event_shape: The shape of one sample, or ``None`` if that is not known.
     """
@@ -69,8 +67,7 @@ class Reference:
         """The name of the feature extractor, for reports."""
         if self.extractor is None or isinstance(self.extractor, str):
             return self.extractor or "pixels"
-        made = self.extractor
-        return getattr(made, "name", None) or getattr(made, "__name__", type(made).__name__)
+        return name_of(self.extractor)
 
     @classmethod
     def load(
@@ -105,23 +102,14 @@ class Reference:
         look = extractor(features)
         if str(source) in EMBEDDED:
             return _read(HERE / str(source), look, str(source))
-        data, heldout = _parts(read_images(source, size=size), source, size)
-        digest = _digest(data.images, heldout.images)
-        of = getattr(look, "sha256", "")
-        folder = _cache_folder(cache) / f"reference-{digest[:20]}-{of[:20]}"
+        real, name, of = RealData.read(source, size=size), Path(source).name, identity(look)
+        folder = _cache_folder(cache) / f"reference-{real.sha256[:20]}-{of[:20]}"
         if of and (folder / "reference.json").exists():
             try:
-                return _read(folder, look, Path(source).name, data=digest)
+                return _read(folder, look, name, data=real.sha256)
             except ValueError as error:
                 logger.warning("the cached reference is made anew: %s", error)
-        made = _measure(
-            look,
-            (data.floats, len(data)),
-            (heldout.floats, len(heldout)),
-            name=Path(source).name,
-            sha256=digest,
-            event_shape=data.event_shape,
-        )
+        made = _measure(look, real, name)
         if of:
             made.write(folder)
         return made
@@ -138,14 +126,7 @@ class Reference:
             features: The extractor; left out, the samples themselves.
             name: The name of the data.
         """
-        return _measure(
-            extractor(features),
-            (data.__getitem__, len(data)),
-            (heldout.__getitem__, len(heldout)),
-            name=name,
-            sha256=_digest(data, heldout),
-            event_shape=tuple(data.shape[1:]),
-        )
+        return _measure(extractor(features), RealData.of(data, heldout), name)
 
     def write(self, folder: str | Path, about: dict[str, Any] | None = None) -> Path:
         """Writes the reference as a folder: safetensors (features in half precision) and JSON."""
@@ -189,11 +170,11 @@ def _read(
         if data is not None and about["data"] != data:
             raise ValueError("it is of other data")
         wanted = about["features"]
-        if getattr(look, "sha256", None) != wanted["sha256"]:
+        if identity(look) != wanted["sha256"]:
             raise ValueError(
                 f"it holds features of {wanted['name']!r} (SHA-256 {wanted['sha256'][:12]}…), but "
-                f"those of {look!r} were asked for. Give the data itself (a folder of images, an "
-                "idx or npz file) for other features"
+                f"those of {name_of(look)!r} were asked for. Give the data itself (a folder of "
+                "images, an idx or npz file) for other features"
             )
         numbers = read_tensors(file)
         shape = about["event_shape"]
@@ -214,58 +195,26 @@ def _read(
         raise ValueError(f"the reference {name!r} cannot be used: {what}") from None
 
 
-Part = tuple[Callable[[Tensor], Tensor], int]
-"""What gives the samples of some indices, and how many there are."""
-
-
 @torch.no_grad()
-def _measure(
-    look: Callable[[Tensor], Tensor], data: Part, heldout: Part, **about: Any
-) -> Reference:
-    def found(part: Part, index: Tensor) -> Tensor:
-        return look(part[0](index)).detach().cpu().flatten(1)
+def _measure(look: Callable[[Tensor], Tensor], real: RealData, name: str) -> Reference:
+    def found(samples: Callable[[Tensor], Tensor], index: Tensor) -> Tensor:
+        return look(samples(index)).detach().cpu().flatten(1)
 
-    def kept(part: Part) -> Tensor:
-        index = _order(part[1])[:KEPT].sort().values
-        return torch.cat([found(part, some).float() for some in index.split(500)])
+    def kept(samples: Callable[[Tensor], Tensor], n: int) -> Tensor:
+        index = order(n)[:KEPT].sort().values
+        return torch.cat([found(samples, some).float() for some in index.split(500)])
 
-    batches = torch.arange(data[1]).split(500)
+    batches = torch.arange(real.n).split(500)
     return Reference(
-        features=kept(data),
-        heldout=kept(heldout),
-        statistics=Statistics.over(found(data, index) for index in batches),
-        features_sha256=getattr(look, "sha256", ""),
+        features=kept(real.data, real.n),
+        heldout=kept(real.heldout, real.m),
+        statistics=Statistics.over(found(real.data, index) for index in batches),
+        name=name,
+        sha256=real.sha256,
+        features_sha256=identity(look),
         extractor=look,
-        **about,
+        event_shape=real.event_shape,
     )
-
-
-def _order(n: int) -> Tensor:
-    """Returns the numbers below n in an order that looks random and is always the same."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
-
-
-def _parts(data: ImageData, source: str | Path, size: int | None) -> tuple[ImageData, ImageData]:
-    """Returns the training images and those held out."""
-    if len(data) < LEAST:
-        raise ValueError(
-            f"{str(source)!r} has {len(data)} images; a reference needs at least {LEAST}"
-        )
-    for suffix in ("", ".gz"):
-        test = Path(source) / f"t10k-images-idx3-ubyte{suffix}"
-        if (Path(source) / f"train-images-idx3-ubyte{suffix}").exists() and test.exists():
-            return data, read_images(test, size=size)
-    order = _order(len(data))
-    out = min(KEPT, len(data) // 5)
-    return ImageData(data.images[order[out:]]), ImageData(data.images[order[:out]])
-
-
-def _digest(*parts: Tensor) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{part.dtype} {tuple(part.shape)};".encode())
-        digest.update(part.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _cache_folder(cache: str | Path | None) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fewstep.metrics.features import FeatureMap, extractor
+from fewstep.metrics.features import FeatureMap, extractor, identity, name_of
 from fewstep.metrics.reference import Reference
 
 Look = Callable[[Tensor], Tensor]
@@ -65,11 +65,10 @@ def _agreed(features: FeatureMap, reference: Reference) -> Look:
     if features is None or features is reference.extractor:
         return extractor(reference.extractor)
     look = extractor(features)
-    found = getattr(look, "sha256", "")
-    if not found or found != reference.features_sha256:
+    if not identity(look) or identity(look) != reference.features_sha256:
         raise ValueError(
             f"the reference {reference.name!r} holds features of {reference.features_name!r}, but "
-            f"those of {getattr(look, 'name', look)!r} were asked for; leave features out, or make "
+            f"those of {name_of(look)!r} were asked for; leave features out, or make "
             "a reference with Reference.load(data, features)"
         )
     return look
