@@ -149,20 +149,45 @@ def test_student_quantiles(level: float, freedom: int) -> None:
     assert student(level, freedom) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["kid", "fid"])
+def _against_known(a: Tensor, b: Tensor, level: float) -> metrics.Estimate:
+    del b
+    known = metrics.Statistics(torch.zeros(2).double(), torch.eye(2).double(), 10**6)
+    nothing = torch.zeros(2, 2)
+    reference = metrics.Reference(nothing, nothing, known, "normal", "", "")
+    return metrics.fid(a, reference, level=level)
+
+
+COVERING = {
+    "kid": (150, lambda a, b, level: metrics.kid(a, b, level=level)),
+    "fid": (150, lambda a, b, level: metrics.fid(a, b, level=level)),
+    "fid, known": (150, _against_known),
+    "fid, extrapolated": (
+        50,
+        lambda a, b, level: metrics.fid(a, b, level=level, extrapolate=True),
+    ),
+    "sliced": (
+        100,
+        lambda a, b, level: metrics.sliced_wasserstein(a, b, level=level, projections=16),
+    ),
+    "rms": (150, lambda a, b, level: metrics.rms(a, b[:120], level=level)),
+    "manifold": (150, lambda a, b, level: metrics.precision_recall(a, b, level=level)),
+}
+
+
+@pytest.mark.parametrize("name", COVERING)
 def test_intervals_cover_at_their_nominal_rate(name: str) -> None:
-    trials, level, covered = 150, 0.9, 0
-    values, intervals = [], []
+    trials, function = COVERING[name]
+    level, rows = 0.9, []
     for seed in range(trials):
         a, b = _normal(120, 2, seed=seed, mean=0.8), _normal(150, 2, seed=10_000 + seed)
-        found = getattr(metrics, name)(a, b, level=level)
-        values.append(found.value)
-        intervals.append(found)
-    # What an interval is about is the expected value at this number of samples.
-    centre = float(numpy.mean(values))
-    covered = sum(e.low <= centre <= e.high for e in intervals)
+        found = function(a, b, level)
+        rows.append(found if isinstance(found, tuple) else (found,))
     spread = (level * (1 - level) / trials) ** 0.5
-    assert level - 3.5 * spread <= covered / trials <= level + 3.5 * spread
+    for intervals in zip(*rows, strict=True):
+        # What an interval is about is the expected value at this number of samples.
+        centre = float(numpy.mean([e.value for e in intervals]))
+        rate = sum(e.low <= centre <= e.high for e in intervals) / trials
+        assert level - 3.5 * spread <= rate <= level + 3.5 * spread
 
 
 @pytest.mark.parametrize("function", [metrics.fid, metrics.kid, metrics.precision_recall])
@@ -186,3 +211,101 @@ def test_a_callable_gives_the_features() -> None:
     a, b = _normal(60, 3, seed=0), _normal(60, 3, seed=1, mean=1)
     only_first = metrics.fid(a, b, features=lambda x: x[:, :1])
     assert only_first.value == pytest.approx(metrics.fid(a[:, :1], b[:, :1]).value, rel=1e-12)
+
+
+def test_clear_errors_of_those_that_need_no_features() -> None:
+    good = _normal(40, 3, seed=0)
+    for function in (metrics.sliced_wasserstein, metrics.rms):
+        with pytest.raises(ValueError, match=r"at least 2|n >= 2"):
+            function(good[:1], good[:1])
+        with pytest.raises(ValueError, match=r"3 and 4 features|of one shape"):
+            function(good, _normal(40, 4, seed=1))
+        with pytest.raises(ValueError, match="not all finite"):
+            function(good.clone().fill_(float("inf")), good)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("k", [1, 5])
+def test_precision_recall_density_coverage_equal_prdc(k: int) -> None:
+    """The package of Naeem et al., the authors of density and coverage."""
+    prdc = pytest.importorskip("prdc")
+    a, b = _normal(300, 6, seed=0, mean=0.3), _normal(250, 6, seed=1)
+    theirs = prdc.compute_prdc(real_features=b.numpy(), fake_features=a.numpy(), nearest_k=k)
+    ours = metrics.precision_recall(a, b, neighbours=k)
+    for name, value in theirs.items():
+        assert getattr(ours, name).value == pytest.approx(value, abs=1e-12), name
+    assert 0 < ours.precision.value < 1
+    assert 0 < ours.coverage.value < 1
+
+
+def test_the_jackknife_of_precision_and_recall_counts_anew_without_each_block() -> None:
+    """The lists of nearest points, kept for speed, against measuring each time from scratch."""
+    a, b, k = _normal(60, 2, seed=0), _normal(70, 2, seed=1, mean=0.7), 3
+    # Whole clusters go out together, so that the kept lists run short.
+    a[:30] = a[:30] * 1e-3
+    found = metrics.precision_recall(a, b, neighbours=k, blocks=2, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    variance = torch.zeros(4, dtype=torch.float64)
+    for side, n in enumerate((60, 70)):
+        values = []
+        for block in torch.randperm(n, generator=generator).tensor_split(2):
+            kept = torch.ones(n, dtype=torch.bool)
+            kept[block] = False
+            sides = [a[kept], b] if side == 0 else [a, b[kept]]
+            again = metrics.precision_recall(*sides, neighbours=k, blocks=2)
+            values.append(torch.tensor([e.value for e in again], dtype=torch.float64))
+        both = torch.stack(values)
+        variance += 0.5 * (both - both.mean(0)).square().sum(0)
+    width = student(0.95, 2) * variance.sqrt()
+    assert [e.high - e.value for e in found] == pytest.approx(width.tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "cubic", "gaussian"])
+def test_the_kernel_distance_has_the_gradient_of_its_value(kernel: str) -> None:
+    function = metrics.KERNELS[kernel]
+    b = _normal(6, 3, seed=1)
+    options = {"width": 1.3} if kernel == "gaussian" else {}
+
+    def distance(a: Tensor) -> Tensor:
+        return metrics.mmd2(*(function(x, y, **options) for x, y in ((a, a), (b, b), (a, b))))
+
+    assert torch.autograd.gradcheck(distance, _normal(5, 3, seed=0).requires_grad_())
+
+
+def test_the_frechet_distance_has_the_gradient_of_its_value() -> None:
+    b = metrics.Statistics.of(_normal(50, 3, seed=1))
+    assert torch.autograd.gradcheck(
+        lambda a: metrics.frechet_distance(metrics.Statistics.of(a), b),
+        _normal(8, 3, seed=0).requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("m", [7, 12])
+def test_the_sliced_distance_has_the_gradient_of_its_value(m: int) -> None:
+    a, b = _normal(7, 3, seed=0), _normal(m, 3, seed=1)
+    value = metrics.sliced_distance(a, b, projections=20, seed=3)
+    known = metrics.sliced_wasserstein(a, b, projections=20, seed=3).value
+    assert float(value.sqrt()) == pytest.approx(known, rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda x: metrics.sliced_distance(x, b, projections=20, seed=3), a.requires_grad_()
+    )
+
+
+def test_features_of_the_embedded_classifier_pass_gradients() -> None:
+    look = metrics.Features.load("fashion")
+    x = torch.zeros(3, 1, 28, 28).normal_(generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    reference = metrics.Reference.load("fashion")
+    features = look(x)
+    loss = metrics.frechet_distance(metrics.Statistics.of(features.double()), reference.statistics)
+    (gradient,) = torch.autograd.grad(loss, x)
+    step = 1e-3 * gradient / gradient.norm()
+    with torch.no_grad():
+        change = [
+            metrics.frechet_distance(
+                metrics.Statistics.of(look(x + s * step).double()), reference.statistics
+            )
+            for s in (1, -1)
+        ]
+    expected = float((gradient.double() * step.double()).sum())
+    assert float(change[0] - change[1]) / 2 == pytest.approx(expected, rel=0.05)

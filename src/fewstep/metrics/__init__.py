@@ -12,4 +12,5 @@ from fewstep.metrics.manifold import precision_recall as precision_recall
 from fewstep.metrics.reference import Reference as Reference
 from fewstep.metrics.statistics import Statistics as Statistics
 from fewstep.metrics.transport import rms as rms
+from fewstep.metrics.transport import sliced_distance as sliced_distance
 from fewstep.metrics.transport import sliced_wasserstein as sliced_wasserstein

@@ -43,9 +43,7 @@ def sliced_wasserstein(
         seed: The seed of the directions and blocks.
     """
     fa, fb = two_sides(a, b, features, least=2, heldout=heldout)
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn((fa.shape[1], projections), generator=generator, dtype=torch.float64)
-    directions = directions / directions.norm(dim=0)
+    directions = _directions(fa.shape[1], projections, seed)
     # Sorted once; what is left out later keeps the order. One direction a row.
     pa, pb = ((side @ directions).T.contiguous().sort(1) for side in (fa, fb))
 
@@ -58,18 +56,43 @@ def sliced_wasserstein(
         return projected.values[there[projected.indices]].reshape(-1, len(index))
 
     def statistic(i: Tensor, j: Tensor) -> Tensor:
-        left, right = kept(pa, i), kept(pb, j)
-        if left.shape != right.shape:
-            count = max(left.shape[1], right.shape[1])
-            left, right = _quantiles(left, count), _quantiles(right, count)
-        return (left - right).square().mean().sqrt()[None]
+        return _gap(kept(pa, i), kept(pb, j)).sqrt()[None]
 
     return jackknife(statistic, (len(fa), len(fb)), level=level, blocks=blocks, seed=seed)[0]
 
 
+def sliced_distance(a: Tensor, b: Tensor, *, projections: int = 128, seed: int = 0) -> Tensor:
+    r"""Returns the mean over P random directions of :math:`W_2^2`, a scalar; differentiable.
+
+    It is the square of :func:`sliced_wasserstein`, in the dtype of the features.
+
+    Arguments:
+        a: Features, with shape (n, D).
+        b: Features, with shape (m, D).
+        projections: The number P of directions.
+        seed: Their seed.
+    """
+    directions = _directions(a.shape[1], projections, seed).to(a)
+    return _gap(*((side @ directions).T.sort(1).values for side in (a, b)))
+
+
+def _directions(dimension: int, projections: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn((dimension, projections), generator=generator, dtype=torch.float64)
+    return directions / directions.norm(dim=0)
+
+
+def _gap(left: Tensor, right: Tensor) -> Tensor:
+    """Returns the mean square distance of two sets of sorted projections, (P, n) and (P, m)."""
+    if left.shape != right.shape:
+        count = max(left.shape[1], right.shape[1])
+        left, right = _quantiles(left, count), _quantiles(right, count)
+    return (left - right).square().mean()
+
+
 def _quantiles(ordered: Tensor, count: int) -> Tensor:
     """Returns the empirical quantiles at the middles of ``count`` equal shares."""
-    share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    share = (torch.arange(count, dtype=torch.float64, device=ordered.device) + 0.5) / count
     n = ordered.shape[1]
     return ordered[:, (share * n).long().clamp(max=n - 1)]
 
