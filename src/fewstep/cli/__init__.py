@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError
 from fewstep import __version__
 from fewstep.cli._common import fail
 
-RESUMABLE = ("sample", "train")
+RESUMABLE = ("sample", "tune", "record", "train")
 """The commands that go on when they are given again."""
 
 
@@ -31,7 +31,9 @@ def app() -> App:
     )
     for name, module, function, text in (
         ("sample", "sample", "sample", "Draw samples from a model."),
+        ("tune", "tune", "tune", "Search a sampler of few evaluations for a model."),
         ("demo", "demo", "demo", "Compare samplers on an embedded model: a table and a picture."),
+        ("record", "record", "record", "Record trajectories of a model, to distill from."),
         ("train", "train", "train", "Train a small diffusion model on your images."),
         ("plan", "plan", "plan_app", "Read, check, compare and make plans (samplers as data)."),
         ("solvers", "listing", "solvers", "List the solvers, or describe one."),

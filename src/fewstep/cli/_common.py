@@ -138,18 +138,22 @@ def parse_labels(text: str | None, denoiser: Denoiser, n: int) -> list[int] | No
     """Returns n class labels: ``"3"``, ``"0,1,2"`` repeated, names of classes, or ``"all"``."""
     if text is None:
         return None
+    chosen = chosen_labels(text, denoiser)
+    return [chosen[i % len(chosen)] for i in range(n)]
+
+
+def chosen_labels(text: str, denoiser: Denoiser) -> list[int]:
+    """Returns the class labels that a text names, each once."""
     classes = getattr(getattr(denoiser, "network", None), "num_classes", None)
     names = getattr(denoiser, "class_names", None) or ()
-    if text.strip() == "all":
-        if not isinstance(classes, int):
-            raise ValueError(
-                "--class-labels all: the number of this model's classes is not known; "
-                "give the labels themselves, for example 0,1,2"
-            )
-        chosen = list(range(classes))
-    else:
-        chosen = [_label(part.strip(), names) for part in text.split(",")]
-    return [chosen[i % len(chosen)] for i in range(n)]
+    if text.strip() != "all":
+        return [_label(part.strip(), names) for part in text.split(",")]
+    if not isinstance(classes, int):
+        raise ValueError(
+            "--class-labels all: the number of this model's classes is not known; "
+            "give the labels themselves, for example 0,1,2"
+        )
+    return list(range(classes))
 
 
 def _label(text: str, names: Sequence[str]) -> int:

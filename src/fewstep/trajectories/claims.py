@@ -27,15 +27,19 @@ class Claim:
 
     def take(self) -> bool:
         """Takes the claim unless a writer that is alive has it; returns whether it is ours."""
-        self._path.parent.mkdir(exist_ok=True)
         if self.is_abandoned():
-            self.drop()
-        try:
-            with open(self._path, "x", encoding="utf-8") as stream:
-                json.dump({"host": socket.gethostname(), "pid": os.getpid()}, stream)
-        except FileExistsError:
-            return False
-        return True
+            self._path.unlink(missing_ok=True)
+        holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        while True:
+            self._path.parent.mkdir(exist_ok=True)
+            try:
+                with open(self._path, "x", encoding="utf-8") as stream:
+                    stream.write(holder)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                continue  # somebody dropped the last claim, and the folder, in between
+            return True
 
     def renew(self) -> None:
         """Says that its holder is alive."""

@@ -28,6 +28,9 @@ DTYPES = {
 MOST = 10**12
 """The largest count that a manifest may name; a guard against hostile files."""
 
+MOST_SHARDS = 1_000_000
+"""The most files that a store may have; their names are looked up one by one."""
+
 FREE = ("about",)
 """What the manifest says for readers only; the rest determines the trajectories."""
 
@@ -191,5 +194,10 @@ def _check(content: Any) -> None:
     for key in ("alpha", "sigma"):
         if len(content[key]) != len(times):
             raise ValueError(f"it has {len(times)} times, but {len(content[key])} values {key}")
+    if shard_count(content) > MOST_SHARDS:
+        raise ValueError(
+            f"n = {content['n']} in files of {content['shard_size']} makes more than {MOST_SHARDS} "
+            "files; take a larger shard_size"
+        )
     for name, condition in content["conditions"].items():
         check_condition(name, condition)

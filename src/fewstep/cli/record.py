@@ -1,0 +1,298 @@
+"""``fewstep record``: trajectories of a model on disk, to distill from; and what such a store holds."""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from fewstep.cli._common import (
+    Flag,
+    Options,
+    chosen_labels,
+    console,
+    load_model,
+    output_folder,
+    parse_options,
+    positive,
+    progress,
+    say,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from fewstep.denoiser import Denoiser
+    from fewstep.trajectories import TrajectoryStore
+
+MANY, FEW = 4096, 16
+"""The most trajectories that statistics read, and that are integrated anew for a spectrum."""
+
+
+def record(
+    model: str | None = None,
+    *,
+    out: Path | None = None,
+    n: Annotated[int | None, Parameter(name=["-n", "--n"])] = None,
+    solver: str | None = None,
+    nfe: int | None = None,
+    recipe: Path | None = None,
+    grid: str | None = None,
+    option: Options = None,
+    head_start: float | None = None,
+    keep: str | None = None,
+    dtype: str | None = None,
+    class_labels: str | None = None,
+    guidance: float | None = None,
+    seed: int | None = None,
+    shard_size: int | None = None,
+    batch_size: int | None = None,
+    device: str = "cpu",
+    overwrite: Flag = False,
+    verify: Path | None = None,
+    stats: Path | None = None,
+) -> int:
+    """Record trajectories of a model in a folder: OUT/manifest.json and OUT/shard-*.safetensors.
+
+    A run that was interrupted goes on when the same command is given again, or `fewstep record
+    MODEL --out OUT`. Several may run at once on one folder, also on several machines.
+
+    Args:
+        model: An embedded name (see `fewstep models`), or a folder.
+        out: The folder to write.
+        n: How many trajectories.
+        solver: A solver that draws no noise on its way; auto if left out, dopri5 for any accuracy.
+        nfe: The number of network evaluations; 20 if left out.
+        recipe: A file with a recipe, a plan or a tuned sampler, instead of a solver.
+        grid: The name of a time grid; left out, the solver's own.
+        option: An option of solver or grid as key=value; can be repeated.
+        head_start: The time above which the Gaussian solution replaces evaluations.
+        keep: The states to keep after the first: 4 (on the quadratic grid), uniform:8, all, knots
+            of the plan (knots:5,10,20) or times (times:0.5,0.25); 4 if left out.
+        dtype: The type of the states on disk: float16 (if left out), float32 or bfloat16.
+        class_labels: One class (3), classes in turn (0,1,2), all in turn (all) or drawn (random).
+        guidance: The scale of classifier-free guidance; 1 is none.
+        seed: The seed; trajectory i depends on (seed, i) alone; 0 if left out.
+        shard_size: The number of trajectories of a file; 1024 if left out.
+        batch_size: How many go through the network at a time; 64 if left out.
+        device: Where to run, for example cpu or cuda.
+        overwrite: Delete the store that is there and begin anew.
+        verify: Check this store instead: checksums, and some trajectories integrated again.
+        stats: Show what this store holds instead, and how many modes and frames it suggests.
+    """
+    settings = {
+        **{"n": n, "solver": solver, "nfe": nfe, "recipe": recipe, "grid": grid},
+        **{"option": option, "head_start": head_start, "keep": keep, "dtype": dtype},
+        **{"class_labels": class_labels, "guidance": guidance, "seed": seed},
+        **{"shard_size": shard_size, "batch_size": batch_size},
+    }
+    given = {key: value for key, value in settings.items() if value is not None}
+    if sum(path is not None for path in (out, verify, stats)) != 1:
+        raise ValueError("give one of --out, --verify and --stats, with the folder of a store")
+    if out is not None:
+        if model is None:
+            raise ValueError("give the model to record, for example: fewstep record fashion")
+        return _record(model, out, given, device, overwrite=overwrite)
+    if given or overwrite:
+        name = next(iter(given), "overwrite").replace("_", "-")
+        raise ValueError(f"--verify and --stats only read a store; leave --{name} out")
+    if verify is not None:
+        return _verify(model, verify, device)
+    assert stats is not None
+    return _stats(model, stats, device)
+
+
+def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwrite: bool) -> int:
+    from fewstep.trajectories import record, resume
+
+    for name in ("n", "nfe", "shard_size", "batch_size"):
+        positive("-n" if name == "n" else f"--{name.replace('_', '-')}", given.get(name))
+    output_folder(out)
+    if "n" not in given and (given or overwrite or not (out / "manifest.json").exists()):
+        raise ValueError(
+            "give -n, the number of trajectories (without any option a store goes on)"
+        )
+    options = parse_options(given.pop("option", None))
+    denoiser = load_model(model, device)
+    if not given:
+        with _bar() as tell:
+            store = resume(denoiser, out, progress=tell)
+    else:
+        if "recipe" in given:
+            extra = [f"--{k}" for k in ("solver", "nfe") if k in given]
+            if extra:
+                raise ValueError(
+                    f"a recipe says everything itself, got {', '.join(extra)} as well"
+                )
+        cond = _conditions(given.pop("class_labels", None), denoiser)
+        if "keep" in given:
+            given["keep"] = _keep(given["keep"])
+        with _bar() as tell:
+            store = record(
+                denoiser,
+                out,
+                **given,
+                options=options,
+                overwrite=overwrite,
+                about={"model": model},
+                progress=tell,
+                **cond,
+            )
+    size = sum(path.stat().st_size for path in out.glob("shard-*.safetensors"))
+    say(
+        f"wrote {out}: {len(store)} trajectories, {len(store.times)} states each "
+        f"({_size(size)}, {store.manifest['dtype']})"
+    )
+    say(f"next: {shlex.join(['fewstep', 'distill', model, str(out), '--out', f'{out}-operator'])}")
+    return 0
+
+
+def _verify(model: str | None, folder: Path, device: str) -> int:
+    from fewstep.trajectories import verify
+
+    denoiser, why = _model_of(model, folder, device)
+    found = verify(folder, denoiser)
+    if denoiser is None:
+        say(f"nothing was integrated again: {why}")
+    for shard in found.missing:
+        say(f"shard {shard} is missing")
+    for shard, problem in found.damaged.items():
+        say(f"shard {shard} is damaged: {problem}")
+    if found.error is not None:
+        wrong = "" if found.error <= found.allowed else ": that is too much, they differ"
+        say(
+            f"trajectories {', '.join(map(str, found.integrated))} integrated again: relative "
+            f"difference {found.error:.1e}, allowed {found.allowed:.1e}{wrong}"
+        )
+    if found.sound:
+        say(f"{folder} is sound: {found.shards} shards, all checksums match")
+        return 0
+    if found.missing or found.damaged:
+        name = model or _about(folder) or "MODEL"
+        say(f"to make them anew: {shlex.join(['fewstep', 'record', name, '--out', str(folder)])}")
+    return 1
+
+
+def _stats(model: str | None, folder: Path, device: str) -> int:
+    from rich.table import Table
+
+    from fewstep.trajectories import TrajectoryStore, spectrum, statistics
+
+    store = TrajectoryStore.open(folder)
+    numbers = statistics(store, most=MANY)
+    manifest = store.manifest
+    say(
+        f"{folder}: {len(store)} trajectories, {_size(numbers.bytes)}, {manifest['dtype']}, by "
+        f"{manifest['sampler'].get('name') or 'a plan'}; of the first {numbers.trajectories}:"
+    )
+    table = Table(box=None)
+    for title in ("frame", "t", "alpha", "sigma", "mean", "std", "smallest", "largest"):
+        table.add_column(title, justify="right")
+    rows = zip(
+        numbers.times.tolist(),
+        manifest["alpha"],
+        manifest["sigma"],
+        *(v.tolist() for v in (numbers.mean, numbers.std, numbers.smallest, numbers.largest)),
+        strict=True,
+    )
+    for frame, row in enumerate(rows):
+        table.add_row(str(frame), *(f"{value:.4g}" for value in row))
+    console().print(table)
+    denoiser, why = _model_of(model, folder, device)
+    try:
+        found = spectrum(store, denoiser, n=FEW)
+    except ValueError as error:
+        say(f"no spectrum: {error if denoiser is not None else why or error}")
+        return 0
+    _say_spectrum(store, found)
+    return 0
+
+
+def _say_spectrum(store: TrajectoryStore, found: Any) -> None:
+    place = "t" if found.variable == "t" else "the square root of t"
+    say(
+        f"spectrum over {place}, {found.trajectories} trajectories of "
+        f"{len(found.dct.energy)} states; the share of the energy beside the modes that are kept:"
+    )
+    for basis in (found.dct, found.dft):
+        left = (1 - basis.energy.cumsum(0)).clamp_min(0)
+        shown = ", ".join(f"J = {j}: {left[j - 1]:.1e}" for j in (1, 2, 3, 4) if j <= len(left))
+        say(f"  {basis.name}: {shown}; 99.9 % in {basis.modes}")
+    best = found.dct if found.dct.modes <= found.dft.modes else found.dft
+    say(
+        f"suggested: --basis {best.name} --modes {best.modes}, with {best.frames} frames or more "
+        f"(the store has {len(store.times) - 1})"
+    )
+
+
+def _model_of(model: str | None, folder: Path, device: str) -> tuple[Denoiser | None, str]:
+    """Returns the model that was named, or that the manifest names; or why there is none."""
+    name = model or _about(folder)
+    if name is None:
+        return None, "the store does not say its model; give it: fewstep record MODEL ..."
+    try:
+        return load_model(name, device), ""
+    except ValueError as error:
+        if model is not None:
+            raise
+        return None, f"its model cannot be loaded ({error})"
+
+
+def _about(folder: Path) -> str | None:
+    from fewstep.trajectories.manifest import read_manifest
+
+    name = read_manifest(folder)["about"].get("model")
+    return name if isinstance(name, str) else None
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """Shows a bar, and gives what is told (done, n)."""
+    with ExitStack() as stack:
+        shown: list[Any] = []
+        before = 0
+
+        def tell(done: int, n: int) -> None:
+            nonlocal before
+            if not shown:
+                shown.append(stack.enter_context(progress("recording", n)))
+            shown[0](done - before)
+            before = done
+
+        yield tell
+
+
+def _conditions(text: str | None, denoiser: Denoiser) -> dict[str, Any]:
+    from fewstep.trajectories import Cycle, Uniform
+
+    if text is None:
+        return {}
+    if text.strip() == "random":
+        return {"class_labels": Uniform(tuple(chosen_labels("all", denoiser)))}
+    return {"class_labels": Cycle(tuple(chosen_labels(text, denoiser)))}
+
+
+def _keep(text: str) -> Any:
+    """Returns what is kept: ``4``, ``uniform:8``, ``all``, ``knots:1,2`` or ``times:0.5,0.25``."""
+    kind, _, rest = text.strip().partition(":")
+    try:
+        if kind == "knots":
+            return [int(part) for part in rest.split(",")]
+        if kind == "times":
+            return [float(part) for part in rest.split(",")]
+        return int(text) if text.strip().isdecimal() else text.strip()
+    except ValueError:
+        raise ValueError(
+            f"--keep is 4, uniform:8, all, knots:5,10 or times:0.5,0.25; got {text!r:.60}"
+        ) from None
+
+
+def _size(number: float) -> str:
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while number >= 1000 and len(units) > 1:
+        number /= 1000
+        units.pop(0)
+    return f"{number:.3g} {units[0]}"
