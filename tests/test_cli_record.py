@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.cli import record as command
 from fewstep.cli import run
 from fewstep.schedules import schedule
 from fewstep.trajectories import TrajectoryStore, writing
@@ -49,11 +50,12 @@ def told(capsys):
     return command
 
 
-def test_a_store_from_record_to_verify_to_stats(tiny, tmp_path, told):
+def test_a_store_from_record_to_verify_to_stats(tiny, tmp_path, told, monkeypatch):
+    monkeypatch.setattr(command, "FEW", 2)
     out = tmp_path / "store"
-    command = ["record", tiny, "-n", 10, "--nfe", 5, "--shard-size", 4, "--seed", 3]
-    command += ["--class-labels", "shoe,0", "--guidance", 1.5, "--keep", "uniform:2"]
-    text = told(*command, "--out", out)
+    words = ["record", tiny, "-n", 10, "--nfe", 5, "--shard-size", 4, "--seed", 3]
+    words += ["--class-labels", "shoe,0", "--guidance", 1.5, "--keep", "uniform:2"]
+    text = told(*words, "--out", out)
     assert f"wrote {out}: 10 trajectories, 3 states each" in text
     assert f"next: fewstep distill '{tiny}' {out} --out {out}-operator" in text
     store = TrajectoryStore.open(out)

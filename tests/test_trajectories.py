@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import fewstep
 from fewstep import trajectories
 from fewstep.adaptive import AdaptiveSampler
-from fewstep.denoiser import Clipped, Denoiser
+from fewstep.denoiser import Clipped, Denoiser, Guided
 from fewstep.noise import INITIAL, NoiseSource
 from fewstep.sampling import PlanSampler, Run
 from fewstep.schedules import schedule
@@ -228,6 +228,14 @@ def test_models_of_whole_times(tmp_path):
     assert {999, 562, 250, 62} <= seen
 
 
+def test_the_grid_of_kept_times_where_time_is_the_noise_level(tmp_path):
+    model = Denoiser.wrap(
+        lambda x, t: 0.1 * x, schedule=schedule("edm"), prediction="eps", event_shape=(2,)
+    )
+    store = fewstep.record(model, tmp_path, n=2, nfe=8, keep=4)
+    assert torch.equal(store.times, fewstep.grid("karras", model.schedule, 4).times)
+
+
 def test_a_last_state_without_noise(tmp_path):
     options = {"to_zero": True}
     store = fewstep.record(
@@ -277,13 +285,21 @@ def test_states_that_do_not_fit_into_the_type(tmp_path):
     assert len(fewstep.record(big, tmp_path, **SMALL, dtype="float32", overwrite=True)) == 20
 
 
+def test_a_head_start_is_refused(tmp_path):
+    plan = fewstep.plan("tab2", MODEL.schedule, nfe=8, head_start=0.7)
+    with pytest.raises(ValueError, match="head start"):
+        fewstep.record(MODEL, tmp_path / "x", n=2, plan=plan, keep="all")
+
+
 # Conditions
 
 
 def test_conditions_by_rule(tmp_path):
     model = labelled()
     options = {**SMALL, "n": 600, "shard_size": 128, "batch_size": 128}
-    drawn = fewstep.record(model, tmp_path / "a", **options, class_labels=Uniform(5), seed=2)
+    drawn = fewstep.record(
+        model, tmp_path / "a", **options, class_labels=Uniform(range(5)), seed=2
+    )
     labels = drawn.read(range(600)).conditions["class_labels"]
     counts = labels.bincount(minlength=5)
     # 120 each on average; five standard deviations of a binomial are 49.
@@ -292,7 +308,7 @@ def test_conditions_by_rule(tmp_path):
         model,
         tmp_path / "b",
         **{**SMALL, "n": 30},
-        class_labels=Uniform(5),
+        class_labels=Uniform(range(5)),
         seed=2,
     )
     assert torch.equal(other.read(range(30)).conditions["class_labels"], labels[:30])
@@ -312,6 +328,21 @@ def test_conditions_and_guidance_reach_the_network(tmp_path):
     assert torch.equal(store.read(range(20)).conditions["class_labels"], given)
     samples = fewstep.sample(model, 20, nfe=8, class_labels=given, guidance=2.0)
     assert torch.equal(store.read(range(20)).states[:, -1], samples)
+
+
+def test_guidance_can_be_said_in_two_ways(tmp_path):
+    model, options = labelled(), {**SMALL, "class_labels": 2}
+    fewstep.record(model, tmp_path, **options, guidance=2.0)
+    before = files(tmp_path)
+    (tmp_path / "shard-00000.safetensors").unlink()
+    guided = Guided(model, 2.0)
+    fewstep.record(guided, tmp_path, **options)
+    assert files(tmp_path) == before
+    assert verify(tmp_path, guided).sound
+    with pytest.raises(ValueError, match="guided with scale 2, the trajectories with 3"):
+        fewstep.record(guided, tmp_path, **options, guidance=3.0)
+    with pytest.raises(ValueError, match=r"guidance 2\.0, now null"):
+        fewstep.record(model, tmp_path, **options, guidance=1.0)
 
 
 def test_given_conditions_are_needed_again(tmp_path):

@@ -42,7 +42,6 @@ def record(
     recipe: Path | None = None,
     grid: str | None = None,
     option: Options = None,
-    head_start: float | None = None,
     keep: str | None = None,
     dtype: str | None = None,
     class_labels: str | None = None,
@@ -69,7 +68,6 @@ def record(
         recipe: A file with a recipe, a plan or a tuned sampler, instead of a solver.
         grid: The name of a time grid; left out, the solver's own.
         option: An option of solver or grid as key=value; can be repeated.
-        head_start: The time above which the Gaussian solution replaces evaluations.
         keep: The states to keep after the first: 4 (on the quadratic grid), uniform:8, all, knots
             of the plan (knots:5,10,20) or times (times:0.5,0.25); 4 if left out.
         dtype: The type of the states on disk: float16 (if left out), float32 or bfloat16.
@@ -85,7 +83,7 @@ def record(
     """
     settings = {
         **{"n": n, "solver": solver, "nfe": nfe, "recipe": recipe, "grid": grid},
-        **{"option": option, "head_start": head_start, "keep": keep, "dtype": dtype},
+        **{"option": option, "keep": keep, "dtype": dtype},
         **{"class_labels": class_labels, "guidance": guidance, "seed": seed},
         **{"shard_size": shard_size, "batch_size": batch_size},
     }
@@ -271,8 +269,8 @@ def _conditions(text: str | None, denoiser: Denoiser) -> dict[str, Any]:
     if text is None:
         return {}
     if text.strip() == "random":
-        return {"class_labels": Uniform(tuple(chosen_labels("all", denoiser)))}
-    return {"class_labels": Cycle(tuple(chosen_labels(text, denoiser)))}
+        return {"class_labels": Uniform(chosen_labels("all", denoiser))}
+    return {"class_labels": Cycle(chosen_labels(text, denoiser))}
 
 
 def _keep(text: str) -> Any:

@@ -65,7 +65,7 @@ class Constant(Condition):
 class Cycle(Condition):
     """Values in turn: trajectory i has ``values[i % len(values)]``."""
 
-    values: tuple[int, ...]
+    values: Sequence[int]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", _labels(self.values))
@@ -84,7 +84,7 @@ class Cycle(Condition):
 class Uniform(Condition):
     """Values drawn evenly; that of trajectory i depends on (seed, i) and the name alone."""
 
-    values: tuple[int, ...]
+    values: Sequence[int]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", _labels(self.values))
@@ -197,7 +197,7 @@ def check_condition(name: str, content: Any) -> None:
 
 
 def _labels(values: Any) -> tuple[int, ...]:
-    found = tuple(range(values)) if isinstance(values, int) else tuple(values)
+    found = tuple(values)
     if not found or len(found) > MOST_VALUES:
         raise ValueError(f"a rule needs from 1 to {MOST_VALUES} values, got {len(found)}")
     if not all(isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**63 for v in found):

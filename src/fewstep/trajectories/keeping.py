@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,6 @@ def kept(
     plan: Plan | None,
     recipe: SamplerRecipe | str | Path | None,
     grid: str | TimeGrid | None,
-    head_start: float | None,
     options: Mapping[str, Any],
     guidance: float | None,
 ) -> Kept:
@@ -68,7 +67,7 @@ def kept(
     if plan is not None or recipe is not None:
         if plan is not None and recipe is not None:
             raise ValueError("give a plan or a recipe, not both")
-        extra = {"grid": grid, "head_start": head_start, **options}
+        extra = {"grid": grid, **options}
         if given := [name for name, value in extra.items() if value is not None]:
             raise ValueError(
                 f"a plan or a recipe has its times and options already, got {', '.join(given)}"
@@ -76,21 +75,27 @@ def kept(
         if plan is None:
             read = recipe if isinstance(recipe, SamplerRecipe) else SamplerRecipe.load(recipe)  # type: ignore[arg-type]
             guidance = read.guidance if guidance is None else guidance
+            guidance = None if guidance == 1 else guidance
             if read.kind == "adaptive":
                 return _adaptive(denoiser, keep, read.options, guidance)
             plan = read.plan_for(schedule, integer_times=integer)
     elif solver == "dopri5":
-        if grid is not None or head_start is not None:
-            raise ValueError("dopri5 chooses its times itself; leave grid and head_start out")
+        if grid is not None:
+            raise ValueError("dopri5 chooses its times itself; leave the grid out")
         return _adaptive(denoiser, keep, options, guidance)
     else:
-        plan = _plan(schedule, keep, solver, nfe, grid, head_start, options, integer)
+        plan = _plan(schedule, keep, solver, nfe, grid, options, integer)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
     if plan.stochastic:
         raise ValueError(
             f"{plan.name or 'the plan'} draws noise on its way, so x_T does not determine the "
             "trajectory; take a deterministic sampler, such as tab3 or ddim"
+        )
+    if plan.head:
+        raise ValueError(
+            "the plan has an analytic head start: its first state is not that of the noise, from "
+            "which an operator starts; take a plan without one"
         )
     knots = _knots(plan, _wanted(keep, schedule, plan.knots.tolist(), integer))
     made = SamplerRecipe(kind="plan", name=plan.name, plan=plan, guidance=guidance)
@@ -140,7 +145,6 @@ def _plan(
     solver: str | Solver,
     nfe: int | None,
     grid: str | TimeGrid | None,
-    head_start: float | None,
     options: Mapping[str, Any],
     integer: bool,
 ) -> Plan:
@@ -149,14 +153,12 @@ def _plan(
         choice = choose(schedule, nfe if nfe is not None else 0)
         solver, options = choice.solver, {**choice.options, **options}
         grid = choice.grid if grid is None else grid
-        head_start = choice.head_start if head_start is None else head_start
     calls = None if isinstance(grid, TimeGrid) or grid == "explicit" else nfe
     first = make_plan(
         solver,
         schedule,
         nfe=calls,
         grid=grid,
-        head_start=head_start,
         integer_times=integer,
         **options,
     )
@@ -169,8 +171,7 @@ def _plan(
     bent = _bent(schedule, knots, [float(t) for t in times], integer)
     own = {name: value for name, value in options.items() if name not in GRID_OPTIONS}
     zero = _at_zero(schedule, knots[-1])
-    made = make_plan(solver, schedule, grid=TimeGrid(schedule, bent, zero), **own)
-    return replace(made, head=first.head)
+    return make_plan(solver, schedule, grid=TimeGrid(schedule, bent, zero), **own)
 
 
 def _wanted(
@@ -188,7 +189,7 @@ def _wanted(
             raise TypeError(f"keep must be knots (integers) or times (decimals), got {keep!r:.80}")
         times = [float(t) for t in keep]
     else:
-        name, frames = _grid_of(keep)
+        name, frames = _grid_of(keep, schedule)
         if name == ALL:
             return list(range(len(knots)))
         # No grid reaches sigma = 0 evenly; the last of its times is then moved there.
@@ -207,9 +208,10 @@ def _wanted(
     return found
 
 
-def _grid_of(keep: int | str | Any) -> tuple[str, int | None]:
+def _grid_of(keep: int | str | Any, schedule: NoiseSchedule) -> tuple[str, int | None]:
     if isinstance(keep, int):
-        keep = f"{DEFAULT_GRID}:{keep}"
+        # The time of edm is sigma itself; evenly in its root, all would be near pure noise.
+        keep = f"{'karras' if schedule.name == 'edm' else DEFAULT_GRID}:{keep}"
     if not isinstance(keep, str):
         raise TypeError(
             f"keep must be a number of states, a grid, knots or times, got {keep!r:.60}"

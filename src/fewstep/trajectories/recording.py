@@ -28,7 +28,7 @@ from fewstep.trajectories.manifest import (
     write_manifest,
 )
 from fewstep.trajectories.store import TrajectoryStore
-from fewstep.trajectories.writing import Progress, Writer, wrappers, writer_of
+from fewstep.trajectories.writing import Progress, Writer, unguided, wrappers, writer_of
 
 DEFAULT_BATCH = 64
 DEFAULT_NFE = 20
@@ -44,7 +44,6 @@ def record(
     plan: Plan | None = None,
     recipe: SamplerRecipe | str | Path | None = None,
     grid: str | TimeGrid | None = None,
-    head_start: float | None = None,
     options: Mapping[str, Any] | None = None,
     keep: Keep = 4,
     dtype: str = "float16",
@@ -79,10 +78,9 @@ def record(
         recipe: a recipe, or the file of one.
         grid: The name of a grid, or a grid. Grids that have a name are bent a little, so that
             the kept times are among their points.
-        head_start: The time above which the Gaussian solution replaces network calls.
         options: Further options of solver and grid.
         keep: Which states to keep after :math:`x_T`: a number M (on the quadratic grid, as
-            ``"quadratic:4"``), another grid (``"uniform:8"``, ``"karras:4"``), ``"all"``, knots of
+            ``"quadratic:4"``; for the schedule ``edm`` on the Karras grid), another grid (``"uniform:8"``, ``"karras:4"``), ``"all"``, knots of
             the plan by number (integers), or times (decimal numbers). The first and the last state
             are always kept.
         dtype: The type of the states in the files: ``"float16"`` (relative error 5e-4),
@@ -107,6 +105,7 @@ def record(
             f"a Denoiser is needed, got {type(denoiser).__name__}; "
             "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
         )
+    denoiser, guidance = unguided(denoiser, guidance)
     if denoiser.event_shape is None:
         raise ValueError(
             "the shape of a sample is not known; give Denoiser.wrap(..., event_shape=)"
@@ -125,7 +124,6 @@ def record(
         plan=plan,
         recipe=recipe,
         grid=grid,
-        head_start=head_start,
         options=options or {},
         guidance=guidance,
     )
@@ -133,7 +131,6 @@ def record(
     made = chosen.recipe.build(denoiser)
     _check_conditions(made, rules)
     alpha, sigma = scales(denoiser.schedule, chosen.times)
-    scale = chosen.recipe.guidance
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -143,7 +140,7 @@ def record(
         "schedule": denoiser.schedule.to_config(),
         "event_shape": list(denoiser.event_shape),
         "sampler": json.loads(chosen.recipe.to_json()),
-        "guidance": None if scale == 1 else scale,
+        "guidance": chosen.recipe.guidance,
         "times": chosen.times,
         "alpha": alpha,
         "sigma": sigma,

@@ -165,6 +165,7 @@ def writer_of(denoiser: Denoiser, folder: Path, manifest: Mapping[str, Any]) -> 
     Raises:
         ValueError: If it was begun with another model, or its conditions are not in the manifest.
     """
+    denoiser, _ = unguided(denoiser, manifest["guidance"])
     if denoiser.fingerprint() != manifest["fingerprint"]:
         raise ValueError(
             f"{str(folder)!r} was recorded with another model (its fingerprint differs)"
@@ -179,10 +180,25 @@ def writer_of(denoiser: Denoiser, folder: Path, manifest: Mapping[str, Any]) -> 
     return Writer(folder, manifest, recipe.build(denoiser), rules)
 
 
+def unguided(denoiser: Denoiser, guidance: float | None) -> tuple[Denoiser, float | None]:
+    """Returns the model without the guidance around it, and its scale: one way to say one thing.
+
+    Raises:
+        ValueError: If the model is guided already, with another scale.
+    """
+    if not isinstance(denoiser, Guided):
+        return denoiser, None if guidance == 1 else guidance
+    if guidance not in (None, denoiser.scale):
+        raise ValueError(
+            f"the model is guided with scale {denoiser.scale:g}, the trajectories with {guidance:g}"
+        )
+    return denoiser.inner, denoiser.scale
+
+
 def wrappers(denoiser: Denoiser) -> list[dict[str, Any]]:
     """Returns what is wrapped around the model, from the outside in: it is not in its fingerprint."""
     found: list[dict[str, Any]] = []
-    while isinstance(denoiser, (Guided, Clipped, Thresholded)):
+    while isinstance(denoiser, (Clipped, Thresholded, Guided)):
         options = {
             key: value
             for key in ("scale", "low", "high", "quantile", "limit")
