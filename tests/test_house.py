@@ -24,7 +24,7 @@ FLOORS = (
     ("solvers", "planning", "sampling"),
     ("adaptive", "data", "zoo", "checkpoints"),
     ("recipe", "metrics", "training", "studies"),
-    ("trajectories", "operators"),
+    ("trajectories", "operators", "learned"),
     ("plots", "figures", "report", "adapters", "comparison", "cli"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

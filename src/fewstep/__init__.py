@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fewstep.grids import GRIDS as GRIDS
     from fewstep.grids import TimeGrid as TimeGrid
     from fewstep.grids import grid as grid
+    from fewstep.operators.distillation import distill as distill
+    from fewstep.learned.tuning import TunedSampler as TunedSampler
+    from fewstep.learned.tuning import tune as tune
     from fewstep.planning import plan as plan
     from fewstep.plans import Plan as Plan
     from fewstep.prediction import Prediction as Prediction
@@ -51,6 +54,9 @@ _HOMES = {
     "GRIDS": "grids",
     "TimeGrid": "grids",
     "grid": "grids",
+    "distill": "operators.distillation",
+    "TunedSampler": "learned.tuning",
+    "tune": "learned.tuning",
     "plan": "planning",
     "Plan": "plans",
     "Prediction": "prediction",

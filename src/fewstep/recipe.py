@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class SamplerRecipe:
         schedule: The schedule, as :meth:`NoiseSchedule.to_config` writes it; ``None`` if any.
         plan: The plan, of kind ``"plan"``.
         guidance: The scale of classifier-free guidance that belongs to it, or ``None``.
+        model: The fingerprint of the model that it was made for, or ``None`` if any.
         about: Where it comes from: scores, model, objective. For readers.
     """
 
@@ -53,6 +54,7 @@ class SamplerRecipe:
     schedule: Mapping[str, Any] | None = None
     plan: Plan | None = None
     guidance: float | None = None
+    model: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,16 +77,25 @@ class SamplerRecipe:
         if self.schedule is not None:
             schedule_from_config(self.schedule)
 
-    def plan_for(self, schedule: NoiseSchedule, *, integer_times: bool = False) -> Plan:
+    def plan_for(
+        self, schedule: NoiseSchedule, *, integer_times: bool = False, force: bool = False
+    ) -> Plan:
         """Returns the plan for a schedule.
+
+        Arguments:
+            schedule: The schedule.
+            integer_times: Whether the grid of a solver is rounded to trained levels.
+            force: Whether a plan that was made for another schedule is taken with its numbers.
 
         Raises:
             ValueError: If the recipe is for another schedule, or has no plan beforehand.
         """
+        if force and self.plan is not None:
+            return _for_schedule(self.plan, schedule)
         if self.schedule is not None and schedule_from_config(self.schedule) != schedule:
             raise ValueError(
                 f"the recipe was made for the schedule {self.schedule.get('name')!r}, the model has "
-                f"{schedule.name!r}"
+                f"{schedule.name!r}; to use it all the same: force=True (--force)"
             )
         if self.plan is not None:
             self.plan.check_schedule(schedule)
@@ -99,8 +110,22 @@ class SamplerRecipe:
             **self.options,
         )
 
-    def build(self, denoiser: Denoiser) -> Sampler:
-        """Returns the sampler for a model."""
+    def build(self, denoiser: Denoiser, *, force: bool = False) -> Sampler:
+        """Returns the sampler for a model.
+
+        Arguments:
+            denoiser: The model.
+            force: Whether to take it although it was made for another model or schedule.
+
+        Raises:
+            ValueError: If it was made for another model or schedule.
+        """
+        if self.model is not None and not force and denoiser.fingerprint() != self.model:
+            raise ValueError(
+                f"the recipe {self.name!r} was made for another model (fingerprint "
+                f"{self.model[:12]}…); tune one for this model, or use it all the same: "
+                "force=True (--force)"
+            )
         if self.guidance is not None and self.guidance != 1 and not isinstance(denoiser, Guided):
             denoiser = Guided(denoiser, self.guidance)
         if self.kind == "operator":
@@ -115,13 +140,14 @@ class SamplerRecipe:
 
             return AdaptiveSampler(denoiser, **self.options)
         integer = getattr(denoiser, "integer_times", False)
-        return PlanSampler(self.plan_for(denoiser.schedule, integer_times=integer), denoiser)
+        plan = self.plan_for(denoiser.schedule, integer_times=integer, force=force)
+        return PlanSampler(plan, denoiser)
 
     def to_json(self) -> str:
         """Returns the recipe as JSON."""
         content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": self.kind}
         content["name"] = self.name
-        for key in ("nfe", "grid", "head_start", "guidance"):
+        for key in ("nfe", "grid", "head_start", "guidance", "model"):
             if getattr(self, key) is not None:
                 content[key] = getattr(self, key)
         for key in ("options", "schedule", "about"):
@@ -163,6 +189,7 @@ class SamplerRecipe:
             "schedule": (dict,),
             "plan": (dict,),
             "guidance": (int, float),
+            "model": (str,),
             "about": (dict,),
         }
         for key, value in fields.items():
@@ -193,3 +220,14 @@ class SamplerRecipe:
             return cls.from_json(text)
         except (ValueError, TypeError) as error:
             raise ValueError(f"recipe {str(path)!r}: {error}") from None
+
+
+def _for_schedule(plan: Plan, schedule: NoiseSchedule) -> Plan:
+    """Returns a plan with its numbers for another schedule, whatever comes of it."""
+    top = float(plan.times.max())
+    if not schedule.t_zero < float(plan.times.min()) <= top <= schedule.t_max * (1 + 1e-9):
+        raise ValueError(
+            f"the plan calls the network at times up to {top:g}, the schedule {schedule.name!r} has "
+            f"{schedule.t_min:g} to {schedule.t_max:g}: it cannot be forced onto it"
+        )
+    return replace(plan, schedule=schedule)

@@ -223,6 +223,7 @@ def sampler(
     steps: int | None = None,
     plan: Plan | None = None,
     recipe: Any = None,
+    force: bool = False,
     grid: str | TimeGrid | None = None,
     head_start: float | None = None,
     image: Tensor | None = None,
@@ -258,7 +259,7 @@ def sampler(
 
         recipe = SamplerRecipe.load(recipe)
     if recipe is not None:
-        return _with_image(_recipe(recipe).build(denoiser), image)
+        return _with_image(_recipe(recipe).build(denoiser, force=force), image)
     if plan is None:
         if isinstance(solver, str) and solver == "dopri5":
             from fewstep.adaptive import AdaptiveSampler
@@ -313,6 +314,7 @@ def sample(
     nfe: int = 10,
     plan: Plan | None = None,
     recipe: Any = None,
+    force: bool = False,
     grid: str | TimeGrid | None = None,
     head_start: float | None = None,
     options: Mapping[str, Any] | None = None,
@@ -337,6 +339,7 @@ def sample(
         nfe: The number of network calls.
         plan: A plan to run, instead of a solver; or
         recipe: a recipe.
+        force: Whether to take a recipe although it was made for another model or schedule.
         grid: The name of a grid, or a grid.
         head_start: The time above which the Gaussian solution replaces network calls.
         options: Further options of solver and grid, e.g. ``{"eta": 0.5, "t_end": 0.01}``.
@@ -370,6 +373,7 @@ def sample(
         nfe=nfe,
         plan=plan,
         recipe=recipe,
+        force=force,
         grid=grid,
         head_start=head_start,
         image=image,
@@ -412,6 +416,7 @@ def steps(
     nfe: int = 10,
     plan: Plan | None = None,
     recipe: Any = None,
+    force: bool = False,
     grid: str | TimeGrid | None = None,
     head_start: float | None = None,
     **cond: Any,
@@ -430,6 +435,7 @@ def steps(
         nfe=nfe,
         plan=plan,
         recipe=recipe,
+        force=force,
         grid=grid,
         head_start=head_start,
         image=_image(image, n, denoiser, noise),

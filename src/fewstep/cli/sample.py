@@ -44,6 +44,7 @@ def sample(
     nfe: int | None = None,
     n: Annotated[int, Parameter(name=["-n", "--n"])] = 64,
     recipe: Path | None = None,
+    force: Flag = False,
     grid: str | None = None,
     option: Options = None,
     head_start: float | None = None,
@@ -65,6 +66,7 @@ def sample(
         nfe: The number of network evaluations; 10 if left out.
         n: How many samples.
         recipe: A file with a recipe, a plan or a tuned sampler, instead of a solver.
+        force: Take a recipe although it was made for another model or schedule.
         grid: The name of a time grid; left out, the solver's own.
         option: An option of solver or grid as key=value; can be repeated.
         head_start: The time above which the Gaussian solution replaces evaluations.
@@ -88,7 +90,7 @@ def sample(
     cond = {} if labels is None else {"class_labels": labels}
     if chosen.guidance not in (None, 1):
         denoiser = Guided(denoiser, chosen.guidance)  # type: ignore[arg-type]
-    made = chosen.build(denoiser)
+    made = chosen.build(denoiser, force=force)
     shape = event_shape(denoiser)
     denoiser.prepare(n, cond)
 

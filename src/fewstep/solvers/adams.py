@@ -94,7 +94,7 @@ def _kinks(grid: TimeGrid, i: int) -> Tensor | None:
     times = grid.schedule.breakpoints()
     if times is None:
         return None
-    high, low = float(grid.times[i]), float(grid.times[i + 1])
+    high, low = grid.times[i : i + 2].detach().tolist()
     inside = times[(times > low + 1e-9) & (times < high - 1e-9)].flip(0)
     return -grid.schedule.lam(inside)
 
