@@ -60,7 +60,9 @@ class Execution:
     ) -> None:
         if plan.n_noise and draw is None:
             raise ValueError(f"the plan draws noise {plan.n_noise} times; give a source of draws")
-        self._lines = lay_out(plan, keep_inputs=keep_inputs, keep_states=on_state is not None)
+        self._lines = lay_out(
+            plan, x.dtype, keep_inputs=keep_inputs, keep_states=on_state is not None
+        )
         self._result = plan.structure.result
         self._keeps_inputs = keep_inputs
         self._draw = draw
@@ -125,13 +127,15 @@ class Execution:
         first, scale, others, spare, suspects, _, _ = line
         total, rest = registers[first], others
         if spare != NOTHING and not self._shared(spare, suspects):
-            if scale != 1.0:
+            if scale is not None:
                 total.mul_(scale)
-        elif scale == 1.0 and others:
+        elif scale is not None:
+            total = torch.mul(total, scale)
+        elif others:
             r, c = others[0]
             total, rest = torch.add(total, registers[r], alpha=c), others[1:]
         else:
-            total = torch.mul(total, scale)
+            total = total.clone()
         for r, c in rest:
             total.add_(registers[r], alpha=c)
         return total

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from fewstep.plans import Eval, Lin, Plan, Structure
 
 NOTHING = -1
@@ -15,7 +18,8 @@ class Sum(NamedTuple):
 
     Attributes:
         first: The register that the sum starts with.
-        scale: Its coefficient.
+        scale: Its coefficient, on the CPU without dimensions: cheaper than a number, which torch
+            would make into just that at every use; and it is read from no device. ``None`` for 1.
         others: The other registers and their coefficients.
         spare: The register ``first`` if the sum may be written into its memory, or ``NOTHING``.
         suspects: The registers that might share that memory; to be looked at when it happens.
@@ -24,7 +28,7 @@ class Sum(NamedTuple):
     """
 
     first: int
-    scale: float
+    scale: Tensor | None
     others: tuple[tuple[int, float], ...]
     spare: int
     suspects: tuple[int, ...]
@@ -50,7 +54,9 @@ class Drawn(NamedTuple):
 Line = Sum | Ask | Drawn
 
 
-def lay_out(plan: Plan, *, keep_inputs: bool, keep_states: bool) -> tuple[Line, ...]:
+def lay_out(
+    plan: Plan, dtype: torch.dtype, *, keep_inputs: bool, keep_states: bool
+) -> tuple[Line, ...]:
     """Returns the rows as a run needs them; remembered with the plan.
 
     A sum may be written into a register that a sum of ours made and that dies here. If the network
@@ -58,18 +64,28 @@ def lay_out(plan: Plan, *, keep_inputs: bool, keep_states: bool) -> tuple[Line, 
 
     Arguments:
         plan: The plan.
+        dtype: The type of the state.
         keep_inputs: Whether inputs of calls must not be overwritten.
         keep_states: Whether states must not be overwritten.
     """
-    known = plan.layouts.get((keep_inputs, keep_states))
+    # A product with a float32 state is formed in float32 whatever the number's own type is.
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    key = (kind, keep_inputs, keep_states)
+    known = plan.layouts.get(key)
     if known is None:
-        known = _lines(plan.structure, plan.numbers, keep_inputs, keep_states)
-        plan.layouts[keep_inputs, keep_states] = known
+        with torch.inference_mode(False):  # for later runs with gradients too
+            numbers = torch.tensor(plan.numbers, dtype=kind, device="cpu").unbind()
+        known = _lines(plan.structure, plan.numbers, numbers, keep_inputs, keep_states)
+        plan.layouts[key] = known
     return known
 
 
 def _lines(
-    structure: Structure, numbers: tuple[float, ...], keep_inputs: bool, keep_states: bool
+    structure: Structure,
+    numbers: tuple[float, ...],
+    scales: tuple[Tensor, ...],
+    keep_inputs: bool,
+    keep_states: bool,
 ) -> tuple[Line, ...]:
     lines: list[Line] = []
     made: set[int] = set()  # by a sum: memory that we asked for
@@ -84,13 +100,13 @@ def _lines(
             spare = next((r for r in row.terms if r in made and r in dying), NOTHING)
             one = next((r for r, c in pairs.items() if c == 1), row.terms[0])
             first = one if spare == NOTHING else spare
-            scale = pairs.pop(first)
+            unit = pairs.pop(first) == 1
+            scale = None if unit else scales[row.offset + row.terms.index(first)]
             if spare in kept:
                 spare = NOTHING
             suspects = tuple(sorted(foreign)) if spare in seen else ()
-            lines.append(
-                Sum(first, scale, tuple(pairs.items()), spare, suspects, row.state, dying)
-            )
+            others = tuple(pairs.items())
+            lines.append(Sum(first, scale, others, spare, suspects, row.state, dying))
             made.add(i)
             if row.state is not None and keep_states:
                 kept.add(i)

@@ -10,17 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.adapters import _spacing as spacing
+from fewstep.adapters._probing import PREDICTIONS
 from fewstep.denoiser import Denoiser, WrappedNetwork
 from fewstep.files import read_json
 from fewstep.prediction import Prediction
 from fewstep.schedules import Flow, NoiseSchedule
-
-PREDICTIONS = {
-    "epsilon": Prediction.EPS,
-    "sample": Prediction.X0,
-    "v_prediction": Prediction.V,
-    "flow_prediction": Prediction.FLOW,
-}
 
 DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
