@@ -15,7 +15,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from fewstep.figures import Series, line_plot, look_of, svg
-from fewstep.report import MISSING, Cell, Page, number
+from fewstep.report import MISSING, Cell, Page, number, told
 
 
 def estimate(value, half):
@@ -154,9 +154,23 @@ def test_an_interval_says_how_many_digits_make_sense():
         "t", ["a"], [[estimate(123.456, 20.0)], [estimate(123.456, 0.002)], [Cell("z", 1.0)]]
     )
     text = page.to_html()
-    assert '123.<span class="interval">' not in text
     assert '123<span class="interval">103 … 143</span>' in text
-    assert '123.456<span class="interval">123.454 … 123.458</span>' in text
+    assert '123.4560<span class="interval">123.4540 … 123.4580</span>' in text
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "texts"),
+    [
+        (0.0124, 0.0164, ("0.012", "\N{MINUS SIGN}0.004", "0.029")),
+        (0.001, 0.0961, ("0.00", "\N{MINUS SIGN}0.10", "0.10")),
+        (0.0, 0.0, ("0", "0", "0")),
+        (12345.0, 2000.0, ("12345", "10345", "14345")),
+        (2e-9, 1e-9, ("2.000e\N{MINUS SIGN}9", "1.000e\N{MINUS SIGN}9", "3.000e\N{MINUS SIGN}9")),
+    ],
+)
+def test_estimates_as_text(value, half, texts):
+    """Two digits of the width, the same number of decimals everywhere, no minus zero."""
+    assert told(estimate(value, half)) == texts
 
 
 def test_an_svg_has_the_values_and_follows_the_theme():

@@ -58,6 +58,7 @@ class Series:
         low: The lower ends of a band, or ``None``.
         high: The upper ends.
         style: Which colour, marker and dash it gets; left out, its place among the lines.
+        muted: Whether it stays in the background: thin, grey, without a band or a name.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Series:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     style: int | None = None
+    muted: bool = False
 
 
 @contextmanager
@@ -117,26 +119,33 @@ def line_plot(
         markers: Whether to mark the points.
         height: The height in inches; left out, as the legend needs.
     """
-    named = sum(bool(s.name) for s in series)
+    named = sum(bool(s.name) and not s.muted for s in series)
     made, axes = new_figure(height=height or 3.3 + 0.17 * -(-named // 3))
     with styled():
-        draw_lines(axes, series, markers=markers)
+        # On a logarithmic axis a band that reaches below zero ends below the lowest point.
+        floor = min((y for s in series for y in s.y if y > 0), default=1.0) / 3 if log_y else None
+        draw_lines(axes, series, markers=markers, floor=floor)
         label(axes, x_label, y_label, title, log_x=log_x, log_y=log_y, x_ticks=x_ticks)
         add_legend(made, named)
     return made
 
 
-def draw_lines(axes: Axes, series: Sequence[Series], *, markers: bool = True) -> None:
-    """Draws lines with their bands."""
+def draw_lines(
+    axes: Axes, series: Sequence[Series], *, markers: bool = True, floor: float | None = None
+) -> None:
+    """Draws lines with their bands, whose lower ends are not below the floor."""
     for place, one in enumerate(series):
+        if one.muted:
+            axes.plot(one.x, one.y, label="_", lw=0.8, color=PALE, alpha=0.45, zorder=1.5)
+            continue
         look = look_of(place if one.style is None else one.style)
         if not markers:
             look["marker"] = ""
         axes.plot(one.x, one.y, label=one.name or "_", lw=1.6, ms=4.5, **look)
         if one.low is not None and one.high is not None:
-            axes.fill_between(
-                one.x, one.low, one.high, color=look["color"], alpha=0.16, linewidth=0
-            )
+            low = one.low if floor is None else [max(v, floor) for v in one.low]
+            high = one.high if floor is None else [max(v, floor) for v in one.high]
+            axes.fill_between(one.x, low, high, color=look["color"], alpha=0.16, linewidth=0)
 
 
 def look_of(style: int) -> dict[str, Any]:

@@ -32,11 +32,12 @@ class Column:
 
     Attributes:
         title: What stands above it.
-        number: Whether it holds numbers, which are aligned at the right.
+        number: Whether it holds numbers, which are aligned at the right; left out, it does if all
+            its fields have a value to sort by.
     """
 
     title: str
-    number: bool = False
+    number: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,10 @@ class Page:
         for place, column in enumerate(titles):
             fields = [row[place] for row in cells]
             present = [f for f in fields if "missing" not in f.classes]
-            if column.number or (present and all(f.value is not None for f in present)):
+            numeric = column.number
+            if numeric is None:
+                numeric = bool(present) and all(f.value is not None for f in present)
+            if numeric:
                 titles[place] = Column(column.title, True)
                 for row in cells:
                     cell = row[place]
@@ -193,6 +197,8 @@ class Page:
 
 def number(value: float, digits: int = 4) -> str:
     """Returns a number as text, with so many significant digits and a real minus sign."""
+    if value == 0:
+        return "0"
     if isinstance(value, int):
         return f"{value:,}".replace(",", "\N{THIN SPACE}").replace("-", "\N{MINUS SIGN}")
     if not math.isfinite(value):
@@ -219,12 +225,22 @@ def _cell(value: Any) -> Cell:
 
 
 def _estimate(found: Any) -> Cell:
-    # As many digits as tell the ends of the interval apart.
-    width, digits = abs(found.high - found.low), 4
-    if width > 0 and found.value:
-        digits = max(2, min(6, 2 - math.floor(math.log10(width / abs(found.value)))))
-    ends = f"{number(found.low, digits)} … {number(found.high, digits)}"
-    return Cell(number(found.value, digits), float(found.value), ends)
+    value, low, high = told(found)
+    return Cell(value, float(found.value), f"{low} … {high}")
+
+
+def told(estimate: Any) -> tuple[str, str, str]:
+    """Returns value and ends of an estimate as texts, with two digits of the interval's width."""
+    numbers = (estimate.value, estimate.low, estimate.high)
+    width = abs(estimate.high - estimate.low)
+    if not 1e-6 < width < 1e6:
+        value, low, high = (number(n) for n in numbers)
+        return value, low, high
+    decimals = max(0, 1 - math.floor(math.log10(width)))
+    # Adding zero turns a rounded minus zero into zero.
+    rounded = (f"{round(n, decimals) + 0.0:.{decimals}f}" for n in numbers)
+    value, low, high = (text.replace("-", "\N{MINUS SIGN}") for text in rounded)
+    return value, low, high
 
 
 @cache

@@ -51,9 +51,13 @@ class DiffusersSampler:
     stepping: Mapping[str, Any] = field(default_factory=dict)
     setting: Mapping[str, Any] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def nfe(self) -> int:
         """The number of network calls: one for each of its timesteps, which may be more than steps."""
+        return self._calls
+
+    @cached_property
+    def _calls(self) -> int:
         return len(self._ready().timesteps)
 
     def start(self, noise: Tensor) -> Tensor:

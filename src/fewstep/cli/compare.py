@@ -1,0 +1,254 @@
+"""``fewstep compare``: which sampler is best for a model at a budget, and how sure that is."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from fewstep.cli._common import (
+    Flag,
+    console,
+    load_model,
+    output_folder,
+    parse_labels,
+    positive,
+    progress,
+    say,
+)
+
+if TYPE_CHECKING:
+    from fewstep.comparison import Comparison, Watcher
+    from fewstep.denoiser import Denoiser
+    from fewstep.metrics import Reference
+
+SOLVERS = "auto,tab3,ddim,dpmpp-2m,unipc3"
+"""What is compared if nothing is said."""
+
+EXACT = ("mixture-smooth", "mixture-sharp")
+"""The models that are their own data."""
+
+EXACT_DRAWS, KEPT = 100_000, 2000
+"""The draws whose statistics stand for the data of an exact model, and those that are kept."""
+
+
+def compare(
+    model: str,
+    *,
+    out: Path,
+    solvers: str = SOLVERS,
+    nfe: str = "5,10,20",
+    data: str | None = None,
+    n: Annotated[int, Parameter(name=["-n", "--n"])] = 256,
+    features: str = "fashion",
+    metrics: str | None = None,
+    reference_nfe: int = 200,
+    class_labels: str | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    batch_size: int = 64,
+    extend: Flag = False,
+    overwrite: Flag = False,
+) -> None:
+    """Compare samplers at several budgets from the same noise: OUT/report.html.
+
+    Also OUT/results.json (all numbers), OUT/best-NFE.json (the best sampler of each budget as a
+    recipe for `fewstep sample --recipe`) and pictures. Each cell (a sampler at a budget) is kept
+    in OUT when it is done: a run that was interrupted goes on when the same command is given again.
+
+    A sampler is written as NAME[@GRID[:VALUE]][+OPTION=VALUE]..., for example tab3,
+    tab3@power:1.5, unipc3@karras, ddim+eta=0.5, tab3@auto:FILE; as diffusers:NAME[+OPTION=VALUE]...
+    for a scheduler of diffusers, for example diffusers:DDIM,
+    diffusers:DPMSolverMultistep+solver_order=3+use_karras_sigmas=true; or as the path of a recipe,
+    a plan or a tuned sampler (.json), or of the folder of an operator.
+
+    Args:
+        model: An embedded name (see `fewstep models`), or a folder.
+        out: The folder to write.
+        solvers: The samplers, with commas between.
+        nfe: The numbers of network evaluations, with commas between.
+        data: Real data to compare with: an embedded name, a folder of images, an idx or npz file;
+            left out, only the distance to a fine reference is measured.
+        n: How many samples of each.
+        features: What FID looks at: an embedded extractor, a TorchScript file, or pixels.
+        metrics: Which of fid, kid, precision-recall and sliced-wasserstein; all if left out.
+        reference_nfe: The number of evaluations of the reference.
+        class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all).
+        guidance: The scale of classifier-free guidance; 1 is none.
+        seed: The seed; sample i starts from the noise of (seed, i) with every sampler.
+        device: Where to run, for example cpu or cuda.
+        batch_size: How many samples go through the network at a time.
+        extend: Add to the finished comparison in OUT: its cells are kept, its report is replaced.
+        overwrite: Replace the results that are there.
+    """
+    positive("-n", n)
+    positive("--batch-size", batch_size)
+    positive("--reference-nfe", reference_nfe)
+    budgets = _numbers(nfe)
+    output_folder(out)
+    _check_report()
+    denoiser = load_model(model, device)
+    labels = parse_labels(class_labels, denoiser, n)
+    cond = {} if labels is None else {"class_labels": labels}
+
+    from fewstep.comparison import METRICS
+    from fewstep.comparison import compare as run
+    from fewstep.comparison.page import Told, write_report
+
+    asked = METRICS if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
+    real = None if data is None else _data(data, features, denoiser)
+    with _watcher(out) as watcher:
+        comparison = run(
+            denoiser,
+            solvers,
+            nfe=budgets,
+            folder=out,
+            n=n,
+            seed=seed,
+            data=real,
+            metrics=asked,
+            reference_nfe=reference_nfe,
+            guidance=guidance,
+            cond=cond,
+            batch_size=min(n, batch_size),
+            extend=extend,
+            overwrite=overwrite,
+            watcher=watcher,
+        )
+    told = Told(
+        model=model,
+        data=data or "",
+        command=_command(locals()),
+        notes=[("class labels", class_labels)] if class_labels is not None else [],
+    )
+    paths = write_report(comparison, told)
+    _table(comparison)
+    say(f"\nwrote {', '.join(str(path) for path in paths[:2])}")
+    recipes = [path for path in paths if path.name.startswith("best-")]
+    if recipes:
+        say(f"and the best of each budget: {', '.join(str(path) for path in recipes)}")
+        again = ["fewstep", "sample", model, "--recipe", str(recipes[0])]
+        if class_labels is not None:
+            again += ["--class-labels", class_labels]
+        say(f"next: {shlex.join([*again, '--out', f'{out}-samples'])}")
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [p for p in parts if not (p.isascii() and p.isdigit() and 0 < len(p) < 6 and int(p))]
+    if wrong or not parts:
+        raise ValueError(
+            f"--nfe is one or more positive integers, for example 5,10,20; got {text!r:.40}"
+        )
+    return [int(part) for part in parts]
+
+
+def _check_report() -> None:
+    """Raises before the hours of sampling if the report could not be written afterwards."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
+        raise ValueError(f"the report needs {missing[0]}: pip install fewstep[report]")
+
+
+def _data(source: str, features: str, denoiser: Denoiser) -> Reference:
+    """Returns the real data; of an exact model by its name, draws from it."""
+    from dataclasses import replace
+
+    from fewstep.metrics import Reference
+
+    shape = denoiser.event_shape or ()
+    if source in EXACT:
+        drawn: Any = load_model(source, "cpu")
+        points = drawn.draw(EXACT_DRAWS, seed=1).float()
+        return replace(
+            Reference.of(points, points[-KEPT:], name=source),
+            features=points[:KEPT],
+            event_shape=drawn.event_shape,
+        )
+    found = Reference.load(source, features)
+    if found.event_shape is not None and tuple(found.event_shape) != tuple(shape):
+        raise ValueError(
+            f"the data have shape {tuple(found.event_shape)}, the model's samples {tuple(shape)}"
+        )
+    return found
+
+
+@contextmanager
+def _watcher(out: Path) -> Iterator[Watcher]:
+    """Shows a bar over network calls, with the cell that is being run beside it."""
+    from fewstep.comparison import Watcher
+
+    class Shown(Watcher):
+        tick: Any = None
+        total = 0
+
+        def begin(self, calls: int) -> None:
+            self.bar = progress("comparing", calls)
+            self.tick = self.bar.__enter__()
+
+        def cell(self, name: str, nfe: int, state: str) -> None:
+            if state == "begun":
+                self.tick(0, f"{name}, {nfe}")
+
+        def call(self, times: int = 1) -> None:
+            self.tick(times)
+
+    shown = Shown()
+    try:
+        yield shown
+    finally:
+        if shown.tick is not None:
+            shown.bar.__exit__(None, None, None)
+
+
+def _command(given: dict[str, Any]) -> str:
+    """Returns the command that was given, without what is the default."""
+    parts = ["fewstep", "compare", str(given["model"]), "--solvers", given["solvers"]]
+    parts += ["--nfe", given["nfe"], "-n", str(given["n"]), "--seed", str(given["seed"])]
+    for name, default in (
+        ("data", None),
+        ("features", "fashion"),
+        ("metrics", None),
+        ("reference_nfe", 200),
+        ("class_labels", None),
+        ("guidance", None),
+        ("device", "cpu"),
+        ("batch_size", 64),
+    ):
+        if given[name] != default:
+            parts += [f"--{name.replace('_', '-')}", str(given[name])]
+    return shlex.join([*parts, "--out", str(given["out"])])
+
+
+def _table(comparison: Comparison) -> None:
+    """Prints the order at each budget."""
+    from rich.table import Table
+
+    from fewstep.comparison.scores import RMS, TITLES
+    from fewstep.comparison.verdicts import judge, measure_of
+
+    measure = measure_of(comparison)
+    names = [measure, *([RMS] if measure != RMS else [])]
+    table = Table(box=None, pad_edge=False)
+    for title in ("NFE", "sampler", *(TITLES[name] for name in names), "ms/sample", ""):
+        table.add_column(title, justify="left" if title in ("sampler", "") else "right")
+    for verdict in judge(comparison):
+        for cell in verdict.order:
+            word = "best" if cell is verdict.best else "tie" if cell in verdict.ties else ""
+            scores = [cell.scores[name] for name in names]
+            table.add_row(
+                str(cell.nfe),
+                cell.name,
+                *(f"{s.value:.4g} ({s.low:.4g} to {s.high:.4g})" for s in scores),
+                f"{1e3 * cell.seconds[0]:.3g}",
+                word,
+            )
+    console().print(table)
+    for name, nfe, reason in comparison.refused:
+        say(f"left out: {name} with {nfe}: {reason}")

@@ -1,0 +1,250 @@
+"""What is compared: samplers as texts (names with options, files, peers) or as callables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.denoiser import Denoiser
+from fewstep.files import loads_json
+from fewstep.planning import choose
+from fewstep.recipe import SamplerRecipe
+from fewstep.sampling import PlanSampler, Sampler
+
+SYNTAX = "NAME[@GRID[:VALUE]][+OPTION=VALUE]..."
+"""How a sampler is written; the other ways are the path of a file or of an operator's folder."""
+
+GRID_VALUE = {"power": "power", "karras": "rho"}
+"""What the value after a grid's name stands for."""
+
+PEERS = "diffusers:"
+
+Build = Callable[[Denoiser, int], Sampler]
+"""Takes a denoiser and a number of network calls, returns the sampler."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sampler that takes part, at any budget or at its own.
+
+    Attributes:
+        name: Its name in tables.
+        build: Makes it for a denoiser and a budget.
+        recipe: Returns the recipe of the same, or ``None`` if there is none for a sampler like it.
+        nfe: The one number of network calls that it can make; ``None`` if it takes a budget.
+    """
+
+    name: str
+    build: Build
+    recipe: Callable[[Denoiser, int], SamplerRecipe | None]
+    nfe: int | None = None
+
+
+def read_entries(samplers: str | Sequence[str] | Mapping[str, Build]) -> list[Entry]:
+    """Returns what takes part.
+
+    Arguments:
+        samplers: Texts as :func:`read_entry` reads them, in a list or with commas between; or a
+            mapping from names to functions (denoiser, nfe) -> sampler.
+
+    Raises:
+        ValueError: If there is none, one is named twice, or a text cannot be read.
+    """
+    if isinstance(samplers, Mapping):
+        found = [_prepared(name, build) for name, build in samplers.items()]
+    else:
+        texts = _split(samplers) if isinstance(samplers, str) else list(samplers)
+        found = [read_entry(text) for text in texts]
+    if not found:
+        raise ValueError("give at least one sampler to compare, for example tab3,ddim")
+    names = [one.name for one in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"the sampler {twice[0]!r} is named twice")
+    return found
+
+
+def read_entry(text: str) -> Entry:
+    """Returns the sampler that a text describes.
+
+    It is one of
+
+    - the name of a solver, or ``auto``, with a grid and options if wanted: ``tab3``,
+      ``tab3@power:1.5``, ``unipc3@karras``, ``ddim+eta=0.5``, ``tab3@auto:grid.json``;
+    - a scheduler of diffusers with options: ``diffusers:UniPC+solver_order=3``;
+    - the path of a recipe, a plan or a tuned sampler (``.json``), or of an operator's folder.
+
+    Raises:
+        ValueError: If it cannot be read; whether a name is known is seen when it is built.
+    """
+    text = text.strip()
+    if not text:
+        raise ValueError(f"a sampler is written as {SYNTAX} or as the path of a file, got nothing")
+    if text.startswith(PEERS):
+        name, options = _options(text.removeprefix(PEERS), text)
+        return _peer(text, name, options)
+    if (Path(text) / "operator.json").is_file():
+        return _operator(Path(text))
+    if re.fullmatch(r"[^@+]+\.json", text):
+        return _file(Path(text))
+    if "/" in text.split("@")[0]:
+        raise ValueError(f"there is no file or operator {text!r:.80}; a sampler is {SYNTAX}")
+    head, options = _options(text, text)
+    name, at, grid = head.partition("@")
+    if not name or (at and not grid):
+        raise ValueError(f"a sampler is written as {SYNTAX}, got {text!r:.80}")
+    return _solver(text, name, *_grid(grid, options))
+
+
+def identity(made: Sampler) -> str:
+    """Returns a checksum of what a sampler does, as far as it can be told without running it."""
+    if isinstance(made, PlanSampler):
+        about: Any = json.loads(made.plan.to_json())
+    else:
+        about = {"kind": type(made).__qualname__, "nfe": made.nfe}
+        config = getattr(getattr(made, "scheduler", None), "config", None)
+        for key, value in (config or {}).items():
+            about[f"config.{key}"] = str(value)
+        for key in ("steps", "stepping", "setting", "options", "rtol", "atol"):
+            if hasattr(made, key):
+                about[key] = str(getattr(made, key))
+        if getattr(made, "scheduler", None) is None:
+            about["model"] = made.denoiser.fingerprint()
+    about = {"sampler": about, "guidance": getattr(made.denoiser, "scale", None)}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _split(text: str) -> list[str]:
+    """Splits at commas that are not inside of brackets."""
+    return [part for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+
+
+def _options(text: str, whole: str) -> tuple[str, dict[str, Any]]:
+    head, *pairs = text.split("+")
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not sign or not key.isidentifier() or key in found:
+            raise ValueError(
+                f"an option is +KEY=VALUE, once each; got {pair!r:.40} in {whole!r:.80}"
+            )
+        try:
+            found[key] = loads_json(value, what="the value")
+        except ValueError:
+            found[key] = value
+    return head.strip(), found
+
+
+def _grid(text: str, options: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    name, colon, value = text.partition(":")
+    if not colon or name not in GRID_VALUE:
+        return text or None, options
+    try:
+        return name, {GRID_VALUE[name]: float(value), **options}
+    except ValueError:
+        raise ValueError(
+            f"the value of the grid {name!r} is a number, for example {name}:2, got {value!r:.40}"
+        ) from None
+
+
+def _solver(name: str, solver: str, grid: str | None, options: dict[str, Any]) -> Entry:
+    options = dict(options)
+    head_start = options.pop("head_start", None)
+    if solver == "dopri5":
+        raise ValueError(
+            "dopri5 chooses its number of calls itself, so it has no place at a budget"
+        )
+
+    def recipe(denoiser: Denoiser, nfe: int) -> SamplerRecipe:
+        made = SamplerRecipe(
+            name=solver,
+            nfe=nfe,
+            options=options,
+            grid=grid,
+            head_start=head_start,
+            schedule=denoiser.schedule.to_config(),
+        )
+        if solver != "auto":
+            return made
+        choice = choose(denoiser.schedule, nfe)
+        return replace(
+            made,
+            name=choice.solver,
+            nfe=choice.nfe,
+            options={**({} if grid else choice.options), **options},
+            grid=grid or choice.grid,
+            head_start=choice.head_start if head_start is None else head_start,
+        )
+
+    return Entry(name, lambda denoiser, nfe: recipe(denoiser, nfe).build(denoiser), recipe)
+
+
+def _file(path: Path) -> Entry:
+    found = SamplerRecipe.load(path)
+    if found.kind == "adaptive":
+        raise ValueError(f"{str(path)!r} is adaptive, so it has no number of calls beforehand")
+    nfe = found.plan.nfe if found.plan is not None else found.nfe
+
+    def build(denoiser: Denoiser, _: int) -> Sampler:
+        return found.build(denoiser)
+
+    return Entry(path.stem, build, lambda _, __: found, nfe)
+
+
+def _operator(folder: Path) -> Entry:
+    from fewstep.zoo.load import load
+
+    model = load(folder)
+
+    def build(denoiser: Denoiser, _: int) -> Sampler:
+        if model.event_shape != denoiser.event_shape:
+            raise ValueError(
+                f"the operator {str(folder)!r} makes samples of shape {model.event_shape}, the "
+                f"model {denoiser.event_shape}"
+            )
+        device = next((p.device for p in denoiser.parameters()), None)
+        return model.to(device).own_sampler()  # type: ignore[operator]
+
+    return Entry(folder.name, build, lambda _, __: None, 1)
+
+
+def _peer(text: str, name: str, options: dict[str, Any]) -> Entry:
+    def build(denoiser: Denoiser, nfe: int) -> Sampler:
+        from fewstep.adapters.peers import diffusers_sampler
+
+        return diffusers_sampler(denoiser, name, nfe, **options)
+
+    return Entry(text, build, _peer_recipe(build))
+
+
+def _peer_recipe(build: Build) -> Callable[[Denoiser, int], SamplerRecipe | None]:
+    def recipe(denoiser: Denoiser, nfe: int) -> SamplerRecipe | None:
+        """The plan that does what the scheduler does, if it is one."""
+        from fewstep.adapters._probing import plan_from_scheduler
+
+        made: Any = build(denoiser, nfe)
+        if not denoiser.schedule.discrete:
+            return None  # its plan would be for the levels, not for the model's own times
+        try:
+            plan = plan_from_scheduler(made.scheduler, made.steps, **made.setting, **made.stepping)
+        except (ValueError, TypeError):
+            return None
+        # The same levels, but for the rounding of float32.
+        return SamplerRecipe("plan", plan.name, plan=replace(plan, schedule=denoiser.schedule))
+
+    return recipe
+
+
+def _prepared(name: str, build: Build) -> Entry:
+    def recipe(denoiser: Denoiser, nfe: int) -> SamplerRecipe | None:
+        made = build(denoiser, nfe)
+        return (
+            SamplerRecipe("plan", name, plan=made.plan) if isinstance(made, PlanSampler) else None
+        )
+
+    return Entry(name, build, recipe)

@@ -1,0 +1,419 @@
+"""The report of a comparison: one HTML file, the numbers as JSON, pictures, and the best as recipes."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep import __version__
+from fewstep.comparison.drawing import NAMES, against_nfe, against_seconds, samples_picture
+from fewstep.comparison.running import Comparison
+from fewstep.comparison.scores import BETTER_HIGH, RMS, TITLES, to_json
+from fewstep.comparison.store import FORMAT, REPORT, RESULTS, VERSION, Cell
+from fewstep.comparison.verdicts import Verdict, best_recipe, judge, measure_of, pareto
+from fewstep.files import write_json, write_whole
+from fewstep.report import Cell as Field
+from fewstep.report import Column, Page
+from fewstep.report import told as texts
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MOST_TIMES = 100
+"""The most steps whose times are listed."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What only the caller knows, for the report.
+
+    Attributes:
+        model: The model, as the commands name it.
+        data: The data, as the commands name it; empty if none was given.
+        command: The command that was given.
+        notes: Further settings to list, name and value.
+    """
+
+    model: str
+    data: str = ""
+    command: str = ""
+    notes: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+
+def write_report(comparison: Comparison, told: Told) -> list[Path]:
+    """Writes report, numbers, pictures and recipes; returns their paths, the report first."""
+    verdicts = judge(comparison)
+    recipes: dict[int, tuple[Cell, Path]] = {}
+    folder = comparison.store.folder
+    for verdict in verdicts:
+        found = best_recipe(comparison, verdict)
+        if found is not None:
+            path = found[1].save(folder / f"best-{verdict.nfe}.json")
+            recipes[verdict.nfe] = (found[0], path)
+    pictures = []
+    for verdict in verdicts:
+        image = samples_picture(comparison, verdict.nfe)
+        if image is not None:
+            path = folder / f"samples-{verdict.nfe}.png"
+            pictures.append((verdict.nfe, image, write_whole(path, _png(image))))
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    page = _page(comparison, verdicts, recipes, [p[:2] for p in pictures], told, when)
+    results = write_json(folder / RESULTS, _results(comparison, verdicts, recipes, told, when))
+    report = page.write(folder / REPORT)
+    comparison.store.finish(comparison.question)
+    return [report, results, *(p for _, p in recipes.values()), *(p[2] for p in pictures)]
+
+
+def _page(
+    comparison: Comparison,
+    verdicts: Sequence[Verdict],
+    recipes: dict[int, tuple[Cell, Path]],
+    pictures: Sequence[tuple[int, Image.Image]],
+    told: Told,
+    when: str,
+) -> Page:
+    question, measure = comparison.question, measure_of(comparison)
+    names = len({cell.name for cell in comparison.cells})
+    plural = "sampler" if names == 1 else "samplers"
+    budgets = ", ".join(str(v.nfe) for v in verdicts)
+    page = Page(
+        f"Samplers for {told.model}",
+        f"{names} {plural} at {budgets} network evaluations, {question['n']} samples each from the "
+        f"same noise; {when}.",
+    )
+    _summary(page, comparison, verdicts, recipes, measure)
+    _curves(page, comparison, measure)
+    if pictures:
+        page.heading("Samples")
+        flat = len(comparison.setting.denoiser.event_shape or ()) == 1
+        page.paragraph(
+            "The reference is drawn in the background, the sampler's points on it."
+            if flat
+            else "All samples of a column start from the same noise; the reference is the first row."
+        )
+        for nfe, image in pictures:
+            page.heading(f"{nfe} evaluations", level=3)
+            page.picture(
+                image, "", alt=f"Samples of each sampler with {nfe} evaluations", fit=False
+            )
+    _table(page, comparison, verdicts, measure)
+    _what_ran(page, comparison, told, when)
+    _next(page, comparison, verdicts, recipes, told)
+    page.footer = f"Made by fewstep {__version__}, {when}."
+    return page
+
+
+def _summary(
+    page: Page,
+    comparison: Comparison,
+    verdicts: Sequence[Verdict],
+    recipes: dict[int, tuple[Cell, Path]],
+    measure: str,
+) -> None:
+    page.heading("The best at each budget")
+    facts = []
+    for verdict in verdicts:
+        score = verdict.best.scores[measure]
+        value = "{} {} ({} to {})".format(TITLES[measure], *texts(score))
+        facts.append(
+            (
+                f"{verdict.nfe} evaluations",
+                verdict.best.name,
+                f"{value}; {verdict.sentence()}",
+            )
+        )
+    page.facts(facts)
+    page.paragraph(
+        f"Samplers are ordered by {NAMES[measure]}. Intervals are 95 %. All samplers start from the "
+        "same noise, so two are compared sample by sample: if the interval of their difference "
+        "reaches zero, they are called a tie."
+    )
+    if measure == "fid":
+        page.paragraph(
+            f"FID is too high with few samples (here {comparison.question['n']}), by about the same "
+            "for all samplers: compare it within this page, not with values from elsewhere. The "
+            f"reference itself, with {comparison.reference.nfe} evaluations, has "
+            f"{comparison.reference.scores['fid'].value:.4g}."
+        )
+    else:
+        page.paragraph(
+            "No real data were given (`--data`), so this tells how exactly a sampler follows the "
+            "model, not how good the model's samples are. A sampler that draws noise on the way "
+            "goes elsewhere on purpose, and is far from the reference whatever its quality."
+        )
+    other = [
+        f"`best-{v.nfe}.json` holds `{recipes[v.nfe][0].name}`: `{v.best.name}` cannot be written "
+        "as a recipe"
+        for v in verdicts
+        if v.nfe in recipes and recipes[v.nfe][0] is not v.best
+    ]
+    if other:
+        page.bullets(other)
+
+
+def _curves(page: Page, comparison: Comparison, measure: str) -> None:
+    page.heading("Quality")
+    shown = [measure, *([RMS] if measure != RMS else [])]
+    others = [
+        name
+        for name in TITLES
+        if name not in shown and any(name in cell.scores for cell in comparison.cells)
+    ]
+    budgets = {cell.nfe for cell in comparison.cells}
+    if len(budgets) > 1:
+        for name in shown:
+            page.figure(
+                against_nfe(comparison, name),
+                f"{_sentence(NAMES[name])} against the number of evaluations; bands are 95 % "
+                "intervals. " + _better(name),
+                alt=f"Lines of {TITLES[name]} against evaluations, one for each sampler",
+            )
+    front = pareto(comparison, measure)
+    page.figure(
+        against_seconds(comparison, measure, front),
+        "Quality against the seconds for one sample, on "
+        f"{_device(comparison)} in batches of {comparison.question['batch_size']}. The line is the "
+        "front: for each of its points no other is both faster and better.",
+        alt=f"{TITLES[measure]} of each sampler and budget against seconds, with the Pareto front",
+    )
+    page.paragraph(
+        "The front: " + ", ".join(f"`{cell.name}` with {cell.nfe}" for cell in front) + "."
+    )
+    if others and len(budgets) > 1:
+        with page.details("Other measures"):
+            for name in others:
+                page.figure(
+                    against_nfe(comparison, name),
+                    f"{_sentence(NAMES[name])}. {_better(name)}",
+                    alt=f"Lines of {TITLES[name]} against evaluations, one for each sampler",
+                )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _better(name: str) -> str:
+    return "Higher is better." if name in BETTER_HIGH else "Lower is better."
+
+
+def _table(page: Page, comparison: Comparison, verdicts: Sequence[Verdict], measure: str) -> None:
+    page.heading("All numbers")
+    names = [n for n in TITLES if any(n in cell.scores for cell in comparison.cells)]
+    names = [measure, *(n for n in (RMS, *names) if n != measure)]
+    names = list(dict.fromkeys(names))
+    behind = {
+        cell.key: more
+        for verdict in verdicts
+        for cell, more in zip(verdict.order, verdict.behind, strict=True)
+    }
+    columns = [
+        "sampler",
+        Column("NFE", True),
+        Column("verdict", False),
+        Column(TITLES[measure], True),
+        Column("behind the best", True),
+        *(Column(TITLES[name], True) for name in names[1:]),
+        Column("ms / sample", True),
+    ]
+    rows, marked = [], []
+    for verdict in verdicts:
+        ties = {cell.key for cell in verdict.ties}
+        for cell in verdict.order:
+            best = cell is verdict.best
+            word = "best" if best else "tie" if cell.key in ties else ""
+            if best:
+                marked.append(len(rows))
+            milliseconds = 1e3 * cell.seconds[0]
+            rows.append(
+                [
+                    cell.name + (" *" if cell.stochastic else ""),
+                    cell.nfe,
+                    Field(word, {"best": 0.0, "tie": 1.0}.get(word, 2.0)),
+                    cell.scores[measure],
+                    Field("0", 0.0) if best else behind[cell.key],
+                    *(cell.scores.get(name) for name in names[1:]),
+                    Field(f"{milliseconds:.3g}", milliseconds),
+                ]
+            )
+    page.table(
+        "Every sampler at every budget. A click on a title sorts; * draws noise on the way.",
+        columns,
+        rows,
+        marked=marked,
+    )
+    failed = {(name, reason) for cell in comparison.cells for name, reason in cell.failed.items()}
+    if failed:
+        page.bullets(f"{name} could not be measured: {reason}" for name, reason in sorted(failed))
+    if comparison.refused:
+        page.paragraph("Budgets that a sampler cannot meet:")
+        page.bullets(f"`{name}` with {nfe}: {reason}" for name, nfe, reason in comparison.refused)
+
+
+def _what_ran(page: Page, comparison: Comparison, told: Told, when: str) -> None:
+    page.heading("What was run")
+    question, reference = comparison.question, comparison.reference
+    if told.command:
+        page.code(told.command)
+    rows: list[tuple[str, Any]] = [
+        ("model", f"{told.model} (SHA-256 {question['model'][:16]}…)"),
+        ("samples", f"{question['n']}, seed {question['seed']}, the same noise for all samplers"),
+        ("reference", f"{question['reference']} with {reference.nfe} evaluations"),
+        ("guidance", question["guidance"] or "none"),
+    ]
+    if comparison.setting.data is not None:
+        data = comparison.setting.data
+        rows += [
+            ("data", f"{data.name} (SHA-256 {data.sha256[:16]}…)"),
+            ("features", f"{data.features_name} (SHA-256 {data.features_sha256[:16]}…)"),
+        ]
+    rows += [
+        *told.notes,
+        ("device", f"{_device(comparison)}, batches of {question['batch_size']}"),
+        ("date", when),
+        *((name, version) for name, version in versions().items()),
+    ]
+    page.table("Settings", ["what", "value"], rows, sortable=False)
+    page.paragraph(
+        f"The {NAMES[RMS]} is taken to the reference at the lowest level of the schedule or at "
+        "sigma = 0, whichever is nearer, as libraries end at either. Seconds are the median over "
+        "batches."
+    )
+    with page.details("The times at which each sampler asks the network"):
+        listed = [
+            (cell.name, cell.nfe, " ".join(f"{t:.4g}" for t in cell.about["times"]))
+            for cell in comparison.cells
+            if 0 < len(cell.about.get("times", ())) <= MOST_TIMES
+        ]
+        if listed:
+            page.table("Times", ["sampler", "NFE", "times"], listed, sortable=False)
+        else:
+            page.paragraph("None of these samplers has times that are known beforehand.")
+
+
+def _next(
+    page: Page,
+    comparison: Comparison,
+    verdicts: Sequence[Verdict],
+    recipes: dict[int, tuple[Cell, Path]],
+    told: Told,
+) -> None:
+    page.heading("Next")
+    commands = next_commands(comparison, verdicts, recipes, told)
+    for text, command in commands:
+        page.paragraph(text)
+        page.code(command)
+
+
+def next_commands(
+    comparison: Comparison,
+    verdicts: Sequence[Verdict],
+    recipes: dict[int, tuple[Cell, Path]],
+    told: Told,
+) -> list[tuple[str, str]]:
+    """Returns what to do with the result: a sentence and a command each."""
+    made = []
+    for nfe, (_, path) in sorted(recipes.items())[:1]:
+        command = [
+            "fewstep",
+            "sample",
+            told.model,
+            "--recipe",
+            str(path),
+            "--out",
+            f"samples-{nfe}",
+        ]
+        made.append((f"Draw samples with the best at {nfe} evaluations:", shlex.join(command)))
+    analyze = ["fewstep", "analyze", told.model, *(["--data", told.data] if told.data else [])]
+    made.append(
+        (
+            "See where the error that is left comes from:",
+            shlex.join([*analyze, "--out", "analysis"]),
+        )
+    )
+    least = verdicts[0].nfe
+    tune = ["fewstep", "tune", told.model, "--nfe", str(least), "--family", "gs"]
+    tune += ["--objective", "endpoint", "--out", f"tuned-{least}.json"]
+    made.append(
+        (
+            f"Fit coefficients to this model at {least} evaluations, and compare again:",
+            shlex.join(tune),
+        )
+    )
+    return made
+
+
+def _results(
+    comparison: Comparison,
+    verdicts: Sequence[Verdict],
+    recipes: dict[int, tuple[Cell, Path]],
+    told: Told,
+    when: str,
+) -> dict[str, Any]:
+    measure = measure_of(comparison)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "date": when,
+        "command": told.command,
+        "versions": versions(),
+        "model": told.model,
+        "data": told.data or None,
+        **{"question": dict(comparison.question), "notes": dict(told.notes)},
+        "measure": measure,
+        "reference": comparison.reference.to_json(),
+        "cells": [cell.to_json() for cell in comparison.cells],
+        "refused": [
+            {"sampler": name, "nfe": nfe, "reason": reason}
+            for name, nfe, reason in comparison.refused
+        ],
+        "verdicts": [
+            {
+                "nfe": verdict.nfe,
+                "best": verdict.best.name,
+                "ties": [cell.name for cell in verdict.ties],
+                "behind": {
+                    cell.name: to_json(more)
+                    for cell, more in zip(verdict.order, verdict.behind, strict=True)
+                },
+                "recipe": recipes[verdict.nfe][1].name if verdict.nfe in recipes else None,
+            }
+            for verdict in verdicts
+        ],
+        "pareto": [
+            {"sampler": cell.name, "nfe": cell.nfe} for cell in pareto(comparison, measure)
+        ],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of this package and of those that decide the numbers."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"fewstep": __version__}
+    for name in ("torch", "diffusers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device(comparison: Comparison) -> str:
+    kind = str(comparison.question["device"])
+    if kind == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return {"cpu": "the CPU"}.get(kind, kind)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

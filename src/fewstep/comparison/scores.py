@@ -1,0 +1,150 @@
+"""How good the samples of a cell are: estimates with intervals, and differences in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.metrics import (
+    Estimate,
+    Reference,
+    Statistics,
+    fid,
+    frechet_distance,
+    kid,
+    precision_recall,
+    sliced_wasserstein,
+)
+from fewstep.metrics.intervals import jackknife, student
+from fewstep.registry import unknown
+
+RMS = "rms"
+METRICS = ("fid", "kid", "precision-recall", "sliced-wasserstein")
+"""What can be asked for; the distance to the reference is always measured."""
+
+TITLES = {
+    "fid": "FID",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "sliced-wasserstein": "sliced Wasserstein",
+    RMS: "RMS to the reference",
+}
+"""The names of measures in reports."""
+
+BETTER_HIGH = frozenset({"precision", "recall", "density", "coverage"})
+LEVEL = 0.95
+
+
+def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of metrics; raises if one is not known."""
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(unknown("metric", name, list(METRICS)))
+    return tuple(names)
+
+
+def score(
+    features: Tensor, reference: Reference, names: Sequence[str]
+) -> tuple[dict[str, Estimate], dict[str, str]]:
+    r"""Returns estimates by name, and for those that could not be made the reason.
+
+    Arguments:
+        features: Features of the samples, with shape (n, D).
+        reference: The real data.
+        names: Which of :data:`METRICS`.
+    """
+    made: dict[str, Estimate] = {}
+    failed: dict[str, str] = {}
+    single: dict[str, Callable[..., Estimate]] = {
+        "fid": fid,
+        "kid": kid,
+        "sliced-wasserstein": sliced_wasserstein,
+    }
+    for name in names:
+        try:
+            if name in single:
+                made[name] = single[name](features, reference)
+            else:
+                made.update(precision_recall(features, reference)._asdict())
+        except ValueError as error:
+            failed[name] = str(error)
+    return made, failed
+
+
+def root(squares: Tensor) -> Estimate:
+    """Returns the root of the mean of per-sample mean squares (n), with Student's interval."""
+    n, mean = len(squares), squares.double().mean()
+    width = spread(squares) if n > 1 else mean
+    low, high = (mean - width).clamp(min=0).sqrt(), (mean + width).sqrt()
+    return Estimate(float(mean.sqrt()), float(low), float(high), LEVEL, "Student", (n, n))
+
+
+def spread(values: Tensor) -> Tensor:
+    """Returns half the width of Student's interval for the mean of values (n), n > 1."""
+    n = len(values)
+    return student(LEVEL, n - 1) * values.double().std() / n**0.5
+
+
+def less_fid(a: Tensor, b: Tensor, reference: Reference) -> Estimate:
+    """Returns how much larger the FID of features a (n, D) is than that of b, sample by sample paired.
+
+    From the same noise most of the chance is common to both, so this interval is much narrower
+    than those of the two FIDs.
+    """
+    a, b = a.double(), b.double()
+
+    def statistic(i: Tensor, _: Tensor) -> Tensor:
+        left, right = (
+            frechet_distance(Statistics.of(side[i]), reference.statistics) for side in (a, b)
+        )
+        return (left - right)[None]
+
+    sizes = (len(a), reference.statistics.n)
+    return jackknife(statistic, sizes, fixed=(False, True), level=LEVEL)[0]
+
+
+def less_rms(a: Tensor, b: Tensor) -> Estimate:
+    """Returns how much larger the root mean square is with squares a (n) than with b, paired."""
+    a, b = a.double(), b.double()
+    roots = a.mean().sqrt(), b.mean().sqrt()
+    value = float(roots[0] - roots[1])
+    # The root's derivative at each mean turns the difference into a mean over samples.
+    terms = a / (2 * roots[0]).clamp(min=1e-30) - b / (2 * roots[1]).clamp(min=1e-30)
+    width = float(spread(terms)) if len(a) > 1 else abs(value)
+    return Estimate(
+        value, value - width, value + width, LEVEL, "Student, paired", (len(a), len(b))
+    )
+
+
+def to_json(estimate: Estimate) -> dict[str, Any]:
+    """Returns an estimate as JSON."""
+    return {
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "level": estimate.level,
+        "method": estimate.method,
+        "sizes": list(estimate.sizes),
+    }
+
+
+def from_json(content: dict[str, Any]) -> Estimate:
+    """Returns the estimate that :func:`to_json` wrote."""
+    return Estimate(**{**content, "sizes": tuple(content["sizes"])})
+
+
+def same_place(a: Tensor, b: Tensor) -> Tensor:
+    r"""Returns per-sample mean squares (n) of the difference of samples, float64."""
+    return (a.double() - b.double()).square().flatten(1).mean(1).cpu()
+
+
+def denoised(denoiser: Any, x: Tensor, cond: Any) -> Tensor:
+    """Returns the data that a model sees in states at the lowest level of its schedule."""
+    with torch.no_grad():
+        return denoiser(x, denoiser.schedule.t_min, prediction="x0", **cond)

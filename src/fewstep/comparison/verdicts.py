@@ -1,0 +1,120 @@
+"""What a comparison says: the best at each budget, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fewstep.comparison.running import Comparison
+from fewstep.comparison.scores import RMS, less_fid, less_rms
+from fewstep.comparison.store import Cell
+from fewstep.metrics import Estimate
+from fewstep.recipe import SamplerRecipe
+from fewstep.report import told
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The order of the samplers at one budget.
+
+    Attributes:
+        nfe: The budget.
+        measure: What they are ordered by: ``"fid"``, or ``"rms"`` to the reference.
+        order: The cells, best first.
+        behind: How much worse than the first each is, from the same noise, so in pairs.
+    """
+
+    nfe: int
+    measure: str
+    order: Sequence[Cell]
+    behind: Sequence[Estimate]
+
+    @property
+    def best(self) -> Cell:
+        """The first."""
+        return self.order[0]
+
+    @property
+    def ties(self) -> list[Cell]:
+        """Those whose difference to the first may be chance: its interval reaches zero."""
+        return [
+            cell
+            for cell, more in zip(self.order[1:], self.behind[1:], strict=True)
+            if more.low <= 0
+        ]
+
+    def sentence(self) -> str:
+        """Returns how sure the first place is, in words."""
+        if len(self.order) == 1:
+            return "nothing else ran at this budget"
+        if not self.ties:
+            value, low, high = told(self.behind[1])
+            return f"clearly: `{self.order[1].name}` is behind by {value} ({low} to {high})"
+        if len(self.ties) <= 3:
+            return "a tie with " + ", ".join(f"`{cell.name}`" for cell in self.ties)
+        return f"a tie with {len(self.ties)} others, `{self.ties[0].name}` first among them"
+
+
+def measure_of(comparison: Comparison) -> str:
+    """Returns what samplers are ordered by: FID if all have one, or else the distance to the reference."""
+    return "fid" if all("fid" in cell.scores for cell in comparison.cells) else RMS
+
+
+def judge(comparison: Comparison) -> list[Verdict]:
+    """Returns a verdict for each budget, in their order."""
+    measure = measure_of(comparison)
+    data = comparison.setting.data
+    made = []
+    for nfe in sorted({cell.nfe for cell in comparison.cells}):
+        order = sorted(
+            (cell for cell in comparison.cells if cell.nfe == nfe),
+            key=lambda cell: cell.scores[measure].value,
+        )
+        first = comparison.store.tensors(order[0])
+        behind = [_nothing(order[0].scores[measure])]
+        for cell in order[1:]:
+            other = comparison.store.tensors(cell)
+            if measure == RMS or data is None:
+                behind.append(less_rms(other["squares"], first["squares"]))
+            else:
+                behind.append(less_fid(other["features"], first["features"], data))
+        made.append(Verdict(nfe, measure, order, behind))
+    return made
+
+
+def _nothing(estimate: Estimate) -> Estimate:
+    return replace(estimate, value=0.0, low=0.0, high=0.0, method="itself")
+
+
+def pareto(comparison: Comparison, measure: str) -> list[Cell]:
+    """Returns the cells that no other beats in both seconds and quality, the fastest first."""
+    front: list[Cell] = []
+    cells = [cell for cell in comparison.cells if measure in cell.scores]
+    for cell in sorted(cells, key=lambda c: (c.seconds[0], c.scores[measure].value)):
+        if not front or cell.scores[measure].value < front[-1].scores[measure].value:
+            front.append(cell)
+    return front
+
+
+def best_recipe(comparison: Comparison, verdict: Verdict) -> tuple[Cell, SamplerRecipe] | None:
+    """Returns the best sampler that can be written as a recipe, and it."""
+    by_name = {entry.name: entry for entry in comparison.entries}
+    denoiser, question = comparison.setting.denoiser, comparison.question
+    for cell in verdict.order:
+        found = by_name[cell.name].recipe(denoiser, cell.nfe)
+        if found is None:
+            continue
+        score = cell.scores[verdict.measure]
+        about = {
+            "compared": cell.name,
+            verdict.measure: [score.value, score.low, score.high],
+            "ties": [tie.name for tie in verdict.ties],
+            "samples": question["n"],
+            "seed": question["seed"],
+            "model": question["model"],
+        }
+        if getattr(denoiser, "integer_times", False):
+            about["integer_times"] = True
+        guidance = question["guidance"] if found.guidance is None else found.guidance
+        return cell, replace(found, guidance=guidance, about={**found.about, **about})
+    return None
