@@ -1,0 +1,159 @@
+"""What a model may be by mistake: its prediction, its schedule, its times, the range of its data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser, WrappedNetwork
+from fewstep.prediction import Prediction
+from fewstep.schedules import SCHEDULES, NoiseSchedule, schedule
+
+AS_CLAIMED = "as claimed"
+
+Convention = Callable[[NoiseSchedule, Tensor], Tensor]
+"""Takes a schedule and its times (B), float64, returns what the network is given."""
+
+
+def _span(s: NoiseSchedule) -> float:
+    return s.t_max if s.discrete else 1.0
+
+
+CONVENTIONS: Mapping[str, tuple[Convention, str]] = {
+    "t": (lambda s, t: t, "lambda t: t"),
+    "t / t_max": (lambda s, t: t / s.t_max, "lambda t: t / {top:g}"),
+    "1000 t": (lambda s, t: 1000 * t, "lambda t: 1000 * t"),
+    "999 t": (lambda s, t: 999 * t, "lambda t: 999 * t"),
+    "t_max - t": (lambda s, t: _span(s) - t, "lambda t: {top:g} - t"),
+    "1 - t / t_max": (lambda s, t: 1 - t / s.t_max, "lambda t: 1 - t / {top:g}"),
+    "999 (1 - t)": (lambda s, t: 999 * (1 - t), "lambda t: 999 * (1 - t)"),
+    "log(sigma) / 4": (
+        lambda s, t: -s.lam(t) / 4,
+        "lambda t: -schedule.lam(t.double()).to(t) / 4",
+    ),
+    "sigma": (lambda s, t: s.rho(t), "lambda t: schedule.rho(t.double()).to(t)"),
+    "lambda": (lambda s, t: s.lam(t), "lambda t: schedule.lam(t.double()).to(t)"),
+}
+"""Times that networks are given, with the ``to_model_time`` that makes them."""
+
+_OF_LEVELS = ("t / t_max", "1 - t / t_max")
+_OF_FRACTIONS = ("1000 t", "999 t", "999 (1 - t)")
+
+RANGES: Mapping[str, tuple[float, float]] = {
+    "[-1, 1]": (1.0, 0.0),
+    "[0, 1]": (0.5, 0.5),
+    "[-0.5, 0.5]": (0.5, 0.0),
+    "[0, 255]": (127.5, 127.5),
+}
+"""The ranges of data, with scale and shift from [-1, 1]."""
+
+
+def conventions_for(s: NoiseSchedule) -> list[str]:
+    """Returns the conventions that make sense for a schedule's times, each only once."""
+    left_out = _OF_FRACTIONS if s.discrete else _OF_LEVELS
+    return [AS_CLAIMED, *(name for name in CONVENTIONS if name not in left_out)]
+
+
+def range_of(data: Tensor) -> str | None:
+    """Returns the range that data seem to be in, or ``None`` if it is none of the usual."""
+    low, high = float(data.min()), float(data.max())
+    if low < -1.05 or high > 255.5 or high <= low:
+        return None
+    if low < -0.02:
+        return "[-1, 1]" if max(-low, high) > 0.52 and high < 1.05 else "[-0.5, 0.5]"
+    return "[0, 255]" if high > 2 else "[0, 1]" if high < 1.05 else None
+
+
+def between(one: str, two: str) -> tuple[float, float]:
+    """Returns scale and shift that take data from one range to another."""
+    (a, b), (c, d) = RANGES[one], RANGES[two]
+    return c / a, d - b * c / a
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a model is said to be.
+
+    Attributes:
+        prediction: What the network predicts.
+        schedule: Its schedule.
+        time: A name in :data:`CONVENTIONS`, or ``"as claimed"``.
+        range: A name in :data:`RANGES`, or ``"as claimed"``.
+    """
+
+    prediction: Prediction
+    schedule: NoiseSchedule
+    time: str = AS_CLAIMED
+    range: str = AS_CLAIMED
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """Returns what the network is given at times (B), float64."""
+        return CONVENTIONS[self.time][0](self.schedule, t)
+
+    def to_model_time(self) -> str:
+        """Returns the argument ``to_model_time`` that says so."""
+        return CONVENTIONS[self.time][1].format(top=_span(self.schedule))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as JSON has it."""
+        return {
+            "prediction": self.prediction.value,
+            "schedule": self.schedule.name,
+            "time": self.time,
+            "range": self.range,
+        }
+
+
+def schedules_to_try(claimed: NoiseSchedule) -> list[NoiseSchedule]:
+    """Returns the claimed schedule and all others that need no further data."""
+    found = [claimed]
+    for name in SCHEDULES:
+        if name != "tabulated":
+            other = schedule(name)
+            if other not in found:
+                found.append(other)
+    return found
+
+
+class Probe:
+    """A denoiser's network, asked as somebody else would ask it.
+
+    Arguments:
+        denoiser: The denoiser; guidance and clipping around it are taken off.
+        cond: The conditions, ready for the batch.
+    """
+
+    def __init__(self, denoiser: Denoiser, cond: Mapping[str, Any]) -> None:
+        while isinstance(inner := getattr(denoiser, "inner", None), Denoiser):
+            denoiser = inner
+        self.claimed, self.cond = denoiser, cond
+        self.network = denoiser
+        if isinstance(denoiser, WrappedNetwork):
+            # A shallow copy shares the weights; only the map of times is its own.
+            self.network = copy.copy(denoiser)
+            self.network._to_model_time = None
+            self.network.integer_times = False
+        self.whole = getattr(denoiser, "integer_times", False)
+
+    def answer(self, claim: Claim, x: Tensor, t: float) -> Tensor | None:
+        r"""Returns what the network says to a state (B, \*) at a time, or ``None`` if it refuses."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        times = torch.full((len(x),), t, dtype=torch.float64)
+        with torch.no_grad():
+            if claim.time == AS_CLAIMED:
+                return self.claimed.raw(x, times.to(x.device, dtype), **self.cond)
+            given = claim.model_time(times)
+            if self.whole and claim.time in ("t", "t_max - t"):
+                given = given.round().long()
+            else:
+                given = given.to(dtype)
+            try:
+                value = self.network.raw(x, given.to(x.device), **self.cond)
+            except (IndexError, RuntimeError, TypeError, ValueError):
+                return None  # a network of whole indices, say, that is given fractions
+        return value if bool(value.isfinite().all()) else None

@@ -1,0 +1,199 @@
+r"""The best grid by dynamic programming on measured local errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.quadrature import gauss_legendre
+from fewstep.studies.local_errors import Path
+
+
+@dataclass(frozen=True)
+class BestGrid:
+    """A grid that dynamic programming found.
+
+    Attributes:
+        times: Its times, from the start to the end, float64, shape (K + 1).
+        head: Whether it begins with an analytic head start.
+        cost: The root of the sum of the squared errors left at the end.
+    """
+
+    times: Tensor
+    head: bool
+    cost: float
+
+
+class StepCosts:
+    r"""The squared error that is left at the end of each step of exponential Adams–Bashforth.
+
+    A step from node i to node j with polynomial degree r in time through node i and r earlier ones
+    loses :math:`\alpha_j \| y_j - y_i - \int_{\rho_i}^{\rho_j} P_r \, d\rho \|` with :math:`y = x / \alpha`; the
+    cost is its square times the squared gain at j.
+
+    Arguments:
+        path: The reference path.
+        degree: The most degree, 0 to 2; the first steps have less history.
+    """
+
+    def __init__(self, path: Path, degree: int = 2) -> None:
+        if degree not in (0, 1, 2):
+            raise ValueError(f"degree must be 0, 1 or 2, got {degree!r}")
+        s = path.schedule
+        self.path, self.degree = path, degree
+        self.size = len(path.times)
+        alpha = s.alpha(path.times)
+        self.t = path.times / path.times[0]
+        self.weight = (alpha * path.gain).square()
+        self.moments = _moments(path, self.t)
+        y = path.x / alpha[:, None]
+        # [i, j, R]: what the step of degree 0 loses
+        self.base = y[None] - y[:, None] - self.moments[..., 0, None] * path.eps[:, None]
+        gaps = self.t[:, None] - self.t[None]
+        gaps = torch.where(gaps == 0, torch.ones_like(gaps), gaps)
+        # Newton's divided difference over (i, h).
+        self.first = (path.eps[:, None] - path.eps[None]) / gaps[..., None]
+
+    def zero(self) -> Tensor:
+        """Returns the costs of first steps, by (i, j); infinite unless j comes after i."""
+        cost = self.base.square().sum(-1) * self.weight
+        order = torch.arange(self.size)
+        return cost.masked_fill(order[:, None] >= order, math.inf)
+
+    def one(self, h: int) -> Tensor:
+        """Returns the costs of steps of degree 1 with node h before, by (i, j)."""
+        m1 = self.moments[..., 1, None]
+        lost = self.base - m1 * self.first[:, h][:, None]
+        return self._masked(lost.square().sum(-1) * self.weight, h)
+
+    def two(self, g: int, h: int) -> Tensor:
+        """Returns the costs of steps of degree 2 with nodes g, h before, by (i, j)."""
+        m1, m2 = self.moments[..., 1, None], self.moments[..., 2, None]
+        gap = self.t - self.t[g]
+        gap = torch.where(gap == 0, torch.ones_like(gap), gap)
+        second = (self.first[:, h] - self.first[h, g]) / gap[:, None]
+        back = (self.t - self.t[h])[:, None, None]
+        lost = self.base - m1 * self.first[:, h][:, None]
+        lost = lost - (m2 + back * m1) * second[:, None]
+        return self._masked(lost.square().sum(-1) * self.weight, h)
+
+    def _masked(self, cost: Tensor, h: int) -> Tensor:
+        order = torch.arange(self.size)
+        wrong = (order[:, None] >= order) | (order[:, None] <= h)
+        return cost.masked_fill(wrong, math.inf)
+
+
+def _moments(path: Path, t: Tensor) -> Tensor:
+    r"""Returns :math:`\int_{\rho_i}^{\rho_j} (t - t_i)^p \, d\rho` for p = 0, 1, 2, shape (S, S, 3)."""
+    s, (x, w) = path.schedule, gauss_legendre(8)
+    u = -s.lam(path.times)
+    middle, half = (u[1:] + u[:-1])[:, None] / 2, (u[1:] - u[:-1])[:, None] / 2
+    points = middle + half * x
+    time = s.time(-points.flatten()).reshape(points.shape) / path.times[0]
+    weights = half * w * points.exp()
+    size = len(t)
+    found = torch.zeros((size, size, 3), dtype=torch.float64)
+    for i in range(size - 1):
+        away = time[i:] - t[i]
+        for p in range(3):
+            found[i, i + 1 :, p] = (weights[i:] * away**p).sum(1).cumsum(0)
+    return found
+
+
+def best_grids(
+    costs: StepCosts, most: int, *, head: bool = False, free_end: bool = True
+) -> dict[int, BestGrid]:
+    """Returns the best grid for each number of steps up to ``most``.
+
+    Exact over all grids of nodes, for the sum of squared local errors that are left at the end.
+
+    Arguments:
+        costs: The costs of steps.
+        most: The largest number of steps.
+        head: Whether grids may begin with an analytic head start at any node.
+        free_end: Whether they may end before the last node; the error of the end is counted.
+
+    Raises:
+        ValueError: If there are fewer nodes than steps.
+    """
+    if not 0 < most < costs.size:
+        raise ValueError(f"{costs.size} nodes hold 1 to {costs.size - 1} steps, not {most}")
+    path = costs.path
+    starts = torch.full((costs.size,), math.inf, dtype=torch.float64)
+    starts[0] = 0.0
+    if head and path.head is not None:
+        starts[1:] = (path.head * path.gain)[1:].square()
+    ends = (path.x - path.x[-1]).square().sum(1)
+    if not free_end:
+        ends[:-1] = math.inf
+    tables = _Tables(costs)
+    found: dict[int, BestGrid] = {}
+    layers = [tables.begin(starts)]
+    for steps in range(1, most + 1):
+        if steps > 1:
+            layers.append(tables.extend(layers[-1]))
+        nodes, cost = tables.read(layers, ends)
+        found[steps] = BestGrid(
+            path.times[nodes].clone(), bool(nodes[0] != 0) and head, math.sqrt(cost)
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The least costs of arriving with a history, and the node before it from which that was."""
+
+    cost: Tensor
+    before: Tensor
+
+
+class _Tables:
+    """Histories are tuples of ``degree + 1`` nodes (less at the start), the newest last."""
+
+    def __init__(self, costs: StepCosts) -> None:
+        self.costs, size = costs, costs.size
+        self.zero = costs.zero()
+        if costs.degree >= 1:
+            self.one = torch.stack([costs.one(h) for h in range(size)])
+        if costs.degree == 2:
+            self.two = torch.full((size, size, size, size), math.inf, dtype=torch.float64)
+            for g in range(size):
+                for h in range(g + 1, size):
+                    self.two[g, h] = costs.two(g, h)
+
+    def begin(self, starts: Tensor) -> _Layer:
+        cost = starts[:, None] + self.zero
+        if self.costs.degree == 0:
+            best = cost.min(0)
+            return _Layer(best.values, best.indices)
+        return _Layer(cost, torch.zeros(0))
+
+    def extend(self, last: _Layer) -> _Layer:
+        cost = last.cost
+        if self.costs.degree == 0:
+            best = (cost[:, None] + self.zero).min(0)
+            return _Layer(best.values, best.indices)
+        if self.costs.degree == 1:
+            best = (cost[:, :, None] + self.one).min(0)
+            return _Layer(best.values, best.indices)
+        if cost.ndim == 2:  # the second step: degree 1, and the history becomes full
+            return _Layer(cost[:, :, None] + self.one, torch.zeros(0))
+        best = (cost[..., None] + self.two).min(0)
+        return _Layer(best.values, best.indices)
+
+    def read(self, layers: list[_Layer], ends: Tensor) -> tuple[list[int], float]:
+        """Returns the best grid's nodes, and its cost."""
+        total = layers[-1].cost + ends
+        flat = int(total.argmin())
+        history = [int(k) for k in torch.unravel_index(torch.tensor(flat), total.shape)]
+        cost, nodes = float(total.flatten()[flat]), list(history)
+        for layer in reversed(layers):
+            if not layer.before.numel():
+                break
+            before = int(layer.before[tuple(history)])
+            nodes.insert(0, before)
+            history = [before, *history[:-1]]
+        return nodes, cost

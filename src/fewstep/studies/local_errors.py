@@ -1,0 +1,232 @@
+r"""Local errors: what one step of a method loses if all before it was exact, for any plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser
+from fewstep.plans import Eval, Lin, Plan
+from fewstep.prediction import Prediction, coefficients
+from fewstep.studies.reference import Reference, grid_of, run_plan
+from fewstep.studies.spline import spline_matrix
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Path:
+    r"""Reference trajectories in coordinates of their own span, so that anything linear is cheap.
+
+    All states and answers at S nodes are at most 2 S vectors; their inner products (means over
+    samples and coordinates) are kept, so a norm here is a root mean square there.
+
+    Attributes:
+        times: The times of the nodes, float64, shape (S).
+        x: The states, float64, shape (S, R).
+        eps: The answers, float64, shape (S, R).
+        gain: How much of a small error at each node is left at the end, float64, shape (S).
+        head: The root mean square error of an analytic head start at each node, or ``None``.
+        schedule: The schedule.
+    """
+
+    times: Tensor
+    x: Tensor
+    eps: Tensor
+    gain: Tensor
+    head: Tensor | None
+    schedule: Any
+
+    def at(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns states, answers and gains at any times between the nodes, by splines."""
+        place = torch.arange(len(self.times), dtype=torch.float64)
+        where = _positions(self.times, times)
+        matrix = spline_matrix(place, where)
+        gain = (matrix @ self.gain.clamp_min(1e-12).log()).exp()
+        return matrix @ self.x, matrix @ self.eps, gain
+
+
+def _positions(nodes: Tensor, times: Tensor) -> Tensor:
+    """Returns fractional node numbers of times."""
+    times = times.clamp(float(nodes[-1]), float(nodes[0]))
+    rising = nodes.flip(0)
+    right = torch.searchsorted(rising, times.contiguous()).clamp(1, len(nodes) - 1)
+    share = (times - rising[right - 1]) / (rising[right] - rising[right - 1])
+    return len(nodes) - 1 - (right - 1 + share)
+
+
+def path_of(
+    reference: Reference, denoiser: Denoiser | None = None, gain: Tensor | None = None
+) -> Path:
+    """Returns the path of reference trajectories.
+
+    Arguments:
+        reference: The trajectories.
+        denoiser: For the mean and deviation of the data, which a head start needs.
+        gain: See :func:`measure_gain`; left out, 1 everywhere.
+    """
+    s, size = reference.schedule, len(reference.times)
+    rows = torch.cat([reference.x, reference.eps]).flatten(1)
+    gram = torch.zeros((2 * size, 2 * size), dtype=torch.float64)
+    for part in rows.split(CHUNK, dim=1):
+        block = part.cpu().double()
+        gram += block @ block.T
+    values, vectors = torch.linalg.eigh(gram / rows.shape[1])
+    basis = vectors * values.clamp_min(0).sqrt()
+    head = None
+    if denoiser is not None and denoiser.data_mean is not None and denoiser.data_std is not None:
+        mean = torch.as_tensor(denoiser.data_mean).to(reference.noise)
+        std = torch.as_tensor(denoiser.data_std).to(reference.noise)
+        errors = []
+        for t, x in zip(reference.times, reference.x, strict=True):
+            alpha, sigma = float(s.alpha(t)), float(s.sigma(t))
+            start = alpha * mean + (alpha**2 * std**2 + sigma**2).sqrt() * reference.noise
+            errors.append((start - x).double().square().mean().sqrt().cpu())
+        head = torch.stack(errors)
+    ones = torch.ones(size, dtype=torch.float64)
+    return Path(
+        reference.times, basis[:size], basis[size:], ones if gain is None else gain, head, s
+    )
+
+
+def measure_gain(
+    denoiser: Denoiser,
+    reference: Reference,
+    *,
+    places: int = 7,
+    samples: int = 16,
+    size: float = 0.05,
+    tick: Callable[[], None] | None = None,
+) -> Tensor:
+    r"""Returns how much of an error at each node is left at the end, float64, shape (S).
+
+    At some nodes the reference state is moved by what a DDIM step to there loses, made small, and
+    both are run to the end on the nodes; between the places the logarithm is interpolated. Errors
+    at high noise are mostly forgotten, since the flow contracts towards the data.
+
+    Cost: about ``places * S / 2`` network calls for each of 2 ``samples``.
+    """
+    s, nodes = reference.schedule, reference.times
+    b = min(samples, len(reference.noise))
+    picked = torch.linspace(1, len(nodes) - 1, places + 1).round().long()[:-1].unique()
+    cond = _first(reference.cond, len(reference.noise), b, twice=True)
+    logs = []
+    for i in picked.tolist():
+        x, before = reference.x[i, :b], max(0, i - 4)
+        alpha, sigma = (f(nodes[[before, i]]) for f in (s.alpha, s.sigma))
+        ratio = alpha[1] / alpha[0]
+        step = ratio * reference.x[before, :b]
+        step = step + (sigma[1] - ratio * sigma[0]) * reference.eps[before, :b]
+        defect = step - x
+        scale = size / float(defect.double().square().mean().sqrt().clamp_min(1e-12))
+        both = torch.cat([x, x + scale * defect.to(x)])
+        end = _run_on(denoiser, nodes[i:], both, cond)
+        if tick is not None:
+            tick()
+        left = (end[b:] - end[:b]).double().square().mean().sqrt() / size
+        logs.append(float(left.clamp_min(1e-6).log()))
+    places_at = torch.cat([picked, torch.tensor([len(nodes) - 1])]).double()
+    values = torch.tensor([*logs, 0.0], dtype=torch.float64)
+    return _linear(places_at, values, torch.arange(len(nodes), dtype=torch.float64)).exp()
+
+
+def _run_on(denoiser: Denoiser, times: Tensor, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
+    """Runs from a state to the end, on every other node: both runs have the same solver error."""
+    from fewstep.planning import plan
+
+    last = len(times) - 1
+    kept = sorted({*range(0, last, 2), last})
+    made = plan("tab2", denoiser.schedule, grid=grid_of(denoiser.schedule, times[kept]))
+    sigma = float(denoiser.schedule.sigma(times[0]))
+    return run_plan(denoiser, made, x / sigma, cond)
+
+
+def _first(cond: Mapping[str, Any], n: int, b: int, *, twice: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in cond.items():
+        if isinstance(value, (Tensor, list)) and getattr(value, "ndim", 1) and len(value) == n:
+            part = value[:b]
+            if twice:
+                part = torch.cat([part, part]) if isinstance(part, Tensor) else part + part
+            value = part
+        found[name] = value
+    return found
+
+
+def _linear(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    right = torch.searchsorted(at, wanted).clamp(1, len(at) - 1)
+    share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
+    return torch.lerp(values[right - 1], values[right], share)
+
+
+@dataclass(frozen=True)
+class StepErrors:
+    """What the steps of a plan lose.
+
+    Attributes:
+        times: The time at the end of each step, shape (K).
+        local: The root mean square local error of each, shape (K).
+        left: What is left of it at the end, shape (K).
+        start: What is left of the error of a head start; 0 without one.
+        predicted: The root of the sum of squares of all that is left.
+    """
+
+    times: Tensor
+    local: Tensor
+    left: Tensor
+    start: float
+    predicted: float
+
+
+def step_errors(plan: Plan, path: Path) -> StepErrors:
+    r"""Returns the local error of each step of a plan along the reference.
+
+    Each row is computed with the exact states and answers in the registers that it reads. For a
+    stage of a Runge–Kutta method the answer is that on the path, not at the stage.
+
+    Arguments:
+        plan: A deterministic plan of the path's schedule.
+        path: The path.
+
+    Raises:
+        ValueError: If the plan draws noise.
+    """
+    if plan.stochastic:
+        raise ValueError("a plan that draws noise follows no trajectory")
+    knots = plan.knots.detach()
+    zero = float(knots[-1]) < float(path.times[-1])
+    states, _, gains = path.at(knots)
+    if zero:  # a last step onto the data: measured against the reference's end
+        states = torch.cat([states[:-1], path.x[-1:]])
+    at_calls, answers, _ = path.at(plan.times.detach())
+    a, b = coefficients(
+        Prediction.EPS, plan.prediction, alpha=plan.scales[:, 0], sigma=plan.scales[:, 1]
+    )
+    answers = a[:, None] * at_calls + b[:, None] * answers
+    registers: list[Tensor] = [states[0]]
+    values, local = plan.values.detach(), torch.zeros(len(knots), dtype=torch.float64)
+    for row in plan.structure.rows:
+        if isinstance(row, Lin):
+            weights = values[row.offset : row.offset + len(row.terms)]
+            value = weights @ torch.stack([registers[r] for r in row.terms])
+            if row.state is not None:
+                local[row.state] = (value - states[row.state]).norm()
+                value = states[row.state]
+            registers.append(value)
+        else:
+            assert isinstance(row, Eval)
+            registers.append(answers[row.at])
+    left = local * gains
+    start = 0.0
+    if plan.head and path.head is not None:
+        where = _positions(path.times, knots[:1])
+        order = torch.arange(len(path.times), dtype=torch.float64)
+        start = float(_linear(order, path.head, where)[0] * gains[0])
+    end = 0.0 if zero else float((states[-1] - path.x[-1]).norm())
+    total = math.sqrt(float(left.square().sum()) + start**2 + end**2)
+    return StepErrors(knots[1:], local[1:], left[1:], start, total)

@@ -1,0 +1,216 @@
+r"""Reference trajectories: what the probability-flow ODE does, with very small steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser, bind
+from fewstep.execute import Execution
+from fewstep.grids import TimeGrid, explicit
+from fewstep.noise import INITIAL, NoiseSource
+from fewstep.planning import plan as make_plan
+from fewstep.plans import Plan
+from fewstep.prediction import Prediction, convert
+from fewstep.schedules import NoiseSchedule
+
+NODES = 48
+"""The number of intervals between kept times."""
+
+SUBSTEPS = 2
+"""The steps of the reference in each interval."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    r"""Trajectories of the ODE, at the nodes.
+
+    Attributes:
+        schedule: The schedule.
+        times: The times of the nodes, decreasing, float64, shape (S).
+        x: The states, with shape (S, B, \*).
+        eps: The network's answers there, as noise, with shape (S, B, \*).
+        noise: The initial draws, with shape (B, \*).
+        cond: The conditions, ready.
+        nfe: The number of network calls for each sample.
+    """
+
+    schedule: NoiseSchedule
+    times: Tensor
+    x: Tensor
+    eps: Tensor
+    noise: Tensor
+    cond: Mapping[str, Any]
+    nfe: int
+
+    @property
+    def end(self) -> Tensor:
+        r"""The samples, with shape (B, \*)."""
+        return self.x[-1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns what a file needs to hold; conditions are made again."""
+        return {"times": self.times, "x": self.x, "eps": self.eps, "noise": self.noise}
+
+
+def place_nodes(
+    schedule: NoiseSchedule, intervals: int = NODES, *, integer: bool = False
+) -> Tensor:
+    r"""Returns times that are dense in t and in :math:`\lambda`, decreasing, float64.
+
+    Half of them by each measure: their distribution function is the mean of one that is even in
+    :math:`t^{2/3}` and one that is even in :math:`\log\rho`.
+    """
+    power = torch.linspace(schedule.t_max ** (2 / 3), schedule.t_min ** (2 / 3), 2001).double()
+    first = power.pow(1.5)
+    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
+    low, high = schedule.lam(ends).tolist()
+    second = schedule.time(torch.linspace(low, high, 2001, dtype=torch.float64))
+    mesh = torch.cat([first, second]).clamp(schedule.t_min, schedule.t_max)
+    mesh = mesh.sort(descending=True).values
+    # The merged list is even in the mean of the two distribution functions.
+    picked = mesh[torch.linspace(0, len(mesh) - 1, intervals + 1).round().long()]
+    picked[0], picked[-1] = schedule.t_max, schedule.t_min
+    if integer:
+        picked = picked.round()
+    return picked.unique().flip(0)
+
+
+def draw_noise(
+    denoiser: Denoiser,
+    n: int,
+    seed: int,
+    *,
+    first: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    r"""Returns the initial draws of samples ``first`` to ``first + n - 1`` of a seed, (n, \*)."""
+    if denoiser.event_shape is None:
+        raise ValueError("the shape of a sample is not known; Denoiser.wrap(..., event_shape=)")
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    source = NoiseSource(seed, range(first, first + n))
+    return source.draw(INITIAL, denoiser.event_shape, dtype=dtype, device=device)
+
+
+def follow(
+    denoiser: Denoiser,
+    noise: Tensor,
+    cond: Mapping[str, Any],
+    *,
+    intervals: int = NODES,
+    substeps: int = SUBSTEPS,
+    tick: Callable[[], None] | None = None,
+) -> Reference:
+    r"""Returns reference trajectories from unit noise (B, \*).
+
+    By tAB3 with ``substeps`` steps in each interval.
+
+    Cost: ``intervals * substeps + 1`` network calls.
+
+    Arguments:
+        denoiser: The model.
+        noise: The initial draws, of unit variance, with shape (B, \*).
+        cond: The conditions, ready for this batch.
+        intervals: The number of intervals between nodes.
+        substeps: The steps in each.
+        tick: Called after each network call.
+    """
+    schedule = denoiser.schedule
+    integer = getattr(denoiser, "integer_times", False)
+    fine = place_nodes(schedule, intervals * substeps, integer=integer)
+    plan = make_plan("tab3", schedule, grid=TimeGrid(schedule, fine))
+    kept = torch.arange(0, len(fine), substeps)
+    if kept[-1] != len(fine) - 1:
+        kept = torch.cat([kept, torch.tensor([len(fine) - 1])])
+    wanted = set(kept.tolist())
+    states: dict[int, Tensor] = {0: noise * schedule.prior_std()}
+    answers: dict[int, Tensor] = {}
+    call = bind(denoiser, plan, len(noise), cond, noise)
+
+    def on_state(knot: int, state: Tensor) -> None:
+        if knot in wanted:
+            states[knot] = state
+
+    with torch.no_grad():
+        run = Execution(plan, states[0], on_state=on_state)
+        while run.call is not None:
+            answer = call(run.call.x, run.call.at)
+            if run.call.at in wanted:
+                answers[run.call.at] = answer.clone()
+            run.advance(answer)
+            if tick is not None:
+                tick()
+        last = len(fine) - 1
+        answers[last] = denoiser(run.result, float(fine[-1]), prediction="eps", **cond)
+    return Reference(
+        schedule,
+        fine[kept],
+        torch.stack([states[k] for k in kept.tolist()]),
+        torch.stack([answers[k] for k in kept.tolist()]),
+        noise,
+        cond,
+        plan.nfe + 1,
+    )
+
+
+def run_plan(
+    denoiser: Denoiser,
+    plan: Plan,
+    noise: Tensor,
+    cond: Mapping[str, Any],
+    *,
+    memory: list[tuple[float, Tensor, Tensor]] | None = None,
+    told: list[tuple[float, Tensor, Tensor]] | None = None,
+) -> Tensor:
+    r"""Returns the samples of a deterministic plan from unit noise, (B, \*).
+
+    Arguments:
+        denoiser: The model.
+        plan: The plan.
+        noise: The initial draws, of unit variance.
+        cond: The conditions, ready.
+        memory: Calls (time, input, answer) of a plan that is nearly the same: where time and
+            input are the same, the answer is taken from there.
+        told: Filled with this run's calls.
+    """
+    from fewstep.sampling import PlanSampler
+
+    call = bind(denoiser, plan, len(noise), cond, noise)
+    times = plan.times.tolist()
+    with torch.no_grad():
+        run = Execution(plan, PlanSampler(plan, denoiser).start(noise), keep_inputs=True)
+        while run.call is not None:
+            x, k = run.call
+            known = memory[k] if memory is not None and k < len(memory) else None
+            if known is not None and known[0] == times[k] and torch.equal(known[1], x):
+                answer = known[2]
+            else:
+                answer = call(x, k)
+            if told is not None:
+                told.append((times[k], x, answer))
+            run.advance(answer)
+    return run.result
+
+
+def x0_at_end(reference: Reference) -> Tensor:
+    r"""Returns the data that the network sees in the last states, (B, \*)."""
+    t = reference.times[-1]
+    schedule = reference.schedule
+    return convert(
+        reference.eps[-1],
+        reference.x[-1],
+        alpha=schedule.alpha(t),
+        sigma=schedule.sigma(t),
+        source=Prediction.EPS,
+        target=Prediction.X0,
+    )
+
+
+def grid_of(schedule: NoiseSchedule, times: Tensor) -> TimeGrid:
+    """Returns the grid of explicit times."""
+    return explicit(schedule, times=times)
