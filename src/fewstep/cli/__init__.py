@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError
 from fewstep import __version__
 from fewstep.cli._common import fail
 
-RESUMABLE = ("sample", "tune", "record", "train")
+RESUMABLE = ("sample", "tune", "record", "train", "compare")
 """The commands that go on when they are given again."""
 
 
@@ -32,6 +32,12 @@ def app() -> App:
     for name, module, function, text in (
         ("sample", "sample", "sample", "Draw samples from a model."),
         ("tune", "tune", "tune", "Search a sampler of few evaluations for a model."),
+        (
+            "compare",
+            "compare",
+            "compare",
+            "Compare samplers at several budgets: a report to look at.",
+        ),
         ("demo", "demo", "demo", "Compare samplers on an embedded model: a table and a picture."),
         ("record", "record", "record", "Record trajectories of a model, to distill from."),
         ("train", "train", "train", "Train a small diffusion model on your images."),
