@@ -14,7 +14,8 @@ from torch import Tensor
 
 import fewstep
 from fewstep import exact
-from fewstep.adaptive import AdaptiveSampler, freeze, log_likelihood
+from fewstep.adaptive import AdaptiveSampler, freeze
+from fewstep.likelihood import log_likelihood
 from fewstep.noise import NoiseSource
 from fewstep.recipe import SamplerRecipe
 from fewstep.sampling import PlanSampler, Run, Trajectory

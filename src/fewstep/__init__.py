@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from fewstep import adapters as adapters
     from fewstep import exact as exact
     from fewstep import metrics as metrics
-    from fewstep.adaptive import log_likelihood as log_likelihood
     from fewstep.denoiser import Clipped as Clipped
     from fewstep.denoiser import Denoiser as Denoiser
     from fewstep.denoiser import Guided as Guided
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from fewstep.operators.distillation import distill as distill
     from fewstep.learned.tuning import TunedSampler as TunedSampler
     from fewstep.learned.tuning import tune as tune
+    from fewstep.likelihood import log_likelihood as log_likelihood
     from fewstep.planning import plan as plan
     from fewstep.plans import Plan as Plan
     from fewstep.prediction import Prediction as Prediction
@@ -46,7 +46,7 @@ _HOMES = {
     "adapters": "",
     "exact": "",
     "metrics": "",
-    "log_likelihood": "adaptive",
+    "log_likelihood": "likelihood",
     "Clipped": "denoiser",
     "Denoiser": "denoiser",
     "Guided": "denoiser",
