@@ -354,6 +354,13 @@ def test_the_schedule_must_be_one():
         fewstep.schedule("vp-linear", beta_maxx=3)
 
 
+def test_auto_on_another_grid_drops_the_options_of_its_own():
+    """Its grid for trained levels has a power, which the quadratic grid does not take."""
+    noise = fewstep.schedule("ddpm-linear")
+    plan = fewstep.plan("auto", noise, nfe=8, grid="quadratic")
+    assert torch.equal(plan.knots, fewstep.grid("quadratic", noise, 8).times)
+
+
 def test_auto_on_a_grid_that_is_made():
     grid = fewstep.grid("uniform", SCHEDULE, 4)
     assert fewstep.plan("auto", SCHEDULE, grid=grid).nfe == 4

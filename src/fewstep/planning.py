@@ -56,7 +56,7 @@ def plan(
         )
         nfe, steps = (None if isinstance(grid, TimeGrid) else choice.nfe), None
         solver = choice.solver
-        options = {**choice.options, **options}
+        options = {**choice.options_on(grid), **options}
         grid = choice.grid if grid is None else grid
         head_start = choice.head_start if head_start is None else head_start
     grid_options = {k: v for k, v in options.items() if k in GRID_OPTIONS}
@@ -142,6 +142,12 @@ class Choice:
     grid: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     head_start: float | None = None
+
+    def options_on(self, grid: object) -> dict[str, Any]:
+        """Returns the options, without those of the grid where another grid is given."""
+        if grid is None:
+            return dict(self.options)
+        return {key: value for key, value in self.options.items() if key not in GRID_OPTIONS}
 
     def __str__(self) -> str:
         options = ", ".join(f"{k}={v}" for k, v in self.options.items())

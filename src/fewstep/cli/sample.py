@@ -163,7 +163,7 @@ def _chosen(
         choice = choose(denoiser.schedule, budget or DEFAULT_NFE)
         say(f"auto chose {choice}")
         name, budget = choice.solver, choice.nfe
-        options = {**choice.options, **options}
+        options = {**choice.options_on(grid), **options}
         grid = grid or choice.grid
         head_start = choice.head_start if head_start is None else head_start
     return SamplerRecipe(

@@ -151,7 +151,7 @@ def _plan(
     """Returns the plan of a solver, its grid bent so that the kept times are among its knots."""
     if solver == "auto":
         choice = choose(schedule, nfe if nfe is not None else 0)
-        solver, options = choice.solver, {**choice.options, **options}
+        solver, options = choice.solver, {**choice.options_on(grid), **options}
         grid = choice.grid if grid is None else grid
     calls = None if isinstance(grid, TimeGrid) or grid == "explicit" else nfe
     first = make_plan(
