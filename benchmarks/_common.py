@@ -1,0 +1,95 @@
+"""What the benchmarks share: the line that says what ran, tables, figures, references."""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from cycler import cycler
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import fewstep
+from fewstep.figures import COLORS, STYLE
+
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+SMALL = {
+    "axes.prop_cycle": cycler(color=COLORS),
+    "font.size": 9,
+    "figure.facecolor": "white",
+    "legend.fontsize": 7.5,
+}
+"""What figures of the documentation have besides the house's style."""
+
+
+def say_what_runs(what: str, packages: Iterable[str] = ()) -> None:
+    """Prints the command, the date, the versions and what is measured."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", *packages))
+    print(f"`{command}`\n")
+    print(
+        f"{date.today()}, fewstep {fewstep.__version__}, {versions}, Python "
+        f"{platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} thread(s). {what}\n",
+        flush=True,
+    )
+
+
+def version(package: str) -> str:
+    """Returns the version of a package, or that it is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints a table in Markdown, its columns aligned."""
+    cells = [[str(c) for c in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    cells.insert(1, ["-" * w for w in widths])
+    for row in cells:
+        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |")
+    print(flush=True)
+
+
+def rms(error: Tensor) -> float:
+    """Returns the root mean square of an error."""
+    return float(error.double().square().mean().sqrt())
+
+
+@contextmanager
+def figure(
+    name: str,
+    folder: Path,
+    *,
+    columns: int = 1,
+    size: tuple[float, float] = (4.2, 3.2),
+    **options: Any,
+) -> Iterator[Sequence[Any]]:
+    """Gives the axes of a figure, and writes it as SVG when they are drawn."""
+    with rc_context(STYLE | SMALL):  # type: ignore[arg-type]
+        made = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
+        yield made.subplots(1, columns, squeeze=False, **options)[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        # No date: the same numbers give the same file.
+        made.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    print(f"wrote {name}.svg to {folder}\n", flush=True)
+
+
+def legend_beside(ax: Any) -> None:
+    """Puts the legend to the right of an axis, where it hides nothing."""
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def slope(errors: Sequence[float], counts: Sequence[int]) -> float:
+    """Returns the order observed between the last two counts."""
+    return math.log(errors[-2] / errors[-1]) / math.log(counts[-1] / counts[-2])

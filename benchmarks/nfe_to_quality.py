@@ -1,0 +1,196 @@
+"""Network calls needed to come within 5 % of the FID of many calls, for each sampler.
+
+Usage: python benchmarks/nfe_to_quality.py --results DIR [--names tab3,diffusers:unipc-3,...]
+           [--nfe 5,6,8,10,15,20,50] [--within 0.05] [--draw] [--figures docs/figures]
+
+DIR holds the samples that `benchmarks/quality.py draw` made, or is the folder of a `fewstep compare`;
+nothing is drawn again, and what is missing is drawn (by quality.py) only with `--draw`. The mark is (1 + within) times the FID of the reference: the most calls that DIR has
+of it (`--target NAME-NFE` takes another cell). FID is interpolated linearly over log(calls);
+the answer is where it first meets the mark. All samplers start from the same noise, so
+the difference of each to the mark has a paired jackknife interval (95 %), and the interval of the answer is
+where the two ends of that band meet zero. "<" and ">" say that this is beyond the budgets measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fewstep
+import quality
+from _common import FIGURES, figure, legend_beside, print_table, say_what_runs
+from fewstep.comparison.store import STATE, Store
+from fewstep.denoiser import Denoiser
+from fewstep.files import read_metadata, read_tensors, write_tensors
+from fewstep.metrics import Estimate, Features, Reference, Statistics, frechet_distance
+from fewstep.metrics.intervals import jackknife
+
+SHOWN = (
+    "auto", "tab3", "unipc3", "ddim", "diffusers:ddim", "diffusers:deis-3", "diffusers:dpmpp-2m-karras",
+    "diffusers:unipc-3",
+)  # fmt: skip
+"""What the figure has."""
+
+
+def features(name: str, nfe: int, folder: Path, fingerprint: str, look: Features) -> Tensor | None:
+    """Returns the features of a cell, kept beside its samples, or ``None`` if it is not complete."""
+    if (folder / STATE).exists():
+        store = Store(folder)
+        there = {cell.key: cell for cell in store.all()}
+        cell = there.get((name, nfe))
+        return None if cell is None else store.tensors(cell)["features"].double()
+    file = folder / f"features-{name.replace(':', '_')}-{nfe}.safetensors"
+    about = {"fingerprint": fingerprint, "features": look.sha256}
+    if file.exists() and read_metadata(file) == about:
+        return read_tensors(file)["features"].double()
+    drawn = quality.gather(name, nfe, folder, fingerprint)
+    if drawn is None:
+        return None
+    with torch.no_grad():
+        found = look(drawn[0])
+    write_tensors(file, {"features": found}, metadata=about)
+    return found.double()
+
+
+def differences(
+    cells: list[Tensor], target: Tensor, real: Statistics, within: float
+) -> list[Estimate]:
+    """Returns how far the FID of each cell is above the mark, in pairs."""
+
+    def fid(side: Tensor) -> Tensor:
+        return frechet_distance(Statistics.of(side), real)
+
+    def statistic(i: Tensor, _: Tensor) -> Tensor:
+        mark = (1 + within) * fid(target[i])
+        return torch.stack([fid(cell[i]) - mark for cell in cells])
+
+    return jackknife(statistic, (len(target), real.n), fixed=(False, True))
+
+
+def crossing(budgets: list[int], above: list[float]) -> float:
+    """Returns where a curve first comes down to zero: 0 if it starts there, infinity if it never does."""
+    if above[0] <= 0:
+        return 0.0
+    for i in range(1, len(budgets)):
+        if above[i] <= 0:
+            share = above[i - 1] / (above[i - 1] - above[i])
+            low, high = math.log(budgets[i - 1]), math.log(budgets[i])
+            return math.exp(low + share * (high - low))
+    return math.inf
+
+
+def told(calls: float, budgets: list[int]) -> str:
+    """Returns a number of calls as text."""
+    if calls == 0:
+        return f"< {budgets[0]}"
+    return f"> {budgets[-1]}" if calls == math.inf else f"{calls:.1f}"
+
+
+def target_cell(
+    options: argparse.Namespace, fingerprint: str, look: Features
+) -> tuple[str, Tensor]:
+    """Returns the name and the features of the cell that sets the mark.
+
+    Raises:
+        SystemExit: If it is not there.
+    """
+    name, _, nfe = (options.target or f"{quality.REFERENCE}-{quality.REFERENCE_CALLS}").rpartition(
+        "-"
+    )
+    found = features(name, int(nfe), options.results, fingerprint, look)
+    if found is None:
+        raise SystemExit(
+            f"error: {options.results} has no complete cell {name}-{nfe}; draw it first"
+        )
+    return f"{name}, {nfe} calls", found
+
+
+def measure(options: argparse.Namespace, denoiser: Denoiser) -> None:
+    """Prints the table and draws the figure."""
+    budgets = [int(k) for k in options.nfe.split(",")]
+    asked = [n for n in options.names.split(",") if n] or quality.names()[1:]
+    real, look = Reference.load(quality.MODEL), Features.load(quality.MODEL)
+    fingerprint = denoiser.fingerprint()
+    if options.draw:
+        quality.draw_all(asked, budgets, options.results, denoiser)
+    name, target = target_cell(options, fingerprint, look)
+    best = float(frechet_distance(Statistics.of(target), real.statistics))
+    print(
+        f"mark: {1 + options.within:.2f} times the FID {best:.3f} of {name}, {len(target)} samples\n"
+    )
+    rows, curves = [], {}
+    for sampler in asked:
+        found = {k: features(sampler, k, options.results, fingerprint, look) for k in budgets}
+        there = {k: f for k, f in found.items() if f is not None}
+        if len(there) < 2:
+            continue
+        at = list(there)
+        above = differences(list(there.values()), target, real.statistics, options.within)
+        curves[sampler] = (at, above)
+        value, low, high = (
+            crossing(at, [getattr(e, end) for e in above]) for end in ("value", "low", "high")
+        )
+        fids = {
+            k: f"{e.value + (1 + options.within) * best:.2f}"
+            for k, e in zip(at, above, strict=True)
+        }
+        cells = [told(value, at), f"{told(low, at)} to {told(high, at)}"]
+        rows.append(
+            (value, above[-1].value, [sampler, *cells, *(fids.get(k, "") for k in budgets)])
+        )
+    rows.sort(key=lambda row: row[:2])
+    head = ["sampler", "calls", "95 %", *(f"FID at {k}" for k in budgets)]
+    print_table(head, [row for *_, row in rows])
+    if curves:
+        draw(curves, options, best)
+
+
+def draw(
+    curves: dict[str, tuple[list[int], list[Estimate]]], options: argparse.Namespace, best: float
+) -> None:
+    """Draws FID over calls beside the mark."""
+    mark = (1 + options.within) * best
+    with figure("nfe-to-quality", options.figures, size=(5.5, 3.6)) as axes:
+        for name in [n for n in SHOWN if n in curves] or list(curves)[:8]:
+            at, above = curves[name]
+            style = "--" if ":" in name else "-"
+            middle, low, high = (
+                [getattr(e, end) + mark for e in above] for end in ("value", "low", "high")
+            )
+            axes[0].plot(at, middle, style, marker="o", markersize=3, label=name)
+            axes[0].fill_between(at, low, high, alpha=0.12)
+        axes[0].axhline(mark, color="black", linewidth=0.8)
+        axes[0].set(xscale="log", yscale="log", xlabel="network calls", ylabel="FID")
+        axes[0].set_xticks([5, 6, 8, 10, 15, 20, 50], ["5", "6", "8", "10", "15", "20", "50"])
+        axes[0].minorticks_off()
+        legend_beside(axes[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument(
+        "--names", default="", help="samplers, separated by commas; all if left out"
+    )
+    parser.add_argument("--nfe", default=",".join(map(str, quality.BUDGETS)))
+    parser.add_argument("--within", type=float, default=0.05)
+    parser.add_argument("--target", default="", help="NAME-NFE of the cell that sets the mark")
+    parser.add_argument("--draw", action="store_true", help="draw what is missing")
+    parser.add_argument("--figures", type=Path, default=FIGURES)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    say_what_runs(
+        f"{quality.MODEL}, {quality.N} samples, classes in turn, seed {quality.SEED}.",
+        ("diffusers", "azula"),
+    )
+    measure(options, fewstep.load(quality.MODEL))
+
+
+if __name__ == "__main__":
+    main()
