@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError
 from fewstep import __version__
 from fewstep.cli._common import fail
 
-RESUMABLE = ("sample", "tune", "record", "train", "compare")
+RESUMABLE = ("sample", "tune", "record", "distill", "train", "compare")
 """The commands that go on when they are given again."""
 
 
@@ -40,6 +40,7 @@ def app() -> App:
         ),
         ("demo", "demo", "demo", "Compare samplers on an embedded model: a table and a picture."),
         ("record", "record", "record", "Record trajectories of a model, to distill from."),
+        ("distill", "distill", "distill", "Distill a model into one evaluation."),
         ("train", "train", "train", "Train a small diffusion model on your images."),
         ("plan", "plan", "plan_app", "Read, check, compare and make plans (samplers as data)."),
         ("solvers", "listing", "solvers", "List the solvers, or describe one."),

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import Denoiser
 from fewstep.files import read_json, read_tensors, sha256, write_json, write_tensors
-from fewstep.operators.operator import Layout, OperatorModel, TrajectoryOperator
+from fewstep.operators.layout import Layout
+from fewstep.operators.model import OperatorModel
+from fewstep.operators.operator import TrajectoryOperator
 from fewstep.prediction import Prediction
 from fewstep.schedules import schedule_from_config
 from fewstep.zoo.load import FolderModel, model_shape
@@ -41,12 +43,12 @@ def write_operator(
     Arguments:
         folder: Where to write.
         operator: The operator.
-        weights: The state of its model, instead of its own (for example the average).
+        weights: The state of its network, instead of its own (for example the average).
         training: How it was trained; for the reader, not for the code.
         dtype: The type of the stored weights.
     """
     folder, model = Path(folder), operator.model
-    state = dict(weights) if weights is not None else model.state_dict()
+    state = dict(weights) if weights is not None else operator.network.state_dict()
     ready = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     file = write_tensors(folder / WEIGHTS, ready)
     content = {
@@ -111,7 +113,7 @@ def read_operator(
         layout = _layout(about["layout"])
         model = teacher if teacher is not None else _rebuild(about)
         operator = TrajectoryOperator(model, layout)
-        operator.model.load_state_dict(read_tensors(file), assign=True)
+        operator.network.load_state_dict(read_tensors(file), assign=True)
         operator = operator.to(dtype)
         operator.set_times(layout.times)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -3,11 +3,7 @@ r"""The operator: a network that maps initial noise to the states of a trajector
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,79 +11,10 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import Denoiser
 from fewstep.operators.capacity import Deeper, Pointwise
-from fewstep.operators.insertion import Site, Sites, TimeAxis, attach, blocks, is_known
+from fewstep.operators.insertion import Site, Sites, TimeAxis, attach, blocks, detach, is_known
+from fewstep.operators.layout import Layout, check_times, output_map
 from fewstep.operators.temporal import TemporalConv
-from fewstep.prediction import Prediction, coefficients
-from fewstep.sampling import Run, Trajectory
 from fewstep.schedules import NoiseSchedule
-
-OUTPUTS = ("convert", "direct")
-LABELS = ("target", "start")
-EXTRAS = ("none", "temporal", "pointwise", "deeper")
-
-
-@dataclass(frozen=True)
-class Layout:
-    r"""What an operator is, besides its weights.
-
-    Attributes:
-        times: The times of the M frames, decreasing; the last is the sample's.
-        start: The time of the input.
-        labels: The label of a frame: ``"target"``, its own time, or ``"start"``, the noise level
-            of the input.
-        output: ``"convert"``: the network's answer is converted to data with the coefficients of
-            the label, so that the start is the teacher; ``"direct"``: the answer is the data.
-        extra: What is attached to the network: ``"temporal"`` blocks, ``"none"``, or in their
-            place ``"pointwise"`` or ``"deeper"`` blocks that know no time.
-        modes: The modes J of temporal blocks.
-        basis: Their basis.
-        slope: The slope of their rectifier.
-        size: The hidden width (a multiple of the channels) of pointwise blocks, or the number of
-            residual blocks of deeper ones.
-        sites: The names of the hosts; ``None`` if the network is known.
-    """
-
-    times: tuple[float, ...]
-    start: float
-    labels: str = "target"
-    output: str = "convert"
-    extra: str = "temporal"
-    modes: int = 2
-    basis: str = "dft"
-    slope: float = 0.01
-    size: float = 1.0
-    sites: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("labels", self.labels, LABELS),
-            ("output", self.output, OUTPUTS),
-            ("extra", self.extra, EXTRAS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r:.40}")
-        check_times(self.times, self.start)
-        if isinstance(self.size, bool) or not isinstance(self.size, (int, float)):
-            raise ValueError(f"size must be a number, got {self.size!r:.40}")
-        if not 0 < self.size <= 1024:
-            raise ValueError(f"size must be positive and at most 1024, got {self.size!r:.40}")
-
-
-def check_times(times: Sequence[float], start: float) -> None:
-    """Raises unless times decrease from below the start.
-
-    Raises:
-        ValueError: With what is wrong.
-    """
-    if not times or len(times) > 4096:
-        raise ValueError(f"an operator has 1 to 4096 frames, got {len(times)} times")
-    for value in (start, *times):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"times must be numbers, got {value!r:.40}")
-        if not math.isfinite(value):
-            raise ValueError(f"times must be finite, got {value!r:.40}")
-    if any(a <= b for a, b in zip((start, *times), times, strict=False)):
-        raise ValueError(f"times must decrease from below the start {start:g}, got {list(times)}")
 
 
 class TrajectoryOperator(nn.Module):
@@ -139,14 +66,21 @@ class TrajectoryOperator(nn.Module):
         self.layout = layout
         self.host = _host(self.model, layout.sites)
         if layout.extra != "none":
-            attach(
-                self.network,
-                lambda site: _block(site, layout),
-                sites=layout.sites,
-                example=lambda _: self._example(example or {}),
-            )
+            with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it is
+                attach(
+                    self.network,
+                    lambda site: _block(site, layout),
+                    sites=layout.sites,
+                    example=lambda _: self._example(example or {}),
+                )
         self.axis = TimeAxis(self.network, len(layout.times))
         self.set_times(layout.times)
+
+    def teacher(self) -> Denoiser:
+        """Returns a copy of the model without the blocks; its weights are the student's."""
+        found = copy.deepcopy(self.model)
+        detach(found)
+        return found
 
     @property
     def network(self) -> nn.Module:
@@ -220,52 +154,6 @@ class TrajectoryOperator(nn.Module):
         self.model.raw(x, t, **self.model.prepare(1, cond))
 
 
-def output_map(
-    schedule: NoiseSchedule,
-    native: Prediction,
-    times: Sequence[float],
-    start: float,
-    layout: Layout,
-) -> dict[str, Tensor]:
-    r"""Returns labels, and the numbers with which a frame is ``keep * x_T + gain * answer``; float64.
-
-    Arguments:
-        schedule: The schedule.
-        native: What the network predicts.
-        times: The times of the frames, with shape (M).
-        start: The time of the input.
-        layout: How labels and outputs are taken.
-    """
-    t = torch.tensor(times, dtype=torch.float64)
-    alpha, sigma = scales(schedule, t)
-    (alpha_0,), (sigma_0,) = scales(schedule, torch.tensor([start], dtype=torch.float64))
-    told = t if layout.labels == "target" else torch.full_like(t, start)
-    told = told.clamp(schedule.t_min, schedule.t_max)
-    alpha_l, sigma_l = schedule.alpha(told), schedule.sigma(told)
-    scale = torch.sqrt(
-        (alpha_l.square() + sigma_l.square()) / (alpha_0.square() + sigma_0.square())
-    )
-    ratio = sigma / sigma_0
-    data = alpha - alpha_0 * ratio
-    if layout.output == "direct":
-        return {"labels": told, "keep": ratio, "gain": data, "scale": scale}
-    shift, factor = coefficients(native, Prediction.X0, alpha=alpha_l, sigma=sigma_l)
-    return {
-        "labels": told,
-        "keep": ratio + data * shift * scale,
-        "gain": data * factor,
-        "scale": scale,
-    }
-
-
-def scales(schedule: NoiseSchedule, times: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns :math:`\alpha, \sigma` at times, 1 and 0 where a grid has ended at :math:`\sigma = 0`."""
-    end = times <= schedule.t_zero
-    inside = torch.where(end, torch.full_like(times, schedule.t_min), times)
-    alpha = torch.where(end, torch.ones_like(times), schedule.alpha(inside))
-    return alpha, torch.where(end, torch.zeros_like(times), schedule.sigma(inside))
-
-
 def _host(model: Denoiser, sites: Sites) -> str:
     """Returns the name of the module that has the blocks: the first that is known, or all."""
     if sites is not None:
@@ -298,95 +186,3 @@ def _repeat(value: Any, batch: int, frames: int) -> Any:
     if isinstance(value, list) and len(value) == batch:
         return [item for item in value for _ in range(frames)]
     return value
-
-
-class OperatorModel(Denoiser):
-    r"""An operator as a model: it brings its own sampler, of one evaluation.
-
-    :func:`fewstep.sample` takes it with its default arguments; it predicts nothing at other
-    times than its own, so other solvers are an error.
-
-    Attributes:
-        operator: The operator.
-        class_names: The names of the classes, or ``None``.
-        about: Where it comes from; for readers.
-    """
-
-    def __init__(
-        self, operator: TrajectoryOperator, *, about: dict[str, Any] | None = None
-    ) -> None:
-        super().__init__()
-        self.operator = operator
-        inner = operator.model
-        self.schedule, self.native = inner.schedule, Prediction.X0
-        self.event_shape = inner.event_shape
-        self.class_names = getattr(inner, "class_names", None)
-        self.about = about or {}
-
-    @property
-    def network(self) -> Any:
-        """The network inside."""
-        return self.operator.network
-
-    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        raise ValueError(ONE_CALL)
-
-    def prepare(self, n: int, cond: Any) -> dict[str, Any]:
-        return self.operator.model.prepare(n, cond)
-
-    def own_sampler(self) -> OperatorSampler:
-        """Returns the sampler of one evaluation."""
-        return OperatorSampler(self)
-
-    def fingerprint(self) -> str:
-        """Returns a SHA-256 of weights, schedule, shape, and the times and labels of the frames."""
-        about = [super().fingerprint(), self.operator.times, repr(self.operator.layout)]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
-ONE_CALL = (
-    "this model is an operator: it maps noise to the sample in one evaluation and predicts nothing "
-    "in between; leave the solver out, or take the model that it was distilled from"
-)
-
-
-@dataclass(frozen=True)
-class OperatorSampler:
-    """Runs an operator: one evaluation, the whole trajectory.
-
-    Attributes:
-        denoiser: The model.
-    """
-
-    denoiser: OperatorModel
-
-    @property
-    def nfe(self) -> int:
-        """The number of network calls, 1, although each works on M frames."""
-        return 1
-
-    def start(self, noise: Tensor) -> Tensor:
-        r"""Returns :math:`\sigma_T z`."""
-        operator = self.denoiser.operator
-        return operator.schedule.prior_std(operator.layout.start) * noise
-
-    def run(self, x: Tensor, run: Run) -> Trajectory:
-        """Returns the samples; with states the initial one and the M frames."""
-        operator = self.denoiser.operator
-        with torch.no_grad():
-            frames = operator(x, **run.cond)
-        if run.on_call is not None:
-            run.on_call()
-        last = frames[:, -1]
-        if not bool(last.isfinite().all()):
-            rows = (~last.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"the operator returned NaN or infinity for sample {run.noise.samples[rows[0]]} "
-                f"and {len(rows) - 1} others"
-            )
-        times = torch.tensor(operator.times, dtype=torch.float64)
-        if not run.save:
-            return Trajectory(last, times[-1:], None, self.nfe)
-        start = torch.tensor([operator.layout.start], dtype=torch.float64)
-        states = torch.cat([x[None], frames.transpose(0, 1)])
-        return Trajectory(last, torch.cat([start, times]), states, self.nfe)

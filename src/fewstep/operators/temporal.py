@@ -214,7 +214,7 @@ def transforms(basis: str, modes: int, frames: int) -> tuple[Tensor, Tensor]:
     if basis == "dct":
         j = torch.arange(min(modes, frames), dtype=torch.float64)
         there = torch.cos(math.pi / frames * j[:, None] * (m + 0.5))
-        weight = torch.where(j == 0, 1.0, 2.0) / frames
+        weight = (2 - (j == 0).double()) / frames
         return there, (weight[:, None] * there).T
     kept = min(modes, frames // 2 + 1)
     waves = min(kept - 1, (frames - 1) // 2)
@@ -222,7 +222,7 @@ def transforms(basis: str, modes: int, frames: int) -> tuple[Tensor, Tensor]:
     phase = 2 * math.pi / frames * j[:, None] * m
     there = torch.cat([phase.cos(), -phase[1 : waves + 1].sin()])
     whole = (j == 0) | (2 * j == frames)
-    weight = torch.where(whole, 1.0, 2.0) / frames
+    weight = (2 - whole.double()) / frames
     weight = torch.cat([weight, weight[1 : waves + 1]])
     return there, (weight[:, None] * there).T
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 class ResBlock(nn.Module):
@@ -125,6 +126,7 @@ class SmallUNet(nn.Module):
             "num_classes": num_classes,
             "time_scale": time_scale,
         }
+        self.checkpointing = False
         self.patch = patch
         self.time_scale = time_scale
         self.num_classes = num_classes
@@ -166,6 +168,15 @@ class SmallUNet(nn.Module):
         self.conv_out = nn.Conv2d(current, in_channels * patch**2, 3, padding=1)
         _silence(self.conv_out)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Lets the backward pass compute the stages again instead of keeping what is inside."""
+        self.checkpointing = True
+
+    def _call(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, h, embedding, use_reentrant=False)
+        return stage(h, embedding)
+
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         r"""Returns the prediction.
 
@@ -186,13 +197,13 @@ class SmallUNet(nn.Module):
         skips = []
         for stages, shrink in zip(self.down, self.shrink, strict=True):
             for stage in stages.children():
-                h = stage(h, embedding)
+                h = self._call(stage, h, embedding)
                 skips.append(h)
             h = shrink(h)
-        h = self.middle(h, embedding)
+        h = self._call(self.middle, h, embedding)
         for stages, grow in zip(self.up, self.grow, strict=True):
             for stage in stages.children():
-                h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
+                h = self._call(stage, torch.cat([h, skips.pop()], dim=1), embedding)
             if skips:
                 h = grow(functional.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
         h = self.conv_out(functional.silu(self.norm_out(h)))

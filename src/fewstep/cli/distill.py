@@ -1,0 +1,222 @@
+"""``fewstep distill``: an operator that gives a sample, or the whole path, in one evaluation."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.cli._common import (
+    Flag,
+    check_device,
+    draw,
+    exists,
+    load_model,
+    output_folder,
+    positive,
+    progress,
+    say,
+)
+from fewstep.files import loads_json, read_json, write_whole
+
+if TYPE_CHECKING:
+    from fewstep.operators.distillation import DistillEvent
+    from fewstep.operators.model import OperatorModel
+    from fewstep.operators.students import DistillRecipe
+
+PICTURE = "samples.png"
+OURS = (
+    "operator.json",
+    "operator.safetensors",
+    "checkpoint.json",
+    "checkpoint.safetensors",
+    "log.jsonl",
+    PICTURE,
+)
+SHOWN = 40
+
+
+def distill(
+    model: str,
+    trajectories: Path,
+    *,
+    out: Path,
+    recipe: Path | None = None,
+    mode: str | None = None,
+    times: str | None = None,
+    modes: int | None = None,
+    basis: str | None = None,
+    loss: str | None = None,
+    weights: str | None = None,
+    lambda_max: float | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    accumulate: int | None = None,
+    learning_rate: float | None = None,
+    precision: str | None = None,
+    compile: Flag = False,
+    checkpointing: Flag = False,
+    checkpoint_every: int = 250,
+    tensorboard: Flag = False,
+    seed: int | None = None,
+    device: str = "cpu",
+    overwrite: Flag = False,
+) -> None:
+    """Distill a model into one evaluation; OUT is then a MODEL for `fewstep sample`.
+
+    A run that was interrupted goes on when the same command is given again.
+
+    Args:
+        model: The model whose trajectories were recorded: an embedded name, or a folder.
+        trajectories: The folder that `fewstep record` wrote.
+        out: The folder to write.
+        recipe: A recipe of a distillation (JSON); the other arguments replace what it says.
+        mode: dsno (the whole path, temporal blocks), folded (without them), endpoint (the sample
+            alone), same-parameters or same-flops (endpoint, as large or as costly as dsno).
+        times: The number of frames (4), or their times among the stored ones (0.56,0.25,0).
+        modes: The temporal modes J that are kept; 2 if left out.
+        basis: dft, dct or dense.
+        loss: l1, l2 or huber.
+        weights: snr, uniform, or a number for each frame (1,2,4,20).
+        lambda_max: The largest weight of snr; with the published 10000 the path is hardly learned.
+        steps: The number of training steps.
+        batch_size: The trajectories of a forward pass.
+        accumulate: The forward passes of a step.
+        learning_rate: The largest learning rate.
+        precision: float32 or bfloat16.
+        compile: Compile the student.
+        checkpointing: Compute activations again in the backward pass, to save memory.
+        checkpoint_every: The steps between two checkpoints.
+        tensorboard: Write the losses for TensorBoard too.
+        seed: The seed; left out, the recipe's, which is 0.
+        device: Where to run, for example cpu or cuda.
+        overwrite: Replace the operator that is there.
+    """
+    from fewstep.operators.distillation import distill as run
+    from fewstep.operators.students import DistillRecipe
+    from fewstep.trajectories import TrajectoryStore
+
+    positive("--checkpoint-every", checkpoint_every)
+    check_device(device)
+    output_folder(out)
+    finished = (out / "operator.json").exists() and (out / PICTURE).exists()
+    if finished and not overwrite:
+        raise exists(out)
+    made = DistillRecipe()
+    if recipe is not None:
+        made = DistillRecipe.from_json(read_json(recipe, what="the recipe"))
+    given: dict[str, Any] = {
+        "mode": mode,
+        "modes": modes,
+        "basis": basis,
+        "loss": loss,
+        "weights": _weights(weights),
+        "lambda_max": lambda_max,
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "learning_rate": learning_rate,
+        "precision": precision,
+        "compile": compile or None,
+        "checkpointing": checkpointing or None,
+        "seed": seed,
+        **_times(times),
+    }
+    made = replace(made, **{key: value for key, value in given.items() if value is not None})
+    if times is not None:  # a number of frames replaces times, and the other way round
+        made = replace(made, **{"times": None, "frames": None, **_times(times)})
+    teacher, store = load_model(model, device), TrajectoryStore.open(trajectories)
+    if overwrite and (finished or not _same_run(out, made)):
+        for name in OURS:
+            (out / name).unlink(missing_ok=True)
+    before = _step(out)
+    say(f"{len(store)} trajectories; {made.mode}, {made.steps} steps on {device}")
+    if before:
+        say(f"going on at step {before}")
+    with progress("distilling", made.steps, done=before) as tick:
+
+        def told(event: DistillEvent) -> None:
+            held = "" if event.heldout is None else f", held out {event.heldout:.4f}"
+            tick(1, f"loss {event.loss:.4f}{held}")
+
+        student = run(
+            teacher,
+            store,
+            out,
+            recipe=made,
+            device=device,
+            checkpoint_every=checkpoint_every,
+            tensorboard=tensorboard,
+            on_step=told,
+        )
+    write_whole(out / PICTURE, _picture(student, made))
+    own, added = student.operator.overhead()
+    rms = student.about["training"]["heldout_rms"]
+    more = f", {added:,} of them ({added / own:.1%}) more than the model" if added else ""
+    say(f"{own + added:,} parameters{more}; RMS to the teacher, held out: {rms:.4f}")
+    say(f"wrote the operator {out} and the picture {out / PICTURE}")
+    labels = " --class-labels all" if _classes(student) else ""
+    say(
+        f"next: fewstep sample {shlex.quote(str(out))}{labels} --out {shlex.quote(f'{out}-samples')}"
+    )
+
+
+def _times(text: str | None) -> dict[str, Any]:
+    """Returns ``frames`` or ``times``: ``"4"`` is a number of frames, ``"0.5,0"`` are times."""
+    if text is None:
+        return {}
+    if text.strip().isdigit():
+        return {"frames": int(text)}
+    return {"times": _numbers("--times", text)}
+
+
+def _weights(text: str | None) -> str | list[float] | None:
+    if text is None or text.strip().isalpha():
+        return text
+    return _numbers("--weights", text)
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(loads_json(part.strip(), what=name)) for part in text.split(",")]
+    except (ValueError, TypeError):
+        raise ValueError(f"{name} takes numbers with commas between, got {text!r:.60}") from None
+
+
+def _step(out: Path) -> int:
+    """Returns the step of the checkpoint that is there, or 0."""
+    if not (out / "checkpoint.json").exists():
+        return 0
+    state = read_json(out / "checkpoint.json", what="checkpoint")
+    step = state.get("step") if isinstance(state, dict) else None
+    return step if isinstance(step, int) else 0
+
+
+def _same_run(out: Path, recipe: DistillRecipe) -> bool:
+    import json
+    from dataclasses import asdict
+
+    if not (out / "checkpoint.json").exists():
+        return True
+    state = read_json(out / "checkpoint.json", what="checkpoint")
+    return state.get("recipe") == json.loads(json.dumps(asdict(recipe)))
+
+
+def _classes(student: OperatorModel) -> int | None:
+    classes = getattr(student.network, "num_classes", None)
+    return classes if isinstance(classes, int) else None
+
+
+def _picture(student: OperatorModel, recipe: DistillRecipe) -> bytes:
+    import io
+
+    from fewstep.plots import picture
+
+    classes = _classes(student)
+    cond = {"class_labels": [i % classes for i in range(SHOWN)]} if classes else {}
+    samples = draw(student.own_sampler(), range(SHOWN), seed=recipe.seed, cond=cond)
+    title = f"{recipe.mode} after {recipe.steps} steps · 1 evaluation"
+    buffer = io.BytesIO()
+    picture(samples, title=title).save(buffer, "PNG")
+    return buffer.getvalue()

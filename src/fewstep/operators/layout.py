@@ -1,0 +1,127 @@
+r"""What an operator is besides its weights: times, labels, blocks, and the map from answers to states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.prediction import Prediction, coefficients
+from fewstep.schedules import NoiseSchedule
+
+OUTPUTS = ("convert", "direct")
+LABELS = ("target", "start")
+EXTRAS = ("none", "temporal", "pointwise", "deeper")
+
+
+@dataclass(frozen=True)
+class Layout:
+    r"""What an operator is, besides its weights.
+
+    Attributes:
+        times: The times of the M frames, decreasing; the last is the sample's.
+        start: The time of the input.
+        labels: The label of a frame: ``"target"``, its own time, or ``"start"``, the noise level
+            of the input.
+        output: ``"convert"``: the network's answer is converted to data with the coefficients of
+            the label, so that the start is the teacher; ``"direct"``: the answer is the data.
+        extra: What is attached to the network: ``"temporal"`` blocks, ``"none"``, or in their
+            place ``"pointwise"`` or ``"deeper"`` blocks that know no time.
+        modes: The modes J of temporal blocks.
+        basis: Their basis.
+        slope: The slope of their rectifier.
+        size: The hidden width (a multiple of the channels) of pointwise blocks, or the number of
+            residual blocks of deeper ones.
+        sites: The names of the hosts; ``None`` if the network is known.
+    """
+
+    times: tuple[float, ...]
+    start: float
+    labels: str = "target"
+    output: str = "convert"
+    extra: str = "temporal"
+    modes: int = 2
+    basis: str = "dft"
+    slope: float = 0.01
+    size: float = 1.0
+    sites: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("labels", self.labels, LABELS),
+            ("output", self.output, OUTPUTS),
+            ("extra", self.extra, EXTRAS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r:.40}")
+        check_times(self.times, self.start)
+        if isinstance(self.size, bool) or not isinstance(self.size, (int, float)):
+            raise ValueError(f"size must be a number, got {self.size!r:.40}")
+        if not 0 < self.size <= 1024:
+            raise ValueError(f"size must be positive and at most 1024, got {self.size!r:.40}")
+
+
+def check_times(times: Sequence[float], start: float) -> None:
+    """Raises unless times decrease from below the start.
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    if not times or len(times) > 4096:
+        raise ValueError(f"an operator has 1 to 4096 frames, got {len(times)} times")
+    for value in (start, *times):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"times must be numbers, got {value!r:.40}")
+        if not math.isfinite(value):
+            raise ValueError(f"times must be finite, got {value!r:.40}")
+    if any(a <= b for a, b in zip((start, *times), times, strict=False)):
+        raise ValueError(f"times must decrease from below the start {start:g}, got {list(times)}")
+
+
+def output_map(
+    schedule: NoiseSchedule,
+    native: Prediction,
+    times: Sequence[float],
+    start: float,
+    layout: Layout,
+) -> dict[str, Tensor]:
+    r"""Returns labels, and the numbers with which a frame is ``keep * x_T + gain * answer``; float64.
+
+    Arguments:
+        schedule: The schedule.
+        native: What the network predicts.
+        times: The times of the frames, with shape (M).
+        start: The time of the input.
+        layout: How labels and outputs are taken.
+    """
+    t = torch.tensor(times, dtype=torch.float64)
+    alpha, sigma = scales(schedule, t)
+    (alpha_0,), (sigma_0,) = scales(schedule, torch.tensor([start], dtype=torch.float64))
+    told = t if layout.labels == "target" else torch.full_like(t, start)
+    told = told.clamp(schedule.t_min, schedule.t_max)
+    alpha_l, sigma_l = schedule.alpha(told), schedule.sigma(told)
+    scale = torch.sqrt(
+        (alpha_l.square() + sigma_l.square()) / (alpha_0.square() + sigma_0.square())
+    )
+    ratio = sigma / sigma_0
+    data = alpha - alpha_0 * ratio
+    if layout.output == "direct":
+        return {"labels": told, "keep": ratio, "gain": data, "scale": scale}
+    shift, factor = coefficients(native, Prediction.X0, alpha=alpha_l, sigma=sigma_l)
+    return {
+        "labels": told,
+        "keep": ratio + data * shift * scale,
+        "gain": data * factor,
+        "scale": scale,
+    }
+
+
+def scales(schedule: NoiseSchedule, times: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Returns :math:`\alpha, \sigma` at times, 1 and 0 where a grid has ended at :math:`\sigma = 0`."""
+    end = times <= schedule.t_zero
+    inside = torch.where(end, torch.full_like(times, schedule.t_min), times)
+    alpha = torch.where(end, torch.ones_like(times), schedule.alpha(inside))
+    return alpha, torch.where(end, torch.zeros_like(times), schedule.sigma(inside))

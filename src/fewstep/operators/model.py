@@ -1,0 +1,108 @@
+r"""An operator as a model, and the sampler that it brings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser
+from fewstep.operators.operator import TrajectoryOperator
+from fewstep.prediction import Prediction
+from fewstep.sampling import Run, Trajectory
+
+
+class OperatorModel(Denoiser):
+    r"""An operator as a model: it brings its own sampler, of one evaluation.
+
+    :func:`fewstep.sample` takes it with its default arguments; it predicts nothing at other
+    times than its own, so other solvers are an error.
+
+    Attributes:
+        operator: The operator.
+        class_names: The names of the classes, or ``None``.
+        about: Where it comes from; for readers.
+    """
+
+    def __init__(
+        self, operator: TrajectoryOperator, *, about: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.operator = operator
+        inner = operator.model
+        self.schedule, self.native = inner.schedule, Prediction.X0
+        self.event_shape = inner.event_shape
+        self.class_names = getattr(inner, "class_names", None)
+        self.about = about or {}
+
+    @property
+    def network(self) -> Any:
+        """The network inside."""
+        return self.operator.network
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        raise ValueError(ONE_CALL)
+
+    def prepare(self, n: int, cond: Any) -> dict[str, Any]:
+        return self.operator.model.prepare(n, cond)
+
+    def own_sampler(self) -> OperatorSampler:
+        """Returns the sampler of one evaluation."""
+        return OperatorSampler(self)
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 of weights, schedule, shape, and the times and labels of the frames."""
+        about = [super().fingerprint(), self.operator.times, repr(self.operator.layout)]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+ONE_CALL = (
+    "this model is an operator: it maps noise to the sample in one evaluation and predicts nothing "
+    "in between; leave the solver out, or take the model that it was distilled from"
+)
+
+
+@dataclass(frozen=True)
+class OperatorSampler:
+    """Runs an operator: one evaluation, the whole trajectory.
+
+    Attributes:
+        denoiser: The model.
+    """
+
+    denoiser: OperatorModel
+
+    @property
+    def nfe(self) -> int:
+        """The number of network calls, 1, although each works on M frames."""
+        return 1
+
+    def start(self, noise: Tensor) -> Tensor:
+        r"""Returns :math:`\sigma_T z`."""
+        operator = self.denoiser.operator
+        return operator.schedule.prior_std(operator.layout.start) * noise
+
+    def run(self, x: Tensor, run: Run) -> Trajectory:
+        """Returns the samples; with states the initial one and the M frames."""
+        operator = self.denoiser.operator
+        with torch.no_grad():
+            frames = operator(x, **run.cond)
+        if run.on_call is not None:
+            run.on_call()
+        last = frames[:, -1]
+        if not bool(last.isfinite().all()):
+            rows = (~last.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"the operator returned NaN or infinity for sample {run.noise.samples[rows[0]]} "
+                f"and {len(rows) - 1} others"
+            )
+        times = torch.tensor(operator.times, dtype=torch.float64)
+        if not run.save:
+            return Trajectory(last, times[-1:], None, self.nfe)
+        start = torch.tensor([operator.layout.start], dtype=torch.float64)
+        states = torch.cat([x[None], frames.transpose(0, 1)])
+        return Trajectory(last, torch.cat([start, times]), states, self.nfe)
