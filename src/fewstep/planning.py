@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fewstep.fitted import is_fitted, read_fitted
 from fewstep.grids import TimeGrid
 from fewstep.plans import Plan
 from fewstep.schedules import NoiseSchedule
@@ -34,7 +35,9 @@ def plan(
         schedule: The noise schedule.
         nfe: The number of network calls; or
         steps: the number of steps. Neither is needed if the grid has its times.
-        grid: A name in :data:`fewstep.GRIDS`, or a grid; left out, the solver's own.
+        grid: A name in :data:`fewstep.GRIDS`, ``"auto:FILE"`` for the grids that ``fewstep analyze``
+            fitted to a model (and, with solver ``"auto"``, its solver), or a grid; left out, the
+            solver's own.
         head_start: A time below the schedule's largest: the calls above it are replaced by the
             Gaussian solution with the mean and the variance of the data.
         integer_times: Whether the grid is rounded to trained levels.
@@ -49,6 +52,10 @@ def plan(
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(
             f"schedule must be a NoiseSchedule, got {schedule!r}; make one with fewstep.schedule(name)"
+        )
+    if is_fitted(grid):
+        return _fitted(
+            solver, schedule, nfe, steps, grid, head_start, integer_times=integer_times, **options
         )
     if solver == "auto":
         choice = choose(
@@ -75,14 +82,57 @@ def plan(
             )
         method = make_solver(solver, **solver_options)
     if head_start is not None:
-        if grid_options.get("t_start") is not None or isinstance(grid, TimeGrid):
+        if grid == "explicit":
+            _check_head(head_start, grid_options.get("times"))
+        elif grid_options.get("t_start") is not None or isinstance(grid, TimeGrid):
             raise ValueError("give head_start, or the start of the grid, not both")
-        grid_options["t_start"] = head_start
+        else:
+            grid_options["t_start"] = head_start
     knots = _grid(method, schedule, nfe=nfe, steps=steps, grid=grid, options=grid_options)
     if integer_times:
         knots = knots.rounded()
     made = method.plan(knots)
     return replace(made, head=True) if head_start is not None else made
+
+
+def _check_head(head_start: float, times: Any) -> None:
+    try:
+        first = float(times[0])
+    except (TypeError, ValueError, IndexError):
+        return  # the grid says what is wrong with its times
+    if first != head_start:
+        raise ValueError(f"head_start is {head_start:g}, but the first of the times is {first:g}")
+
+
+def _fitted(
+    solver: str | Solver,
+    schedule: NoiseSchedule,
+    nfe: int | None,
+    steps: int | None,
+    grid: Any,
+    head_start: float | None,
+    *,
+    integer_times: bool,
+    **options: Any,
+) -> Plan:
+    """Returns the plan on a grid of a file."""
+    given = sorted(GRID_OPTIONS & {k for k, v in options.items() if v is not None})
+    if head_start is not None:
+        given.append("head_start")
+    if given:
+        raise ValueError(f"the grid {grid!r} has its times already, got {given[0]} as well")
+    found = read_fitted(grid, schedule)
+    if nfe is not None and steps is not None:
+        raise ValueError(f"give nfe or steps, not both; got nfe={nfe} and steps={steps}")
+    budget = _budget(nfe, steps)
+    if solver == "auto":
+        solver = found.solver_for(budget)
+    method = solver if isinstance(solver, Solver) else make_solver(solver, **options)
+    if steps is None:
+        steps = method.steps_for(budget)
+    knots, head = found.fit(method.name, steps)
+    made = plan(method, schedule, nfe=nfe, grid=knots, integer_times=integer_times)
+    return replace(made, head=head)
 
 
 def _budget(nfe: int | None, steps: int | None) -> int:

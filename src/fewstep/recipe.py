@@ -10,6 +10,7 @@ from typing import Any
 
 from fewstep.denoiser import Denoiser, Guided
 from fewstep.files import loads_json, write_whole
+from fewstep.fitted import PREFIX, FittedGrids, is_fitted
 from fewstep.planning import plan as make_plan
 from fewstep.plans import FORMAT as PLAN_FORMAT
 from fewstep.plans import Plan
@@ -36,7 +37,8 @@ class SamplerRecipe:
         name: The name of the solver.
         nfe: The number of network calls (of a solver).
         options: The options of the solver and its grid.
-        grid: The name of the grid, or ``None`` for the solver's own.
+        grid: The name of the grid, or ``None`` for the solver's own. Of ``"auto:FILE"`` the times
+            are taken over at once: the recipe then has the grid ``"explicit"``.
         head_start: The time of an analytic head start.
         schedule: The schedule, as :meth:`NoiseSchedule.to_config` writes it; ``None`` if any.
         plan: The plan, of kind ``"plan"``.
@@ -62,6 +64,8 @@ class SamplerRecipe:
             raise ValueError(
                 f"the kind of a recipe is one of {', '.join(KINDS)}, got {self.kind!r}"
             )
+        if is_fitted(self.grid):
+            self._unfold()
         if (self.plan is not None) != (self.kind == "plan"):
             raise ValueError("a recipe has a plan if and only if its kind is 'plan'")
         if self.kind == "solver" and self.nfe is None and "times" not in self.options:
@@ -76,6 +80,26 @@ class SamplerRecipe:
                 raise ValueError(f"{name} must be a finite number, got {value!r:.40}")
         if self.schedule is not None:
             schedule_from_config(self.schedule)
+
+    def _unfold(self) -> None:
+        """Takes the times out of the file that the grid names, so that the recipe needs no other file."""
+        assert self.grid is not None
+        made = make_plan(
+            self.name,
+            FittedGrids.load(self.grid.removeprefix(PREFIX)).schedule
+            if self.schedule is None
+            else schedule_from_config(self.schedule),
+            nfe=self.nfe,
+            grid=self.grid,
+            head_start=self.head_start,
+            **self.options,
+        )
+        name = made.name if self.name == "auto" else self.name
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "grid", "explicit")
+        object.__setattr__(self, "options", {**self.options, "times": made.knots.tolist()})
+        object.__setattr__(self, "head_start", float(made.knots[0]) if made.head else None)
+        object.__setattr__(self, "schedule", made.schedule.to_config())
 
     def plan_for(
         self, schedule: NoiseSchedule, *, integer_times: bool = False, force: bool = False
@@ -197,6 +221,8 @@ class SamplerRecipe:
                 raise ValueError(f"the recipe has an unknown key {key!r}")
             if not isinstance(value, types[key]) or isinstance(value, bool):
                 raise ValueError(f"{key!r} of a recipe cannot be {value!r:.60}")
+        if is_fitted(fields.get("grid")):
+            raise ValueError("a recipe in a file has its times itself, not in another file")
         if "plan" in fields:
             fields["plan"] = Plan._from_content(fields["plan"])
         return cls(**fields)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fewstep.analysis import plan_for
 from fewstep.denoiser import Denoiser, Guided, bind
 from fewstep.execute import Call, Execution
+from fewstep.fitted import is_fitted
 from fewstep.grids import TimeGrid
 from fewstep.noise import INITIAL, NoiseSource
 from fewstep.planning import choose
@@ -267,7 +268,7 @@ def sampler(
             if grid is not None or head_start is not None:
                 raise ValueError("dopri5 chooses its times itself; leave grid and head_start out")
             return _with_image(AdaptiveSampler(denoiser, **options), image)
-        if solver == "auto":
+        if solver == "auto" and not is_fitted(grid):
             logger.info("auto chose %s", choose(denoiser.schedule, nfe or steps or 0))
         plan = make_plan(
             solver,
@@ -340,7 +341,7 @@ def sample(
         plan: A plan to run, instead of a solver; or
         recipe: a recipe.
         force: Whether to take a recipe although it was made for another model or schedule.
-        grid: The name of a grid, or a grid.
+        grid: The name of a grid, ``"auto:FILE"`` for those that ``fewstep analyze`` fitted, or a grid.
         head_start: The time above which the Gaussian solution replaces network calls.
         options: Further options of solver and grid, e.g. ``{"eta": 0.5, "t_end": 0.01}``.
         image: Data to start from, with shape (n, \*) or (\*): it is noised to the first time of

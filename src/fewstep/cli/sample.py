@@ -67,7 +67,8 @@ def sample(
         n: How many samples.
         recipe: A file with a recipe, a plan or a tuned sampler, instead of a solver.
         force: Take a recipe although it was made for another model or schedule.
-        grid: The name of a time grid; left out, the solver's own.
+        grid: The name of a time grid, or auto:FILE for those that `fewstep analyze` fitted; left out, the
+            solver's own.
         option: An option of solver or grid as key=value; can be repeated.
         head_start: The time above which the Gaussian solution replaces evaluations.
         class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all).
@@ -128,6 +129,7 @@ def _chosen(
     """Returns the recipe that the arguments describe, with everything that ``auto`` chose."""
     from dataclasses import replace
 
+    from fewstep.fitted import is_fitted
     from fewstep.planning import choose
     from fewstep.recipe import SamplerRecipe
 
@@ -159,7 +161,7 @@ def _chosen(
     budget = nfe if nfe is not None else DEFAULT_NFE
     if grid == "explicit" and nfe is None:
         budget = None
-    if name == "auto":
+    if name == "auto" and not is_fitted(grid):
         choice = choose(denoiser.schedule, budget or DEFAULT_NFE)
         say(f"auto chose {choice}")
         name, budget = choice.solver, choice.nfe
