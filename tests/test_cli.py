@@ -469,6 +469,37 @@ def test_plan_diff_names_a_wasted_call(told, make, tmp_path):
     assert "of A" not in text.split("row", 1)[0]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_plan_diff_of_schedulers(told, tmp_path):
+    """By name, by configuration; the wasted step is named; without a number of steps it is asked for."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path / "deis"
+    diffusers.DEISMultistepScheduler(use_karras_sigmas=True).save_pretrained(folder)
+    file = folder / "scheduler_config.json"
+    text = told("plan", "diff", folder, file, "--steps", 6)
+    assert "call 5 of A (t = 0) changes nothing" in text
+    assert "the same sampler" in text
+    text = told("plan", "diff", "diffusers:DDIM", "diffusers:DEISMultistep", "--steps", 6, code=1)
+    assert re.search(r"call 0\s+830\s+999", text)
+    assert "the plans differ, first at call 0" in text
+    assert "the same sampler" in told(
+        "plan", "diff", "diffusers:Euler", "diffusers:EulerDiscreteScheduler", "--steps", 4
+    )
+    assert "4 calls, 0 noise draws" in told("plan", "show", "diffusers:Euler", "--steps", 4)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("diffusers:Eular", "Did you mean 'Euler'"),
+        ("diffusers:Euler", "needs a number of --steps"),
+    ],
+)
+def test_plan_diff_of_schedulers_refuses(told, source, message):
+    pytest.importorskip("diffusers")
+    assert message in told("plan", "diff", source, source, code=2)
+
+
 def test_a_recipe_shows_as_its_plan(told, tmp_path):
     told("sample", "mixture-smooth", "-n", 2, "--nfe", 4, "--out", tmp_path / "a")
     assert "4 calls" in told("plan", "show", tmp_path / "a" / "recipe.json")

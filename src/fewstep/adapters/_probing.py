@@ -66,6 +66,28 @@ class _Draws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Brownian:
+    """Brownian motion along sigma, from independent draws: what DPM-Solver-SDE makes its noise of.
+
+    Called with two levels it returns the normalised increment between them. The first of a step's two
+    increments is a part of the second, so the second is made of it and of a draw for the rest.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._last: tuple[float, float, Tensor] | None = None
+
+    def __call__(self, level: Any, to: Any) -> Tensor:
+        start, end = float(level), float(to)
+        new = torch.randn(self._like.shape, dtype=self._like.dtype)
+        if self._last is not None and math.isclose(self._last[0], start, rel_tol=1e-5):
+            _, middle, first = self._last
+            near, far = start - middle, middle - end
+            new = (near**0.5 * first + far**0.5 * new) / (near + far) ** 0.5
+        self._last = (start, end, new)
+        return new
+
+
 def _shape(first: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(args) if isinstance(first, int) else tuple(first)
 
@@ -181,6 +203,8 @@ class Runner:
         inputs: list[Tensor] = []
         times: list[float] = []
         scales = hasattr(scheduler, "scale_model_input")
+        if hasattr(scheduler, "noise_sampler"):
+            scheduler.noise_sampler = _Brownian(noise)
         with _Draws(draw) as mode:
             for k, t in enumerate(self.timesteps):
                 scaled = scheduler.scale_model_input(x, t) if scales else x

@@ -229,10 +229,13 @@ def exists(out: Path) -> ValueError:
     return ValueError(f"{str(out)!r} exists; give --overwrite or another --out")
 
 
-def read_plan(path: Path) -> Plan:
-    """Returns the plan in a file: a plan, or a recipe that says its schedule."""
+def read_plan(path: Path, steps: int | None = None) -> Plan:
+    """Returns the plan in a file: a plan, a recipe that says its schedule, or a scheduler's."""
+    from fewstep.adapters._sources import names_scheduler, plan_of_source
     from fewstep.recipe import SamplerRecipe
 
+    if names_scheduler(path):
+        return plan_of_source(path, steps)
     recipe = SamplerRecipe.load(path)
     return recipe_plan(recipe, path)
 

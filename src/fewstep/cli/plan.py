@@ -22,15 +22,16 @@ STDS = (1.0, 0.5, 0.1)
 
 
 @plan_app.command
-def show(file: Path) -> None:
+def show(file: Path, *, steps: int | None = None) -> None:
     """Show a plan: its calls, their times and weights, and what it does to Gaussian data.
 
     Args:
-        file: A plan, or a recipe with its schedule.
+        file: A plan, a recipe with its schedule, or a scheduler of diffusers (see `diff`).
+        steps: The number of steps of a scheduler.
     """
     from rich.table import Table
 
-    plan = read_plan(file)
+    plan = read_plan(file, steps)
     say(
         f"{plan.name or 'plan'}: {plan.nfe} calls, {plan.n_noise} noise draws"
         f"{', analytic head start' if plan.head else ''}"
@@ -51,7 +52,8 @@ def show(file: Path) -> None:
     console().print(table)
     for line in _defects(plan):
         say(line)
-    say(f"\nnext: fewstep sample MODEL --recipe {file} --out samples")
+    if steps is None:
+        say(f"\nnext: fewstep sample MODEL --recipe {file} --out samples")
 
 
 @plan_app.command
@@ -88,21 +90,27 @@ def check(*files: Path) -> int:
 
 
 @plan_app.command
-def diff(a: Path, b: Path, *, tolerance: float = 1e-9) -> int:
-    """Compare what two plans do: their flat tables, call by call.
+def diff(a: Path, b: Path, *, steps: int | None = None, tolerance: float | None = None) -> int:
+    """Compare what two plans or schedulers do: their flat tables, call by call.
 
     The exit code is 0 if they are the same sampler, and 1 if they are not.
 
     Args:
-        a: A plan, or a recipe with its schedule.
+        a: A plan, a recipe with its schedule, or a scheduler of diffusers: diffusers:NAME, a
+            scheduler_config.json, or the folder of a pipeline.
         b: Another.
-        tolerance: The largest difference, relative to the size of the table, of equal plans.
+        steps: The number of steps of schedulers.
+        tolerance: The largest difference, relative to the size of the table, of equal plans; left
+            out, 1e-9, and 1e-5 if one is a scheduler, which computes in float32.
     """
+    from fewstep.adapters._sources import names_scheduler
     from fewstep.analysis import convert_plan
 
+    if tolerance is None:
+        tolerance = 1e-5 if names_scheduler(a) or names_scheduler(b) else 1e-9
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"--tolerance must be a number that is not negative, got {tolerance}")
-    first, second = read_plan(a), read_plan(b)
+    first, second = read_plan(a, steps), read_plan(b, steps)
     _check_size(first, second)
     if first.prediction is not second.prediction:
         say(
