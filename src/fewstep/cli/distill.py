@@ -121,11 +121,9 @@ def distill(
         "compile": compile or None,
         "checkpointing": checkpointing or None,
         "seed": seed,
-        **_times(times),
     }
-    made = replace(made, **{key: value for key, value in given.items() if value is not None})
-    if times is not None:  # a number of frames replaces times, and the other way round
-        made = replace(made, **{"times": None, "frames": None, **_times(times)})
+    changes = {key: value for key, value in given.items() if value is not None}
+    made = replace(made, **changes, **_times(times))
     teacher, store = load_model(model, device), TrajectoryStore.open(trajectories)
     if overwrite and (finished or not _same_run(out, made)):
         for name in OURS:
@@ -166,9 +164,10 @@ def _times(text: str | None) -> dict[str, Any]:
     """Returns ``frames`` or ``times``: ``"4"`` is a number of frames, ``"0.5,0"`` are times."""
     if text is None:
         return {}
+    # A number of frames replaces the times of a recipe, and the other way round.
     if text.strip().isdigit():
-        return {"frames": int(text)}
-    return {"times": _numbers("--times", text)}
+        return {"frames": int(text), "times": None}
+    return {"times": _numbers("--times", text), "frames": None}
 
 
 def _weights(text: str | None) -> str | list[float] | None:
