@@ -13,7 +13,7 @@ All are checked to give the same numbers. It prints a table as in docs/results.m
 trajectory takes to write (a model that costs nothing).
 
 With ``--spectrum`` instead: the spectrum over time of trajectories of the embedded model, in both
-variables, which says how many modes and frames an operator needs (8192 network calls).
+variables, which says how many modes and frames an operator needs (16 trajectories, 4096 network calls).
 
 Run: ``python benchmarks/record.py [--n 32768] [--rounds 5] [--spectrum]``
 """
@@ -94,7 +94,7 @@ def rate(reader: Reader, batches: list[list[int]]) -> float:
     return sum(map(len, batches)) / (time.thread_time() - begin)
 
 
-def print_spectrum(n: int = 64, states: int = 128) -> None:
+def print_spectrum(n: int = 16, states: int = 128) -> None:
     """Prints what an operator for the embedded model needs, by the variable of its frames."""
     model = fewstep.load("fashion")
     print("| frames even in | basis | J = 1 | 2 | 3 | 4 | J for 99 % | 99.9 % | spline M |")

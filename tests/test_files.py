@@ -65,6 +65,20 @@ def test_an_interrupt_leaves_the_old_content(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["file.json"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_who_write_a_new_file_one_succeeds(tmp_path, monkeypatch, links):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", unsupported)
+    path = write_whole(tmp_path / "file.json", "first", new=True)
+    with pytest.raises(FileExistsError, match=r"file\.json"):
+        write_whole(path, "second", new=True)
+    assert path.read_text() == "first"
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
 def test_json_keeps_floats_and_refuses_nan(tmp_path):
     value = {"a": [0.1, 1e-310, -0.0, 2**60], "b": None}
     assert repr(read_json(write_json(tmp_path / "x.json", value))) == repr(value)

@@ -32,6 +32,10 @@ MODEL = fewstep.load("mixture-smooth")
 SMALL = {"n": 20, "nfe": 8, "shard_size": 8, "batch_size": 4}
 """Three shards, of 8, 8 and 4."""
 
+DETERMINISTIC = [
+    name for name in fewstep.SOLVERS if not fewstep.plan(name, MODEL.schedule, steps=4).stochastic
+]
+
 
 def labelled() -> Denoiser:
     """A model whose noise depends on the label: class 0 is none."""
@@ -156,6 +160,17 @@ def test_the_grid_is_bent_to_the_kept_times(tmp_path, name):
     found = store.read(range(32)).states[:, -1]
     plain = fewstep.sample(MODEL, 32, noise=starts(0, 32), solver="tab3", nfe=24)
     assert (found - best).square().mean() < 3 * (plain - best).square().mean() + 1e-8
+
+
+@pytest.mark.parametrize("solver", DETERMINISTIC)
+def test_every_solver_is_bent_to_the_kept_times(tmp_path, solver):
+    plain = fewstep.plan(solver, MODEL.schedule, steps=8)
+    store = fewstep.record(MODEL, tmp_path, n=2, solver=solver, nfe=plain.nfe, keep=3)
+    plan = fewstep.SamplerRecipe.from_json(json.dumps(store.manifest["sampler"])).plan
+    assert plan.structure == plain.structure
+    wanted = fewstep.grid("quadratic", MODEL.schedule, 3).times
+    assert torch.equal(store.times[:-1], wanted[:-1])
+    assert store.times[-1] == plain.knots[-1]
 
 
 def test_kept_knots_of_an_uneven_set(tmp_path):

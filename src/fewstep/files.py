@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -36,12 +37,24 @@ def write_whole(path: str | Path, content: bytes | str, *, new: bool = False) ->
             stream.flush()
             os.fsync(stream.fileno())
         if new:
-            os.link(temporary, path)
+            _link(temporary, path)
         else:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+    except OSError:
+        # A file system without hard links: the best that can be done there.
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
 
 
 def write_json(path: str | Path, value: Any, *, new: bool = False) -> Path:

@@ -149,25 +149,18 @@ def _plan(
     integer: bool,
 ) -> Plan:
     """Returns the plan of a solver, its grid bent so that the kept times are among its knots."""
-    if solver == "auto":
+    # The times of other grids, made or read from files, are meant; they are not bent.
+    spaced = grid is None or (isinstance(grid, str) and grid in GRIDS and grid != "explicit")
+    if solver == "auto" and spaced:
         choice = choose(schedule, nfe if nfe is not None else 0)
         solver, options = choice.solver, {**choice.options_on(grid), **options}
         grid = choice.grid if grid is None else grid
     calls = None if isinstance(grid, TimeGrid) or grid == "explicit" else nfe
-    first = make_plan(
-        solver,
-        schedule,
-        nfe=calls,
-        grid=grid,
-        integer_times=integer,
-        **options,
-    )
+    first = make_plan(solver, schedule, nfe=calls, grid=grid, integer_times=integer, **options)
     knots = first.knots.tolist()
     times = _wanted(keep, schedule, knots, integer)
-    if all(isinstance(t, int) for t in times) or set(times) <= set(knots):
+    if not spaced or all(isinstance(t, int) for t in times) or set(times) <= set(knots):
         return first
-    if isinstance(grid, TimeGrid) or grid == "explicit":
-        return first  # these times are meant; what does not fit is an error later
     bent = _bent(schedule, knots, [float(t) for t in times], integer)
     own = {name: value for name, value in options.items() if name not in GRID_OPTIONS}
     zero = _at_zero(schedule, knots[-1])
