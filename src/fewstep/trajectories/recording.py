@@ -18,7 +18,7 @@ from fewstep.recipe import SamplerRecipe
 from fewstep.sampling import Sampler
 from fewstep.solvers import Solver
 from fewstep.trajectories.conditions import Condition, condition
-from fewstep.trajectories.keeping import Keep, kept, scales
+from fewstep.trajectories.keeping import Keep, Kept, kept, scales
 from fewstep.trajectories.manifest import (
     DTYPES,
     FORMAT,
@@ -80,9 +80,9 @@ def record(
             the kept times are among their points.
         options: Further options of solver and grid.
         keep: Which states to keep after :math:`x_T`: a number M (on the quadratic grid, as
-            ``"quadratic:4"``; for the schedule ``edm`` on the Karras grid), another grid (``"uniform:8"``, ``"karras:4"``), ``"all"``, knots of
-            the plan by number (integers), or times (decimal numbers). The first and the last state
-            are always kept.
+            ``"quadratic:4"``; for the schedule ``edm`` on the Karras grid), another grid
+            (``"uniform:8"``, ``"karras:4"``), ``"all"``, knots of the plan by number (integers),
+            or times (decimal numbers). The first and the last state are always kept.
         dtype: The type of the states in the files: ``"float16"`` (relative error 5e-4),
             ``"float32"``, or ``"bfloat16"`` (4e-3: too coarse for most purposes).
         seed: The seed.
@@ -130,21 +130,9 @@ def record(
     rules = {name: condition(name, value, n) for name, value in sorted(cond.items())}
     made = chosen.recipe.build(denoiser)
     _check_conditions(made, rules)
-    alpha, sigma = scales(denoiser.schedule, chosen.times)
     manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": denoiser.fingerprint(),
-        "wrappers": wrappers(denoiser),
-        "prediction": denoiser.native.value,
-        "schedule": denoiser.schedule.to_config(),
-        "event_shape": list(denoiser.event_shape),
-        "sampler": json.loads(chosen.recipe.to_json()),
-        "guidance": chosen.recipe.guidance,
-        "times": chosen.times,
-        "alpha": alpha,
-        "sigma": sigma,
-        "knots": chosen.knots,
+        **_about_model(denoiser),
+        **_about_sampler(denoiser, chosen),
         "dtype": dtype,
         "n": n,
         "shard_size": min(shard_size, n),
@@ -179,6 +167,30 @@ def resume(
     with _telling(progress) as tell:
         writer.run(tell)
     return TrajectoryStore.open(folder)
+
+
+def _about_model(denoiser: Denoiser) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": denoiser.fingerprint(),
+        "wrappers": wrappers(denoiser),
+        "prediction": denoiser.native.value,
+        "schedule": denoiser.schedule.to_config(),
+        "event_shape": list(denoiser.event_shape or ()),
+    }
+
+
+def _about_sampler(denoiser: Denoiser, chosen: Kept) -> dict[str, Any]:
+    alpha, sigma = scales(denoiser.schedule, chosen.times)
+    return {
+        "sampler": json.loads(chosen.recipe.to_json()),
+        "guidance": chosen.recipe.guidance,
+        "times": chosen.times,
+        "alpha": alpha,
+        "sigma": sigma,
+        "knots": chosen.knots,
+    }
 
 
 def _begin(folder: Path, *, overwrite: bool) -> None:

@@ -53,10 +53,13 @@ class Writer:
         """Makes all shards that are missing or damaged, beside other writers."""
         count, n = shard_count(self.manifest), self.manifest["n"]
         there = set(range(count)) - set(missing_shards(self.folder, self.manifest))
+        checked = 0
         for shard in sorted(there):
             # Damaged before this run; what appears during it was just written, and whole.
             if check_shard(self.folder, self.manifest, shard) is not None:
                 shard_file(self.folder, shard).unlink(missing_ok=True)
+            checked += len(shard_rows(self.manifest, shard))
+            tell(checked, n)
         self._sweep()
         while missing := missing_shards(self.folder, self.manifest):
             tell(n - sum(len(shard_rows(self.manifest, s)) for s in missing), n)
