@@ -205,6 +205,28 @@ def test_losses_by_name():
     assert float(DISTANCES["huber"](a, b)) == pytest.approx(((16.01**0.5) - 0.1) / 2)
 
 
+def test_the_distance_in_features(model, store, tmp_path):
+    from fewstep.operators.losses import FeatureDistance, l1
+
+    distance = FeatureDistance(model, weight=2.0)
+    a, b = store.states[:3, -1], store.states[3:6, -1]
+    lam = model.schedule.lam(torch.tensor(distance.time, dtype=torch.float64))
+    assert float(lam.exp()) == pytest.approx(10.0)  # a tenth of noise
+    t = torch.full((3,), distance.time)
+    expected = l1(a, b)
+    with torch.no_grad():
+        sides = [model.network.encode(x, t)[2] for x in (a, b)]
+    for one, two in zip(*sides, strict=True):
+        cosine = torch.nn.functional.cosine_similarity(one, two, dim=1)
+        expected = expected + 2 * (2 - 2 * cosine).flatten(1).mean(1)
+    torch.testing.assert_close(distance(a, b), expected, rtol=1e-4, atol=1e-5)
+    assert float(distance(a, a).max()) == 0.0
+    distill(model, store, tmp_path, mode="endpoint", loss="features", **SHORT)
+    assert len(list(tmp_path.iterdir())) == 5
+    with pytest.raises(ValueError, match="needs a network with encode"):
+        FeatureDistance(fewstep.load("mixture-smooth"))
+
+
 def test_tensorboard(model, store, tmp_path):
     pytest.importorskip("tensorboard")
     import warnings

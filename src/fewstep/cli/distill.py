@@ -77,7 +77,7 @@ def distill(
         times: The number of frames (4), or their times among the stored ones (0.56,0.25,0).
         modes: The temporal modes J that are kept; 2 if left out.
         basis: dft, dct or dense.
-        loss: l1, l2 or huber.
+        loss: l1, l2, huber, or features (l1, and what the model itself sees in the images).
         weights: snr, uniform, or a number for each frame (1,2,4,20).
         lambda_max: The largest weight of snr; with the published 10000 the path is hardly learned.
         steps: The number of training steps.

@@ -118,9 +118,9 @@ def distill(
     recipe = replace(recipe or DistillRecipe(), **_known(changes))
     if distance is not None and recipe.loss != "custom":
         recipe = replace(recipe, loss="custom")
-    measure = distance_of(recipe.loss, distance)
     store = _opened(folder)
     _check(denoiser, store)
+    measure = distance_of(recipe.loss, distance, denoiser)
     run = _Run(denoiser, store, Path(out), recipe, measure, sites, device)
     run.train(checkpoint_every, tensorboard, on_step)
     return run.finish()
@@ -252,7 +252,7 @@ class _Run:
                 x, target, cond = self._batch(self._indices(step * recipe.accumulate + part))
                 with self._autocast():
                     states = call(x, **cond)
-                each = self._distances(states, target)
+                    each = self._distances(states, target)
                 loss = (self.weights * each).mean() / recipe.accumulate
                 self.accelerator.backward(loss)
             total += each.detach() / recipe.accumulate

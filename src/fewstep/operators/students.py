@@ -11,7 +11,7 @@ import torch
 
 from fewstep.denoiser import Denoiser
 from fewstep.operators.layout import Layout
-from fewstep.operators.losses import DISTANCES, WEIGHTS
+from fewstep.operators.losses import LOSSES, WEIGHTS
 from fewstep.operators.operator import TrajectoryOperator
 from fewstep.operators.temporal import BASES
 from fewstep.registry import unknown
@@ -44,7 +44,8 @@ class DistillRecipe:
         modes: The modes J of temporal blocks.
         basis: ``"dft"``, ``"dct"`` or ``"dense"``.
         output: ``"convert"`` or ``"direct"``, see :class:`Layout`.
-        loss: ``"l1"``, ``"l2"``, ``"huber"``, or ``"custom"``.
+        loss: ``"l1"``, ``"l2"``, ``"huber"``, ``"features"`` (:class:`FeatureDistance`), or
+            ``"custom"``.
         weights: ``"snr"``, ``"uniform"``, or a number for each frame.
         lambda_max: The cap of ``"snr"``; at the published 10,000 the intermediate states are
             hardly learned.
@@ -88,7 +89,7 @@ class DistillRecipe:
             raise ValueError("give times or frames, not both")
         for name, known in (
             ("basis", BASES),
-            ("loss", (*DISTANCES, "custom")),
+            ("loss", LOSSES),
             ("precision", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in known:

@@ -185,6 +185,26 @@ class SmallUNet(nn.Module):
             t: The times, with shape (B,).
             class_labels: The classes, integers with shape (B,); left out, the null label.
         """
+        h, embedding, skips = self.encode(x, t, class_labels)
+        h = self._call(self.middle, h, embedding)
+        for stages, grow in zip(self.up, self.grow, strict=True):
+            for stage in stages.children():
+                h = self._call(stage, torch.cat([h, skips.pop()], dim=1), embedding)
+            if skips:
+                h = grow(functional.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
+        h = self.conv_out(functional.silu(self.norm_out(h)))
+        return functional.pixel_shuffle(h, self.patch)
+
+    def encode(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Returns the way down: its end, the embedding of times, and the features of each stage.
+
+        Arguments:
+            x: As for :meth:`forward`.
+            t: As for :meth:`forward`.
+            class_labels: As for :meth:`forward`.
+        """
         embedding = self.embed_time(_sinusoid(t * self.time_scale, self.frequencies).to(x.dtype))
         if self.embed_class is not None:
             if class_labels is None:
@@ -200,14 +220,7 @@ class SmallUNet(nn.Module):
                 h = self._call(stage, h, embedding)
                 skips.append(h)
             h = shrink(h)
-        h = self._call(self.middle, h, embedding)
-        for stages, grow in zip(self.up, self.grow, strict=True):
-            for stage in stages.children():
-                h = self._call(stage, torch.cat([h, skips.pop()], dim=1), embedding)
-            if skips:
-                h = grow(functional.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
-        h = self.conv_out(functional.silu(self.norm_out(h)))
-        return functional.pixel_shuffle(h, self.patch)
+        return h, embedding, skips
 
 
 def _silence(layer: nn.Conv2d) -> None:
