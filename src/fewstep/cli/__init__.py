@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError
 from fewstep import __version__
 from fewstep.cli._common import fail
 
-RESUMABLE = ("sample", "tune", "record", "distill", "train", "compare")
+RESUMABLE = ("sample", "tune", "record", "distill", "train", "compare", "analyze")
 """The commands that go on when they are given again."""
 
 
@@ -37,6 +37,12 @@ def app() -> App:
             "compare",
             "compare",
             "Compare samplers at several budgets: a report to look at.",
+        ),
+        (
+            "analyze",
+            "analyze",
+            "analyze",
+            "Find where a model's error comes from and which sampler suits it.",
         ),
         ("demo", "demo", "demo", "Compare samplers on an embedded model: a table and a picture."),
         ("record", "record", "record", "Record trajectories of a model, to distill from."),

@@ -1,0 +1,292 @@
+"""``fewstep analyze``: where a model's error comes from, and which sampler that suggests."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from fewstep.cli._common import (
+    Flag,
+    console,
+    event_shape,
+    load_model,
+    output_folder,
+    parse_labels,
+    positive,
+    progress,
+    say,
+)
+from fewstep.files import sha256, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fewstep.denoiser import Denoiser
+    from fewstep.studies import Advice, Watcher
+
+REPORT, RESULTS, GRID = "report.html", "results.json", "grid.json"
+EXACT = ("mixture-smooth", "mixture-sharp")
+DRAWS = 4096
+"""How many points stand for the data of an exact model."""
+
+
+def analyze(
+    model: str,
+    *,
+    out: Path,
+    data: str | None = None,
+    nfe: str = "5,6,8,10,15,20",
+    n: Annotated[int, Parameter(name=["-n", "--n"])] = 32,
+    budget: float = 15.0,
+    class_labels: str | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    overwrite: Flag = False,
+) -> None:
+    """Find out where a model's error comes from and which sampler suits it: OUT/report.html.
+
+    Also OUT/results.json (all numbers), OUT/grid.json (time grids fitted to this model, for
+    `--grid auto:FILE`) and OUT/recipe-NFE.json (the recommended samplers, for
+    `fewstep sample --recipe`). Nothing is trained. Each stage is kept in OUT: a run that was
+    interrupted goes on when the same command is given again.
+
+    Args:
+        model: An embedded name (see `fewstep models`), or a folder.
+        out: The folder to write.
+        data: The data that the model was trained on: a folder of images, an idx or npz file, or
+            the name of an exact model; left out, the fitting error is left out.
+        nfe: The numbers of network evaluations to advise on, with commas between.
+        n: How many trajectories are studied; as many others choose what is recommended.
+        budget: Minutes after which grids are no longer polished; they are then those of
+            dynamic programming, or named ones.
+        class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all), which is
+            the default for a model with classes.
+        guidance: The scale of classifier-free guidance; 1 is none.
+        seed: The seed.
+        device: Where to run, for example cpu or cuda.
+        overwrite: Replace the results that are there.
+    """
+    budgets = _numbers(nfe)
+    positive("-n", n)
+    if n < 4:
+        raise ValueError(f"-n must be at least 4, got {n}")
+    if not 0 <= budget < 1e6:
+        raise ValueError(f"--budget must be a number of minutes, got {budget}")
+    output_folder(out)
+    _check_report()
+    denoiser = load_model(model, device)
+    event_shape(denoiser)
+    if class_labels is None and "class_labels" in denoiser.null_condition:
+        class_labels = "all"
+    points, labels = (None, None) if data is None else _data(data, denoiser)
+    if guidance not in (None, 1):
+        from fewstep.denoiser import Guided
+
+        denoiser = Guided(denoiser, guidance)  # type: ignore[arg-type]
+
+    from fewstep.noise import NoiseSource
+    from fewstep.studies import fitted_grids
+    from fewstep.studies.study import Subject, finish_folder, prepare_folder, study
+
+    NoiseSource(seed, ())
+
+    def cond(count: int) -> dict[str, Any]:
+        chosen = parse_labels(class_labels, denoiser, count)
+        return denoiser.prepare(count, {} if chosen is None else {"class_labels": chosen})
+
+    cond(2 * n)
+    fingerprint = denoiser.fingerprint()
+    settings = {
+        "model": model,
+        "fingerprint": fingerprint,
+        "data": data,
+        "data_sha256": _checksum(data),
+        "nfe": budgets,
+        "n": n,
+        "class_labels": class_labels,
+        "guidance": guidance,
+        "seed": seed,
+        "device": device,
+        "budget": budget,
+    }
+    outputs = [REPORT, RESULTS, GRID, *(f"recipe-{k}.json" for k in budgets)]
+    prepare_folder(out, settings, outputs, overwrite=overwrite)
+    with _watcher() as watcher:
+        results, advice = study(
+            Subject(denoiser, points, labels, cond, settings),
+            out,
+            nfe=budgets,
+            n=n,
+            seed=seed,
+            minutes=budget,
+            watcher=watcher,
+        )
+    from fewstep.cli._analysis_page import write_page
+
+    grids = fitted_grids(denoiser, advice, fingerprint=fingerprint)
+    recipes = [_recipe(item, denoiser, guidance, fingerprint, model) for item in advice]
+    for item, recipe in zip(advice, recipes, strict=True):
+        recipe.save(out / f"recipe-{item.nfe}.json")
+    grids.save(out / GRID)
+    write_json(out / RESULTS, results)
+    again = _command(model, data, nfe, n, class_labels, guidance, seed, out)
+    write_page(results, out / REPORT, command=again)
+    finish_folder(out)
+    say(results["check"]["verdict"])
+    _table(advice)
+    if results["enough"] is not None:
+        say(f"{results['enough']} calls come within 5 % of the data's deviation of the reference")
+    say(f"wrote {out / REPORT}, {out / RESULTS}, {out / GRID} and {len(recipes)} recipes")
+    shown = results["enough"] or results["shown"]
+    words = ["fewstep", "sample", model, "--recipe", str(out / f"recipe-{shown}.json")]
+    if class_labels is not None:
+        words += ["--class-labels", class_labels]
+    say(f"next: {shlex.join([*words, '--out', f'{out}-samples'])}")
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    right = [p.isascii() and p.isdigit() and len(p) < 3 and 2 <= int(p) <= 40 for p in parts]
+    if not parts or not all(right):
+        raise ValueError(f"--nfe is integers from 2 to 40, for example 5,10,20; got {text!r:.40}")
+    return sorted({int(part) for part in parts})
+
+
+def _check_report() -> None:
+    """Raises before the minutes of work if the report could not be written afterwards."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
+        raise ValueError(f"the report needs {missing[0]}: pip install fewstep[report]")
+
+
+def _data(source: str, denoiser: Denoiser) -> tuple[Tensor, Tensor | None]:
+    """Returns real data in [-1, 1] with their classes; of an exact model, draws from it."""
+    shape = tuple(denoiser.event_shape or ())
+    if source in EXACT:
+        drawn: Any = load_model(source, "cpu")
+        points, labels = drawn.draw(DRAWS, seed=1), None
+    else:
+        from fewstep.data import read_images
+        from fewstep.zoo.load import EMBEDDED
+
+        if source in EMBEDDED and not Path(source).exists():
+            raise ValueError(
+                f"{source!r} brings statistics of its images and not the images; give their folder, "
+                "idx or npz file, or leave --data out"
+            )
+        if len(shape) != 3:
+            raise ValueError(f"this model makes no images (its samples have shape {shape})")
+        size = shape[1] if shape[1] == shape[2] else None
+        images = read_images(source, size=size)
+        points, labels = images.floats(), images.labels
+    if tuple(points.shape[1:]) != shape:
+        raise ValueError(
+            f"the data have shape {tuple(points.shape[1:])}, the model's samples {shape}"
+        )
+    return points, labels
+
+
+def _checksum(source: str | None) -> str | None:
+    if source is None or not Path(source).is_file():
+        return None
+    return sha256(source)
+
+
+@contextmanager
+def _watcher() -> Iterator[Watcher]:
+    """Shows one bar for each stage."""
+    from fewstep.studies.study import Watcher
+
+    bars: list[Any] = []
+    ticks: list[Any] = []
+
+    def end() -> None:
+        if bars:
+            bars.pop().__exit__(None, None, None)
+            ticks.clear()
+
+    def begin(stage: str, calls: int) -> None:
+        end()
+        bars.append(progress(stage, calls or None))
+        ticks.append(bars[-1].__enter__())
+
+    def tick(calls: int) -> None:
+        if ticks:
+            ticks[0](calls)
+
+    try:
+        yield Watcher(begin, tick)
+    finally:
+        end()
+
+
+def _recipe(
+    item: Advice, denoiser: Denoiser, guidance: float | None, fingerprint: str, model: str
+) -> Any:
+    from fewstep.recipe import SamplerRecipe
+
+    best = item.best
+    return SamplerRecipe(
+        name=best.solver,
+        nfe=item.nfe,
+        grid="explicit",
+        options={"times": list(best.times)},
+        head_start=best.times[0] if best.head else None,
+        schedule=denoiser.schedule.to_config(),
+        guidance=guidance,
+        about={
+            "from": "fewstep analyze",
+            "model": model,
+            "fingerprint": fingerprint,
+            "grid": best.grid,
+            "rms_held_out": best.held_out,
+            "rms_held_out_default": item.default.held_out,
+        },
+    )
+
+
+def _table(advice: Sequence[Advice]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("NFE", "solver", "grid", "predicted", "RMS, held out", "default", ""):
+        left = title in ("solver", "grid", "")
+        table.add_column(title, justify="left" if left else "right")
+    for item in advice:
+        best, default = item.best, item.default
+        change = "" if not default.held_out else f"{best.held_out / default.held_out - 1:+.0%}"  # type: ignore[operator]
+        table.add_row(
+            str(item.nfe),
+            best.solver,
+            best.grid,
+            f"{best.predicted:.4f}",
+            f"{best.held_out:.4f}",
+            f"{default.held_out:.4f}",
+            change,
+        )
+    console().print(table)
+
+
+def _command(
+    model: str,
+    data: str | None,
+    nfe: str,
+    n: int,
+    class_labels: str | None,
+    guidance: float | None,
+    seed: int,
+    out: Path,
+) -> str:
+    words = ["fewstep", "analyze", model]
+    words += [] if data is None else ["--data", data]
+    words += ["--nfe", nfe, "-n", str(n)]
+    words += [] if class_labels is None else ["--class-labels", class_labels]
+    words += [] if guidance is None else ["--guidance", f"{guidance:g}"]
+    return shlex.join([*words, "--seed", str(seed), "--out", str(out)])

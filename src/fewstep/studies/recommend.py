@@ -1,0 +1,352 @@
+r"""Which solver, grid and number of calls suit a model: predicted, then run, then polished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser
+from fewstep.fitted import FittedGrid, FittedGrids
+from fewstep.planning import choose
+from fewstep.planning import plan as make_plan
+from fewstep.solvers import solver as make_solver
+from fewstep.studies.dynamic import BestGrid, StepCosts, best_grids
+from fewstep.studies.local_errors import Path, step_errors
+from fewstep.studies.polish import Candidate, polish
+from fewstep.studies.reference import run_plan
+
+SOLVERS = ("tab2", "tab3", "unipc2", "unipc3", "ipndm", "dpmpp-2m", "dpmpp-3m", "ddim")
+"""The solvers that are tried: one network call a step, deterministic."""
+
+GRIDS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+    ("power 1.5", "power", {"power": 1.5}),
+    ("quadratic", "quadratic", {}),
+    ("uniform", "uniform", {}),
+    ("log-rho", "log-rho", {}),
+)
+
+FINE = 0.05
+"""The number of calls that is recommended brings the error below this share of the data's deviation."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    r"""Samples whose reference is known.
+
+    Attributes:
+        noise: The initial draws, of unit variance, with shape (B, \*).
+        end: The reference samples, with shape (B, \*).
+        cond: The conditions, ready.
+    """
+
+    noise: Tensor
+    end: Tensor
+    cond: Mapping[str, Any]
+
+    def first(self, n: int) -> Batch:
+        """Returns the first n samples."""
+        size = len(self.noise)
+        cond = {
+            k: v[:n] if isinstance(v, (Tensor, list)) and len(v) == size else v
+            for k, v in self.cond.items()
+        }
+        return Batch(self.noise[:n], self.end[:n], cond)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A solver on a grid, with what was predicted and measured; distances are root mean squares.
+
+    Attributes:
+        solver: The solver.
+        grid: What the grid is.
+        times: Its times.
+        head: Whether it has an analytic head start.
+        predicted: The error that local errors predict.
+        measured: The distance on the samples that grids are fitted to, or ``None``.
+        held_out: The distance on held-out samples, or ``None``.
+        score: The robust mean by which it is chosen, on held-out samples, or ``None``.
+    """
+
+    solver: str
+    grid: str
+    times: tuple[float, ...]
+    head: bool = False
+    predicted: float | None = None
+    measured: float | None = None
+    held_out: float | None = None
+    score: float | None = None
+
+    @property
+    def candidate(self) -> Candidate:
+        """The same as times that can be moved."""
+        times = torch.tensor(self.times, dtype=torch.float64)
+        return Candidate(make_solver(self.solver), times, self.head, self.grid)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as JSON has it."""
+        return {**self.__dict__, "times": list(self.times)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Tried:
+        """Returns what :meth:`to_dict` wrote."""
+        return cls(**{**content, "times": tuple(content["times"])})
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What is recommended at one number of calls.
+
+    Attributes:
+        nfe: The number of calls.
+        best: The recommended one.
+        default: What ``auto`` is without a fitted grid.
+        tried: All that were tried, the predicted best first.
+        polished: Whether there was time to polish.
+    """
+
+    nfe: int
+    best: Tried
+    default: Tried
+    tried: tuple[Tried, ...]
+    polished: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as JSON has it."""
+        return {
+            "nfe": self.nfe,
+            "best": self.best.to_dict(),
+            "default": self.default.to_dict(),
+            "tried": [item.to_dict() for item in self.tried],
+            "polished": self.polished,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Advice:
+        """Returns what :meth:`to_dict` wrote."""
+        return cls(
+            content["nfe"],
+            Tried.from_dict(content["best"]),
+            Tried.from_dict(content["default"]),
+            tuple(Tried.from_dict(item) for item in content["tried"]),
+            content["polished"],
+        )
+
+
+def dynamic_grids(path: Path, most: int) -> dict[str, dict[int, BestGrid]]:
+    """Returns the grids of dynamic programming, by name: without and, if it pays, with a head start."""
+    costs = StepCosts(path, 2 if most > 1 else 0)
+    found = {"dynamic": best_grids(costs, most)}
+    if path.head is not None:
+        found["dynamic, head start"] = best_grids(costs, most, head=True)
+    return found
+
+
+def candidates(
+    denoiser: Denoiser,
+    path: Path,
+    nfe: int,
+    dynamic: Mapping[str, Mapping[int, BestGrid]],
+    solvers: Iterable[str] = SOLVERS,
+) -> list[Tried]:
+    """Returns every solver on every grid with its predicted error, the best first."""
+    grids: list[tuple[str, Tensor, bool]] = []
+    integer = getattr(denoiser, "integer_times", False)
+    for label, name, options in GRIDS:
+        try:
+            plan = make_plan(
+                "ddim", denoiser.schedule, nfe=nfe, grid=name, integer_times=integer, **options
+            )
+        except ValueError:  # more steps than trained levels near one end
+            continue
+        grids.append((label, plan.knots, False))
+    for label, by_steps in dynamic.items():
+        best = by_steps.get(nfe)
+        if best is not None and (best.head or label == "dynamic"):
+            grids.append((label, best.times, best.head))
+    found = []
+    for solver in solvers:
+        for label, times, head in grids:
+            tried = Tried(solver, label, tuple(times.tolist()), head)
+            try:
+                plan = tried.candidate.plan(denoiser)
+            except ValueError:  # this solver is not defined on this grid
+                continue
+            found.append(replace(tried, predicted=step_errors(plan, path).predicted))
+    return sorted(found, key=lambda item: item.predicted or 0.0)
+
+
+def advise(
+    denoiser: Denoiser,
+    path: Path,
+    nfe: int,
+    fit: Batch,
+    held_out: Batch,
+    dynamic: Mapping[str, Mapping[int, BestGrid]],
+    *,
+    solvers: Sequence[str] = SOLVERS,
+    deadline: float | None = None,
+    iterations: int = 3,
+    tick: Callable[[int], None] | None = None,
+) -> Advice:
+    r"""Returns what suits a model at a number of network calls.
+
+    All solvers on all grids are predicted from local errors along the reference (no network calls);
+    of each solver the grid with the least prediction is run; of the best of these the times are
+    polished (:func:`polish`); what is best on held-out samples is recommended.
+
+    Cost: some ``(solvers + 2) * nfe`` calls for each sample, and of polishing about ``2 * nfe ** 2``.
+
+    Arguments:
+        denoiser: The model.
+        path: The reference path, with gains.
+        nfe: The number of calls.
+        fit: Samples to fit to.
+        held_out: Other samples, to choose by.
+        dynamic: See :func:`dynamic_grids`.
+        solvers: The names of the solvers to try; each makes one call a step.
+        deadline: The value of :func:`time.monotonic` after which nothing is polished any more.
+        iterations: The most iterations of polishing.
+        tick: Called with the number of network calls as they are made.
+    """
+    tried = candidates(denoiser, path, nfe, dynamic, solvers)
+    some = fit.first(min(16, len(fit.noise)))
+    middle = _middle(denoiser, tried[0], some, tick)
+    default = _default(denoiser, path, nfe)
+    leaders, seen = [default], set[str]()
+    for item in tried:
+        if item.solver not in seen:
+            seen.add(item.solver)
+            leaders.append(item)
+    measured = [_measure(denoiser, item, some, middle, tick) for item in leaders]
+    default = measured[0]
+    measured.sort(key=lambda item: item.score or 0.0)
+    front = measured[:3]
+    late = deadline is not None and time.monotonic() > deadline
+    finals = [default, *(item for item in front if item is not default)]
+    if not late:
+        for item in front[: 2 if nfe <= 10 else 1]:
+            made = polish(
+                denoiser,
+                item.candidate,
+                fit.noise,
+                fit.end,
+                fit.cond,
+                iterations=iterations if nfe <= 10 else max(1, iterations - 1),
+                tick=tick,
+            )
+            if made.history:
+                times = tuple(made.candidate.times.tolist())
+                finals.append(replace(item, grid=f"{item.grid}, polished", times=times))
+    finals = [_hold_out(denoiser, path, item, held_out, middle, tick) for item in finals]
+    best = min(finals, key=lambda item: item.score or 0.0)
+    default = finals[0]
+    rest = [replace(item, score=None) for item in measured]
+    known = {(item.solver, item.grid) for item in [*finals, *rest]}
+    kept = [item for item in tried if (item.solver, item.grid) not in known]
+    final_names = {(item.solver, item.grid) for item in finals}
+    rest = [item for item in rest if (item.solver, item.grid) not in final_names]
+    everything = sorted([*finals, *rest, *kept], key=lambda item: item.predicted or 0.0)
+    return Advice(nfe, best, default, tuple(everything), not late)
+
+
+def _default(denoiser: Denoiser, path: Path, nfe: int) -> Tried:
+    choice = choose(denoiser.schedule, nfe)
+    integer = getattr(denoiser, "integer_times", False)
+    plan = make_plan("auto", denoiser.schedule, nfe=nfe, integer_times=integer)
+    label = " ".join([choice.grid or "own", *(f"{v:g}" for v in choice.options.values())])
+    return Tried(
+        choice.solver,
+        label,
+        tuple(plan.knots.tolist()),
+        plan.head,
+        step_errors(plan, path).predicted,
+    )
+
+
+def _errors(
+    denoiser: Denoiser, item: Tried, batch: Batch, tick: Callable[[int], None] | None
+) -> Tensor:
+    plan = item.candidate.plan(denoiser)
+    x = run_plan(denoiser, plan, batch.noise, batch.cond)
+    if tick is not None:
+        tick(plan.nfe)
+    return (x - batch.end).double().flatten(1).square().mean(1).cpu()
+
+
+def _middle(
+    denoiser: Denoiser, item: Tried, batch: Batch, tick: Callable[[int], None] | None
+) -> float:
+    return float(_errors(denoiser, item, batch, tick).median().clamp_min(1e-24))
+
+
+def _robust(squares: Tensor, middle: float) -> float:
+    """The pseudo-Huber mean that :func:`polish` lowers."""
+    return float((2 * middle * ((1 + squares / middle).sqrt() - 1)).mean())
+
+
+def _measure(
+    denoiser: Denoiser,
+    item: Tried,
+    batch: Batch,
+    middle: float,
+    tick: Callable[[int], None] | None,
+) -> Tried:
+    squares = _errors(denoiser, item, batch, tick)
+    return replace(item, measured=float(squares.mean().sqrt()), score=_robust(squares, middle))
+
+
+def _hold_out(
+    denoiser: Denoiser,
+    path: Path,
+    item: Tried,
+    batch: Batch,
+    middle: float,
+    tick: Callable[[int], None] | None,
+) -> Tried:
+    squares = _errors(denoiser, item, batch, tick)
+    return replace(
+        item,
+        predicted=step_errors(item.candidate.plan(denoiser), path).predicted,
+        held_out=float(squares.mean().sqrt()),
+        score=_robust(squares, middle),
+    )
+
+
+def fitted_grids(
+    denoiser: Denoiser, advice: Sequence[Advice], *, fingerprint: str | None = None
+) -> FittedGrids:
+    """Returns the grids for a file: of each number of calls the recommended one, and each solver's best."""
+    grids: dict[tuple[str, int], FittedGrid] = {}
+    for item in advice:
+        order = sorted(
+            (t for t in item.tried if t.measured is not None or t.held_out is not None),
+            key=lambda t: (
+                t is not item.best,
+                t.held_out is None,
+                t.held_out or t.measured or 0.0,
+            ),
+        )
+        for tried in [item.best, *order]:
+            key = (tried.solver, len(tried.times) - 1)
+            if key not in grids:
+                grids[key] = FittedGrid(tried.solver, tried.times, tried.head, tried.held_out)
+    return FittedGrids(
+        denoiser.schedule,
+        denoiser.fingerprint() if fingerprint is None else fingerprint,
+        tuple(grids.values()),
+        {item.nfe: item.best.solver for item in advice},
+    )
+
+
+def enough_calls(advice: Sequence[Advice], deviation: float) -> int | None:
+    """Returns the least number of calls whose error is below 5 % of the data's deviation, or ``None``."""
+    for item in sorted(advice, key=lambda a: a.nfe):
+        if item.best.held_out is not None and item.best.held_out <= FINE * deviation:
+            return item.nfe
+    return None
