@@ -180,17 +180,15 @@ def draw(
 
     They are those of :func:`fewstep.sample`: sample i depends on ``(seed, i)`` alone.
     """
-    from fewstep.noise import INITIAL, NoiseSource
-    from fewstep.sampling import Run
+    from fewstep.noise import NoiseSource
+    from fewstep.sampling import Run, initial
 
     model = made.denoiser
-    shape = event_shape(model)
+    event_shape(model)
     ready = model.prepare(len(numbers), cond)
     source = NoiseSource(seed, numbers)
-    tensors = [*model.parameters(), *model.buffers()]
-    device = tensors[0].device if tensors else "cpu"
-    noise = source.draw(INITIAL, shape, device=device)
-    return made.run(made.start(noise), Run(source, ready, False, tick)).x.float().cpu()
+    start = made.start(initial(model, source))
+    return made.run(start, Run(source, ready, False, tick)).x.float().cpu()
 
 
 def event_shape(denoiser: Denoiser) -> tuple[int, ...]:

@@ -220,10 +220,11 @@ def _say_spectrum(store: TrajectoryStore, found: Any) -> None:
         shown = ", ".join(f"J = {j}: {left[j - 1]:.1e}" for j in (1, 2, 3, 4) if j <= len(left))
         say(f"  {basis.name}: {shown}; 99.9 % in {basis.modes}")
     best = found.dct if found.dct.modes <= found.dft.modes else found.dft
-    say(
-        f"suggested: --basis {best.name} --modes {best.modes}, with {best.frames} frames or more "
-        f"(the store has {len(store.times) - 1})"
-    )
+    frames = len(store.times) - 1
+    say(f"suggested: --basis {best.name} --modes {best.modes}, with {best.frames} frames or more")
+    if frames < best.frames:
+        grid = "uniform" if found.variable == "t" else "quadratic"
+        say(f"the store has {frames}; record with --keep {grid}:{best.frames} for that")
 
 
 def _model_of(model: str | None, folder: Path, device: str) -> tuple[Denoiser | None, str]:
