@@ -154,7 +154,7 @@ def test_an_interval_says_how_many_digits_make_sense():
         "t", ["a"], [[estimate(123.456, 20.0)], [estimate(123.456, 0.002)], [Cell("z", 1.0)]]
     )
     text = page.to_html()
-    assert '123<span class="interval">103 … 143</span>' in text
+    assert '123.5<span class="interval">103.5 … 143.5</span>' in text
     assert '123.4560<span class="interval">123.4540 … 123.4580</span>' in text
 
 

@@ -43,6 +43,9 @@ STYLE = {
     "legend.frameon": False,
     "axes.unicode_minus": True,
 }
+DECADES = 1000.0
+"""Over more than this, a logarithmic axis has no room for numbers between powers of ten."""
+
 WIDTH = 4.8
 """The width of a figure in inches, at which its text can still be read on a phone."""
 
@@ -119,14 +122,14 @@ def line_plot(
         markers: Whether to mark the points.
         height: The height in inches; left out, as the legend needs.
     """
-    named = sum(bool(s.name) and not s.muted for s in series)
-    made, axes = new_figure(height=height or 3.3 + 0.17 * -(-named // 3))
+    names = [s.name for s in series if s.name and not s.muted]
+    made, axes = new_figure(height=height or 3.3 + legend_height(names))
     with styled():
         # On a logarithmic axis a band that reaches below zero ends below the lowest point.
         floor = min((y for s in series for y in s.y if y > 0), default=1.0) / 3 if log_y else None
         draw_lines(axes, series, markers=markers, floor=floor)
         label(axes, x_label, y_label, title, log_x=log_x, log_y=log_y, x_ticks=x_ticks)
-        add_legend(made, named)
+        add_legend(made, names)
     return made
 
 
@@ -168,7 +171,7 @@ def label(
     x_ticks: Sequence[float] | None = None,
 ) -> None:
     """Writes titles and sets scales; ticks are plain numbers."""
-    from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -181,7 +184,8 @@ def label(
         if on:
             scale("log", nonpositive="mask")
             axis.set_major_formatter(_plain)
-            axis.set_minor_formatter(_leading)
+            low, high = axis.get_view_interval()
+            axis.set_minor_formatter(_leading if high < DECADES * low else NullFormatter())
     if x_ticks is not None:
         axes.xaxis.set_major_locator(FixedLocator(list(x_ticks)))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -189,10 +193,21 @@ def label(
     axes.margins(x=0.04)
 
 
-def add_legend(made: Figure, named: int) -> None:
+def legend_columns(names: Sequence[str]) -> int:
+    """Returns how many names stand side by side below the axes."""
+    longest = max((len(name) for name in names), default=1)
+    return max(1, min(3, len(names), 66 // (longest + 8)))
+
+
+def legend_height(names: Sequence[str]) -> float:
+    """Returns the height of a legend in inches."""
+    return 0.17 * -(-len(names) // legend_columns(names)) if len(names) > 1 else 0.0
+
+
+def add_legend(made: Figure, names: Sequence[str]) -> None:
     """Writes one legend below the axes, if more than one line has a name."""
-    if named > 1:
-        made.legend(loc="outside lower center", ncols=min(3, named), handlelength=2.6)
+    if len(names) > 1:
+        made.legend(loc="outside lower center", ncols=legend_columns(names), handlelength=2.6)
 
 
 def _plain(value: float, _: object = None) -> str:

@@ -230,13 +230,13 @@ def _estimate(found: Any) -> Cell:
 
 
 def told(estimate: Any) -> tuple[str, str, str]:
-    """Returns value and ends of an estimate as texts, with two digits of the interval's width."""
+    """Returns value and ends of an estimate as texts, with at least two digits of the interval's width."""
     numbers = (estimate.value, estimate.low, estimate.high)
     width = abs(estimate.high - estimate.low)
     if not 1e-6 < width < 1e6:
         value, low, high = (number(n) for n in numbers)
         return value, low, high
-    decimals = max(0, 1 - math.floor(math.log10(width)))
+    decimals = max(int(width < 1000), 1 - math.floor(math.log10(width)))
     # Adding zero turns a rounded minus zero into zero.
     rounded = (f"{round(n, decimals) + 0.0:.{decimals}f}" for n in numbers)
     value, low, high = (text.replace("-", "\N{MINUS SIGN}") for text in rounded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,7 @@ from fewstep.cli._common import (
 
 if TYPE_CHECKING:
     from fewstep.comparison import Comparison, Watcher
+    from fewstep.comparison.verdicts import Verdict
     from fewstep.denoiser import Denoiser
     from fewstep.metrics import Reference
 
@@ -86,6 +87,7 @@ def compare(
         extend: Add to the finished comparison in OUT: its cells are kept, its report is replaced.
         overwrite: Replace the results that are there.
     """
+    command = _command(locals())
     positive("-n", n)
     positive("--batch-size", batch_size)
     positive("--reference-nfe", reference_nfe)
@@ -99,6 +101,7 @@ def compare(
     from fewstep.comparison import METRICS
     from fewstep.comparison import compare as run
     from fewstep.comparison.page import Told, write_report
+    from fewstep.comparison.verdicts import judge
 
     asked = METRICS if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
     real = None if data is None else _data(data, features, denoiser)
@@ -123,11 +126,12 @@ def compare(
     told = Told(
         model=model,
         data=data or "",
-        command=_command(locals()),
+        command=command,
         notes=[("class labels", class_labels)] if class_labels is not None else [],
     )
-    paths = write_report(comparison, told)
-    _table(comparison)
+    verdicts = judge(comparison)
+    paths = write_report(comparison, told, verdicts)
+    _table(comparison, verdicts)
     say(f"\nwrote {', '.join(str(path) for path in paths[:2])}")
     recipes = [path for path in paths if path.name.startswith("best-")]
     if recipes:
@@ -226,19 +230,19 @@ def _command(given: dict[str, Any]) -> str:
     return shlex.join([*parts, "--out", str(given["out"])])
 
 
-def _table(comparison: Comparison) -> None:
+def _table(comparison: Comparison, verdicts: Sequence[Verdict]) -> None:
     """Prints the order at each budget."""
     from rich.table import Table
 
     from fewstep.comparison.scores import RMS, TITLES
-    from fewstep.comparison.verdicts import judge, measure_of
+    from fewstep.comparison.verdicts import measure_of
 
     measure = measure_of(comparison)
     names = [measure, *([RMS] if measure != RMS else [])]
     table = Table(box=None, pad_edge=False)
     for title in ("NFE", "sampler", *(TITLES[name] for name in names), "ms/sample", ""):
         table.add_column(title, justify="left" if title in ("sampler", "") else "right")
-    for verdict in judge(comparison):
+    for verdict in verdicts:
         for cell in verdict.order:
             word = "best" if cell is verdict.best else "tie" if cell in verdict.ties else ""
             scores = [cell.scores[name] for name in names]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import interpolate
 
 from fewstep.comparison.running import Comparison
 from fewstep.comparison.scores import BETTER_HIGH, RMS, TITLES
@@ -15,6 +16,7 @@ from fewstep.figures import (
     Series,
     add_legend,
     label,
+    legend_height,
     line_plot,
     look_of,
     new_figure,
@@ -36,6 +38,9 @@ NAMES = {
 
 MOST_LINES = 9
 """The most samplers that have a colour of their own; the others stay grey."""
+
+TILE, MOST_PIXELS = 64, 128
+"""The side to which small images are magnified, by a whole factor, and the largest that is shown."""
 
 POINT_SIZE, POINT_COLUMNS = 236, 3
 
@@ -95,8 +100,8 @@ def against_nfe(comparison: Comparison, measure: str) -> Figure:
 def against_seconds(comparison: Comparison, measure: str, front: Sequence[Cell]) -> Figure:
     """Returns the figure of a measure against seconds for one sample, with the Pareto front."""
     looks = styles(comparison, measure)
-    named = sum(style is not None for style in looks.values())
-    made, axes = new_figure(height=3.3 + 0.17 * -(-named // 3))
+    names = [name for name, style in looks.items() if style is not None]
+    made, axes = new_figure(height=3.3 + legend_height(names))
     with styled():
         axes.plot(
             [1e3 * cell.seconds[0] for cell in front],
@@ -126,7 +131,7 @@ def against_seconds(comparison: Comparison, measure: str, front: Sequence[Cell])
             log_x=True,
             log_y=min(values) > 0 and max(values) > 4 * min(values),
         )
-        add_legend(made, named)
+        add_legend(made, names)
     return made
 
 
@@ -140,11 +145,16 @@ def samples_picture(comparison: Comparison, nfe: int) -> Image.Image | None:
     if target.ndim != 4 or target.shape[1] not in (1, 3):
         return None
     title = f"reference\n{comparison.reference.nfe} evaluations"
+    images = torch.cat([target, *shown])
+    side = max(images.shape[2:])
+    if side > MOST_PIXELS:
+        images = interpolate(images, scale_factor=MOST_PIXELS / side, mode="area")
     return image_grid(
-        torch.cat([target, *shown]),
+        images,
         columns=len(target),
+        scale=max(1, round(TILE / side)),
         row_labels=[title, *(_broken(cell.name) for cell in cells)],
-        column_labels=[f"seed {comparison.question['seed']}, {i}" for i in range(len(target))],
+        column_labels=[f"sample {i}" for i in range(len(target))],
     )
 
 

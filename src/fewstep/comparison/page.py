@@ -45,9 +45,11 @@ class Told:
     notes: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
-def write_report(comparison: Comparison, told: Told) -> list[Path]:
+def write_report(
+    comparison: Comparison, told: Told, verdicts: Sequence[Verdict] | None = None
+) -> list[Path]:
     """Writes report, numbers, pictures and recipes; returns their paths, the report first."""
-    verdicts = judge(comparison)
+    verdicts = judge(comparison) if verdicts is None else verdicts
     recipes: dict[int, tuple[Cell, Path]] = {}
     folder = comparison.store.folder
     for verdict in verdicts:
@@ -281,8 +283,8 @@ def _what_ran(page: Page, comparison: Comparison, told: Told, when: str) -> None
     page.table("Settings", ["what", "value"], rows, sortable=False)
     page.paragraph(
         f"The {NAMES[RMS]} is taken to the reference at the lowest level of the schedule or at "
-        "sigma = 0, whichever is nearer, as libraries end at either. Seconds are the median over "
-        "batches."
+        "sigma = 0, whichever is nearer, as libraries end at either. Times are those of the fastest "
+        "batch, which other work on the machine disturbs least."
     )
     with page.details("The times at which each sampler asks the network"):
         listed = [

@@ -264,7 +264,7 @@ class _Running:
             nfe=job.nfe,
             identity=job.identity,
             calls=job.nfe * job.made.denoiser.calls,
-            seconds=(statistics.median(times), min(times), max(times)),
+            seconds=(min(times), statistics.median(times), max(times)),
             stochastic=bool(draws.any()),
             end=ENDS[end],
             scores={},

@@ -11,9 +11,7 @@ from torch import Tensor
 from fewstep.metrics import (
     Estimate,
     Reference,
-    Statistics,
     fid,
-    frechet_distance,
     kid,
     precision_recall,
     sliced_wasserstein,
@@ -91,22 +89,28 @@ def spread(values: Tensor) -> Tensor:
     return student(LEVEL, n - 1) * values.double().std() / n**0.5
 
 
-def less_fid(a: Tensor, b: Tensor, reference: Reference) -> Estimate:
-    """Returns how much larger the FID of features a (n, D) is than that of b, sample by sample paired.
+def less_fid(others: Sequence[Tensor], first: Tensor, reference: Reference) -> list[Estimate]:
+    """Returns how much larger the FID of each set of features (n, D) is than that of the first.
 
-    From the same noise most of the chance is common to both, so this interval is much narrower
-    than those of the two FIDs.
+    Sample i of all sets started from the same noise, so most of the chance is common to them, and
+    these intervals are much narrower than those of the FIDs: the blocks of the jackknife leave
+    the same samples out of all sets.
     """
-    a, b = a.double(), b.double()
+    real = reference.statistics
+    values, vectors = torch.linalg.eigh(real.covariance)
+    half = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    sides = [(x, x @ half) for x in (side.double() for side in [first, *others])]
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        # The singular values of the centred y are the roots of the eigenvalues that FID asks for.
+        cross = torch.linalg.svdvals(y - y.mean(0)).sum() / (len(y) - 1) ** 0.5
+        return (x.mean(0) - real.mean).square().sum() + x.var(0).sum() - 2 * cross
 
     def statistic(i: Tensor, _: Tensor) -> Tensor:
-        left, right = (
-            frechet_distance(Statistics.of(side[i]), reference.statistics) for side in (a, b)
-        )
-        return (left - right)[None]
+        found = torch.stack([distance(x[i], y[i]) for x, y in sides])
+        return found[1:] - found[0]
 
-    sizes = (len(a), reference.statistics.n)
-    return jackknife(statistic, sizes, fixed=(False, True), level=LEVEL)[0]
+    return jackknife(statistic, (len(first), real.n), fixed=(False, True), level=LEVEL)
 
 
 def less_rms(a: Tensor, b: Tensor) -> Estimate:

@@ -32,7 +32,7 @@ class Cell:
         nfe: Its number of evaluations.
         identity: A checksum of what it does.
         calls: The network calls for each image (twice the evaluations with guidance).
-        seconds: The seconds for each image: the median over batches, with the fastest and slowest.
+        seconds: The seconds for each image in the fastest batch, the median one and the slowest.
         stochastic: Whether it drew noise on the way.
         end: Which end of the reference it came closer to: ``"lowest level"`` or ``"sigma = 0"``.
         scores: The estimates by name.

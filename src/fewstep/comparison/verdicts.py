@@ -70,14 +70,14 @@ def judge(comparison: Comparison) -> list[Verdict]:
             (cell for cell in comparison.cells if cell.nfe == nfe),
             key=lambda cell: cell.scores[measure].value,
         )
-        first = comparison.store.tensors(order[0])
-        behind = [_nothing(order[0].scores[measure])]
-        for cell in order[1:]:
-            other = comparison.store.tensors(cell)
-            if measure == RMS or data is None:
-                behind.append(less_rms(other["squares"], first["squares"]))
-            else:
-                behind.append(less_fid(other["features"], first["features"], data))
+        kept = [comparison.store.tensors(cell) for cell in order]
+        if measure == RMS or data is None:
+            first, *others = (tensors["squares"] for tensors in kept)
+            more = [less_rms(other, first) for other in others]
+        else:
+            first, *others = (tensors["features"] for tensors in kept)
+            more = less_fid(others, first, data) if others else []
+        behind = [_nothing(order[0].scores[measure]), *more]
         made.append(Verdict(nfe, measure, order, behind))
     return made
 
