@@ -241,6 +241,9 @@ def test_models_of_whole_times(tmp_path):
     assert store.times.tolist() == [999, 562, 250, 62, 0]
     assert all(t == round(t) for t in seen)
     assert {999, 562, 250, 62} <= seen
+    found = trajectories.spectrum(store, model, states=64)
+    assert (found.variable, found.resampled) == ("sqrt", True)
+    assert all(t == round(t) for t in seen)
 
 
 def test_the_grid_of_kept_times_where_time_is_the_noise_level(tmp_path):

@@ -76,7 +76,7 @@ def spectrum(
         store: The store.
         denoiser: The model that made it; not needed if the store has 32 states or more.
         n: How many trajectories, at most.
-        states: The number of steps, each of one network call, and so of states.
+        states: The number of states, each but one of a network call.
 
     Raises:
         ValueError: If the store has few states and the model is not given, or is another one.
@@ -93,14 +93,16 @@ def spectrum(
             "give the model, which then integrates some anew, or record with keep='all'"
         )
     kept = store.times
+    integer = getattr(denoiser, "integer_times", False)
     dense = make_plan(
         "tab2",
         schedule,
         steps=states - 1,
-        grid="quadratic" if variable == "sqrt" else "uniform",
+        # Whole times lie too far apart for the end of a dense quadratic grid.
+        grid="quadratic" if variable == "sqrt" and not integer else "uniform",
         t_start=float(kept[0]),
         t_end=max(float(kept[-1]), schedule.t_min),
-        integer_times=getattr(denoiser, "integer_times", False),
+        integer_times=integer,
     )
     before = SamplerRecipe.from_json(json.dumps(store.manifest["sampler"]))
     recipe = SamplerRecipe(kind="plan", plan=dense, guidance=before.guidance)
