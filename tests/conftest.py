@@ -27,3 +27,11 @@ def vp() -> NoiseSchedule:
 @pytest.fixture(scope="session")
 def ddpm() -> NoiseSchedule:
     return schedule("ddpm-linear")
+
+
+@pytest.fixture
+def quiet_diffusers() -> None:
+    """Its logger writes advice to the error stream."""
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()

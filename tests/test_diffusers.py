@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fewstep
+import tiny_pipelines as tiny
 from fewstep.execute import execute
 
 diffusers = pytest.importorskip("diffusers")
@@ -22,20 +25,11 @@ from fewstep.adapters.diffusers import (  # noqa: E402
     plan_from_scheduler,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = tiny.MARKS
+relative = tiny.relative
 
 ROUNDING = 2e-5
 """Of float32, through ten steps of a network that amplifies differences."""
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
 
 
 def network(x: Tensor, t: Any) -> Tensor:
@@ -59,10 +53,6 @@ def loop(scheduler: Any, steps: int | None = 10, *, seed: int = 0, **arguments: 
         y = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(network(y, t), t, x, return_dict=False, **arguments)[0]
     return x
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
 
 
 # The same method as diffusers' own scheduler, from the same configuration.
@@ -203,7 +193,7 @@ def test_every_compatible_scheduler_keeps_our_options():
     assert {"DDIMScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"} <= names
     for other in ours.compatibles:
         if other.__name__ == "DPMSolverSDEScheduler":
-            continue  # needs torchsde
+            pytest.importorskip("torchsde")
         back = PlanScheduler.from_config(other.from_config(ours.config).config)
         assert {k: back.config[k] for k in ours.config if k[0] != "_"} == {
             k: v for k, v in ours.config.items() if k[0] != "_"
@@ -511,6 +501,9 @@ AFFINE = [
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {}),
     ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}),
     ("FlowMatchHeunDiscreteScheduler", {}, {}),
+    ("DPMSolverSDEScheduler", {}, {}),
+    ("DPMSolverSDEScheduler", {"use_karras_sigmas": True}, {}),
+    ("CosineDPMSolverMultistepScheduler", {}, {}),
 ]
 
 
@@ -518,6 +511,8 @@ AFFINE = [
     ("name", "config", "arguments"), AFFINE, ids=[f"{n}-{a[0]}" for n, a in enumerate(AFFINE)]
 )
 def test_plan_from_scheduler_reproduces_its_samples(name, config, arguments):
+    if "SDE" in name or "Cosine" in name:
+        pytest.importorskip("torchsde")
     scheduler = getattr(diffusers, name)(**config)
     plan = fewstep.Plan.from_json(plan_from_scheduler(scheduler, 8, **arguments).to_json())
     generator = torch.Generator().manual_seed(0)
@@ -535,7 +530,36 @@ def test_plan_from_scheduler_reproduces_its_samples(name, config, arguments):
     start = plan.schedule.prior_std(float(plan.knots[0])) * z
     got = execute(plan, lambda x, t: network(x, next(times)), start, draw=draws.__getitem__)
     assert plan.nfe == len(want.inputs)
-    assert relative(got, want.output) < 1e-6
+    assert relative(got, want.output) < 2e-6  # their coefficients are float32
+
+
+def test_the_brownian_motion_of_sde_is_that_of_diffusers():
+    """The scheduler with its own tree of torchsde; the plan with the increments of that tree."""
+    pytest.importorskip("torchsde")
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+    scheduler = diffusers.DPMSolverSDEScheduler(noise_sampler_seed=3)
+    plan = plan_from_scheduler(scheduler, 5)
+    scheduler.set_timesteps(5)
+    z = tiny.normal((1, 3, 4, 4))
+    levels = scheduler.sigmas[::2].tolist()  # the others are repeated, for the two stages
+    x = z * float(scheduler.init_noise_sigma)
+    low, high = levels[-1], levels[0]
+    tree = BrownianTreeNoiseSampler(x, low, high, 3)
+    draws = []
+    for a, b in itertools.pairwise(levels):
+        middle = (a * b) ** 0.5
+        draws += [tree(a, middle), tree(middle, b)]
+    told: list[float] = []
+    for t in scheduler.timesteps:
+        y = scheduler.scale_model_input(x, t)
+        told.append(float(t))
+        x = scheduler.step(network(y, t), t, x).prev_sample
+    times = iter(told)
+    start = plan.schedule.prior_std(float(plan.knots[0])) * z
+    got = execute(plan, lambda x, t: network(x, next(times)), start, draw=draws.__getitem__)
+    assert plan.n_noise == len(draws)
+    assert relative(got, x) < 1e-3  # float32 states of size 150, and a tree to a tolerance
 
 
 @pytest.mark.parametrize(
@@ -579,9 +603,16 @@ def test_copies_go_on_where_the_original_is():
     )
 
 
-def test_compiles_with_the_network_without_a_graph_break():
+@pytest.mark.parametrize(
+    ("solver", "backend"),
+    [("tab2", "eager"), ("unipc3", "eager"), ("dpmpp-2m", "eager")]
+    + [pytest.param("tab2", "inductor", marks=pytest.mark.slow)],
+)
+def test_compiles_with_the_network_without_a_graph_break(solver, backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("needs a compiler")
     linear = nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
-    ours = PlanScheduler(solver="tab2")
+    ours = PlanScheduler(solver=solver)
 
     def sample(x: Tensor) -> Tensor:
         for i in range(4):
@@ -595,13 +626,21 @@ def test_compiles_with_the_network_without_a_graph_break():
     want = sample(x)
     ours.set_timesteps(4)
     ours.set_begin_index(0)
-    got = torch.compile(sample, fullgraph=True, backend="eager")(x)
+    got = torch.compile(sample, fullgraph=True, backend=backend)(x)
     assert torch.allclose(got, want, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("solver", "most"),
-    [("ddim", 2), ("dpmpp-2m", 4), ("tab3", 5), ("logrhoab2", 5), ("dpmpp-3m", 6)],
+    [
+        ("ddim", 2),
+        ("dpmpp-2m", 4),
+        ("tab3", 5),
+        ("logrhoab2", 4),
+        ("dpmpp-3m", 5),
+        ("unipc2", 5),
+        ("unipc3", 6),
+    ],
 )
 def test_tensor_operations_are_counted(solver, most):
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -15,23 +15,9 @@ import tiny_pipelines as tiny
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-pytestmark = [
-    pytest.mark.peer,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
-
-LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    diffusers.utils.logging.set_verbosity_error()
-
-
-def noise(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+pytestmark = tiny.MARKS
+LATENT = tiny.LATENT
+noise = tiny.normal
 
 
 def test_a_network_alone(tmp_path):

@@ -18,30 +18,16 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from fewstep.adapters.diffusers import PlanScheduler, load_pipeline  # noqa: E402
 
-pytestmark = [
-    pytest.mark.peer,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = tiny.MARKS
+LATENT = tiny.LATENT
+seeded = tiny.seeded
 
 ROUNDING = 2e-4
 """Of float32 through a network and a decoder; pictures are in [0, 1]."""
 
-LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    diffusers.utils.logging.set_verbosity_error()
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
 
 def embeddings(seed: int) -> torch.Tensor:
-    return torch.randn(1, 8, 16, generator=seeded(seed))
+    return tiny.normal((1, 8, 16), seed)
 
 
 TEXT = {"prompt_embeds": embeddings(1), "negative_prompt_embeds": embeddings(2)}
@@ -96,6 +82,16 @@ def sd3(scheduler: Any) -> Any:
     )
 
 
+def video(scheduler: Any) -> Any:
+    return diffusers.TextToVideoSDPipeline(
+        vae=tiny.vae(),
+        text_encoder=tiny.clip_text(),
+        tokenizer=None,
+        unet=tiny.unet3d(),
+        scheduler=scheduler,
+    )
+
+
 def sd(kind: str) -> Callable[[Any], Any]:
     return lambda scheduler: tiny.stable_diffusion(scheduler, kind)
 
@@ -112,16 +108,15 @@ PIPELINES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     ),
     "sdxl": (sdxl, {**TEXT, **POOLED, "height": 16, "width": 16}),
     "sd3": (sd3, {**TEXT, **POOLED, "height": 16, "width": 16}),
+    "video": (video, {**TEXT, "height": 16, "width": 16, "num_frames": 3}),
 }
 
 
 def draw(pipe: Any, arguments: dict[str, Any], steps: int = 8, seed: int = 0) -> numpy.ndarray:
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(seed)  # DiT and SD3 pass no generator to the scheduler
-    made = pipe(
-        num_inference_steps=steps, generator=seeded(seed), output_type="np", **arguments
-    ).images
-    return numpy.asarray(made)
+    made = pipe(num_inference_steps=steps, generator=seeded(seed), output_type="np", **arguments)
+    return numpy.asarray(made.frames if hasattr(made, "frames") else made.images)
 
 
 DEIS = ("logrhoab1", "DEISMultistepScheduler", {"steps_offset": 1})
@@ -147,6 +142,7 @@ SAME = [
     *[("inpaint", case) for case in (DDIM, DEIS, PP2M, UNIPC)],
     *[("sdxl", case) for case in (DDIM, DEIS, PP2M, UNIPC)],
     ("sd3", EULER),
+    *[("video", case) for case in (DDIM, DEIS, PP2M, UNIPC)],
 ]
 
 
@@ -156,7 +152,7 @@ SAME = [
 def test_same_pictures_as_diffusers(name, case):
     solver, twin, config = case
     build, arguments = PIPELINES[name]
-    levels = LATENT if name in ("text", "img2img", "inpaint", "sdxl") else {}
+    levels = LATENT if name in ("text", "img2img", "inpaint", "sdxl", "video") else {}
     theirs = getattr(diffusers, twin)(**config, **({} if "Flow" in twin else levels))
     want = draw(build(theirs), arguments)
     got = draw(build(PlanScheduler.from_config(theirs.config, solver=solver)), arguments)

@@ -1,4 +1,4 @@
-"""Tiny pipelines of diffusers with random weights, for the tests."""
+"""Tiny pipelines of diffusers with random weights, and what the tests over them share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,32 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+MARKS = [
+    pytest.mark.peer,
+    pytest.mark.usefixtures("quiet_diffusers"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+"""Of the test files over diffusers, which warns about itself."""
+
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+"""The noise levels of latent diffusion."""
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(shape: tuple[int, ...], seed: int = 0, **kind: Any) -> torch.Tensor:
+    return torch.randn(shape, generator=seeded(seed), **kind)
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
 
 
 def _seeded(build: Any) -> Any:
@@ -105,6 +130,24 @@ def unet_text(xl: bool = False) -> Any:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         **extra,
+    ).eval()
+
+
+@_seeded
+def unet3d() -> Any:
+    from diffusers import UNet3DConditionModel
+
+    return UNet3DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
     ).eval()
 
 

@@ -43,7 +43,7 @@ def scheduler_from(source: str | Path) -> Any:
         ValueError: If diffusers is not installed, or there is no such scheduler.
     """
     try:
-        import diffusers
+        import diffusers.schedulers as home
     except ImportError:
         raise ValueError(
             "schedulers of diffusers need it installed: pip install fewstep[diffusers]"
@@ -53,7 +53,7 @@ def scheduler_from(source: str | Path) -> Any:
 
         name = str(source).removeprefix(PREFIX)
         exact = name if name.endswith("Scheduler") else f"{name}Scheduler"
-        kind = getattr(diffusers, exact, None) or scheduler_class(name)
+        kind = getattr(home, exact, None) or scheduler_class(name)
         known = inspect.signature(kind.__init__).parameters
         return kind(**{option: False for option in NOT_AFFINE if option in known})
     file = _file(Path(source))
@@ -65,7 +65,7 @@ def scheduler_from(source: str | Path) -> Any:
         raise ValueError(
             f"{str(file)!r} is a PlanScheduler: its plan is made with fewstep plan make, or is its recipe"
         )
-    kind = getattr(diffusers, str(name), None)
+    kind = getattr(home, str(name), None)
     if kind is None or not str(name).endswith("Scheduler"):
         raise ValueError(f"{str(file)!r} is the configuration of no scheduler: {name!r:.60}")
     return kind.from_config(config)
@@ -77,9 +77,10 @@ def plan_of_source(source: str | Path, steps: int | None) -> Plan:
     Raises:
         ValueError: If the number is missing, or the scheduler has no plan.
     """
+    scheduler = scheduler_from(source)
     if steps is None:
         raise ValueError(f"{str(source)!r} is a scheduler, whose plan needs a number of --steps")
-    return plan_from_scheduler(scheduler_from(source), steps)
+    return plan_from_scheduler(scheduler, steps)
 
 
 def _file(path: Path) -> Path | None:

@@ -124,7 +124,9 @@ def _timesteps(
     if spacing == "linspace":
         pieces = max(steps - 1, 1) if points else steps
         places = torch.linspace(0, levels - 1, pieces + 1, dtype=torch.float64).flip(0)[:steps]
-        return places.tolist() if exact else places.round().tolist()
+        whole = places.round()
+        exact = exact or not bool((whole.diff() < 0).all())  # more steps than levels between
+        return places.tolist() if exact else whole.tolist()
     raise ValueError(
         f"timestep_spacing must be 'linspace', 'leading' or 'trailing', got {spacing!r}"
     )

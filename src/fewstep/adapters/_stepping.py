@@ -312,7 +312,7 @@ class Stepping:
             low = int(at)
             below = sizes.kthvalue(low + 1, dim=1).values
             above = sizes.kthvalue(min(low + 2, sizes.shape[1]), dim=1).values
-            most = max(1.0, self.config["sample_max_value"])
+            most = self.config["sample_max_value"]  # below 1 it wins, as in diffusers
             bound = torch.lerp(below, above, at - low).clamp(min=1.0, max=most)
             bound = bound.reshape(-1, *[1] * (x0.ndim - 1))
             return x0.clamp(-bound, bound) / bound
