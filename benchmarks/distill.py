@@ -1,0 +1,313 @@
+"""What distilling into one evaluation is worth: quality, cost, and which parts of the method matter.
+
+Usage:
+    python benchmarks/distill.py quality --student endpoint=DIR [--student path=DIR] [--tuned FILE]
+        [-n 2000] --out CELLS
+    python benchmarks/distill.py speed --student endpoint=DIR ...
+    python benchmarks/distill.py ablation --data FASHION_MNIST --out CELLS [--seeds 0,1]
+
+Each cell is a file in CELLS; a run that was interrupted goes on. ``quality``: FID to the training
+images (the embedded extractor) and RMS distance to the teacher's recorded sampler, from the same
+noise, beside solvers. ``speed``: one evaluation of student and teacher, in turn. ``ablation``: a
+small teacher of 14x14 images and students of equal training cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fewstep
+from _common import print_table, say_what_runs
+from fewstep import metrics
+from fewstep.data import read_images
+from fewstep.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.noise import INITIAL, NoiseSource
+from fewstep.operators import DistillRecipe, OperatorModel, flops
+from fewstep.operators.distillation import distill
+from fewstep.operators.students import make_student
+from fewstep.training import TrainRecipe, train
+
+TEACHER = {"solver": "unipc3", "nfe": 10, "grid": "power", "options": {"power": 1.5}}
+"""The sampler that recorded the trajectories of the embedded student."""
+
+SOLVERS: dict[str, dict[str, Any]] = {
+    **{f"ddim {k}": {"solver": "ddim", "nfe": k} for k in (1, 2, 3, 4, 5, 6, 8, 10)},
+    **{f"auto {k}": {"solver": "auto", "nfe": k} for k in (2, 3, 4, 5, 6, 8)},
+    "teacher": TEACHER,
+}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("quality", "speed", "ablation"))
+    parser.add_argument("--student", action="append", default=[], help="name=folder")
+    parser.add_argument("--tuned", action="append", default=[], help="name=recipe file")
+    parser.add_argument("--solvers", default=",".join(SOLVERS))
+    parser.add_argument("-n", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=3000)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("distill-cells"))
+    parser.add_argument("--frames", type=int, default=131_072, help="trained frames of a cell")
+    options = parser.parse_args()
+    {"quality": quality, "speed": speed, "ablation": ablation}[options.what](options)
+
+
+def pairs(texts: list[str]) -> dict[str, str]:
+    return dict(text.split("=", 1) for text in texts)
+
+
+# Quality of the embedded model's students.
+
+
+def quality(options: argparse.Namespace) -> None:
+    model = fewstep.load("fashion")
+    reference = metrics.Reference.load("fashion")
+    n, labels = options.n, torch.arange(options.n) % 10
+    noise = NoiseSource(options.seed, range(n)).draw(INITIAL, model.event_shape)
+    say_what_runs(f"n = {n}, seed {options.seed}, labels in turn, no guidance.")
+
+    def drawn(name: str, source: fewstep.Denoiser, **how: Any) -> Tensor:
+        file = options.out / f"{name.replace(' ', '-')}-{n}-{options.seed}.safetensors"
+        if not file.exists():
+            x = fewstep.sample(source, noise=noise, class_labels=labels, batch_size=100, **how)
+            write_tensors(file, {"x": x.half()})
+        return read_tensors(file)["x"].float()
+
+    cells: dict[str, tuple[float, Tensor]] = {}
+    for name, folder in pairs(options.student).items():
+        student = fewstep.load(folder)
+        assert isinstance(student, OperatorModel)
+        mark = student.fingerprint()[:8]
+        cells[f"student {name}"] = (
+            flops(student.operator, {"class_labels": 0}) / one_call(model),
+            drawn(f"student-{name}-{mark}", student),
+        )
+    chosen = [name for name in options.solvers.split(",") if name]
+    for name in chosen:
+        how = SOLVERS[name]
+        cells[name] = (float(how["nfe"]), drawn(name, model, **how))
+    for name, file in pairs(options.tuned).items():
+        recipe = fewstep.SamplerRecipe.load(file)
+        nfe = recipe.plan.nfe if recipe.plan is not None else recipe.nfe
+        cells[f"tuned {name}"] = (float(nfe or 0), drawn(f"tuned-{name}", model, recipe=recipe))
+    teacher = cells["teacher"][1] if "teacher" in cells else drawn("teacher", model, **TEACHER)
+    rows = []
+    for name, (cost, x) in cells.items():
+        found = metrics.fid(x, reference)
+        rms = (x - teacher).square().flatten(1).mean(1).sqrt()
+        half = 1.96 * float(rms.std()) / n**0.5
+        share = float((reference.extractor.classify(x) == labels).double().mean())  # type: ignore[union-attr]
+        rows.append(
+            (
+                name,
+                f"{cost:.2f}",
+                f"{found.value:.2f}",
+                f"{found.low:.2f} to {found.high:.2f}",
+                f"{float(rms.mean()):.4f} ± {half:.4f}",
+                f"{share:.3f}",
+            )
+        )
+    head = ("sampler", "cost", "FID", "95 %", "RMS to the teacher", "class found")
+    print_table(head, rows)
+    print("\ncost: in evaluations of the teacher's network, counted in FLOPs.")
+
+
+def one_call(model: fewstep.Denoiser) -> int:
+    """The FLOPs of one evaluation of the teacher."""
+    recipe = DistillRecipe(mode="endpoint")
+    return flops(make_student(model, recipe, [model.schedule.t_max, 0.0]), {"class_labels": 0})
+
+
+# Latency and throughput.
+
+
+def speed(options: argparse.Namespace) -> None:
+    model = fewstep.load("fashion")
+    say_what_runs(
+        "Milliseconds of one evaluation, medians of rounds in turn (on a noisy machine)."
+    )
+    with torch.no_grad():
+        rows = []
+        for batch, rounds in ((1, 40), (64, 8)):
+            x, y = torch.randn(batch, 1, 28, 28), torch.arange(batch) % 10
+            t = torch.full((batch,), 500.0)
+            runs: dict[str, Any] = {"teacher": lambda: model.raw(x, t, class_labels=y)}  # noqa: B023
+            for name, folder in pairs(options.student).items():
+                operator = fewstep.load(folder).operator  # type: ignore[attr-defined]
+                runs[name] = lambda o=operator: o(x, class_labels=y)  # noqa: B023
+            for frames in (4, 8):
+                stored = [999.0, *[999.0 * (1 - k / frames) ** 2 for k in range(1, frames + 1)]]
+                made = make_student(model, DistillRecipe(frames=frames), stored)
+                runs[f"untrained, {frames} frames"] = lambda o=made: o(x, class_labels=y)  # noqa: B023
+            spent: dict[str, list[float]] = {name: [] for name in runs}
+            for _ in range(rounds + 1):
+                for name, run in runs.items():
+                    start = time.process_time()
+                    run()
+                    spent[name].append(time.process_time() - start)
+            base = statistics.median(spent["teacher"][1:])
+            for name, values in spent.items():
+                middle = statistics.median(values[1:])
+                rows.append(
+                    (
+                        name,
+                        batch,
+                        f"{1e3 * middle:.1f}",
+                        f"{batch / middle:.0f}",
+                        f"{middle / base:.2f}",
+                    )
+                )
+    print_table(("network", "batch", "CPU ms", "samples/s of CPU", "of the teacher"), rows)
+
+
+# What matters: students of a small teacher at equal training cost.
+
+SMALL = {"channels": [16, 32], "blocks": [1, 1], "attention": [1], "patch": 2, "num_classes": 10}
+CELLS: dict[str, tuple[dict[str, Any], int]] = {
+    # recipe, frames of a trajectory (its cost)
+    "dsno, cap 1e4": ({"mode": "dsno"}, 4),
+    "dsno, cap 20": ({"mode": "dsno", "lambda_max": 20.0}, 4),
+    "dsno, uniform weights": ({"mode": "dsno", "weights": "uniform"}, 4),
+    "folded, cap 1e4": ({"mode": "folded"}, 4),
+    "folded, cap 20": ({"mode": "folded", "lambda_max": 20.0}, 4),
+    "folded, uniform weights": ({"mode": "folded", "weights": "uniform"}, 4),
+    "endpoint": ({"mode": "endpoint"}, 1),
+    "same parameters": ({"mode": "same-parameters"}, 1),
+    "same FLOPs": ({"mode": "same-flops"}, 4),
+    "dsno, M = 2": ({"mode": "dsno", "frames": 2}, 2),
+    "dsno, M = 8": ({"mode": "dsno", "frames": 8}, 8),
+    "dsno, uniform grid": ({"mode": "dsno"}, 4),
+    "dsno, dct": ({"mode": "dsno", "basis": "dct", "modes": 3}, 4),
+    "dsno, l2": ({"mode": "dsno", "loss": "l2"}, 4),
+}
+
+
+def ablation(options: argparse.Namespace) -> None:
+    out = options.out
+    if not (out / "teacher" / "model.json").exists():
+        images = read_images(options.data, size=14)
+        recipe = TrainRecipe(
+            network=SMALL,
+            schedule={"name": "ddpm-linear"},
+            steps=2000,
+            batch_size=128,
+            learning_rate=2e-3,
+            precision="float32",
+        )
+        train(images, out / "teacher", recipe)
+    model = fewstep.load(out / "teacher")
+    for name, keep in (("quadratic", 8), ("uniform", "uniform:4")):
+        fewstep.record(
+            model,
+            out / name,
+            n=8192,
+            solver="unipc3",
+            nfe=16,
+            keep=keep,
+            seed=1,
+            batch_size=256,
+            class_labels=torch.arange(8192) % 10,
+        )
+    stores = {name: fewstep.TrajectoryStore.open(out / name) for name in ("quadratic", "uniform")}
+    say_what_runs(
+        f"14x14 images, a teacher of {sum(p.numel() for p in model.parameters()):,} parameters, 8192 "
+        f"trajectories (unipc3, 16 calls); every cell is trained on {options.frames:,} frames "
+        "(forward passes of the network), 512 trajectories are held out."
+    )
+    heldout = range(8192 - 512, 8192)
+    rows = []
+    for name, (change, cost) in CELLS.items():
+        found = []
+        for seed in map(int, options.seeds.split(",")):
+            mark = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}-{options.frames}"
+            file, run = out / "cells" / f"{mark}.json", out / "runs" / mark
+            if not file.exists():
+                store = stores["uniform" if "uniform grid" in name else "quadratic"]
+                write_json(file, cell(model, store, run, change, cost, seed, options, heldout))
+            found.append(read_json(file))
+        rows.append(row(name, found))
+    print_table(
+        ("student", "parameters", "FLOPs", "endpoint", "at the M times", "Fréchet", "at 8 times"),
+        rows,
+    )
+    print("\nendpoint and times: mean squared error over the variance of the target, by seed.")
+
+
+def cell(
+    model: fewstep.Denoiser,
+    store: fewstep.TrajectoryStore,
+    run: Path,
+    change: dict[str, Any],
+    cost: int,
+    seed: int,
+    options: argparse.Namespace,
+    heldout: range,
+) -> dict[str, Any]:
+    """Trains and measures one student."""
+    batch = 256 // cost
+    recipe = DistillRecipe(
+        steps=options.frames // 256,
+        batch_size=batch,
+        learning_rate=1e-3,
+        warmup=50,
+        decay=0.5,
+        ema=0.99,
+        heldout=512,
+        seed=seed,
+        **{"frames": 4, **change},
+    )
+    student = distill(model, store, run, recipe=recipe, checkpoint_every=200)
+    operator = student.operator
+    read = store.read(list(heldout))
+    cond = operator.model.prepare(len(heldout), dict(read.conditions))
+    stored = store.times.tolist()
+    result: dict[str, Any] = {
+        "parameters": sum(operator.overhead()),
+        "flops": flops(operator, {"class_labels": 0}),
+    }
+    with torch.no_grad():
+        states = operator(read.states[:, 0], **cond)
+        index = [min(range(len(stored)), key=lambda i: abs(stored[i] - t)) for t in operator.times]
+        result["errors"] = errors(states, read.states[:, index])
+        last, target = states[:, -1].flatten(1), read.states[:, -1].flatten(1)
+        result["frechet"] = metrics.fid(last, target).value
+        if operator.frames == 4 and len(stored) == 9:
+            operator.set_times(stored[1:])
+            result["at 8"] = errors(operator(read.states[:, 0], **cond), read.states[:, 1:])
+    return result
+
+
+def errors(states: Tensor, target: Tensor) -> list[float]:
+    """The mean squared error of each frame, over the variance of its target."""
+    error = (states - target).square().flatten(2).mean((0, 2))
+    spread = target - target.mean(0)
+    return (error / spread.square().flatten(2).mean((0, 2))).tolist()
+
+
+def row(name: str, found: list[dict[str, Any]]) -> tuple[Any, ...]:
+    def told(values: list[float]) -> str:
+        return " ".join(f"{v:.3f}" for v in values)
+
+    first = found[0]
+    return (
+        name,
+        f"{first['parameters']:,}",
+        f"{first['flops'] / 1e6:.1f} M",
+        " / ".join(f"{f['errors'][-1]:.4f}" for f in found),
+        told(first["errors"]),
+        " / ".join(f"{f['frechet']:.2f}" for f in found),
+        told(first["at 8"]) if "at 8" in first else "",
+    )
+
+
+if __name__ == "__main__":
+    main()
