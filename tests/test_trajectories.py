@@ -647,6 +647,17 @@ def test_shards_without_a_manifest_are_not_overwritten(store):
         fewstep.record(MODEL, store.folder / "a-file", **SMALL)
 
 
+def test_the_manifest_of_something_else_is_not_deleted(tmp_path):
+    path = tmp_path / "manifest.json"
+    for text in ('{"name": "a web page"}', "not even JSON"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"manifest\.json"):
+            fewstep.record(MODEL, tmp_path, **SMALL)
+        with pytest.raises(ValueError, match="is not deleted"):
+            fewstep.record(MODEL, tmp_path, **SMALL, overwrite=True)
+        assert path.read_text() == text
+
+
 # Many writers
 
 WRITER = """

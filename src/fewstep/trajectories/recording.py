@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fewstep.denoiser import Denoiser
+from fewstep.files import read_json
 from fewstep.grids import TimeGrid
 from fewstep.noise import NoiseSource
 from fewstep.plans import Plan
@@ -198,6 +199,11 @@ def _begin(folder: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{str(folder)!r} is a file; a store of trajectories is a folder")
     shards = list(folder.glob("shard-*.safetensors"))
     if overwrite:
+        if not shards and not _is_ours(folder / MANIFEST):
+            raise ValueError(
+                f"{str(folder / MANIFEST)!r} is not the manifest of a store and is not deleted; "
+                "take another folder"
+            )
         # The manifest last: without it the rest is no store.
         for path in [*shards, folder / MANIFEST]:
             path.unlink(missing_ok=True)
@@ -207,6 +213,14 @@ def _begin(folder: Path, *, overwrite: bool) -> None:
             "to begin anew, or another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        content = read_json(path) if path.exists() else {"format": FORMAT}
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def _check_conditions(made: Sampler, rules: Mapping[str, Condition]) -> None:

@@ -151,7 +151,7 @@ class Writer:
 
     def _sweep(self) -> None:
         """Removes what writers that were killed left behind."""
-        for path in self.folder.glob(".*.tmp"):
+        for path in self.folder.glob(".shard-*.tmp"):
             try:
                 if time.time() - path.stat().st_mtime > PATIENCE:
                     path.unlink()
