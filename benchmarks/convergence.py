@@ -117,20 +117,20 @@ def law(model: GaussianMixture, t: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: model.log_prob(x[:, None], t).exp()
 
 
-def total_variation(model: GaussianMixture, name: str, grid: TimeGrid) -> float:
+def total_variation(model: GaussianMixture, plan: Plan, grid: TimeGrid) -> float:
     """Returns the total variation of a deterministic sampler started from the exact law.
 
     The sampler is a monotone map f of the line, so that the density of the samples at f(u) is
-    p(u) / f'(u); the derivative is a central difference on 8,001 points.
+    p(u) / f'(u); the derivative is a central difference of fourth order on 8,001 points.
     """
     u = torch.linspace(-6, 6, 8_001, dtype=torch.float64)
-    x = run(model, SOLVERS[name]().plan(grid), u[:, None])[:, 0]
+    x = run(model, plan, u[:, None])[:, 0]
     start, end = (law(model, grid.times[k]) for k in (0, -1))
     if not bool((x.diff() > 0).all()):
         return float("nan")
-    width, step = (x[2:] - x[:-2]) / 2, float(u[1] - u[0])
-    density = start(u[1:-1]) * step / width
-    return 0.5 * float(((density - end(x[1:-1])).abs() * width).sum())
+    width = (8 * (x[3:-1] - x[1:-3]) - (x[4:] - x[:-4])) / 12
+    density = start(u[2:-2]) * float(u[1] - u[0]) / width
+    return 0.5 * float(((density - end(x[2:-2])).abs() * width).sum())
 
 
 def followed(model: GaussianMixture, plan: Plan, grid: TimeGrid) -> float:
@@ -186,11 +186,15 @@ def accelerated(figures: Path) -> None:
     schedule = fewstep.schedule("vp-linear")
     model = GaussianMixture([[-1.3], [0.35], [1.6]], [0.35, 0.25, 0.45], [0.3, 0.5, 0.2], schedule)
     plans: dict[str, dict[str, list[float]]] = {"LS": {}, "VP": {}}
+    labels = [
+        f"{name}({', '.join(map(str, options.values()))})" if options else name
+        for name, options in STOCHASTIC
+    ]
     for kind, found in plans.items():
         for name in DETERMINISTIC:
-            found[name] = [total_variation(model, name, levels(model, kind, k)) for k in STEPS]
-        for name, options in STOCHASTIC:
-            told = f"{name}({', '.join(map(str, options.values()))})" if options else name
+            grids = [levels(model, kind, k) for k in STEPS]
+            found[name] = [total_variation(model, SOLVERS[name]().plan(g), g) for g in grids]
+        for told, (name, options) in zip(labels, STOCHASTIC, strict=True):
             found[told] = []
             for k in STEPS:
                 grid = levels(model, kind, k)
@@ -204,12 +208,12 @@ def accelerated(figures: Path) -> None:
     print_table(head, rows)
     print("The same on Gaussian data, N(0.4, 0.5^2), LS: the rule (24) is of second order there\n")
     rows = []
-    for name, options in STOCHASTIC:
+    for told, (name, options) in zip(labels, STOCHASTIC, strict=True):
         found = []
         for k in STEPS:
             grid = levels(model, "LS", k)
             found.append(gaussian(SOLVERS[name](**options).plan(grid), grid))
-        rows.append([f"{name}({', '.join(map(str, options.values()))})", *shown(found)])
+        rows.append([told, *shown(found)])
     print_table(["rule", "LS: 16", "64", "256", "order"], rows)
     with figure("convergence-accelerated", figures, columns=2, sharey=True) as axes:
         for ax, (kind, found) in zip(axes, plans.items(), strict=True):

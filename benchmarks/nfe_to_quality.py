@@ -4,11 +4,15 @@ Usage: python benchmarks/nfe_to_quality.py --results DIR [--names tab3,diffusers
            [--nfe 5,6,8,10,15,20,50] [--within 0.05] [--draw] [--figures docs/figures]
 
 DIR holds the samples that `benchmarks/quality.py draw` made, or is the folder of a `fewstep compare`;
-nothing is drawn again, and what is missing is drawn (by quality.py) only with `--draw`. The mark is (1 + within) times the FID of the reference: the most calls that DIR has
-of it (`--target NAME-NFE` takes another cell). FID is interpolated linearly over log(calls);
-the answer is where it first meets the mark. All samplers start from the same noise, so
-the difference of each to the mark has a paired jackknife interval (95 %), and the interval of the answer is
-where the two ends of that band meet zero. "<" and ">" say that this is beyond the budgets measured.
+nothing is drawn again, and what is missing is drawn (by quality.py) only with `--draw`. The
+target is the FID of the reference with many calls (`--target NAME-NFE` takes another cell).
+FID is interpolated linearly over log(calls). "As good" is where it first is at most (1 + within)
+times the target; "settled" is from where on it stays within that share on either side: with few
+calls FID can be lower than that of the exact flow of the network. All samplers start from the same noise, so
+each difference to the target has a paired jackknife interval (95 %), and the interval of an answer is
+where the two ends of that band meet zero. "<" and ">" say that this is beyond the budgets
+measured. If DIR has the `quality.json` of `quality.py score`, a third column says where the RMS
+distance to the reference, interpolated in logarithms, first is below `--rms`.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import quality
 from _common import FIGURES, figure, legend_beside, print_table, say_what_runs
 from fewstep.comparison.store import STATE, Store
 from fewstep.denoiser import Denoiser
-from fewstep.files import read_metadata, read_tensors, write_tensors
+from fewstep.files import read_json, read_metadata, read_tensors, write_tensors
 from fewstep.metrics import Estimate, Features, Reference, Statistics, frechet_distance
 from fewstep.metrics.intervals import jackknife
 
@@ -58,17 +62,18 @@ def features(name: str, nfe: int, folder: Path, fingerprint: str, look: Features
 
 def differences(
     cells: list[Tensor], target: Tensor, real: Statistics, within: float
-) -> list[Estimate]:
-    """Returns how far the FID of each cell is above the mark, in pairs."""
+) -> tuple[list[Estimate], list[Estimate]]:
+    """Returns how far the FID of each cell is above the upper, and below the lower mark, in pairs."""
 
     def fid(side: Tensor) -> Tensor:
         return frechet_distance(Statistics.of(side), real)
 
     def statistic(i: Tensor, _: Tensor) -> Tensor:
-        mark = (1 + within) * fid(target[i])
-        return torch.stack([fid(cell[i]) - mark for cell in cells])
+        aim, found = fid(target[i]), torch.stack([fid(cell[i]) for cell in cells])
+        return torch.cat([found - (1 + within) * aim, (1 - within) * aim - found])
 
-    return jackknife(statistic, (len(target), real.n), fixed=(False, True))
+    made = jackknife(statistic, (len(target), real.n), fixed=(False, True))
+    return made[: len(cells)], made[len(cells) :]
 
 
 def crossing(budgets: list[int], above: list[float]) -> float:
@@ -81,6 +86,36 @@ def crossing(budgets: list[int], above: list[float]) -> float:
             low, high = math.log(budgets[i - 1]), math.log(budgets[i])
             return math.exp(low + share * (high - low))
     return math.inf
+
+
+def settling(budgets: list[int], outside: list[float]) -> float:
+    """Returns from where on a curve stays at or below zero."""
+    for i in reversed(range(len(budgets))):
+        if outside[i] > 0:
+            return math.inf if i == len(budgets) - 1 else crossing(budgets[i:], outside[i:])
+    return 0.0
+
+
+def answers(at: list[int], above: list[Estimate], below: list[Estimate]) -> list[str]:
+    """Returns the cells of both answers: each with its interval."""
+    good, settled = [], []
+    for end in ("value", "low", "high"):
+        over, under = ([getattr(e, end) for e in side] for side in (above, below))
+        good.append(told(crossing(at, over), at))
+        settled.append(
+            told(settling(at, [max(a, b) for a, b in zip(over, under, strict=True)]), at)
+        )
+    return [f"{v} ({low} to {high})" for v, low, high in (good, settled)]
+
+
+def close(folder: Path, name: str, budgets: list[int], limit: float) -> str:
+    """Returns where the RMS to the reference comes below a limit, from the scores of quality.py."""
+    if not (folder / "quality.json").exists():
+        return ""
+    cells = read_json(folder / "quality.json", what="scores")["cells"]
+    found = {c["nfe"]: c["rms"][0] for c in cells if c["name"] == name and c["nfe"] in budgets}
+    at = sorted(found)
+    return told(crossing(at, [math.log(found[k] / limit) for k in at]), at) if at else ""
 
 
 def told(calls: float, budgets: list[int]) -> str:
@@ -119,9 +154,7 @@ def measure(options: argparse.Namespace, denoiser: Denoiser) -> None:
         quality.draw_all(asked, budgets, options.results, denoiser)
     name, target = target_cell(options, fingerprint, look)
     best = float(frechet_distance(Statistics.of(target), real.statistics))
-    print(
-        f"mark: {1 + options.within:.2f} times the FID {best:.3f} of {name}, {len(target)} samples\n"
-    )
+    print(f"target: FID {best:.3f} of {name}, {len(target)} samples\n")
     rows, curves = [], {}
     for sampler in asked:
         found = {k: features(sampler, k, options.results, fingerprint, look) for k in budgets}
@@ -129,22 +162,17 @@ def measure(options: argparse.Namespace, denoiser: Denoiser) -> None:
         if len(there) < 2:
             continue
         at = list(there)
-        above = differences(list(there.values()), target, real.statistics, options.within)
-        curves[sampler] = (at, above)
-        value, low, high = (
-            crossing(at, [getattr(e, end) for e in above]) for end in ("value", "low", "high")
-        )
-        fids = {
-            k: f"{e.value + (1 + options.within) * best:.2f}"
-            for k, e in zip(at, above, strict=True)
-        }
-        cells = [told(value, at), f"{told(low, at)} to {told(high, at)}"]
-        rows.append(
-            (value, above[-1].value, [sampler, *cells, *(fids.get(k, "") for k in budgets)])
-        )
-    rows.sort(key=lambda row: row[:2])
-    head = ["sampler", "calls", "95 %", *(f"FID at {k}" for k in budgets)]
-    print_table(head, [row for *_, row in rows])
+        sides = differences(list(there.values()), target, real.statistics, options.within)
+        above = [e.value + (1 + options.within) * best for e in sides[0]]
+        curves[sampler] = (at, sides[0])
+        fids = {k: f"{value:.2f}" for k, value in zip(at, above, strict=True)}
+        near = close(options.results, sampler, budgets, options.rms)
+        cells = [*answers(at, *sides), near, *(fids.get(k, "") for k in budgets)]
+        rows.append((sum(above) / len(above), [sampler, *cells]))
+    rows.sort(key=lambda row: row[0])
+    share = f"{100 * options.within:g} %"
+    head = ["sampler", f"as good, {share}", f"settled, {share}", f"RMS < {options.rms:g}"]
+    print_table([*head, *(f"FID at {k}" for k in budgets)], [row for _, row in rows])
     if curves:
         draw(curves, options, best)
 
@@ -163,7 +191,7 @@ def draw(
             )
             axes[0].plot(at, middle, style, marker="o", markersize=3, label=name)
             axes[0].fill_between(at, low, high, alpha=0.12)
-        axes[0].axhline(mark, color="black", linewidth=0.8)
+        axes[0].axhspan((1 - options.within) * best, mark, color="black", alpha=0.12)
         axes[0].set(xscale="log", yscale="log", xlabel="network calls", ylabel="FID")
         axes[0].set_xticks([5, 6, 8, 10, 15, 20, 50], ["5", "6", "8", "10", "15", "20", "50"])
         axes[0].minorticks_off()
@@ -180,6 +208,7 @@ def main() -> None:
     )
     parser.add_argument("--nfe", default=",".join(map(str, quality.BUDGETS)))
     parser.add_argument("--within", type=float, default=0.05)
+    parser.add_argument("--rms", type=float, default=0.05)
     parser.add_argument("--target", default="", help="NAME-NFE of the cell that sets the mark")
     parser.add_argument("--draw", action="store_true", help="draw what is missing")
     parser.add_argument("--figures", type=Path, default=FIGURES)
