@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from fewstep.metrics.transport import rms
 
 IMAGE = 3
 """The dimensions of an image: channels, height, width."""
+LEAST = 20
+"""With fewer samples precision and recall mean nothing."""
+MOST_REAL = 500
+"""The real samples of a final score, if there are fewer made ones."""
 
 
 def random_features(shape: tuple[int, ...], *, seed: int = 0) -> Features:
@@ -45,7 +49,7 @@ def random_features(shape: tuple[int, ...], *, seed: int = 0) -> Features:
         x, found = images.float(), list[Tensor]()
         for weight in layers:
             x = nn.functional.conv2d(x, weight.to(x), padding=1).relu()
-            found += [x.mean((2, 3)), x.flatten(2).std(2)]
+            found += [x.mean((2, 3)), x.flatten(2).std(2, unbiased=False)]
             if min(x.shape[2:]) > 1:
                 x = nn.functional.avg_pool2d(x, 2)
         return torch.cat(found, 1)
@@ -100,9 +104,11 @@ class Judge:
     def diversity(self, x: Tensor) -> tuple[float, float]:
         """Returns precision and recall."""
         found = self.features(x)
+        count = min(len(found), len(self.real))
         if not bool(found.isfinite().all()):
             return 0.0, 0.0
-        count = min(len(found), len(self.real))
+        if count < LEAST:
+            return 1.0, 1.0
         made = precision_recall(found[:count], self.real[:count], blocks=2)
         return made.precision.value, made.recall.value
 
@@ -123,10 +129,16 @@ def final_scores(
         scores["rms to the teacher"] = rms(x[: len(target)].flatten(1), target.flatten(1))
     if reference is not None:
         name = reference.features_name
+        # More real samples than made ones cost much and say little.
+        most = max(MOST_REAL, len(x))
+        reference = replace(reference, heldout=reference.heldout[:most])
         scores[f"FID ({name})"] = fid(x, reference)
         scores[f"KID ({name})"] = kid(x, reference, heldout=True)
-        found = precision_recall(x, reference, heldout=True)
-        scores[f"precision ({name})"], scores[f"recall ({name})"] = found.precision, found.recall
+        if min(len(x), len(reference.heldout)) >= LEAST:
+            found = precision_recall(x, reference, heldout=True)
+            scores[f"precision ({name})"] = found.precision
+            scores[f"recall ({name})"] = found.recall
     name = getattr(judge.look, "name", "features")
-    scores[f"MMD2 ({name})"] = kid(judge.features(x), judge.real, kernel=judge.kernel)
+    real = judge.real[: max(MOST_REAL, len(x))]
+    scores[f"MMD2 ({name})"] = kid(judge.features(x), real, kernel=judge.kernel)
     return {key: asdict(value) for key, value in scores.items()}

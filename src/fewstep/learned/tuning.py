@@ -299,6 +299,11 @@ class _Problem:
             "versions": {"fewstep": __version__, "torch": torch.__version__.split("+")[0]},
         }
 
+    def _identity(self) -> list[Any]:
+        """Returns what the teacher's samples depend on beside its plan and their numbers."""
+        names = [self.names[key] for key in ("conditions", "dtype")]
+        return [self.model.fingerprint(), self.guidance, *names]
+
     def solve(self, folder: Path | None, tell: Callable[[Event], None]) -> TunedSampler:
         """Makes the pairs, searches, and scores start and end."""
         settings, source = self.settings, self.source
@@ -378,7 +383,7 @@ class _Problem:
 
         found = list[Pairs | None]()
         for name, offset, n in wanted:
-            key = _digest(self.about(), plan.to_json(), name, n)
+            key = _digest(*self._identity(), plan.to_json(), self.seed + offset, n, keep)
             found.append(
                 make_pairs(
                     self.source,
