@@ -5,7 +5,10 @@ network is measured apart and subtracted. Rounds are interleaved and medians of 
 are shown, so that a busy machine hurts all of them alike; the ratios are what to read.
 
 Bare arithmetic is what a step costs at least: for each linear row of the plan one
-``torch.mul`` out of place and one ``add_`` for each further term.
+``torch.mul`` out of place (``torch.add``, if a coefficient is 1) and one ``add_`` for each further
+term. The schedulers, ``PlanScheduler`` and those of diffusers, are called as pipelines do, through
+``step(..., return_dict=False)``, with a network that predicts the noise; the bare arithmetic beside
+``PlanScheduler`` is that of its plan, in which the conversions of predictions are included.
 
 Run: ``python benchmarks/overhead.py [--rounds 15] [--steps 20]``
 """
@@ -13,6 +16,7 @@ Run: ``python benchmarks/overhead.py [--rounds 15] [--steps 20]``
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 import time
@@ -32,9 +36,12 @@ from fewstep.plans import Lin, Plan
 from fewstep.sampling import PlanSampler, Run
 
 SIZES = ((1, 3, 32, 32), (4, 4, 64, 64), (64, 3, 32, 32))
-SOLVERS = ("ddim", "dpmpp-2m", "tab3", "unipc3")
+SOLVERS = ("ddim", "dpmpp-2m", "dpmpp-3m", "logrhoab2", "tab3", "unipc2", "unipc3")
 LIMIT = 1.5
 """The most that a step may cost, in units of the bare arithmetic, at the largest size."""
+
+STEP_LIMIT = 15.0
+"""The most microseconds that ``PlanScheduler.step`` may take at the smallest size."""
 
 Loop = Callable[[Tensor], Any]
 
@@ -84,16 +91,50 @@ def samplers(plan: Plan, x: Tensor) -> Loop:
 
 def bare(plan: Plan, x: Tensor) -> Loop:
     """Returns the arithmetic of the plan's rows and nothing else."""
-    widths = [len(row.terms) for row in plan.structure.rows if isinstance(row, Lin)]
-    terms = [torch.randn_like(x) for _ in range(max(widths))]
+    rows = [row for row in plan.structure.rows if isinstance(row, Lin)]
+    shapes = [
+        (len(row.terms), 1.0 in plan.numbers[row.offset : row.offset + len(row.terms)])
+        for row in rows
+    ]
+    terms = [torch.randn_like(x) for _ in range(max(width for width, _ in shapes))]
+    factor = torch.tensor(0.9)
 
     def loop(_: Tensor) -> None:
-        for width in widths:
-            total = torch.mul(terms[0], 0.9)
-            for other in terms[1:width]:
+        for width, unit in shapes:
+            if unit and width > 1:
+                total = torch.add(terms[0], terms[1], alpha=0.1)
+            else:
+                total = torch.mul(terms[0], factor)
+            for other in terms[2 if unit else 1 : width]:
                 total.add_(other, alpha=0.1)
 
     return loop
+
+
+def stepping(scheduler: Any, steps: int) -> Callable[[], Loop]:
+    """Returns what makes a loop over a scheduler's own ``step``, as a pipeline has it."""
+
+    def prepare() -> Loop:
+        scheduler.set_timesteps(steps)
+
+        def loop(x: Tensor) -> None:
+            for t in scheduler.timesteps:
+                x = scheduler.step(network(x), t, x, return_dict=False)[0]
+
+        return loop
+
+    return prepare
+
+
+def of_ours(name: str, steps: int) -> tuple[Callable[[], Loop], Plan] | None:
+    """Returns the loop over ``PlanScheduler`` and its plan, or ``None`` without diffusers."""
+    try:
+        from fewstep.adapters.diffusers import PlanScheduler
+    except ImportError:
+        return None
+    scheduler = PlanScheduler(solver=name)
+    scheduler.set_timesteps(steps)
+    return stepping(scheduler, steps), scheduler.plan
 
 
 def of_diffusers(name: str, steps: int) -> Callable[[], Loop] | None:
@@ -102,24 +143,18 @@ def of_diffusers(name: str, steps: int) -> Callable[[], Loop] | None:
         import diffusers
     except ImportError:
         return None
+    pp, unipc = diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler
+    deis = diffusers.DEISMultistepScheduler
     build, options = {
         "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
-        "dpmpp-2m": (diffusers.DPMSolverMultistepScheduler, {}),
-        "tab3": (diffusers.DEISMultistepScheduler, {"solver_order": 3}),
-        "unipc3": (diffusers.UniPCMultistepScheduler, {"solver_order": 3}),
+        "dpmpp-2m": (pp, {}),
+        "dpmpp-3m": (pp, {"solver_order": 3}),
+        "logrhoab2": (deis, {"solver_order": 3}),
+        "tab3": (deis, {"solver_order": 3}),
+        "unipc2": (unipc, {}),
+        "unipc3": (unipc, {"solver_order": 3}),
     }[name]
-    scheduler = build(**options)
-
-    def prepare() -> Loop:
-        scheduler.set_timesteps(steps)
-
-        def loop(x: Tensor) -> None:
-            for t in scheduler.timesteps:
-                x = scheduler.step(network(x), t, x).prev_sample
-
-        return loop
-
-    return prepare
+    return stepping(build(**options), steps)
 
 
 def of_azula(name: str, steps: int) -> Callable[[], Loop] | None:
@@ -180,6 +215,44 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def costs(
+    name: str, schedule: Any, x: Tensor, steps: int, rounds: int
+) -> tuple[dict[str, float], list[float]]:
+    """Returns microseconds per step of each contender, and tensor operations per step."""
+    plan = fewstep.plan(name, schedule, nfe=steps)
+    loops = {"bare": bare(plan, x), "fewstep": executions(plan), "sampler": samplers(plan, x)}
+    contenders: dict[str, Callable[[], Loop]] = {
+        key: lambda loop=loop: loop for key, loop in loops.items()
+    }
+
+    def calls(x: Tensor) -> None:
+        for _ in range(steps):
+            network(x)
+
+    contenders["network"] = lambda: calls
+    ours = of_ours(name, steps)
+    if ours is not None:
+        contenders["step"], made = ours
+        arithmetic = bare(made, x)
+        contenders["bare step"] = lambda: arithmetic
+    for peer, of in (("diffusers", of_diffusers), ("azula", of_azula)):
+        prepare = of(name, steps)
+        if prepare is not None:
+            contenders[peer] = prepare
+    found = measure(contenders, x, rounds)
+    cost = {
+        key: (value - (0 if key.startswith("bare") else found["network"])) / steps * 1e6
+        for key, value in found.items()
+    }
+    counted = [key for key in ("fewstep", "sampler", "step", "diffusers") if key in contenders]
+    return cost, [operations(contenders[key](), x) / steps - 1 for key in counted]
+
+
+def shown(cost: dict[str, float], key: str) -> str:
+    """Returns a cost as text, or a dash where there is none."""
+    return f"{cost[key]:.1f}" if key in cost else "-"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
@@ -192,61 +265,42 @@ def main() -> None:
     print(f"{date.today()}, fewstep {fewstep.__version__}, {versions}, Python", end=" ")
     print(f"{platform.python_version()}, {platform.machine()}, 1 thread, {steps} steps,", end=" ")
     print(f"median of {arguments.rounds} rounds; microseconds per step without the network")
-    print("ops: tensor operations a step of the executor, of PlanSampler.run, and of diffusers\n")
+    print("bare, run, all: the plan's arithmetic, the executor, PlanSampler.run;", end=" ")
+    print("bare', step: the arithmetic of the scheduler's plan, PlanScheduler.step")
+    print("ops: tensor operations a step of run, all, step, and of diffusers (tab3: DEIS)\n")
     schedule = fewstep.schedule("ddpm-linear")
     print(
-        f"{'size':>12} {'solver':>9} {'bare':>8} {'fewstep':>8} {'ratio':>6} {'sampler':>8} "
-        f"{'ratio':>6} {'diffusers':>9} {'azula':>8} {'ops':>16}"
+        f"{'size':>12} {'solver':>9} {'bare':>7} {'run':>7} {'ratio':>5} {'all':>7} {'ratio':>5} "
+        f"{chr(39).join(('bare', '')):>7} {'step':>7} {'ratio':>5} {'diffusers':>9} {'azula':>7} ops"
     )
-    worst = 0.0
+    worst = {"sampler": 0.0, "step": 0.0, "microseconds": 0.0}
     for size in SIZES:
         x = torch.randn(size)
         for name in SOLVERS:
-            plan = fewstep.plan(name, schedule, nfe=steps)
-            loops = {
-                "bare": bare(plan, x),
-                "fewstep": executions(plan),
-                "sampler": samplers(plan, x),
-            }
-            contenders: dict[str, Callable[[], Loop]] = {
-                key: lambda loop=loop: loop for key, loop in loops.items()
-            }
-
-            def calls(x: Tensor) -> None:
-                for _ in range(steps):
-                    network(x)
-
-            contenders["network"] = lambda calls=calls: calls
-            for peer, of in (("diffusers", of_diffusers), ("azula", of_azula)):
-                prepare = of(name, steps)
-                if prepare is not None:
-                    contenders[peer] = prepare
-            found = measure(contenders, x, arguments.rounds)
-            cost = {
-                key: (value - (0 if key == "bare" else found["network"])) / steps * 1e6
-                for key, value in found.items()
-            }
+            cost, counts = costs(name, schedule, x, steps, arguments.rounds)
             ratios = [cost[key] / cost["bare"] for key in ("fewstep", "sampler")]
+            stepped = cost.get("step", math.nan) / cost.get("bare step", math.nan)
             if size == SIZES[-1]:
-                worst = max(worst, *ratios)
-            counts = [operations(loops[key], x) / steps - 1 for key in ("fewstep", "sampler")]
-            if "diffusers" in contenders:
-                counts.append(operations(contenders["diffusers"](), x) / steps - 1)
-            peers = [f"{cost[p]:.1f}" if p in cost else "-" for p in ("diffusers", "azula")]
+                worst["sampler"] = max(worst["sampler"], *ratios)
+                worst["step"] = max(worst["step"], stepped)
+            if size == SIZES[0]:
+                worst["microseconds"] = max(worst["microseconds"], cost.get("step", math.nan))
             print(
-                f"{'x'.join(map(str, size)):>12} {name:>9} {cost['bare']:8.1f} "
-                f"{cost['fewstep']:8.1f} {ratios[0]:6.2f} {cost['sampler']:8.1f} {ratios[1]:6.2f} "
-                f"{peers[0]:>9} {peers[1]:>8} {' / '.join(f'{c:.1f}' for c in counts):>16}",
+                f"{'x'.join(map(str, size)):>12} {name:>9} {cost['bare']:7.1f} "
+                f"{cost['fewstep']:7.1f} {ratios[0]:5.2f} {cost['sampler']:7.1f} {ratios[1]:5.2f} "
+                f"{shown(cost, 'bare step'):>7} {shown(cost, 'step'):>7} {stepped:5.2f} "
+                f"{shown(cost, 'diffusers'):>9} {shown(cost, 'azula'):>7} "
+                f"{' / '.join(f'{c:.1f}' for c in counts)}",
                 flush=True,
             )
     for package in ("diffusers", "azula"):
         if version(package) == "not installed":
             print(f"{package} is not installed, so its column is empty (pip install {package})")
-    print(
-        f"\nworst ratio to bare arithmetic at {'x'.join(map(str, SIZES[-1]))}: {worst:.2f}",
-        end=" ",
-    )
-    print(f"(at most {LIMIT})")
+    largest, smallest = ("x".join(map(str, SIZES[k])) for k in (-1, 0))
+    print(f"\nworst ratio to bare arithmetic at {largest}: {worst['sampler']:.2f} of", end=" ")
+    print(f"the sampler, {worst['step']:.2f} of PlanScheduler.step (at most {LIMIT})")
+    print(f"most of PlanScheduler.step at {smallest}: {worst['microseconds']:.1f}", end=" ")
+    print(f"microseconds (at most {STEP_LIMIT:g})")
 
 
 if __name__ == "__main__":

@@ -269,3 +269,41 @@ def test_the_fingerprint_tells_models_apart():
     others = [mixture(std=0.5 + 1e-15), mixture(schedule=DDPM), labelled()]
     assert len({model.fingerprint() for model in [mixture(), *others]}) == 4
     assert fewstep.Guided(labelled(), 2.0).fingerprint() == labelled().fingerprint()
+
+
+def test_edm_preconditioning_of_an_exact_model():
+    """The raw network that belongs to Gaussian data, in EDM's coordinates, gives the exact denoiser back."""
+    schedule = fewstep.schedule("edm")
+    exactly = exact.smooth(schedule)
+    s = 0.7
+
+    def raw(x, c_noise):
+        sigma = (4 * c_noise).exp()[:, None]
+        size = (sigma**2 + s**2).sqrt()
+        state = x * size
+        data = torch.cat(
+            [
+                exactly(y[None], float(t), prediction="x0")
+                for y, t in zip(state, sigma.flatten(), strict=True)
+            ]
+        )
+        return (data - (s / size) ** 2 * state) * size / (sigma * s)
+
+    model = fewstep.preconditioned(raw, sigma_data=s, event_shape=(2,))
+    assert model.native is fewstep.Prediction.X0
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t in (80.0, 1.0, 0.05):
+        got, want = (m(t * x, t, prediction="eps") for m in (model, exactly))
+        torch.testing.assert_close(got, want)
+    noise = x
+    ours, theirs = (
+        fewstep.sample(m, noise=noise, solver="dpmpp-2m", nfe=12) for m in (model, exactly)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_edm_preconditioning_refuses():
+    with pytest.raises(ValueError, match="sigma_data must be a positive number"):
+        fewstep.preconditioned(lambda x, t: x, sigma_data=0.0)
+    with pytest.raises(ValueError, match="belongs to its schedule, got 'vp-linear'"):
+        fewstep.preconditioned(lambda x, t: x, schedule=fewstep.schedule("vp-linear"))

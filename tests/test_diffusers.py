@@ -605,8 +605,12 @@ def test_copies_go_on_where_the_original_is():
 
 @pytest.mark.parametrize(
     ("solver", "backend"),
-    [("tab2", "eager"), ("unipc3", "eager"), ("dpmpp-2m", "eager")]
-    + [pytest.param("tab2", "inductor", marks=pytest.mark.slow)],
+    [
+        ("tab2", "eager"),
+        ("unipc3", "eager"),
+        ("dpmpp-2m", "eager"),
+        pytest.param("tab2", "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_with_the_network_without_a_graph_break(solver, backend):
     if backend == "inductor" and shutil.which("g++") is None:

@@ -142,6 +142,42 @@ def test_a_flow_transformer(tmp_path):
     assert float((got - y).abs().max() / y.abs().max()) < 1e-3
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_pipeline_in_edm_preconditioning(tmp_path, prediction):
+    """Euler's method on the loaded model equals EDMEulerScheduler with the raw network."""
+    edm = diffusers.EDMEulerScheduler(
+        sigma_max=20.0, sigma_data=1.0, num_train_timesteps=1000, prediction_type=prediction
+    )
+    pipe = tiny.stable_diffusion(edm)
+    pipe.save_pretrained(tmp_path)
+    model = fewstep.load(tmp_path)
+    assert model.schedule == fewstep.schedule("edm", sigma_min=0.002, sigma_max=20.0)
+    assert model.native.value == "x0"
+    states = noise((2, 8, 16), 1)
+    z = noise((2, 4, 8, 8))
+    edm.set_timesteps(6)
+    x = z * float(edm.sigmas[0])
+    for t in edm.timesteps:
+        y = edm.scale_model_input(x, t)
+        f = tiny.unet_text()(y, t, encoder_hidden_states=states).sample.detach()
+        x = edm.step(f, t, x).prev_sample
+    times = edm.sigmas.double().clamp(max=20.0)
+    got = fewstep.sample(
+        model,
+        noise=z,
+        solver="ddim",
+        grid="explicit",
+        nfe=6,
+        options={"times": times[:-1].tolist(), "to_zero": True},
+        encoder_hidden_states=states,
+    )
+    assert tiny.relative(got, x) < 1e-4
+    from fewstep.adapters.diffusers import PlanScheduler
+
+    with pytest.raises(ValueError, match="sigma_data"):
+        PlanScheduler.from_config(edm.config)
+
+
 def test_only_safetensors_and_known_networks(tmp_path):
     tiny.unet2d().save_pretrained(tmp_path / "bin", safe_serialization=False)
     with pytest.raises(ValueError, match="safetensors"):

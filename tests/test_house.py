@@ -20,7 +20,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
     ("prediction", "quadrature", "registry", "noise", "files"),
     ("schedules", "plans"),
-    ("grids", "tape", "layout", "execute", "analysis", "denoiser", "exact"),
+    ("grids", "tape", "layout", "execute", "analysis", "denoiser", "preconditioning", "exact"),
     ("solvers", "fitted", "planning", "sampling"),
     ("ode", "dormand_prince", "adaptive", "likelihood", "data", "zoo", "checkpoints"),
     ("recipe", "metrics", "training", "studies"),

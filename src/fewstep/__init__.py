@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fewstep.likelihood import log_likelihood as log_likelihood
     from fewstep.planning import plan as plan
     from fewstep.plans import Plan as Plan
+    from fewstep.preconditioning import preconditioned as preconditioned
     from fewstep.prediction import Prediction as Prediction
     from fewstep.recipe import SamplerRecipe as SamplerRecipe
     from fewstep.sampling import Trajectory as Trajectory
@@ -59,6 +60,7 @@ _HOMES = {
     "tune": "learned.tuning",
     "plan": "planning",
     "Plan": "plans",
+    "preconditioned": "preconditioning",
     "Prediction": "prediction",
     "SamplerRecipe": "recipe",
     "Trajectory": "sampling",

@@ -13,8 +13,9 @@ from fewstep.adapters import _spacing as spacing
 from fewstep.adapters._probing import PREDICTIONS
 from fewstep.denoiser import Denoiser, WrappedNetwork
 from fewstep.files import read_json
+from fewstep.preconditioning import Preconditioned
 from fewstep.prediction import Prediction
-from fewstep.schedules import Flow, NoiseSchedule
+from fewstep.schedules import EDM, Flow, NoiseSchedule
 
 DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -169,7 +170,8 @@ def load_denoiser(
 
     Known are ``UNet2DModel`` (also from a DDPM or DDIM pipeline), DiT, Stable Diffusion's
     ``UNet2DConditionModel`` (conditions ``prompt``, or ``encoder_hidden_states``; the empty prompt
-    is none), and the transformer of SD3 (``encoder_hidden_states`` and ``pooled_projections``). A
+    is none), and the transformer of SD3 (``encoder_hidden_states`` and ``pooled_projections``); with
+    a scheduler in EDM's preconditioning too. A
     network alone comes without a schedule: the linear one of DDPM and epsilon-prediction are taken
     for a ``UNet2DModel``, and a flow for a flow-matching transformer.
 
@@ -243,6 +245,10 @@ def _conventions(
 ) -> tuple[NoiseSchedule, Prediction, int]:
     """Returns the schedule, the prediction and the number of trained levels."""
     given = dict(config or {})
+    if is_edm(given):
+        levels = int(given.get("num_train_timesteps", 1000))
+        ends = float(given.get("sigma_min", 0.002)), float(given.get("sigma_max", 80.0))
+        return EDM(*ends), Prediction.X0, levels
     own = "prediction_type" not in given and "beta_schedule" not in given
     if flow or (own and "shift" in given):
         given.setdefault("prediction_type", "flow_prediction")
@@ -257,6 +263,11 @@ def _conventions(
     made = spacing.schedule_of(full, table)
     made = Flow() if isinstance(made, Flow) else made
     return made, PREDICTIONS[full["prediction_type"]], int(full["num_train_timesteps"])
+
+
+def is_edm(config: Mapping[str, Any]) -> bool:
+    """Returns whether a scheduler's configuration is of EDM's preconditioning."""
+    return "sigma_data" in config or str(config.get("_class_name", "")).startswith("EDM")
 
 
 def _denoiser(
@@ -277,11 +288,16 @@ def _denoiser(
         null = {"prompt": ""}
     else:
         call = _FlowText(network)
+    asked: nn.Module = call
+    if config is not None and is_edm(config):
+        sign = -1.0 if config.get("prediction_type") == "v_prediction" else 1.0
+        data = float(config.get("sigma_data", 0.5))
+        asked = Preconditioned(call, sigma_data=data, sign=sign)
     size = network.config.sample_size
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     flow = isinstance(schedule, Flow)
     model = DiffusersModel(
-        call,
+        asked,
         schedule=schedule,
         prediction=prediction,
         event_shape=(int(network.config.in_channels), *map(int, sides)),

@@ -17,6 +17,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from fewstep.adapters import _spacing as spacing
+from fewstep.adapters._loading import is_edm
 from fewstep.adapters._loading import load_denoiser as load_denoiser
 from fewstep.adapters._noising import Noising
 from fewstep.adapters._probing import PREDICTIONS
@@ -250,7 +251,16 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         As everywhere in diffusers, what the other left at its defaults becomes our default; except
         its noise levels, which belong to the model. Flow schedulers have no ``prediction_type``:
         theirs is ``"flow_prediction"``.
+
+        Raises:
+            ValueError: If the configuration is of EDM's preconditioning: those pipelines leave the
+                scaling of the network's input to the scheduler, which this one does not do.
         """
+        if isinstance(config, Mapping) and is_edm(config):
+            raise ValueError(
+                "PlanScheduler does not scale a network's input as EDM's preconditioning asks "
+                "(sigma_data); load the pipeline with fewstep.load(folder) and use fewstep.sample"
+            )
         if isinstance(config, Mapping) and "_use_default_values" in config:
             kept = [k for k in config["_use_default_values"] if k not in OF_THE_MODEL]
             config = {**config, "_use_default_values": kept}
