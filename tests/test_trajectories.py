@@ -411,11 +411,18 @@ def test_random_access_is_what_is_in_the_files(store):
 
 
 def test_what_is_not_there_cannot_be_read(store):
-    for wrong in ([20], [-1], [0.5]):
+    for wrong in ([20], [-1], [0.5], [True]):
         with pytest.raises(IndexError, match="numbers 0 to 19"):
             store.read(wrong)
     with pytest.raises(IndexError, match="numbers 0 to 4"):
         store.read([0], frames=[5])
+
+
+def test_nothing_can_be_read_too(tmp_path):
+    store = fewstep.record(labelled(), tmp_path, **SMALL, class_labels=1)
+    batch = store.read([])
+    assert batch.states.shape == (0, 5, 3)
+    assert batch.conditions["class_labels"].shape == (0,)
 
 
 def test_an_epoch_has_every_trajectory_once_in_windows_of_shards(store):

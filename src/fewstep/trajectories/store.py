@@ -92,7 +92,7 @@ class TrajectoryStore:
             ValueError: If a shard does not fit the manifest.
         """
         numbers = torch.as_tensor(indices).tolist()
-        if not all(isinstance(i, int) and 0 <= i < len(self) for i in numbers):
+        if not all(type(i) is int and 0 <= i < len(self) for i in numbers):
             raise IndexError(f"the trajectories have the numbers 0 to {len(self) - 1}")
         dtype, places = DTYPES[self.manifest["dtype"]], len(self.manifest["times"])
         size = int(numpy.prod(self.event_shape, dtype=numpy.int64)) * dtype.itemsize
@@ -100,7 +100,8 @@ class TrajectoryStore:
         if not all(0 <= k < places for k in chosen):
             raise IndexError(f"the states have the numbers 0 to {places - 1}, got {chosen}")
         per_shard = self.manifest["shard_size"]
-        states = numpy.empty((len(numbers), len(chosen) * size), dtype=numpy.uint8)
+        buffer = torch.empty(len(numbers) * len(chosen) * size, dtype=torch.uint8)
+        states = buffer.numpy().reshape(len(numbers), len(chosen) * size)
         found = [(self._shard(i // per_shard), i % per_shard) for i in numbers]
         for place, (shard, row) in enumerate(found):
             if frames is None:
@@ -112,7 +113,7 @@ class TrajectoryStore:
             for name, about in self.manifest["conditions"].items()
         }
         shape = (len(numbers), len(chosen), *self.event_shape)
-        return Batch(torch.from_numpy(states).view(dtype).reshape(shape).float(), conditions)
+        return Batch(buffer.view(dtype).reshape(shape).float(), conditions)
 
     def order(self, *, seed: int, epoch: int, window: int = 8) -> Tensor:
         r"""Returns all numbers in the order of an epoch, int64, with shape (n).
@@ -149,7 +150,8 @@ def missing_shards(folder: Path, manifest: Mapping[str, Any]) -> list[int]:
 def _gather(found: Sequence[tuple[Shard, int]], name: str, about: Mapping[str, Any]) -> Tensor:
     dtype, shape = TYPES[about["dtype"]], tuple(about["shape"])
     size = int(numpy.prod(shape, dtype=numpy.int64)) * dtype.itemsize
-    values = numpy.empty((len(found), size), dtype=numpy.uint8)
+    buffer = torch.empty(len(found) * size, dtype=torch.uint8)
+    values = buffer.numpy().reshape(len(found), size)
     for place, (shard, row) in enumerate(found):
         values[place] = shard.conditions[name][row]
-    return torch.from_numpy(values).view(dtype).reshape(len(found), *shape)
+    return buffer.view(dtype).reshape(len(found), *shape)
