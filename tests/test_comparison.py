@@ -138,6 +138,21 @@ def test_identities_differ_where_samplers_do(vp):
     assert strong != weak
 
 
+def test_the_identity_of_a_scheduler_is_its_configuration(vp):
+    class Scheduled:
+        denoiser, nfe, steps = fewstep.exact.smooth(vp), 5, 5
+
+        def __init__(self, **config):
+            self.scheduler = type("Scheduler", (), {"config": config})()
+
+    made = [
+        identity(Scheduled(order=2, _use_default_values=["a", "b"])),
+        identity(Scheduled(order=2, _use_default_values=["b", "a"])),
+        identity(Scheduled(order=3, _use_default_values=["a", "b"])),
+    ]
+    assert made[0] == made[1] != made[2]
+
+
 # What is measured
 
 

@@ -251,8 +251,9 @@ def _templates() -> Environment:
     except ImportError:
         raise ValueError("reports need jinja2: pip install fewstep[report]") from None
 
-    def words(text: object) -> Markup:
-        return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    def words(text: object, breaks: bool = False) -> Markup:
+        safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+        return Markup(re.sub(r"(?<=:)(?=\S)|(?=[+@])", "<wbr>", safe) if breaks else safe)
 
     made = Environment(
         loader=FileSystemLoader(TEMPLATES),

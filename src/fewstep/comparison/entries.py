@@ -108,7 +108,8 @@ def identity(made: Sampler) -> str:
         about = {"kind": type(made).__qualname__, "nfe": made.nfe}
         config = getattr(getattr(made, "scheduler", None), "config", None)
         for key, value in (config or {}).items():
-            about[f"config.{key}"] = str(value)
+            if not key.startswith("_"):  # such as the options left at their defaults, in any order
+                about[f"config.{key}"] = str(value)
         for key in ("steps", "stepping", "setting", "options", "rtol", "atol"):
             if hasattr(made, key):
                 about[key] = str(getattr(made, key))

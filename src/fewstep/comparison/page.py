@@ -218,10 +218,9 @@ def _table(page: Page, comparison: Comparison, verdicts: Sequence[Verdict], meas
         "sampler",
         Column("NFE", True),
         Column("verdict", False),
-        Column(TITLES[measure], True),
-        Column("behind the best", True),
-        *(Column(TITLES[name], True) for name in names[1:]),
-        Column("ms / sample", True),
+        *(Column(_lines(t), True) for t in (TITLES[measure], "behind the best")),
+        *(Column(_lines(TITLES[name]), True) for name in names[1:]),
+        Column("ms /\nsample", True),
     ]
     rows, marked = [], []
     for verdict in verdicts:
@@ -255,6 +254,12 @@ def _table(page: Page, comparison: Comparison, verdicts: Sequence[Verdict], meas
     if comparison.refused:
         page.paragraph("Budgets that a sampler cannot meet:")
         page.bullets(f"`{name}` with {nfe}: {reason}" for name, nfe, reason in comparison.refused)
+
+
+def _lines(title: str) -> str:
+    """Returns a title on two lines if it is long."""
+    head, _, tail = title.rpartition(" ")
+    return f"{head}\n{tail}" if head and len(title) > 9 else title
 
 
 def _what_ran(page: Page, comparison: Comparison, told: Told, when: str) -> None:
