@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import fewstep
 import tiny_pipelines as tiny
@@ -109,6 +110,37 @@ def test_stable_diffusion_with_prompt_and_guidance(tmp_path):
     assert not torch.allclose(
         plain, fewstep.sample(model, noise=z, nfe=5, prompt="c d"), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("kind", ["DDPM", "DiT", "StableDiffusion"])
+def test_the_command_line_samples_pipelines(tmp_path, kind, capsys):
+    """The samples are those of fewstep.sample; the picture of latents is decoded."""
+    from fewstep.cli import run
+    from fewstep.files import read_tensors
+
+    arguments: dict[str, Any] = {}
+    if kind == "DDPM":
+        scheduler = diffusers.DDPMScheduler(clip_sample=False)
+        pipe = diffusers.DDPMPipeline(tiny.unet2d(), scheduler)
+    elif kind == "DiT":
+        scheduler = diffusers.DDIMScheduler(clip_sample=False)
+        pipe = diffusers.DiTPipeline(tiny.dit(), tiny.vae(), scheduler)
+        arguments = {"class_labels": 3, "guidance": 2.0}
+    else:
+        pipe = text_pipeline(tmp_path)
+        arguments = {"prompt": "a b", "guidance": 3.0}
+    pipe.save_pretrained(tmp_path / "pipe")
+    given = [part for k, v in arguments.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    out = tmp_path / "out"
+    code = run(
+        ["sample", str(tmp_path / "pipe"), "-n", "2", "--nfe", "3", "--out", str(out), *given]
+    )
+    assert code == 0, capsys.readouterr()
+    found = read_tensors(out / "samples.safetensors")["samples"]
+    model = fewstep.load(tmp_path / "pipe")
+    assert torch.allclose(found, fewstep.sample(model, 2, nfe=3, **arguments), atol=1e-4)
+    with Image.open(out / "grid.png") as picture:
+        assert picture.width >= 2 * model.decode(found).shape[-1]
 
 
 def test_a_flow_transformer(tmp_path):

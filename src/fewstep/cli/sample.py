@@ -26,6 +26,10 @@ from fewstep.cli._common import (
 from fewstep.files import read_json, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
     from fewstep.denoiser import Denoiser
     from fewstep.recipe import SamplerRecipe
 
@@ -49,6 +53,7 @@ def sample(
     option: Options = None,
     head_start: float | None = None,
     class_labels: str | None = None,
+    prompt: str | None = None,
     guidance: float | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -56,6 +61,8 @@ def sample(
     overwrite: Flag = False,
 ) -> None:
     """Draw samples: OUT/grid.png, OUT/samples.safetensors and OUT/recipe.json.
+
+    Samples of a latent model are latents; the picture shows what its autoencoder makes of them.
 
     A run that was interrupted goes on when the same command is given again.
 
@@ -72,6 +79,7 @@ def sample(
         option: An option of solver or grid as key=value; can be repeated.
         head_start: The time above which the Gaussian solution replaces evaluations.
         class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all).
+        prompt: The text, for a text-to-image model.
         guidance: The scale of classifier-free guidance; 1 is none.
         seed: The seed; sample i depends on (seed, i) alone.
         device: Where to run, for example cpu or cuda.
@@ -88,15 +96,24 @@ def sample(
     denoiser = load_model(model, device)
     chosen = _chosen(denoiser, solver, nfe, recipe, grid, option, head_start, guidance)
     labels = parse_labels(class_labels, denoiser, n)
-    cond = {} if labels is None else {"class_labels": labels}
+    decode = getattr(denoiser, "decode", None)
+
+    def conditions(rows: range) -> dict[str, Any]:
+        texts = {} if prompt is None else {"prompt": [prompt] * len(rows)}
+        return (
+            texts if labels is None else {"class_labels": labels[rows.start : rows.stop], **texts}
+        )
+
     if chosen.guidance not in (None, 1):
         denoiser = Guided(denoiser, chosen.guidance)  # type: ignore[arg-type]
     made = chosen.build(denoiser, force=force)
     shape = event_shape(denoiser)
-    denoiser.prepare(n, cond)
+    denoiser.prepare(n, conditions(range(n)))
 
     size = min(n, batch_size or DEFAULT_BATCH)
     settings = _settings(chosen, model, denoiser, n, seed, class_labels, device, size)
+    if prompt is not None:
+        settings["prompt"] = prompt
     _prepare_folder(out, settings, overwrite=overwrite)
     with progress("sampling", None if made.nfe is None else made.nfe * -(-n // size)) as tick:
         for start in range(0, n, size):
@@ -105,14 +122,17 @@ def sample(
             if _is_part(part, (len(rows), *shape)):
                 tick(made.nfe or 0)
                 continue
-            own = {} if labels is None else {"class_labels": labels[start : rows.stop]}
-            _write(part, draw(made, rows, seed=seed, cond=own, tick=tick))
+            _write(part, draw(made, rows, seed=seed, cond=conditions(rows), tick=tick))
 
-    _finish(out, n, size, chosen, settings, _title(model, chosen, n, class_labels))
+    asked = prompt if class_labels is None else f"classes {class_labels}"
+    title = _title(model, chosen, n, asked)
+    _finish(out, n, size, chosen, settings, title, decode)
     say(f"wrote {out / PICTURE}, {out / SAMPLES} and {out / RECIPE}")
     again = ["fewstep", "sample", model, "--recipe", str(out / RECIPE), "--seed", str(seed + 1)]
     if class_labels is not None:
         again += ["--class-labels", class_labels]
+    if prompt is not None:
+        again += ["--prompt", prompt]
     say(f"next: {shlex.join([*again, '--out', f'{out}-2'])}")
 
 
@@ -202,7 +222,9 @@ def _own(
     )
     if guidance not in (None, 1) or nfe not in (None, made.nfe):
         given = "--nfe" if guidance in (None, 1) else "--guidance"
-        raise ValueError(f"this model brings its own sampler, of {made.nfe} call; leave {given} out")
+        raise ValueError(
+            f"this model brings its own sampler, of {made.nfe} call; leave {given} out"
+        )
     return SamplerRecipe(kind="operator", name="operator", nfe=made.nfe)
 
 
@@ -301,6 +323,7 @@ def _finish(
     recipe: SamplerRecipe,
     settings: dict[str, Any],
     title: str,
+    decode: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """Puts the parts together; whatever is interrupted here is repeated by the next run."""
     from dataclasses import replace
@@ -319,10 +342,9 @@ def _finish(
     }
     about = {**recipe.about, **about, "fewstep": __version__}
     replace(recipe, about=about).save(out / RECIPE)
-    write_whole(
-        out / PICTURE,
-        _png(picture(samples[:MOST_SHOWN] if samples.ndim == 4 else samples, title=title)),
-    )
+    shown = samples[:MOST_SHOWN] if samples.ndim == 4 else samples
+    shown = shown if decode is None else decode(shown).cpu()
+    write_whole(out / PICTURE, _png(picture(shown, title=title)))
     # The state goes first: without it a folder with results is finished, parts or not.
     (out / STATE).unlink()
     shutil.rmtree(out / PARTS, ignore_errors=True)
@@ -336,9 +358,9 @@ def _png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _title(model: str, recipe: SamplerRecipe, n: int, class_labels: str | None) -> str:
+def _title(model: str, recipe: SamplerRecipe, n: int, asked: str | None) -> str:
     nfe = recipe.plan.nfe if recipe.plan is not None else recipe.nfe
     calls = f" · {nfe} evaluations" if nfe else ""
-    shown = "" if class_labels is None else f" · classes {class_labels}"
+    shown = "" if asked is None else f" · {asked}"
     guided = f" · guidance {recipe.guidance:g}" if recipe.guidance is not None else ""
     return f"{Path(model).name} · {recipe.name or 'plan'}{calls}{shown}{guided}"
