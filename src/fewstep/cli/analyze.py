@@ -92,7 +92,7 @@ def analyze(
 
     from fewstep.noise import NoiseSource
     from fewstep.studies import fitted_grids
-    from fewstep.studies.study import Subject, finish_folder, prepare_folder, study
+    from fewstep.studies.stages import Subject, finish_folder, prepare_folder, study
 
     NoiseSource(seed, ())
 
@@ -202,7 +202,7 @@ def _checksum(source: str | None) -> str | None:
 @contextmanager
 def _watcher() -> Iterator[Watcher]:
     """Shows one bar for each stage."""
-    from fewstep.studies.study import Watcher
+    from fewstep.studies.stages import Watcher
 
     bars: list[Any] = []
     ticks: list[Any] = []

@@ -1,15 +1,15 @@
 """Studies of one model: is it what it says, where its error comes from, which sampler suits it."""
 
-from fewstep.studies.anatomy import anatomy as anatomy
+from fewstep.studies.checking import ModelCheck as ModelCheck
+from fewstep.studies.checking import model_check as model_check
+from fewstep.studies.curves import anatomy as anatomy
 from fewstep.studies.fitting import fitting_error as fitting_error
 from fewstep.studies.local_errors import Path as Path
 from fewstep.studies.local_errors import measure_gain as measure_gain
 from fewstep.studies.local_errors import path_of as path_of
 from fewstep.studies.local_errors import step_errors as step_errors
-from fewstep.studies.model_check import ModelCheck as ModelCheck
-from fewstep.studies.model_check import model_check as model_check
-from fewstep.studies.polish import Candidate as Candidate
-from fewstep.studies.polish import polish as polish
+from fewstep.studies.polishing import Candidate as Candidate
+from fewstep.studies.polishing import polish as polish
 from fewstep.studies.recommend import Advice as Advice
 from fewstep.studies.recommend import Batch as Batch
 from fewstep.studies.recommend import Tried as Tried
@@ -21,6 +21,6 @@ from fewstep.studies.reference import follow as follow
 from fewstep.studies.spectrum import Basis as Basis
 from fewstep.studies.spectrum import Spectrum as Spectrum
 from fewstep.studies.spectrum import time_spectrum as time_spectrum
-from fewstep.studies.study import Subject as Subject
-from fewstep.studies.study import Watcher as Watcher
-from fewstep.studies.study import study as study
+from fewstep.studies.stages import Subject as Subject
+from fewstep.studies.stages import Watcher as Watcher
+from fewstep.studies.stages import study as study

@@ -69,16 +69,22 @@ class StepCosts:
         lost = self.base - m1 * self.first[:, h][:, None]
         return self._masked(lost.square().sum(-1) * self.weight, h)
 
-    def two(self, g: int, h: int) -> Tensor:
-        """Returns the costs of steps of degree 2 with nodes g, h before, by (i, j)."""
-        m1, m2 = self.moments[..., 1, None], self.moments[..., 2, None]
-        gap = self.t - self.t[g]
-        gap = torch.where(gap == 0, torch.ones_like(gap), gap)
-        second = (self.first[:, h] - self.first[h, g]) / gap[:, None]
-        back = (self.t - self.t[h])[:, None, None]
-        lost = self.base - m1 * self.first[:, h][:, None]
-        lost = lost - (m2 + back * m1) * second[:, None]
-        return self._masked(lost.square().sum(-1) * self.weight, h)
+    def two(self, h: int) -> Tensor:
+        """Returns the costs of steps of degree 2 with nodes g, h before, by (g, i, j)."""
+        m1, m2 = self.moments[..., 1], self.moments[..., 2]
+        lost = self.base - m1[..., None] * self.first[:, h][:, None]
+        gaps = self.t[:, None] - self.t[None]
+        gaps = torch.where(gaps == 0, torch.ones_like(gaps), gaps)
+        # Newton's second difference over (i, h, g), by (i, g).
+        second = (self.first[:, h][:, None] - self.first[h][None]) / gaps[..., None]
+        factor = m2 + (self.t - self.t[h])[:, None] * m1
+        # |lost - factor * second|^2, multiplied out: one product of matrices for all g.
+        crossed = torch.bmm(lost, second.transpose(1, 2)).permute(2, 0, 1)
+        sizes = second.square().sum(-1).T[..., None]
+        square = lost.square().sum(-1) - 2 * factor * crossed + factor.square() * sizes
+        cost = self._masked(square.clamp_min(0) * self.weight, h)
+        cost[torch.arange(self.size) >= h] = math.inf
+        return cost
 
     def _masked(self, cost: Tensor, h: int) -> Tensor:
         order = torch.arange(self.size)
@@ -159,10 +165,7 @@ class _Tables:
         if costs.degree >= 1:
             self.one = torch.stack([costs.one(h) for h in range(size)])
         if costs.degree == 2:
-            self.two = torch.full((size, size, size, size), math.inf, dtype=torch.float64)
-            for g in range(size):
-                for h in range(g + 1, size):
-                    self.two[g, h] = costs.two(g, h)
+            self.two = torch.stack([costs.two(h) for h in range(size)], 1)
 
     def begin(self, starts: Tensor) -> _Layer:
         cost = starts[:, None] + self.zero

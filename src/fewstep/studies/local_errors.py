@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.denoiser import Denoiser
 from fewstep.plans import Eval, Lin, Plan
 from fewstep.prediction import Prediction, coefficients
-from fewstep.studies.reference import Reference, grid_of, run_plan
+from fewstep.studies.reference import Reference, coordinate, grid_of, run_plan
 from fewstep.studies.spline import spline_matrix
 
 CHUNK = 1 << 20
@@ -44,20 +44,12 @@ class Path:
 
     def at(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns states, answers and gains at any times between the nodes, by splines."""
-        place = torch.arange(len(self.times), dtype=torch.float64)
-        where = _positions(self.times, times)
-        matrix = spline_matrix(place, where)
+        inside = times.clamp(float(self.times[-1]), float(self.times[0]))
+        matrix = spline_matrix(
+            coordinate(self.schedule, self.times), coordinate(self.schedule, inside)
+        )
         gain = (matrix @ self.gain.clamp_min(1e-12).log()).exp()
         return matrix @ self.x, matrix @ self.eps, gain
-
-
-def _positions(nodes: Tensor, times: Tensor) -> Tensor:
-    """Returns fractional node numbers of times."""
-    times = times.clamp(float(nodes[-1]), float(nodes[0]))
-    rising = nodes.flip(0)
-    right = torch.searchsorted(rising, times.contiguous()).clamp(1, len(nodes) - 1)
-    share = (times - rising[right - 1]) / (rising[right] - rising[right - 1])
-    return len(nodes) - 1 - (right - 1 + share)
 
 
 def path_of(
@@ -77,7 +69,8 @@ def path_of(
         block = part.cpu().double()
         gram += block @ block.T
     values, vectors = torch.linalg.eigh(gram / rows.shape[1])
-    basis = vectors * values.clamp_min(0).sqrt()
+    kept = values > 1e-16 * values[-1]
+    basis = vectors[:, kept] * values[kept].sqrt()
     head = None
     if denoiser is not None and denoiser.data_mean is not None and denoiser.data_std is not None:
         mean = torch.as_tensor(denoiser.data_mean).to(reference.noise)
@@ -224,9 +217,10 @@ def step_errors(plan: Plan, path: Path) -> StepErrors:
     left = local * gains
     start = 0.0
     if plan.head and path.head is not None:
-        where = _positions(path.times, knots[:1])
-        order = torch.arange(len(path.times), dtype=torch.float64)
-        start = float(_linear(order, path.head, where)[0] * gains[0])
+        place = coordinate(path.schedule, path.times)
+        start = float(
+            _linear(place, path.head, coordinate(path.schedule, knots[:1]))[0] * gains[0]
+        )
     end = 0.0 if zero else float((states[-1] - path.x[-1]).norm())
     total = math.sqrt(float(left.square().sum()) + start**2 + end**2)
     return StepErrors(knots[1:], local[1:], left[1:], start, total)

@@ -17,7 +17,7 @@ from fewstep.planning import plan as make_plan
 from fewstep.solvers import solver as make_solver
 from fewstep.studies.dynamic import BestGrid, StepCosts, best_grids
 from fewstep.studies.local_errors import Path, step_errors
-from fewstep.studies.polish import Candidate, polish
+from fewstep.studies.polishing import Candidate, polish
 from fewstep.studies.reference import run_plan
 
 SOLVERS = ("tab2", "tab3", "unipc2", "unipc3", "ipndm", "dpmpp-2m", "dpmpp-3m", "ddim")

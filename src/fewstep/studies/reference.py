@@ -57,27 +57,39 @@ class Reference:
         return {"times": self.times, "x": self.x, "eps": self.eps, "noise": self.noise}
 
 
+def coordinate(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    r"""Returns a coordinate of time in which nodes are even: from 0 at the start to 1 at the end.
+
+    The mean of one that is even in :math:`t^{2/3}` and one that is even in :math:`\log\rho`; states and
+    answers are smooth in it at both ends.
+    """
+    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
+    found = torch.zeros_like(t)
+    for function in (lambda u: u.pow(2 / 3), schedule.lam):
+        first, last = function(ends)
+        found = found + (function(t) - first) / (last - first) / 2
+    return found
+
+
 def place_nodes(
     schedule: NoiseSchedule, intervals: int = NODES, *, integer: bool = False
 ) -> Tensor:
-    r"""Returns times that are dense in t and in :math:`\lambda`, decreasing, float64.
-
-    Half of them by each measure: their distribution function is the mean of one that is even in
-    :math:`t^{2/3}` and one that is even in :math:`\log\rho`.
-    """
+    """Returns times that are even in :func:`coordinate`, decreasing, float64."""
     power = torch.linspace(schedule.t_max ** (2 / 3), schedule.t_min ** (2 / 3), 2001).double()
-    first = power.pow(1.5)
     ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
     low, high = schedule.lam(ends).tolist()
     second = schedule.time(torch.linspace(low, high, 2001, dtype=torch.float64))
-    mesh = torch.cat([first, second]).clamp(schedule.t_min, schedule.t_max)
-    mesh = mesh.sort(descending=True).values
-    # The merged list is even in the mean of the two distribution functions.
-    picked = mesh[torch.linspace(0, len(mesh) - 1, intervals + 1).round().long()]
-    picked[0], picked[-1] = schedule.t_max, schedule.t_min
+    mesh = torch.cat([power.pow(1.5), second, ends]).clamp(schedule.t_min, schedule.t_max)
+    mesh = mesh.unique().flip(0)
+    at = coordinate(schedule, mesh)
+    wanted = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)
+    right = torch.searchsorted(at.contiguous(), wanted).clamp(1, len(at) - 1)
+    share = (wanted - at[right - 1]) / (at[right] - at[right - 1])
+    nodes = torch.lerp(mesh[right - 1], mesh[right], share.clamp(0, 1))
+    nodes[0], nodes[-1] = schedule.t_max, schedule.t_min
     if integer:
-        picked = picked.round()
-    return picked.unique().flip(0)
+        nodes = nodes.round()
+    return nodes.unique().flip(0)
 
 
 def draw_noise(

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.files import read_json, read_tensors, write_json, write_tensors
-from fewstep.studies.anatomy import anatomy
+from fewstep.studies.checking import model_check
+from fewstep.studies.curves import anatomy
 from fewstep.studies.fitting import fitting_error
 from fewstep.studies.local_errors import Path as Route
 from fewstep.studies.local_errors import measure_gain, path_of
-from fewstep.studies.model_check import model_check
 from fewstep.studies.recommend import (
     SOLVERS,
     Advice,

@@ -20,6 +20,9 @@ POWER = 1.5
 ENOUGH = 0.01
 """An iteration that gains less than this share is the last."""
 
+TRIES = 8
+"""How often a step is tried with more damping."""
+
 Calls = list[tuple[float, Tensor, Tensor]]
 
 
@@ -192,7 +195,7 @@ class _Work:
         damping: float,
     ) -> _Step | None:
         """Returns the first step that lowers the loss, with more and more damping, or ``None``."""
-        for _ in range(5):
+        for _ in range(TRIES):
             damped = matrix + damping * torch.diag(matrix.diagonal().clamp_min(1e-30))
             moved = place.clone()
             moved[self.free] -= torch.linalg.solve(damped, gradient)
