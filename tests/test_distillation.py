@@ -309,3 +309,41 @@ def test_the_caller_s_generator_is_left_alone(model, store, tmp_path):
     before = torch.get_rng_state()
     distill(model, store, tmp_path, mode="same-flops", **{**SHORT, "steps": 1})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+SCRIPT = """
+import sys
+import torch
+torch.set_num_threads(1)
+from tiny_trajectories import record, teacher
+from fewstep.operators.distillation import distill
+model = teacher()
+distill(model, record(model), sys.argv[1], steps=2, batch_size=4, warmup=1, checkpoint_every=2)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(model, store, tmp_path):
+    """Two processes with batches of 4 are one with 8, up to the rounding of sums."""
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    distill(model, store, tmp_path / "one", steps=2, batch_size=8, warmup=1, checkpoint_every=2)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    paths = [str(Path(fewstep.__file__).parent.parent), str(Path(__file__).parent)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [sys.executable, *command, str(tmp_path / "script.py"), str(tmp_path / "two")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    one, two = (
+        read_tensors(tmp_path / part / "checkpoint.safetensors") for part in ("one", "two")
+    )
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-6)
+    rows = [json.loads((tmp_path / part / "log.jsonl").read_text()) for part in ("one", "two")]
+    assert rows[1]["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4)

@@ -1,0 +1,49 @@
+"""The log of a training run: JSON lines, and TensorBoard if asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from fewstep.files import write_whole
+
+LOG, BOARD = "log.jsonl", "tensorboard"
+
+
+class LossLog:
+    """``log.jsonl``, and TensorBoard if asked for; rows after the step of a restart are dropped."""
+
+    def __init__(self, out: Path, start: int, tensorboard: bool) -> None:
+        self.path = out / LOG
+        rows = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [row for row in rows if _step_of(row) <= start]
+        write_whole(self.path, "".join(f"{row}\n" for row in kept))
+        self.board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("tensorboard is missing: pip install fewstep[distill]") from None
+            self.board = SummaryWriter(str(out / BOARD), purge_step=start + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            self.board.add_scalar("loss", row["loss"], row["step"])
+            for name in ("losses", "heldout"):
+                for frame, value in enumerate(row.get(name, [])):
+                    self.board.add_scalar(f"{name}/frame{frame + 1}", value, row["step"])
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def _step_of(row: str) -> float:
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):  # a line that was being written
+        return math.inf
