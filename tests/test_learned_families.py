@@ -7,9 +7,10 @@ import torch
 
 import fewstep
 from fewstep.learned import FAMILIES, Base
-from fewstep.learned.families import STARTS, SolverFamily, family
+from fewstep.learned.families import STARTS, family
 from fewstep.learned.moving import LearnedTimes, Shifts
-from fewstep.learned.tuning import start_of
+from fewstep.learned.solver_families import SolverFamily
+from fewstep.learned.starts import start_of
 from fewstep.plans import Plan
 from fewstep.solvers import SOLVERS, solver
 from test_learned_ggdm import MODEL, VP, base_of, run

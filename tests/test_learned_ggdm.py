@@ -9,8 +9,9 @@ import fewstep
 from fewstep import exact
 from fewstep.execute import execute
 from fewstep.learned import Base
-from fewstep.learned.families import GGDM, family
+from fewstep.learned.families import family
 from fewstep.learned.ggdm import Table, marginals, matched_table, table_of, vars_table
+from fewstep.learned.state_families import GGDM
 
 VP = fewstep.schedule("vp-linear")
 MODEL = exact.sharp(VP, std=0.05)

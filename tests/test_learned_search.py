@@ -21,9 +21,9 @@ from fewstep.learned.objectives import (
     feature_distance,
     named_kernel,
     pseudo_huber,
-    stages_of,
 )
 from fewstep.learned.settings import Search
+from fewstep.learned.stages import stages_of
 from fewstep.learned.teachers import Source, make_pairs, teacher_plan
 from fewstep.learned.tuning import tune
 from fewstep.learned.unrolled import Conditions, Unrolled, backpropagate, frozen

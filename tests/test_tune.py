@@ -12,7 +12,7 @@ import fewstep
 from fewstep import exact
 from fewstep.cli import run
 from fewstep.files import read_json
-from fewstep.learned import search as searching
+from fewstep.learned.search_state import STATE
 from fewstep.learned.teachers import Source
 from fewstep.learned.unrolled import Conditions
 from fewstep.metrics import Reference
@@ -119,7 +119,7 @@ def test_checkpoints_of_another_search_are_refused(tmp_path):
         fewstep.tune(RING, **arguments, search=TINY, seed=1)
     again = fewstep.tune(RING, **arguments, search=TINY, seed=1, overwrite=True)
     assert again.recipe.about["seed"] == 1
-    state = tmp_path / "a.search" / searching.STATE
+    state = tmp_path / "a.search" / STATE
     state.write_bytes(state.read_bytes()[:100])
     (tmp_path / "a.json").unlink()
     with pytest.raises(ValueError, match="safetensors"):
@@ -286,6 +286,9 @@ def test_the_command(tmp_path, capsys):
     assert f"wrote {out}" in told
     assert "rms to the teacher" in told
     assert "next: fewstep sample mixture-smooth --recipe" in told
+    page = (tmp_path / "tuned.search" / "report.html").read_text()
+    assert "Judgements" in page
+    assert page.count("<svg") >= 2
     about = read_json(out)["about"]
     assert about["search"]["steps"] == 4
     text = out.read_text()

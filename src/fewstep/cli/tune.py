@@ -110,7 +110,9 @@ def tune(
             **cond,
         )
     _report(made)
-    say(f"wrote {out}; the judgements of the search are in {checkpoint_folder(out)}")
+    page = _page(made, checkpoint_folder(out) / "report.html")
+    more = f" and {page}" if page else ""
+    say(f"wrote {out}{more}; the search's checkpoints are in {checkpoint_folder(out)}")
     again = ["fewstep", "sample", model, "--recipe", str(out), "--out", str(out.with_suffix(""))]
     if class_labels is not None:
         again += ["--class-labels", class_labels]
@@ -162,3 +164,51 @@ def _report(made: TunedSampler) -> None:
 
 def _interval(score: dict[str, Any]) -> str:
     return f"{score['value']:.4g} ({score['low']:.4g} to {score['high']:.4g})"
+
+
+def _page(made: TunedSampler, path: Path) -> Path | None:
+    """Writes a report of the search, if what it needs is installed."""
+    try:
+        from fewstep.figures import Series, line_plot
+        from fewstep.metrics.intervals import Estimate
+        from fewstep.report import Page
+
+        page = Page(f"Tuning of {made.recipe.name}", "What the search did, judged on held-out noise.")
+    except ImportError:
+        return None
+    about = made.recipe.about
+    page.facts(
+        [
+            ("family", about["family"], f"{about['learned']} numbers"),
+            ("objective", about["objective"], ""),
+            ("start", about["base"]["solver"], f"{about['nfe']} evaluations"),
+            ("found", "better" if made.improved else "nothing", "than the start"),
+        ]
+    )
+    before, after = made.scores["before"], made.scores["after"]
+    page.table(
+        "Scores on seeds that the search never used",
+        ["score", "before", "after"],
+        [[name, Estimate(**before[name]), Estimate(**after[name])] for name in before],
+    )
+    for stage in sorted({h["stage"] for h in made.history}):
+        rows = [h for h in made.history if h["stage"] == stage and h["score"] is not None]
+        steps = [h["step"] for h in rows]
+        lines = [
+            Series("held out", steps, [h["score"] for h in rows]),
+            Series("recall", steps, [h["recall"] for h in rows]),
+        ]
+        for line in lines:
+            made_of = line_plot([line], x_label="step", y_label=line.name)
+            page.figure(made_of, f"Stage {stage + 1}: {line.name}", alt=f"{line.name} by step")
+    columns = ["stage", "step", "loss", "score", "precision", "recall", "taken", "skipped"]
+    rows = [[_shown_value(h[key]) for key in columns] for h in made.history]
+    page.table("Judgements", columns, rows)
+    try:
+        return page.write(path)
+    except ImportError:
+        return None
+
+
+def _shown_value(value: Any) -> Any:
+    return ("yes" if value else "no") if isinstance(value, bool) else value

@@ -6,26 +6,24 @@ interrupted goes on to the same result, bit for bit.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.files import read_metadata, read_tensors, write_tensors
 from fewstep.learned.judges import Judge
 from fewstep.learned.learned_plan import LearnedPlan
-from fewstep.learned.objectives import Batch, Endpoint, Objective, Outcome, Stage
+from fewstep.learned.objectives import Batch, Endpoint, Objective, Outcome
+from fewstep.learned.search_state import State
 from fewstep.learned.settings import Search
+from fewstep.learned.stages import Stage
 from fewstep.learned.teachers import Pairs, Source
 from fewstep.learned.unrolled import Unrolled, backpropagate, joined
 from fewstep.noise import generator_at
-
-STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,61 +43,6 @@ class Event:
     total: int
     score: float | None = None
     best: float | None = None
-
-
-@dataclass
-class State:
-    """Where a search stands: all that a checkpoint holds.
-
-    Attributes:
-        tensors: ``vector`` (parameters), ``average``, ``best``, ``first`` and ``second`` (the
-            moments of Adam), and ``moved`` (how far training noises have moved).
-        stage: The number of the stage.
-        step: The number of steps made in it.
-        updates: The number of updates of Adam in it.
-        start: The judgement at the start of the stage: score, precision, recall.
-        best_score: The best score of the stage.
-        stale: The judgements since it got better.
-        skipped: The steps that were skipped because a number was not finite.
-        norms: The value of each objective at the very start.
-        history: The judgements so far.
-    """
-
-    tensors: dict[str, Tensor]
-    stage: int = 0
-    step: int = 0
-    updates: int = 0
-    start: dict[str, float] | None = None
-    best_score: float = math.inf
-    stale: int = 0
-    skipped: int = 0
-    norms: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    def save(self, folder: Path) -> None:
-        """Writes the state as one file, so that tensors and counts belong together."""
-        about = {
-            key: getattr(self, key)
-            for key in ("stage", "step", "updates", "start", "best_score", "stale", "skipped")
-        }
-        about |= {"norms": self.norms, "history": self.history}
-        # JSON of Python writes and reads infinity; the file's metadata are texts anyway.
-        write_tensors(folder / STATE, self.tensors, {"state": json.dumps(about)})
-
-    @classmethod
-    def load(cls, folder: Path) -> State | None:
-        """Returns the state in a folder, or ``None`` if there is none.
-
-        Raises:
-            ValueError: If it is damaged.
-        """
-        file = folder / STATE
-        if not file.exists():
-            return None
-        try:
-            return cls(read_tensors(file), **json.loads(read_metadata(file)["state"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the checkpoint {str(file)!r} is damaged: {error}") from None
 
 
 class Searcher:

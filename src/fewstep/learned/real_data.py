@@ -1,0 +1,58 @@
+r"""The real data of a search: in the features of the loss, and in those of the judge."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.learned.judges import IMAGE, random_features
+from fewstep.metrics.features import FeatureMap
+from fewstep.metrics.reference import EMBEDDED, Reference
+
+logger = logging.getLogger("fewstep")
+
+
+def references(
+    data: Any, features: FeatureMap, shape: tuple[int, ...]
+) -> tuple[Reference | None, Reference | None]:
+    """Returns the reference of the loss, and one for the judge if the samples themselves are known."""
+    if data is None:
+        return None, None
+    look = random_features(shape)
+    if isinstance(data, Reference):
+        return data, None
+    if isinstance(data, Tensor):
+        if tuple(data.shape[1:]) != shape or len(data) < 40:
+            raise ValueError(
+                f"data must have shape (n, {', '.join(map(str, shape))}) with n of at least 40, got "
+                f"{tuple(data.shape)}"
+            )
+        half = len(data) // 2
+        parts = (data[:half], data[half:])
+        own = _features(features, shape)
+        return Reference.of(*parts, features=own), Reference.of(*parts, features=look)
+    if not isinstance(data, (str, Path)):
+        raise TypeError(f"data is a name, a path, a tensor or a Reference, got {data!r:.60}")
+    if len(shape) != IMAGE:
+        raise ValueError(f"{str(data)!r} holds images, the model's samples have shape {shape}")
+    size = shape[1] if shape[1] == shape[2] else None
+    embedded = str(data) in EMBEDDED
+    reference = Reference.load(data, _features(features, shape), size=None if embedded else size)
+    if reference.event_shape is not None and tuple(reference.event_shape) != shape:
+        raise ValueError(
+            f"the images of {str(data)!r} have shape {tuple(reference.event_shape)}, the model's "
+            f"samples {shape}"
+        )
+    return reference, None if embedded else Reference.load(data, look, size=size)
+
+
+def _features(features: FeatureMap, shape: tuple[int, ...]) -> FeatureMap:
+    if features is not None or len(shape) != IMAGE:
+        return features
+    if shape == (1, 28, 28):
+        return "fashion"
+    logger.info("no features were given: those of a random network are compared")
+    return random_features(shape, seed=1)

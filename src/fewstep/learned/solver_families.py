@@ -1,0 +1,153 @@
+r"""Families over a solver: learned times, told times and corrections of its coefficients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.learned.learned_plan import Base, LearnedPlan, Numbers, structure_of
+from fewstep.learned.moving import LearnedTimes, Shifts
+from fewstep.plans import Plan
+
+
+class SolverFamily(LearnedPlan):
+    r"""A solver with learned times, told times and corrections.
+
+    .. math:: y_{n+1} = (A_n(\tau) + dA_n) \, y_n + \sum_{j \le n} (C_{nj}(\tau) + dC_{nj}) \, m_j + \dots, \qquad
+        m_j = D(y_j, \tau_j + \xi_j)
+
+    A and C are the solver's, computed anew from the times :math:`\tau`, so that the theory follows
+    them; everything else is zero at the start, where the sampler is the solver to rounding.
+
+    References:
+        | Learning to Discretize Denoising Diffusion ODEs (Tong et al., 2024): times and told times (``ld3``)
+        | https://arxiv.org/abs/2405.15506
+        | GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver (2025): and corrections (``gs``)
+        | https://arxiv.org/abs/2510.17699
+        | Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow Models (Shaul et al., 2024) (``free``)
+        | https://arxiv.org/abs/2403.01329
+
+    Arguments:
+        base: The solver and its grid.
+        times: Whether the times are learned.
+        shifts: Whether the told times are.
+        corrections: Whether coefficients are.
+        theory: Whether the solver's coefficients follow the times; if not they are those of the
+            start (and the learned times are what the network is told).
+        coordinate: In what times are learned: ``"time"`` or ``"lambda"``.
+    """
+
+    frozen: Tensor
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        times: bool = True,
+        shifts: bool = False,
+        corrections: bool = False,
+        theory: bool = True,
+        coordinate: str = "time",
+    ) -> None:
+        super().__init__()
+        if base.integer_times and (times or shifts):
+            raise ValueError(
+                "this network knows whole times only, so times cannot be learned; take a family "
+                "that leaves them alone (ggdm, ggdm+pred, vars, ddim-sigma), or gs with "
+                "times=false and shifts=false"
+            )
+        self.base, self.theory = base, theory
+        plan = base.plan()
+        self.moves_times, self.tells_times = times, times or shifts
+        self.times = LearnedTimes(base.grid, coordinate) if times else None
+        schedule = base.schedule
+        self.shifts = Shifts(plan.nfe, schedule.t_max, schedule.t_min) if shifts else None
+        self._draws: dict[int, tuple[int, ...]] | None = None
+        if corrections or not theory:
+            self._draws = _draws(plan)
+            self.structure = structure_of(
+                plan.prediction,
+                plan.nfe,
+                all_states=False,
+                all_answers=True,
+                draws=self._draws,
+                knots=plan.nfe == base.grid.steps,
+            )
+            start = stepwise(plan, self._draws).detach()
+        else:
+            self.structure, start = plan.structure, plan.values.detach()
+        self.register_buffer("frozen", start)
+        self.corrections = None
+        if corrections:
+            counts = [n + 2 for n in range(plan.nfe)]
+            self.corrections = nn.Parameter(torch.zeros(sum(counts), dtype=torch.float64))
+
+    def numbers(self) -> Numbers:
+        knots = self.base.grid.times if self.times is None else self.times()
+        told, values = knots[: self.structure.nfe], self.frozen
+        if self.theory or self.structure.nfe != self.base.grid.steps:
+            plan = self.base.plan(knots)
+            told = plan.times
+            if self.theory:
+                values = plan.values if self._draws is None else stepwise(plan, self._draws)
+        if self.shifts is not None:
+            told = told + self.shifts(told)
+        if self.corrections is not None:
+            values = values + self._corrections(self.corrections)
+        return Numbers(values, told, knots)
+
+    def _corrections(self, corrections: Tensor) -> Tensor:
+        """Puts zeros where the coefficients of draws are, which are not corrected."""
+        assert self._draws is not None
+        if not self._draws:
+            return corrections
+        parts = list[Tensor]()
+        offset = 0
+        for n in range(self.structure.nfe):
+            parts.append(corrections[offset : offset + n + 2])
+            parts.append(corrections.new_zeros(len(self._draws.get(n, ()))))
+            offset += n + 2
+        return torch.cat(parts)
+
+
+def _draws(plan: Plan) -> dict[int, tuple[int, ...]]:
+    """Returns the draws that enter each state n + 1 beyond those that come with state n."""
+    _, _, noise = _steps(plan)
+    return {
+        n: tuple(found)
+        for n, row in enumerate(noise)
+        if (found := (row.detach().abs() > 1e-12).nonzero().flatten().tolist())
+    }
+
+
+def _steps(plan: Plan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    r"""Returns A_n, C_n and D_n of :math:`y_{n+1} = A_n y_n + \sum_j C_{nj} m_j + \sum_k D_{nk} z_k`."""
+    flat = plan.flat()
+    a = flat.a.detach()
+    if float(a[0]) != 1 or bool(flat.C[0].detach().any()):
+        raise ValueError(
+            f"{plan.name} changes the initial state before the first call; its coefficients cannot "
+            "be corrected; take the family schedule or ld3"
+        )
+    if bool((a[:-1].abs() < 1e-12).any()):
+        raise ValueError(
+            f"{plan.name} calls the network at a state in which the initial state has no weight"
+        )
+    scale, answers, noise = list[Tensor](), list[Tensor](), list[Tensor]()
+    for n in range(plan.nfe):
+        ratio = flat.a[n + 1] / flat.a[n]
+        scale.append(ratio)
+        answers.append(flat.B[n + 1] - ratio * flat.B[n])
+        noise.append(flat.C[n + 1] - ratio * flat.C[n])
+    return scale, answers, noise
+
+
+def stepwise(plan: Plan, draws: dict[int, tuple[int, ...]]) -> Tensor:
+    """Returns the coefficients of a plan in the layout of one state and all answers."""
+    scale, answers, noise = _steps(plan)
+    parts = list[Tensor]()
+    for n in range(plan.nfe):
+        parts += [scale[n][None], answers[n][: n + 1]]
+        if n in draws:
+            parts.append(noise[n][list(draws[n])])
+    return torch.cat(parts)

@@ -1,0 +1,292 @@
+r"""Families over GGDM: learned weights of states, step noises and variances."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.learned.ggdm import Table, ddim_table, marginals, matched_table, table_of, vars_table
+from fewstep.learned.learned_plan import Base, LearnedPlan, Numbers, structure_of
+from fewstep.learned.moving import LearnedTimes
+from fewstep.prediction import Prediction
+from fewstep.solvers.ddim import DDIM, DDPM
+
+
+class StateFamily(LearnedPlan):
+    r"""Common part of the families over GGDM: a table, and how :math:`\hat x_0` is predicted.
+
+    .. math:: y_{n+1} = \mu_{n+1,0} (p_n y_n - q_n \varepsilon_n) + \sum_{u \le n} \mu_{n+1,u} y_u + s_{n+1} z
+
+    Arguments:
+        base: Where it starts.
+        time: Whether the told times are learned (the table does not follow them).
+        coordinate: In what times are learned.
+        noisy: The states with a step noise.
+    """
+
+    def __init__(self, base: Base, *, time: bool, coordinate: str, noisy: list[int]) -> None:
+        super().__init__()
+        if base.integer_times and time:
+            raise ValueError(
+                "this network knows whole times only, so times cannot be learned; take the "
+                "family without +time"
+            )
+        self.base = base
+        self.moves_times = self.tells_times = time
+        self.times = LearnedTimes(base.grid, coordinate) if time else None
+        self.noisy = noisy
+        self.calls = base.grid.steps
+        self.structure = structure_of(
+            Prediction.EPS,
+            self.calls,
+            all_states=True,
+            all_answers=False,
+            draws={n - 1: (place,) for place, n in enumerate(noisy)},
+        )
+
+    def table(self, knots: Tensor) -> Table:
+        """Returns the present table."""
+        raise NotImplementedError
+
+    def weights(self, table: Table) -> tuple[Tensor, Tensor]:
+        """Returns p and q, each (K): by Theorem 1."""
+        a, v = marginals(table)
+        return 1 / a[:-1], v[:-1].sqrt() / a[:-1]
+
+    def numbers(self) -> Numbers:
+        knots = self.base.grid.times if self.times is None else self.times()
+        table = self.table(knots)
+        p, q = self.weights(table)
+        parts = list[Tensor]()
+        for n in range(self.calls):
+            data = table.data[n + 1]
+            row = torch.cat(
+                [table.states[n + 1, :n], (table.states[n + 1, n] + data * p[n])[None]]
+            )
+            parts += [row, (-data * q[n])[None]]
+            if n + 1 in self.noisy:
+                parts.append(table.noise[n + 1][None])
+        return Numbers(torch.cat(parts), knots[: self.calls], knots)
+
+
+def _is_variance_preserving(base: Base) -> bool:
+    t = base.grid.times[: base.grid.steps].detach()
+    total = base.schedule.alpha(t).square() + base.schedule.sigma(t).square()
+    return bool(torch.isclose(total, torch.ones_like(total), atol=1e-9).all())
+
+
+class Variances(nn.Module):
+    r"""Increasing variances in (0, 1) as parameters: cumulative sums of a softmax.
+
+    Arguments:
+        base: The grid; the variances start at its :math:`\sigma^2`.
+    """
+
+    shares: Tensor
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        if not _is_variance_preserving(base):
+            raise ValueError(
+                f"this family needs a schedule that preserves variance, {base.schedule.name!r} does "
+                "not; take ggdm, ggdm+pred-free, or a family over a solver"
+            )
+        grid = base.grid
+        self.ends_at_zero = grid.ends_at_zero
+        v = grid.sigma.detach().square().flip(0)  # from the sample to the noise
+        # The last share is what the data keep: alpha^2, which 1 - v has only half the digits of.
+        kept = grid.alpha.detach()[:1].square()
+        inner = v.diff() if grid.ends_at_zero else torch.cat([v[:1], v.diff()])
+        self.register_buffer("shares", torch.cat([inner, kept]))
+        self.logits = nn.Parameter(torch.zeros(len(inner), dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        r"""Returns :math:`v_0 > \dots > v_K`, shape (K + 1)."""
+        raw = self.shares * torch.cat([self.logits, self.logits.new_zeros(1)]).exp()
+        v = (raw / raw.sum())[:-1].cumsum(0).flip(0)
+        return torch.cat([v, v.new_zeros(1)]) if self.ends_at_zero else v
+
+
+class DDIMSigma(StateFamily):
+    r"""DDIM with learned step noises, which keeps the marginals: :math:`s_n = \sigma_n \tanh w_n`.
+
+    The hyperbolic tangent instead of a sigmoid, because DDIM itself (no noise) is then a point of
+    the family at which there is a gradient.
+
+    Arguments:
+        base: A grid with ``ddim``, of any eta.
+        time: Whether the told times are learned.
+        coordinate: In what times are learned.
+    """
+
+    def __init__(self, base: Base, *, time: bool = False, coordinate: str = "time") -> None:
+        if not isinstance(base.solver, DDIM):
+            raise ValueError(f"ddim-sigma starts from ddim, got {base.solver.name!r}")
+        noisy = _noisy(base)
+        super().__init__(base, time=time, coordinate=coordinate, noisy=noisy)
+        start = table_of(base.plan()).noise[noisy] / base.grid.sigma[noisy]
+        self.raw = nn.Parameter(torch.atanh(start.detach().clamp(max=1 - 1e-9)))
+
+    def table(self, knots: Tensor) -> Table:
+        del knots
+        grid = self.base.grid
+        noise = torch.zeros(self.calls, dtype=torch.float64)
+        index = torch.tensor([n - 1 for n in self.noisy], dtype=torch.long)
+        noise = noise.index_put((index,), grid.sigma[self.noisy] * torch.tanh(self.raw))
+        return ddim_table(grid, noise)
+
+
+class Vars(StateFamily):
+    """DDPM with learned marginal variances.
+
+    Arguments:
+        base: A grid with ``ddpm``.
+        time: Whether the told times are learned.
+        coordinate: In what times are learned.
+    """
+
+    def __init__(self, base: Base, *, time: bool = False, coordinate: str = "time") -> None:
+        if not isinstance(base.solver, DDPM) or base.solver.variance != "small":
+            raise ValueError(f"vars starts from ddpm, got {base.solver.name!r}")
+        super().__init__(base, time=time, coordinate=coordinate, noisy=_noisy(base))
+        self.variances = Variances(base)
+
+    def table(self, knots: Tensor) -> Table:
+        del knots
+        return vars_table(self.variances())
+
+    def weights(self, table: Table) -> tuple[Tensor, Tensor]:
+        del table
+        return _from_variances(self.variances()[:-1])
+
+
+def _from_variances(v: Tensor) -> tuple[Tensor, Tensor]:
+    return 1 / (1 - v).sqrt(), (v / (1 - v)).sqrt()
+
+
+def _noisy(base: Base) -> list[int]:
+    """Returns the states that get a step noise: all between, and the sample if the base has it so."""
+    between = list(range(1, base.grid.steps))
+    drawn = base.plan().n_noise == base.grid.steps
+    return [*between, base.grid.steps] if drawn else between
+
+
+class GGDM(StateFamily):
+    r"""All weights of states free, and the step noises.
+
+    Stored as the table of the base plus a residual that is zero at the start. Without ``pred``, the
+    weights of :math:`\hat x_0` follow from the table by Theorem 1; with it they are learned instead:
+
+    - ``"vars"``: :math:`p = (1 - v)^{-1/2}, \; q = (v / (1 - v))^{1/2}` with learned variances,
+    - ``"free"``: :math:`p = p^0 (1 + d), \; q = q^0 (1 + e)`. Relative, because at the noisy end
+      :math:`p^0 = 1 / \alpha` is in the hundreds.
+
+    Arguments:
+        base: Any solver whose plan is a GGDM (see :func:`fewstep.learned.ggdm.table_of`).
+        pred: ``None``, ``"vars"`` or ``"free"``.
+        time: Whether the told times are learned.
+        noise: Whether step noises are learned; if not they are the base's.
+        matched: Whether the marginals are kept those of the diffusion.
+        theory: Whether the table of the base is computed anew from the learned times.
+        coordinate: In what times are learned.
+    """
+
+    places: Tensor
+    p: Tensor
+    q: Tensor
+    start_data: Tensor
+    start_states: Tensor
+    start_noise: Tensor
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        pred: str | None = None,
+        time: bool = False,
+        noise: bool = True,
+        matched: bool = False,
+        theory: bool = False,
+        coordinate: str = "time",
+    ) -> None:
+        plan = base.plan()
+        if plan.nfe != base.grid.steps:
+            raise ValueError(
+                f"{base.solver.name} makes {plan.nfe} calls in {base.grid.steps} steps; GGDM starts "
+                "from solvers with one call a step"
+            )
+        if not base.solver.exact:
+            raise ValueError(
+                f"{base.solver.name} does not keep the marginals, so its table is no GGDM; start "
+                "from ddim, tab3, dpmpp-2m, unipc3 or another exact solver"
+            )
+        start = Table(*(part.detach() for part in table_of(plan)))
+        own = [n for n in range(1, plan.nfe + 1) if float(start.noise[n]) != 0]
+        noisy = _noisy(base) if noise and not matched else own
+        if matched:
+            noisy = list(range(1, plan.nfe if base.grid.ends_at_zero else plan.nfe + 1))
+        super().__init__(base, time=time, coordinate=coordinate, noisy=noisy)
+        if pred not in (None, "vars", "free"):
+            raise ValueError(f"pred must be None, 'vars' or 'free', got {pred!r}")
+        self.pred, self.matched, self.theory = pred, matched, theory
+        if matched and pred is not None:
+            raise ValueError(
+                "a GGDM that keeps the marginals predicts by Theorem 1; leave pred out"
+            )
+        for key, tensor in zip(Table._fields, start, strict=True):
+            self.register_buffer(f"start_{key}", tensor)
+        count = plan.nfe
+        last = torch.cat([start.data[-1:] - 1, start.states[-1], start.noise[-1:]])
+        # A last row that only hands over the prediction stays as it is.
+        rows = count if not bool(last.any()) else count + 1
+        lower = torch.tril_indices(rows, rows, -1)
+        self.register_buffer("places", lower, persistent=False)
+        self.d_states = nn.Parameter(torch.zeros(lower.shape[1], dtype=torch.float64))
+        if not matched:
+            first = (
+                0 if pred is None else 1
+            )  # the weights of the first state matter to Theorem 1 only
+            self.d_data = nn.Parameter(torch.zeros(rows - first, dtype=torch.float64))
+            learned = noisy if noise else []
+            self.d_noise = nn.Parameter(torch.zeros(len(learned) + 1 - first, dtype=torch.float64))
+        grid = base.grid
+        self.register_buffer("p", (1 / grid.alpha[:-1]).detach())
+        self.register_buffer("q", grid.rho[:-1].detach())
+        self.variances = Variances(base) if pred == "vars" else None
+        if pred == "free":
+            self.d_p = nn.Parameter(torch.zeros(count, dtype=torch.float64))
+            self.d_q = nn.Parameter(torch.zeros(count, dtype=torch.float64))
+
+    def table(self, knots: Tensor) -> Table:
+        start = Table(self.start_data, self.start_states, self.start_noise)
+        if self.theory and self.moves_times:
+            start = table_of(self.base.plan(knots))
+        states = start.states.index_put(
+            (self.places[0], self.places[1]),
+            self.d_states,
+            accumulate=True,
+        )
+        if self.matched:
+            return matched_table(states, self.base.grid.alpha, self.base.grid.sigma)
+        first = 0 if self.pred is None else 1
+        data, noise = self._spread(self.d_data, first), start.noise
+        # The weights of the first state are relative: that of the data may be 0.006.
+        scale = torch.ones_like(start.data).index_fill(
+            0, torch.tensor([0]), float(start.data[0].detach())
+        )
+        if self.d_noise.numel():
+            where = [0] * (1 - first) + self.noisy[: self.d_noise.numel() - 1 + first]
+            noise = noise.index_put((torch.tensor(where),), self.d_noise, accumulate=True)
+        return Table(start.data + scale * data, states, noise)
+
+    def _spread(self, values: Tensor, first: int) -> Tensor:
+        total = self.calls + 1
+        parts = [values.new_zeros(first), values, values.new_zeros(total - first - len(values))]
+        return torch.cat(parts)
+
+    def weights(self, table: Table) -> tuple[Tensor, Tensor]:
+        if self.variances is not None:
+            return _from_variances(self.variances()[:-1])
+        if self.pred == "free":
+            return self.p * (1 + self.d_p), self.q * (1 + self.d_q)
+        return super().weights(table)
