@@ -11,7 +11,7 @@ from PIL import Image
 
 import fewstep
 from fewstep.cli import run
-from fewstep.comparison import running
+from fewstep.comparison.cells import Runner
 from pages import Reader, requests
 from test_cli import _write_tiny
 
@@ -165,7 +165,7 @@ def test_a_finished_comparison_is_kept_extended_or_replaced(tmp_path, told):
 def test_an_interrupted_command_goes_on(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     base = ["compare", "mixture-smooth", "--out", str(out), *SMALL, "--solvers", "ddim,tab1"]
-    original, done = running._Running._run, []
+    original, done = Runner._run, []
 
     def stopping(self, job, name):
         if len(done) == 3:
@@ -173,7 +173,7 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys, monkeypatch):
         done.append((name, job.nfe))
         return original(self, job, name)
 
-    monkeypatch.setattr(running._Running, "_run", stopping)
+    monkeypatch.setattr(Runner, "_run", stopping)
     assert run(base) == 130
     assert "to go on, give it again: fewstep compare" in capsys.readouterr().err
     assert done == [("reference", 12), ("ddim", 3), ("ddim", 5)]

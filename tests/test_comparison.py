@@ -94,6 +94,31 @@ def test_files_bring_their_own_budget(tmp_path, vp):
     assert entry.build(fewstep.exact.smooth(vp), 99).plan.to_json() == plan.to_json()
 
 
+def test_a_folder_has_a_recipe_for_each_budget(tmp_path, vp):
+    for nfe, name in ((4, "tab2"), (6, "ddim")):
+        recipe = fewstep.SamplerRecipe(name=name, nfe=nfe)
+        recipe.save(tmp_path / f"recipe-{nfe}.json")
+    entry = read_entry(f"{tmp_path}/")
+    model = fewstep.exact.smooth(vp)
+    assert [entry.build(model, nfe).plan.name for nfe in (4, 6)] == ["tab2", "ddim"]
+    assert (entry.name, entry.nfe) == (str(tmp_path), None)
+    with pytest.raises(ValueError, match="has recipes for 4, 6 calls, not for 5"):
+        entry.build(model, 5)
+
+
+def test_fitted_grids_bring_their_solver(tmp_path, vp):
+    from fewstep.fitted import FittedGrid, FittedGrids
+
+    times = (1.0, 0.8, 0.5, 0.2, 0.001)
+    made = FittedGrids(vp, "", (FittedGrid("tab2", times),), {4: "tab2"})
+    made.save(tmp_path / "grid.json")
+    model = fewstep.exact.smooth(vp)
+    for text in (f"auto@auto:{tmp_path}/grid.json", f"tab2@auto:{tmp_path}/grid.json"):
+        plan = read_entry(text).build(model, 4).plan
+        assert plan.name == "tab2"
+        assert plan.knots.tolist() == pytest.approx(times)
+
+
 def test_lists_are_split_outside_of_brackets_only():
     found = read_entries("ddim, tab3@explicit+times=[1, 0.5,0.001] ,tab0")
     assert [entry.name for entry in found] == [
@@ -444,6 +469,24 @@ def test_verdicts_order_and_tell_ties(tmp_path, model):
     assert clear.sentence().startswith("clearly: `c` is behind by ")
     alone = judge(run(model, tmp_path / "c", "tab2", (6,)))[0]
     assert alone.sentence() == "nothing else ran at this budget"
+
+
+def test_of_many_samplers_only_the_best_have_a_colour(tmp_path, model):
+    pytest.importorskip("matplotlib")
+    from fewstep.comparison.drawing import MOST_LINES, against_nfe, styles
+    from fewstep.figures import svg
+
+    good = [f"tab3+t_end={0.001 * (1 + i / 10):g}" for i in range(MOST_LINES)]
+    found = run(model, tmp_path, ["ddpm", *good, "euler-maruyama"], (5, 6))
+    looks = styles(found, "rms")
+    assert sorted(name for name, style in looks.items() if style is None) == [
+        "ddpm",
+        "euler-maruyama",
+    ]
+    assert sorted(looks[name] for name in good) == list(range(MOST_LINES))
+    text = svg(against_nfe(found, "rms"), alt="x", prefix="p")
+    assert all(f">{name}<" in text for name in good)
+    assert ">ddpm<" not in text
 
 
 def test_the_front_has_what_nothing_beats(tmp_path, model):

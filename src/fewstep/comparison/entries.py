@@ -76,7 +76,9 @@ def read_entry(text: str) -> Entry:
     - the name of a solver, or ``auto``, with a grid and options if wanted: ``tab3``,
       ``tab3@power:1.5``, ``unipc3@karras``, ``ddim+eta=0.5``, ``tab3@auto:grid.json``;
     - a scheduler of diffusers with options: ``diffusers:UniPC+solver_order=3``;
-    - the path of a recipe, a plan or a tuned sampler (``.json``), or of an operator's folder.
+    - the path of a recipe, a plan or a tuned sampler (``.json``), of a folder with a recipe for
+      each budget (``recipe-5.json``, as ``fewstep analyze`` writes them, or ``best-5.json``), or
+      of an operator's folder.
 
     Raises:
         ValueError: If it cannot be read; whether a name is known is seen when it is built.
@@ -91,6 +93,8 @@ def read_entry(text: str) -> Entry:
         return _operator(Path(text))
     if re.fullmatch(r"[^@+]+\.json", text):
         return _file(Path(text))
+    if files := _recipes(Path(text)):
+        return _folder(text, files)
     if "/" in text.split("@")[0]:
         raise ValueError(f"there is no file or operator {text!r:.80}; a sampler is {SYNTAX}")
     head, options = _options(text, text)
@@ -170,7 +174,7 @@ def _solver(name: str, solver: str, grid: str | None, options: dict[str, Any]) -
             head_start=head_start,
             schedule=denoiser.schedule.to_config(),
         )
-        if solver != "auto":
+        if made.name != "auto":  # a fitted grid says its solver
             return made
         choice = choose(denoiser.schedule, nfe)
         return replace(
@@ -195,6 +199,26 @@ def _file(path: Path) -> Entry:
         return found.build(denoiser)
 
     return Entry(path.stem, build, lambda _, __: found, nfe)
+
+
+def _recipes(folder: Path) -> dict[int, Path]:
+    """Returns the recipes of a folder by their number of calls."""
+    names = [
+        (re.fullmatch(r"(?:recipe|best)-(\d+)\.json", f.name), f) for f in folder.glob("*.json")
+    ]
+    return {int(match[1]): file for match, file in sorted(names, key=lambda n: n[1]) if match}
+
+
+def _folder(text: str, files: Mapping[int, Path]) -> Entry:
+    def recipe(_: Denoiser, nfe: int) -> SamplerRecipe:
+        if nfe not in files:
+            known = ", ".join(map(str, sorted(files)))
+            raise ValueError(f"the folder {text!r} has recipes for {known} calls, not for {nfe}")
+        return SamplerRecipe.load(files[nfe])
+
+    return Entry(
+        text.rstrip("/"), lambda denoiser, nfe: recipe(denoiser, nfe).build(denoiser), recipe
+    )
 
 
 def _operator(folder: Path) -> Entry:
