@@ -10,8 +10,9 @@ from fewstep.noise import INITIAL, NoiseSource
 from fewstep.sampling import Run, sampler
 
 diffusers = pytest.importorskip("diffusers")
+from fewstep.adapters._fitting import scheduler_class  # noqa: E402
 from fewstep.adapters.diffusers import plan_from_scheduler  # noqa: E402
-from fewstep.adapters.peers import diffusers_sampler, scheduler_class  # noqa: E402
+from fewstep.adapters.peers import diffusers_sampler  # noqa: E402
 
 pytestmark = [
     pytest.mark.peer,
