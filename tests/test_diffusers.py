@@ -141,6 +141,60 @@ def test_zero_terminal_snr_equals_ddim():
     assert relative(loop(tab, 50), loop(fine, 500)) < 0.1
 
 
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("solver", "twin", "order"),
+    [
+        ("dpmpp-2m", "DPMSolverMultistepScheduler", 2),
+        ("dpmpp-3m", "DPMSolverMultistepScheduler", 3),
+        ("unipc2", "UniPCMultistepScheduler", 2),
+        ("ddpm", "DDPMScheduler", None),
+    ],
+)
+def test_zero_terminal_snr_equals_the_twin(solver, twin, order, prediction):
+    """Up to what stands for alpha = 0: 2^-12 in diffusers' multistep methods, 1e-6 here."""
+    config = {"rescale_betas_zero_snr": True, "prediction_type": prediction}
+    config |= {"clip_sample": False} if order is None else {"solver_order": order}
+    theirs = getattr(diffusers, twin)(timestep_spacing="trailing", **config)
+    ours = PlanScheduler.from_config(theirs.config, solver=solver)
+    assert relative(loop(ours), loop(theirs)) < (2e-5 if order is None else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("solver", "twin"),
+    [("dpmpp-2m", "DPMSolverMultistepScheduler"), ("unipc2", "UniPCMultistepScheduler")],
+)
+def test_flow_sigmas_equal_the_twin(solver, twin):
+    """diffusers cuts the times that it tells the network down to whole numbers; ours are exact."""
+    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    theirs = getattr(diffusers, twin)(**config)
+    ours = PlanScheduler.from_config(theirs.config, solver=solver)
+    want, got = loop(theirs), loop(ours)
+    assert torch.allclose(ours.sigmas, theirs.sigmas, atol=2e-6)
+    assert torch.allclose(ours.timesteps, 1000 * theirs.sigmas[:-1], atol=2e-3)
+    assert 0 <= float((ours.timesteps - theirs.timesteps).min())
+    assert float((ours.timesteps - theirs.timesteps).max()) <= 1
+    assert relative(got, want) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"shift": 3.0},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"shift": 3.0, "shift_terminal": 0.02},
+    ],
+)
+def test_flow_levels_equal_the_twin(config):
+    """The first is 1 - 1e-6 here, and 1 for the network, as in diffusers."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    ours = PlanScheduler.from_config(theirs.config, solver="ddim")
+    assert relative(loop(ours, 20), loop(theirs, 20)) < ROUNDING
+    assert torch.allclose(ours.sigmas, theirs.sigmas, atol=2e-6)
+    assert float(ours.timesteps[0]) == float(theirs.timesteps[0]) == 1000
+
+
 def test_solvers_agree_on_a_fine_grid():
     """Any solver from one configuration converges to one sample."""
     config = diffusers.DDIMScheduler(clip_sample=False).config

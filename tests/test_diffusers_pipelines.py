@@ -160,6 +160,17 @@ def test_same_pictures_as_diffusers(name, case):
     assert numpy.abs(got - want).max() < ROUNDING
 
 
+def test_unipc_in_a_flow_pipeline():
+    """diffusers cuts the times that the network is told down to whole numbers: not to rounding."""
+    solver, twin, config = FLOW_UNIPC
+    build, arguments = PIPELINES["sd3"]
+    theirs = getattr(diffusers, twin)(**config)
+    want = draw(build(theirs), arguments)
+    got = draw(build(PlanScheduler.from_config(theirs.config, solver=solver)), arguments)
+    assert want.std() > 0.01
+    assert numpy.abs(got - want).max() < 5 * ROUNDING
+
+
 def test_heun_in_text_to_image():
     """Steps on trained levels: between them diffusers interpolates otherwise."""
     solver, twin, _ = HEUN

@@ -96,7 +96,7 @@ def spaced(
 ) -> TimeGrid:
     """Returns the grid of so many steps that the configuration asks for."""
     if isinstance(schedule, Flow):
-        return from_sigmas(schedule, _flow_sigmas(config, steps, mu), to_zero=True)
+        return from_sigmas(schedule, _flow_sigmas(config, solver, steps, mu), to_zero=True)
     assert isinstance(schedule, Tabulated)
     if config["use_karras_sigmas"]:
         return karras(schedule, steps, to_zero=to_zero)
@@ -178,9 +178,12 @@ def from_sigmas(
     return from_times(schedule, times, to_zero=to_zero)
 
 
-def _flow_sigmas(config: Mapping[str, Any], steps: int, mu: float | None) -> Tensor:
+def _flow_sigmas(config: Mapping[str, Any], solver: str, steps: int, mu: float | None) -> Tensor:
     levels, factor = config["num_train_timesteps"], shift_factor(config, mu)
-    if config["use_flow_sigmas"]:
+    if config["use_flow_sigmas"] and solver.startswith("unipc"):
+        # Its twin starts at pure noise, the others at the last trained level.
+        sigmas = shift(torch.linspace(1, 1 / levels, steps + 1, dtype=torch.float64)[:-1], factor)
+    elif config["use_flow_sigmas"]:
         even = 1 - torch.linspace(1, 1 / levels, steps + 1, dtype=torch.float64)
         sigmas = shift(even, factor).flip(0)[:-1]
     else:
