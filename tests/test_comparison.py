@@ -254,6 +254,32 @@ def test_prepared_samplers_take_part(tmp_path, model):
     assert found.cells[0].scores == other.cells[0].scores
 
 
+def test_an_operator_takes_part_with_one_evaluation(tmp_path):
+    from fewstep.operators import Layout, TrajectoryOperator, write_operator
+    from tiny_trajectories import teacher
+
+    model = teacher()
+    operator = TrajectoryOperator(model, Layout(times=(0.5, 0.001), start=0.9946))
+    write_operator(tmp_path / "student", operator)
+    labels = [0, 1, 2, 0]
+    found = run(
+        model,
+        tmp_path / "out",
+        f"ddim,{tmp_path / 'student'}",
+        (2,),
+        n=4,
+        batch_size=3,
+        cond={"class_labels": labels},
+    )
+    assert [cell.key for cell in found.cells] == [("ddim", 2), ("student", 1)]
+    student = fewstep.load(tmp_path / "student")
+    x = fewstep.sample(student, 4, seed=SEED, class_labels=labels)
+    shown = found.store.tensors(found.cells[1])["shown"]
+    torch.testing.assert_close(shown, x, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="this model is an operator"):
+        run(student, tmp_path / "x")
+
+
 # What is not run
 
 

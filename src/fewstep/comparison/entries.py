@@ -181,7 +181,7 @@ def _solver(name: str, solver: str, grid: str | None, options: dict[str, Any]) -
             made,
             name=choice.solver,
             nfe=choice.nfe,
-            options={**({} if grid else choice.options), **options},
+            options={**choice.options_on(grid), **options},
             grid=grid or choice.grid,
             head_start=choice.head_start if head_start is None else head_start,
         )
@@ -233,7 +233,7 @@ def _operator(folder: Path) -> Entry:
                 f"model {denoiser.event_shape}"
             )
         device = next((p.device for p in denoiser.parameters()), None)
-        return model.to(device).own_sampler()  # type: ignore[operator]
+        return model.to(device).own_sampler()
 
     return Entry(folder.name, build, lambda _, __: None, 1)
 

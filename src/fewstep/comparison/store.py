@@ -148,7 +148,7 @@ class Store:
         write_json(
             self.folder / STATE,
             {
-                "format": FORMAT,
+                "format": f"{FORMAT}.state",
                 "version": VERSION,
                 "question": dict(question),
                 "finished": finished,
