@@ -29,10 +29,11 @@ import fewstep
 from _common import FIGURES, figure, print_table, rms, say_what_runs
 from fewstep.data import read_images
 from fewstep.denoiser import Denoiser
-from fewstep.exact import DataSet, GaussianMixture
+from fewstep.exact import GaussianMixture
 from fewstep.metrics import rms as rms_with_interval
 from fewstep.noise import INITIAL, NoiseSource
 from fewstep.quadrature import lagrange
+from fewstep.studies.fitting import Optimal
 
 STAGES = (
     ("Euler", "euler", "uniform"),
@@ -282,7 +283,7 @@ def fitting(options: argparse.Namespace) -> None:
         "test images": [],
         "own trajectories": [],
     }
-    optimal = {k: DataSet(train.floats(train.labels == k), model.schedule) for k in range(10)}
+    optimal = Optimal(train.floats(), train.labels, model)
     own = [pick(part, labels, options.seed) for part in (train, test)]
     for i in picked:
         t = float(made.times[i])
@@ -293,9 +294,7 @@ def fitting(options: argparse.Namespace) -> None:
         for told, x in starts.items():
             with torch.no_grad():
                 ours = model(x, t, prediction="eps", class_labels=labels)
-                best = torch.empty_like(ours)
-                for k, of in optimal.items():
-                    best[labels == k] = of(x[labels == k], t, prediction="eps")
+                best = optimal(x, t, prediction="eps", class_labels=labels)
             gap = (ours - best).flatten(1).norm(dim=1) / best.flatten(1).norm(dim=1)
             errors[told].append([float(gap.mean()), 1.96 * float(gap.std()) / len(gap) ** 0.5])
     times = [float(made.times[i]) for i in picked]
