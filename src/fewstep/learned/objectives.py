@@ -174,8 +174,9 @@ class MMD(Objective):
             (self.real_batch,),
             generator=generator_at(self.seed, REAL, batch.step),
         )
-        x = outcome.x
-        return self.value(self.look(x).flatten(1), self.real[chosen].to(x))
+        # Features may be on another device than the samples.
+        x = self.look(outcome.x).flatten(1)
+        return self.value(x, self.real[chosen].to(x))
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the discrepancy of features x (n, D) from scaled real ones y (m, D)."""

@@ -306,7 +306,7 @@ class Problem:
             if name == "mmd":
                 assert self.reference is not None
                 made[name] = MMD(
-                    self.reference.features.to(self.source.device, self.source.dtype),
+                    self.reference.features.to(self.source.dtype),
                     extractor(features),
                     kernel=self.settings.kernel,
                     real_batch=self.settings.real_batch,

@@ -63,7 +63,7 @@ def stages_of(
         if found and [name for name, _ in terms] == ["mmd"]:
             terms.append(("endpoint", 0.1))
         mmd = terms[0][0] == "mmd"
-        default_steps = 300 if small else (80 if mmd else 400)
+        default_steps = 300 if small else (60 if mmd else 300)
         default_batch = (256 if mmd else 64) if small else (128 if mmd else 16)
         rate = 5e-3 if learning_rate is None else learning_rate
         found.append(
