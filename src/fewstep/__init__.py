@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fewstep import adapters as adapters
+    from fewstep import comparison as comparison
     from fewstep import exact as exact
     from fewstep import metrics as metrics
     from fewstep.denoiser import Clipped as Clipped
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": "",
+    "comparison": "",
     "exact": "",
     "metrics": "",
     "log_likelihood": "likelihood",

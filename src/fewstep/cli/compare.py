@@ -66,7 +66,8 @@ def compare(
     tab3@power:1.5, unipc3@karras, ddim+eta=0.5, tab3@auto:FILE; as diffusers:NAME[+OPTION=VALUE]...
     for a scheduler of diffusers, for example diffusers:DDIM,
     diffusers:DPMSolverMultistep+solver_order=3+use_karras_sigmas=true; or as the path of a recipe,
-    a plan or a tuned sampler (.json), or of the folder of an operator.
+    a plan or a tuned sampler (.json), of a folder that `fewstep analyze` wrote (its
+    recommendation for each budget), or of the folder of an operator.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
