@@ -252,6 +252,12 @@ def test_mistakes_are_told_in_a_line(arguments, message, tmp_path, told):
     assert not out.exists()
 
 
+def test_the_help_says_how_a_sampler_is_written(told):
+    text = " ".join(told("--help").replace("│", " ").split())
+    assert "NAME[@GRID[:VALUE]][+OPTION=VALUE]" in text
+    assert "diffusers:NAME" in text
+
+
 def test_data_of_another_shape_are_refused(images, tmp_path, told, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     model, folder = images

@@ -62,17 +62,16 @@ def compare(
     recipe for `fewstep sample --recipe`) and pictures. Each cell (a sampler at a budget) is kept
     in OUT when it is done: a run that was interrupted goes on when the same command is given again.
 
-    A sampler is written as NAME[@GRID[:VALUE]][+OPTION=VALUE]..., for example tab3,
-    tab3@power:1.5, unipc3@karras, ddim+eta=0.5, tab3@auto:FILE; as diffusers:NAME[+OPTION=VALUE]...
-    for a scheduler of diffusers, for example diffusers:DDIM,
-    diffusers:DPMSolverMultistep+solver_order=3+use_karras_sigmas=true; or as the path of a recipe,
-    a plan or a tuned sampler (.json), of a folder that `fewstep analyze` wrote (its
-    recommendation for each budget), or of the folder of an operator.
-
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
         out: The folder to write.
-        solvers: The samplers, with commas between.
+        solvers: The samplers, with commas between. One is written as
+            NAME[@GRID[:VALUE]][+OPTION=VALUE]..., for example tab3, tab3@power:1.5,
+            unipc3@karras, ddim+eta=0.5, tab3@auto:FILE; a scheduler of diffusers as
+            diffusers:NAME[+OPTION=VALUE]..., for example
+            diffusers:DPMSolverMultistep+use_karras_sigmas=true; a recipe, a plan or a tuned
+            sampler by its path (.json); what `fewstep analyze` recommends, or an operator, by the
+            path of its folder.
         nfe: The numbers of network evaluations, with commas between.
         data: Real data to compare with: an embedded name, a folder of images, an idx or npz file;
             left out, only the distance to a fine reference is measured.
