@@ -208,3 +208,25 @@ def test_a_file_that_is_no_json(tmp_path):
         FittedGrids.load(path)
     with pytest.raises(ValueError, match="from 1 to"):
         grids().fit("tab3", 0)
+
+
+def test_schedulers_take_fitted_grids(tmp_path):
+    pytest.importorskip("diffusers")
+    from fewstep.adapters.diffusers import PlanScheduler
+
+    ddpm = fewstep.schedule("ddpm-linear")
+    times = (999.0, 650.5, 300.25, 80.0, 0.0)
+    found = FittedGrids(
+        ddpm,
+        "",
+        (FittedGrid("unipc3", times), FittedGrid("ddim", (900.0, 400.0, 0.0), head=True)),
+        {4: "unipc3"},
+    )
+    name = f"auto:{found.save(tmp_path / 'grid.json')}"
+    scheduler = PlanScheduler(solver="auto", grid=name)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == pytest.approx(times[:-1])
+    with pytest.raises(ValueError, match="fitted grid with a head start"):
+        PlanScheduler(solver="ddim", grid=name).set_timesteps(2)
+    with pytest.raises(ValueError, match="cannot be read"):
+        PlanScheduler(grid="auto:/nowhere.json").set_timesteps(4)

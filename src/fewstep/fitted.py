@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -247,9 +247,22 @@ def read_fitted(grid: str, schedule: NoiseSchedule) -> FittedGrids:
         ValueError: If the file is missing or damaged, or is for another schedule.
     """
     found = FittedGrids.load(grid.removeprefix(PREFIX))
-    if found.schedule != schedule:
+    if not _alike(found.schedule, schedule):
         raise ValueError(
             f"the grids in {grid.removeprefix(PREFIX)!r} were fitted for the schedule "
             f"{found.schedule.name!r}, the model has {schedule.name!r}; make others with fewstep analyze"
         )
-    return found
+    return replace(found, schedule=schedule)
+
+
+def _alike(one: NoiseSchedule, two: NoiseSchedule) -> bool:
+    """Whether two schedules are the same curve in the same times: a table may have been rounded."""
+    if one == two:
+        return True
+    if (one.t_min, one.t_max, one.t_zero) != (two.t_min, two.t_max, two.t_zero):
+        return False
+    times = torch.linspace(one.t_min, one.t_max, 33, dtype=torch.float64)
+    return all(
+        torch.allclose(f(times), g(times), rtol=1e-4, atol=1e-7)
+        for f, g in ((one.alpha, two.alpha), (one.sigma, two.sigma))
+    )

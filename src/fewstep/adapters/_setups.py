@@ -15,6 +15,7 @@ from fewstep.adapters import _spacing as spacing
 from fewstep.adapters._probing import PREDICTIONS
 from fewstep.adapters._runs import Setup
 from fewstep.analysis import convert_plan, plan_for
+from fewstep.fitted import is_fitted, read_fitted
 from fewstep.grids import TimeGrid
 from fewstep.layout import lay_out
 from fewstep.planning import GRID_OPTIONS, choose
@@ -33,6 +34,11 @@ LOWERS_FINAL = ("logrhoab", "dpmpp", "unipc")
 
 LARGEST_JUMP = 200.0
 """The most by which one step of several stages may divide sigma / alpha: that is its amplification."""
+
+NO_HEAD = (
+    "{} with a head start needs the moments of the data, which a pipeline does not know; use "
+    "fewstep.sample"
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,9 @@ class Planner:
         name, options, own_grid, grid_options = self._named(asked)
         count = len(asked.levels or asked.times or ()) or asked.steps
         assert count is not None
+        fitted = read_fitted(own_grid, schedule) if is_fitted(own_grid) else None
+        if name == "auto" and fitted is not None:
+            name = fitted.solver_for(count)
         if name == "auto":
             choice = choose(schedule, count)
             name, options = choice.solver, {**choice.options, **options}
@@ -155,6 +164,10 @@ class Planner:
         grid = self._given_grid(asked, to_zero)
         if grid is None and own_grid is None:
             grid = spacing.spaced(schedule, config, name, count, asked.mu, to_zero)
+        elif grid is None and fitted is not None:
+            grid, head = fitted.fit(method.name, count)
+            if head:
+                raise ValueError(NO_HEAD.format("the fitted grid"))
         elif grid is None:
             chosen = None if own_grid == "auto" else own_grid
             grid = method.make_grid(schedule, count, chosen, **grid_options)
@@ -175,10 +188,7 @@ class Planner:
                 f"num_inference_steps={recipe.nfe}"
             )
         if recipe.head_start is not None:
-            raise ValueError(
-                "a recipe with a head start needs the moments of the data, which a pipeline "
-                "does not know; use fewstep.sample"
-            )
+            raise ValueError(NO_HEAD.format("a recipe"))
         return recipe.name, dict(recipe.options), recipe.grid or "auto", {}
 
     def _given_grid(self, asked: Request, to_zero: bool) -> TimeGrid | None:

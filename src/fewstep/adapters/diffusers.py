@@ -24,6 +24,7 @@ from fewstep.adapters._probing import PREDICTIONS
 from fewstep.adapters._probing import plan_from_scheduler as plan_from_scheduler
 from fewstep.adapters._setups import read_recipe, solver_name, without_scaling
 from fewstep.adapters._stepping import Stepping
+from fewstep.fitted import is_fitted
 from fewstep.grids import GRIDS
 from fewstep.recipe import SamplerRecipe
 from fewstep.registry import unknown
@@ -80,7 +81,8 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
             ``"logrhoab"``, ``"dpmpp"``, ``"unipc"``) whose order is ``solver_order``.
         solver_options: Options of the solver, e.g. ``{"eta": 0.5}``.
         solver_order: The order of a solver given by its family.
-        grid: A name in :data:`fewstep.GRIDS`, ``"auto"``, or nothing: see above.
+        grid: A name in :data:`fewstep.GRIDS`, ``"auto"``, ``"auto:FILE"`` for the grids that
+            ``fewstep analyze`` fitted, or nothing: see above.
         grid_options: Options of the grid, e.g. ``{"rho": 5.0}``.
         recipe: A recipe or a plan, as a path or as JSON text, instead of a solver. The text is
             stored in the configuration, so that it is saved with the pipeline.
@@ -184,7 +186,7 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         _one_of("prediction_type", prediction_type, list(PREDICTIONS))
         _one_of("count", count, ["steps", "calls"])
         _one_of("time_shift_type", time_shift_type, ["exponential", "linear"])
-        if grid not in (None, "auto"):
+        if grid not in (None, "auto") and not is_fitted(grid):
             GRIDS[grid]
         if invert_sigmas:
             raise ValueError("invert_sigmas is not supported: time must grow with the noise")
@@ -256,7 +258,8 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
             ValueError: If the configuration is of EDM's preconditioning: those pipelines leave the
                 scaling of the network's input to the scheduler, which this one does not do.
         """
-        if isinstance(config, Mapping) and is_edm(config):
+        # With betas it is one of ours that went through EDM's class.
+        if isinstance(config, Mapping) and is_edm(config) and "beta_schedule" not in config:
             raise ValueError(
                 "PlanScheduler does not scale a network's input as EDM's preconditioning asks "
                 "(sigma_data); load the pipeline with fewstep.load(folder) and use fewstep.sample"
