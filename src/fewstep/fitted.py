@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -235,7 +235,7 @@ def _grid(entry: Any) -> FittedGrid:
     return FittedGrid(solver, tuple(float(t) for t in times), head, error)
 
 
-def is_fitted(grid: object) -> bool:
+def is_fitted(grid: object) -> TypeGuard[str]:
     """Whether the name of a grid means a file."""
     return isinstance(grid, str) and grid.startswith(PREFIX)
 
