@@ -90,6 +90,12 @@ def legend_beside(ax: Any) -> None:
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
+def ticks(ax: Any, values: Sequence[int]) -> None:
+    """Marks these values on a logarithmic axis, and nothing between."""
+    ax.set_xticks(values, [str(v) for v in values])
+    ax.minorticks_off()
+
+
 def slope(errors: Sequence[float], counts: Sequence[int]) -> float:
     """Returns the order observed between the last two counts."""
     return math.log(errors[-2] / errors[-1]) / math.log(counts[-1] / counts[-2])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from _common import FIGURES, figure, legend_beside, print_table, rms, say_what_runs, slope
+from _common import FIGURES, figure, legend_beside, print_table, rms, say_what_runs, slope, ticks
 from fewstep.analysis import gaussian_moments
 from fewstep.exact import GaussianMixture
 from fewstep.grids import TimeGrid
@@ -223,6 +223,7 @@ def accelerated(figures: Path) -> None:
                 style = "--" if name not in DETERMINISTIC else "-"
                 ax.loglog(STEPS, errors, style, marker="o", markersize=3, label=name)
             ax.set(xlabel="steps", title=f"{kind} levels")
+            ticks(ax, STEPS)
         axes[0].set_ylabel("total variation")
         legend_beside(axes[1])
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from _common import FIGURES, figure, print_table, rms, say_what_runs
+from _common import FIGURES, figure, print_table, rms, say_what_runs, ticks
 from fewstep.data import read_images
 from fewstep.denoiser import Denoiser
 from fewstep.exact import GaussianMixture
@@ -97,8 +97,7 @@ def draw_ablation(
         ax.loglog(calls, values, marker="o", markersize=3, label=told)  # type: ignore[attr-defined]
     ax.set(xlabel="network calls", title=title)  # type: ignore[attr-defined]
     if calls[-1] < 100:  # within a decade the axis would have no ticks worth the name
-        ax.set_xticks(calls, [str(k) for k in calls])  # type: ignore[attr-defined]
-        ax.minorticks_off()  # type: ignore[attr-defined]
+        ticks(ax, calls)
 
 
 def mixtures(options: argparse.Namespace) -> None:

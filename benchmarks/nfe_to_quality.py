@@ -26,7 +26,7 @@ from torch import Tensor
 
 import fewstep
 import quality
-from _common import FIGURES, figure, legend_beside, print_table, say_what_runs
+from _common import FIGURES, figure, legend_beside, print_table, say_what_runs, ticks
 from fewstep.comparison.store import STATE, Store
 from fewstep.denoiser import Denoiser
 from fewstep.files import read_json, read_metadata, read_tensors, write_tensors
@@ -193,8 +193,7 @@ def draw(
             axes[0].fill_between(at, low, high, alpha=0.12)
         axes[0].axhspan((1 - options.within) * best, mark, color="black", alpha=0.12)
         axes[0].set(xscale="log", yscale="log", xlabel="network calls", ylabel="FID")
-        axes[0].set_xticks([5, 6, 8, 10, 15, 20, 50], ["5", "6", "8", "10", "15", "20", "50"])
-        axes[0].minorticks_off()
+        ticks(axes[0], sorted({k for at, _ in curves.values() for k in at}))
         legend_beside(axes[0])
 
 
