@@ -194,24 +194,29 @@ def named_kernel(name: str, real: Tensor) -> Kernel:
     """Returns a kernel by name, with the widths that suit the (scaled) real features.
 
     Beside those of :data:`fewstep.metrics.KERNELS`: ``"mixture"``, the mean of all three, and
-    ``"scales"``, Gaussians whose widths run from the median distance down to a sixteenth of it.
+    ``"scales"``, Gaussians whose widths run from the median distance down to that of nearest
+    neighbours, so that they see whatever the data are fine enough to show.
     """
     width = median_distance(real)
     if name == "mixture":
         return lambda a, b: (linear(a, b) + cubic(a, b) + gaussian(a, b, width=width)) / 3
     if name == "scales":
-        return scales(width)
+        some = real[:1000]
+        apart = torch.cdist(some, some).fill_diagonal_(torch.inf).amin(1)
+        least = float(apart[apart.isfinite()].median()) if len(some) > 1 else width
+        return scales(width, min(width, max(least, width / 256)))
     if name == "gaussian":
         return lambda a, b: gaussian(a, b, width=width)
     return KERNELS[name]
 
 
-def scales(width: float) -> Kernel:
-    """Returns the mean of Gaussian kernels of widths w, w/2, w/4, w/8, w/16."""
+def scales(widest: float, finest: float, count: int = 5) -> Kernel:
+    """Returns the mean of Gaussian kernels whose widths are spaced evenly in their logarithm."""
+    widths = [widest * (finest / widest) ** (k / (count - 1)) for k in range(count)]
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
-        squares = squares.clamp(min=0) / (2 * width**2)
-        return torch.stack([(-squares * 4**k).exp() for k in range(5)]).mean(0)
+        squares = squares.clamp(min=0)
+        return torch.stack([(-squares / (2 * w**2)).exp() for w in widths]).mean(0)
 
     return kernel
