@@ -92,7 +92,7 @@ def against_nfe(comparison: Comparison, measure: str) -> Figure:
         x_label="network evaluations",
         y_label=TITLES[measure],
         log_x=True,
-        log_y=min(values) > 0 and max(values) > 4 * min(values),
+        log_y=_logarithmic(measure, values),
         x_ticks=sorted({cell.nfe for cell in comparison.cells}),
     )
 
@@ -129,10 +129,15 @@ def against_seconds(comparison: Comparison, measure: str, front: Sequence[Cell])
             "milliseconds for one sample",
             TITLES[measure],
             log_x=True,
-            log_y=min(values) > 0 and max(values) > 4 * min(values),
+            log_y=_logarithmic(measure, values),
         )
         add_legend(made, names)
     return made
+
+
+def _logarithmic(measure: str, values: Sequence[float]) -> bool:
+    """Whether values ask for a logarithmic axis; shares do not."""
+    return measure not in BETTER_HIGH and min(values) > 0 and max(values) > 4 * min(values)
 
 
 def samples_picture(comparison: Comparison, nfe: int) -> Image.Image | None:
