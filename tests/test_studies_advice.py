@@ -140,6 +140,8 @@ def test_advice(path, fit, held_out):
         )
         assert item.best.score == min(t.score for t in item.tried if t.score is not None)
         assert item.best in item.tried
+        assert "polished" in item.best.grid
+        assert item.best.measured == pytest.approx(distance(item.best.candidate.plan(MODEL), fit))
         names = [(t.solver, t.grid) for t in item.tried]
         assert len(set(names)) == len(names)
         assert Advice.from_dict(json.loads(json.dumps(item.to_dict()))) == item

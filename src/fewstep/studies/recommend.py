@@ -241,8 +241,8 @@ def advise(
                 tick=tick,
             )
             if made.history:
-                times = tuple(made.candidate.times.tolist())
-                finals.append(replace(item, grid=f"{item.grid}, polished", times=times))
+                name, times = f"{item.grid}, polished", tuple(made.candidate.times.tolist())
+                finals.append(replace(item, grid=name, times=times, measured=made.history[-1]))
     finals = [_hold_out(denoiser, path, item, held_out, middle, tick) for item in finals]
     best = min(finals, key=lambda item: item.score or 0.0)
     default = finals[0]
