@@ -207,6 +207,31 @@ def test_classes_and_guidance_belong_to_the_search(labelled):
     assert set(labelled.network.asked) == {1}
 
 
+def test_networks_of_whole_times():
+    """They are asked at whole times alone, by the teacher too."""
+    asked = []
+    levels = fewstep.schedule("ddpm-linear")
+
+    def network(x, t):
+        asked.append(t)
+        return x * torch.sigmoid(t.double() / 500 - 1)[:, None].to(x)
+
+    model = fewstep.Denoiser.wrap(
+        network, schedule=levels, prediction="eps", event_shape=(2,), integer_times=True
+    )
+    arguments = {"nfe": 3, "family": "gs", "family_options": {"times": False, "shifts": False}}
+    for objective in ("endpoint", "trajectory"):
+        tuned = fewstep.tune(model, **arguments, objective=objective, search=TINY)
+        assert torch.equal(tuned.plan.times, tuned.plan.times.round())
+    assert all(t.dtype == torch.int64 for t in asked)
+
+
+def test_one_call():
+    tuned = fewstep.tune(RING, nfe=1, objective="endpoint", search=TINY)
+    assert tuned.plan.nfe == 1
+    assert tuned.improved
+
+
 def test_the_held_out_samples_are_those_that_users_draw(labelled):
     source = Source.of(labelled, fewstep.plan("ddim", labelled.schedule, nfe=3),
                        Conditions.of(labelled, {}))  # fmt: skip

@@ -43,6 +43,8 @@ def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
             # The last call of the base is followed by finer ones too, where there is room.
             last = torch.linspace(float(knots[-1]), schedule.t_min, pieces + 1).double()
             knots = torch.cat([knots, last[1:].clamp(min=schedule.t_min)])
+        if base.integer_times:
+            knots = knots.round().unique().flip(0)
         if zero:
             knots = torch.cat([knots, times[-1:]])
         made = make_plan("tab3", schedule, grid="explicit", times=knots.tolist())
@@ -50,9 +52,8 @@ def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
         choice = choose(schedule, nfe)
         ends = {"t_start": float(times[0])}
         ends |= {"to_zero": True} if zero else {"t_end": float(times[-1])}
-        made = make_plan(
-            choice.solver, schedule, nfe=choice.nfe, grid=choice.grid, **{**choice.options, **ends}
-        )
+        options = {"grid": choice.grid, "integer_times": base.integer_times, **choice.options}
+        made = make_plan(choice.solver, schedule, nfe=choice.nfe, **{**options, **ends})
     return replace(made, head=base.head)
 
 
