@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fewstep import comparison as comparison
     from fewstep import exact as exact
     from fewstep import metrics as metrics
+    from fewstep import studies as studies
     from fewstep.denoiser import Clipped as Clipped
     from fewstep.denoiser import Denoiser as Denoiser
     from fewstep.denoiser import Guided as Guided
@@ -49,6 +50,7 @@ _HOMES = {
     "comparison": "",
     "exact": "",
     "metrics": "",
+    "studies": "",
     "log_likelihood": "likelihood",
     "Clipped": "denoiser",
     "Denoiser": "denoiser",
