@@ -159,6 +159,24 @@ def test_bands_that_reach_below_zero_do_not_break_a_logarithmic_axis():
     assert "inf" not in text.lower()
 
 
+@pytest.mark.parametrize(
+    ("high", "shown"),
+    [
+        (3.6, ["2", "3"]),
+        (16.0, ["2", "3", "5", "7"]),
+        (400.0, ["2", "5", "20", "50"]),
+        (5000.0, []),
+    ],
+)
+def test_a_logarithmic_axis_has_numbers_that_fit(high, shown):
+    series = [Series("s", [1.1, high], [1.0, 2.0])]
+    text = svg(line_plot(series, x_label="x", y_label="y", log_x=True), alt="x", prefix="p")
+    axis = text[text.index("matplotlib.axis_1") : text.index("matplotlib.axis_2")]
+    written = re.findall(r">([\d.]+)</text>", axis)
+    small = [word for word in written if word not in ("1", "10", "100")]
+    assert [word for word in small if float(word) < 60] == shown
+
+
 def test_looks_differ():
     assert len({str(look_of(i)) for i in range(224)}) == 224
 

@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 INK, PALE, GRID = "#18181c", "#60606c", "#e0e0e6"
@@ -171,7 +173,7 @@ def label(
     x_ticks: Sequence[float] | None = None,
 ) -> None:
     """Writes titles and sets scales; ticks are plain numbers."""
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -184,8 +186,7 @@ def label(
         if on:
             scale("log", nonpositive="mask")
             axis.set_major_formatter(_plain)
-            low, high = axis.get_view_interval()
-            axis.set_minor_formatter(_leading if high < DECADES * low else NullFormatter())
+            axis.set_minor_formatter(partial(_leading, axis))
     if x_ticks is not None:
         axes.xaxis.set_major_locator(FixedLocator(list(x_ticks)))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -214,9 +215,14 @@ def _plain(value: float, _: object = None) -> str:
     return f"{value:g}"
 
 
-def _leading(value: float, _: object = None) -> str:
-    """Between powers of ten, 2 and 5 are written."""
-    return f"{value:g}" if f"{value:e}"[0] in "25" and f"{value:e}"[1:8] == ".000000" else ""
+def _leading(axis: Axis, value: float, _: object = None) -> str:
+    """Between powers of ten a few numbers are written: the more, the less the axis spans."""
+    low, high = sorted(axis.get_view_interval())
+    if high > DECADES * low:
+        return ""
+    digits = "25" if high > 30 * low else "2357" if high > 5 * low else "23456789"
+    head = f"{value:e}"
+    return f"{value:g}" if head[0] in digits and head[1:8] == ".000000" else ""
 
 
 def svg(made: Figure, *, alt: str, prefix: str) -> str:
