@@ -230,9 +230,7 @@ def _column(nfe: int, column: list[Score]) -> list[dict[str, Any]]:
     real = Reference.load(MODEL)
     best = column[0]
     print(f"{nfe} calls")
-    print(
-        f"  {'sampler':26} {'FID (95 %)':>22} {'more than the best':>24} {'RMS':>8} {'KID x 1e3':>10}"
-    )
+    print(f"  {'sampler':26} {'FID (95 %)':>22} {'more than the best':>24} {'RMS':>8} {'KID':>10}")
     rows = []
     for score in column:
         more = _difference(score, best, real)
@@ -241,7 +239,7 @@ def _column(nfe: int, column: list[Score]) -> list[dict[str, Any]]:
         print(
             f"  {score.name:26} {score.fid.value:7.2f} ({score.fid.low:5.2f} to {score.fid.high:5.2f})"
             f" {told + (' tie' if tie and score is not best else ''):>24}"
-            f" {score.rms.value:8.4f} {1e3 * score.kid.value:10.2f}"
+            f" {score.rms.value:8.4f} {score.kid.value:10.3f}"
         )
         rows.append(score.to_json() | {"more": [more.value, more.low, more.high], "tie": tie})
     print(flush=True)
