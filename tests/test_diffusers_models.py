@@ -143,6 +143,39 @@ def test_the_command_line_samples_pipelines(tmp_path, kind, capsys):
         assert picture.width >= 2 * model.decode(found).shape[-1]
 
 
+COMPARE = ("compare", ["--solvers", "ddim,tab2", "--nfe", "3", "--reference-nfe", "6"])
+ANALYZE = ("analyze", ["--nfe", "5", "--budget", "0.02"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "command", "options"),
+    [
+        ("DDPM", *COMPARE),
+        ("StableDiffusion", *COMPARE),
+        pytest.param("StableDiffusion", *ANALYZE, marks=pytest.mark.slow),
+    ],
+)
+def test_the_other_commands_take_pipelines(tmp_path, capsys, kind, command, options):
+    from fewstep.cli import run
+    from fewstep.files import read_json
+
+    if kind == "DDPM":
+        scheduler = diffusers.DDPMScheduler(clip_sample=False)
+        pipe = diffusers.DDPMPipeline(tiny.unet2d(), scheduler)
+    else:
+        pipe = text_pipeline(tmp_path)
+    pipe.save_pretrained(tmp_path / "pipe")
+    out = tmp_path / "out"
+    code = run([command, str(tmp_path / "pipe"), "--out", str(out), "-n", "4", *options])
+    assert code == 0, capsys.readouterr()
+    assert "report.html" in capsys.readouterr().out
+    assert read_json(out / "results.json", what="results")
+    budget = "3" if command == "compare" else "5"
+    recipe = next(iter(out.glob(f"*-{budget}.json")))
+    chosen = fewstep.SamplerRecipe.load(recipe)
+    assert chosen.build(fewstep.load(tmp_path / "pipe")).nfe == int(budget)
+
+
 def test_a_flow_transformer(tmp_path):
     network = tiny.sd3_transformer()
     network.save_pretrained(tmp_path)
