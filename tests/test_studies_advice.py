@@ -15,6 +15,7 @@ from fewstep.studies import (
     Advice,
     Batch,
     Candidate,
+    Subject,
     advise,
     dynamic_grids,
     fitted_grids,
@@ -23,6 +24,7 @@ from fewstep.studies import (
     measure_gain,
     path_of,
     polish,
+    study,
 )
 from fewstep.studies.fitting import Optimal, _hat_integrals
 from fewstep.studies.recommend import candidates, enough_calls
@@ -252,3 +254,26 @@ def test_sharp_data_gain_from_advice_too():
         iterations=2,
     )
     assert found.best.score <= found.default.score
+
+
+def test_a_network_of_whole_indices_is_studied(tmp_path):
+    ddpm = fewstep.schedule("ddpm-linear")
+    exact = smooth(ddpm)
+
+    def network(x, t):
+        assert not t.is_floating_point()
+        return exact.raw(x, t)
+
+    model = fewstep.Denoiser.wrap(
+        network, schedule=ddpm, prediction="eps", integer_times=True, event_shape=(2,)
+    )
+    subject = Subject(model, None, None, lambda n: {}, {})
+    results, advice = study(subject, tmp_path, nfe=(4,), n=6, solvers=("tab2",))
+    assert results["check"]["ok"]
+    for item in advice:
+        times = torch.tensor(item.best.times)
+        assert torch.equal(times, times.round())
+        assert item.best.score <= item.default.score
+    assert results["fitting"] is None
+    again, _ = study(subject, tmp_path, nfe=(4,), n=6, solvers=("tab2",))
+    assert again["advice"] == results["advice"]

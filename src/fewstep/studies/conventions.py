@@ -154,6 +154,6 @@ class Probe:
                 given = given.to(dtype)
             try:
                 value = self.network.raw(x, given.to(x.device), **self.cond)
-            except (IndexError, RuntimeError, TypeError, ValueError):
+            except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
                 return None  # a network of whole indices, say, that is given fractions
         return value if bool(value.isfinite().all()) else None
