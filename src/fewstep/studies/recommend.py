@@ -30,6 +30,9 @@ GRIDS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("log-rho", "log-rho", {}),
 )
 
+FRONT = 4
+"""How many of those that were run are looked at on held-out samples too."""
+
 FINE = 0.05
 """The number of calls that is recommended brings the error below this share of the data's deviation."""
 
@@ -197,8 +200,9 @@ def advise(
     r"""Returns what suits a model at a number of network calls.
 
     All solvers on all grids are predicted from local errors along the reference (no network calls);
-    of each solver the grid with the least prediction is run; of the best of these the times are
-    polished (:func:`polish`); what is best on held-out samples is recommended.
+    of each solver the grid with the least prediction is run, and so is the default; of the best two of
+    these (one above 10 calls) the times are polished (:func:`polish`); what is best on held-out samples
+    is recommended.
 
     Cost: some ``(solvers + 2) * nfe`` calls for each sample, and of polishing about ``2 * nfe ** 2``.
 
@@ -222,18 +226,23 @@ def advise(
     for item in tried:
         if item.solver not in seen:
             seen.add(item.solver)
-            leaders.append(item)
+            if (item.solver, item.grid) != (default.solver, default.grid):
+                leaders.append(item)
     measured = [_measure(denoiser, item, some, middle, tick) for item in leaders]
-    default = measured[0]
-    measured.sort(key=lambda item: item.score or 0.0)
-    front = measured[:3]
+    by_score = sorted(measured, key=lambda item: item.score or 0.0)
+    front = [measured[0], *(item for item in by_score[:FRONT] if item is not measured[0])]
+    finals = [_hold_out(denoiser, path, item, held_out, middle, tick) for item in front]
     late = deadline is not None and time.monotonic() > deadline
-    finals = [default, *(item for item in front if item is not default)]
     if not late:
-        for item in front[: 2 if nfe <= 10 else 1]:
+        # Both sets of samples decide which are worth polishing: one alone is too few to tell.
+        both = [
+            (one.score or 0.0) + (two.score or 0.0) for one, two in zip(front, finals, strict=True)
+        ]
+        order = sorted(range(len(front)), key=both.__getitem__)
+        for k in order[: 2 if nfe <= 10 else 1]:
             made = polish(
                 denoiser,
-                item.candidate,
+                front[k].candidate,
                 fit.noise,
                 fit.end,
                 fit.cond,
@@ -241,9 +250,10 @@ def advise(
                 tick=tick,
             )
             if made.history:
-                name, times = f"{item.grid}, polished", tuple(made.candidate.times.tolist())
-                finals.append(replace(item, grid=name, times=times, measured=made.history[-1]))
-    finals = [_hold_out(denoiser, path, item, held_out, middle, tick) for item in finals]
+                name = f"{front[k].grid}, polished"
+                times = tuple(made.candidate.times.tolist())
+                item = replace(front[k], grid=name, times=times, measured=made.history[-1])
+                finals.append(_hold_out(denoiser, path, item, held_out, middle, tick))
     best = min(finals, key=lambda item: item.score or 0.0)
     default = finals[0]
     rest = [replace(item, score=None) for item in measured]
