@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -129,9 +130,11 @@ def distill(
         for name in OURS:
             (out / name).unlink(missing_ok=True)
     before = _step(out)
-    say(f"{len(store)} trajectories; {made.mode}, {made.steps} steps on {device}")
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launched
+    tell = say if first else lambda _: None
+    tell(f"{len(store)} trajectories; {made.mode}, {made.steps} steps on {device}")
     if before:
-        say(f"going on at step {before}")
+        tell(f"going on at step {before}")
     with progress("distilling", made.steps, done=before) as tick:
 
         def told(event: DistillEvent) -> None:
@@ -148,14 +151,15 @@ def distill(
             tensorboard=tensorboard,
             on_step=told,
         )
-    write_whole(out / PICTURE, _picture(student, made))
+    if first:
+        write_whole(out / PICTURE, _picture(student, made))
     own, added = student.operator.overhead()
     rms = student.about["training"]["heldout_rms"]
     more = f", {added:,} of them ({added / own:.1%}) more than the model" if added else ""
-    say(f"{own + added:,} parameters{more}; RMS to the teacher, held out: {rms:.4f}")
-    say(f"wrote the operator {out} and the picture {out / PICTURE}")
+    tell(f"{own + added:,} parameters{more}; RMS to the teacher, held out: {rms:.4f}")
+    tell(f"wrote the operator {out} and the picture {out / PICTURE}")
     labels = " --class-labels all" if _classes(student) else ""
-    say(
+    tell(
         f"next: fewstep sample {shlex.quote(str(out))}{labels} --out {shlex.quote(f'{out}-samples')}"
     )
 
