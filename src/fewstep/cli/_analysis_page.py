@@ -130,6 +130,7 @@ def _advice(page: Page, results: dict[str, Any]) -> None:
             ],
             x_label="step",
             y_label="time",
+            x_ticks=list(range(0, max(item["nfe"] for item in advice) + 1, 5)),
         ),
         "The recommended times, by number of calls.",
         alt="The times of the recommended grids.",
