@@ -197,6 +197,7 @@ def mixtures(out: Path, only: set[str]) -> None:
 CELLS: dict[str, dict[str, Any]] = {
     "gs-5": {"nfe": 5, "family": "gs", "objective": "endpoint"},
     "ggdm-5": {"nfe": 5, "family": "ggdm+pred+time", "objective": "mmd"},
+    "gs-5-mmd": {"nfe": 5, "family": "gs", "objective": "mmd"},
     "gs-5-two": {"nfe": 5, "family": "gs", "objective": "endpoint,mmd"},
     "ld3-5": {"nfe": 5, "family": "ld3", "objective": "endpoint"},
     "ggdm-5-endpoint": {"nfe": 5, "family": "ggdm+pred+time", "objective": "endpoint"},

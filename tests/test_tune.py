@@ -202,6 +202,11 @@ def test_classes_and_guidance_belong_to_the_search(labelled):
     got = fewstep.sample(labelled, 3, recipe=tuned.recipe, class_labels=labels)
     wanted = fewstep.sample(labelled, 3, plan=tuned.plan, guidance=1.5, class_labels=labels)
     assert torch.equal(got, wanted)
+    data = torch.randn((60, 2), generator=torch.Generator().manual_seed(0))
+    for objective in ("mmd", "mmd+0.2*endpoint"):
+        labelled.network.asked.clear()
+        fewstep.tune(labelled, nfe=2, objective=objective, data=data, search=TINY)
+        assert set(labelled.network.asked) == {0, 1}
     labelled.network.asked.clear()
     fewstep.tune(labelled, nfe=2, objective="endpoint", search=TINY, class_labels=[1])
     assert set(labelled.network.asked) == {1}

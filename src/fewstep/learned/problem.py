@@ -210,6 +210,7 @@ class Problem:
             heldout_seed=self.seed + HELDOUT,
             heldout_size=heldout_count,
             judge=judge,
+            real=self.judged is not None,
             settings=settings,
             seed=self.seed,
             folder=folder,

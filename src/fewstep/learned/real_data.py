@@ -18,12 +18,16 @@ logger = logging.getLogger("fewstep")
 def references(
     data: Any, features: FeatureMap, shape: tuple[int, ...]
 ) -> tuple[Reference | None, Reference | None]:
-    """Returns the reference of the loss, and one for the judge if the samples themselves are known."""
+    """Returns the reference of the loss, and that of the judge.
+
+    The judge looks with other features than the loss if the real samples themselves are known;
+    else at the held-out part, with the loss's features and a kernel of its own.
+    """
     if data is None:
         return None, None
     look = random_features(shape)
     if isinstance(data, Reference):
-        return data, None
+        return data, data
     if isinstance(data, Tensor):
         if tuple(data.shape[1:]) != shape or len(data) < 40:
             raise ValueError(
@@ -46,7 +50,7 @@ def references(
             f"the images of {str(data)!r} have shape {tuple(reference.event_shape)}, the model's "
             f"samples {shape}"
         )
-    return reference, None if embedded else Reference.load(data, look, size=size)
+    return reference, reference if embedded else Reference.load(data, look, size=size)
 
 
 def _features(features: FeatureMap, shape: tuple[int, ...]) -> FeatureMap:

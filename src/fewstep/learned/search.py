@@ -25,6 +25,9 @@ from fewstep.learned.teachers import Pairs, Source
 from fewstep.learned.unrolled import Unrolled, backpropagate, joined
 from fewstep.noise import generator_at
 
+MOST_WORSE, LEAST_WORSE = 0.1, 2e-4
+"""How much further from real data, as a share and at least, a candidate of a paired stage may be."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -57,6 +60,7 @@ class Searcher:
         heldout: The pairs that judge, or ``None``: then only the judge does.
         heldout_seed: The seed of the held-out noise.
         judge: The judge of distributions.
+        real: Whether its reference are real data: then it watches paired stages too.
         settings: The settings.
         sizes: The number of held-out noises.
         seed: The seed of the search.
@@ -76,6 +80,7 @@ class Searcher:
         heldout_seed: int,
         heldout_size: int,
         judge: Judge,
+        real: bool,
         settings: Search,
         seed: int,
         folder: Path | None = None,
@@ -84,7 +89,8 @@ class Searcher:
         self.learned, self.source, self.stages = learned, source, tuple(stages)
         self.objectives, self.pairs, self.heldout = objectives, pairs, heldout
         self.heldout_seed, self.heldout_size = heldout_seed, heldout_size
-        self.judge, self.settings, self.seed, self.folder = judge, settings, seed, folder
+        self.judge, self.real = judge, real
+        self.settings, self.seed, self.folder = settings, seed, folder
         self.tell = tell or (lambda event: None)
         self.run_plan = Unrolled(
             source.denoiser,
@@ -160,12 +166,17 @@ class Searcher:
         self.tell(Event("search", done, total, latest, state.best_score))
 
     def _consider(self, stage: Stage, loss: float) -> None:
-        """Judges the average; keeps it if it is better and not less diverse."""
+        """Judges the average; keeps it if it is better, not less diverse, not further from real data."""
         state = self.state
         found = self._judged(stage, state.tensors["average"])
         assert state.start is not None
         least = (1 - self.settings.recall_drop) * state.start["recall"]
-        better = found["score"] < state.best_score and found["recall"] >= least
+        most = state.start["law"] + max(MOST_WORSE * abs(state.start["law"]), LEAST_WORSE)
+        better = (
+            found["score"] < state.best_score
+            and found["recall"] >= least
+            and (found["law"] <= most or not stage.paired)
+        )
         if better:
             state.best_score, state.stale = found["score"], 0
             state.tensors["best"] = state.tensors["average"].clone()
@@ -199,16 +210,13 @@ class Searcher:
                 batch_size=self.settings.sampling_batch,
             )
         except ValueError:  # not finite, or no sampler at all
-            return {"score": math.inf, "precision": 0.0, "recall": 0.0}
+            return {"score": math.inf, "law": math.inf, "precision": 0.0, "recall": 0.0}
         finally:
             self.learned.load_vector(self.state.tensors["vector"])
         precision, recall = self.judge.diversity(x)
-        if stage.paired:
-            assert self.heldout is not None
-            score = self._distance(x)
-        else:
-            score = self.judge.score(x)
-        return {"score": score, "precision": precision, "recall": recall}
+        law = 0.0 if stage.paired and not self.real else self.judge.score(x)
+        score = self._distance(x) if stage.paired else law
+        return {"score": score, "law": law, "precision": precision, "recall": recall}
 
     @torch.no_grad()
     def _distance(self, x: Tensor) -> float:
@@ -253,7 +261,7 @@ class Searcher:
         if self.pairs is None:
             fresh, rows = fresh + len(rows), ()
         noise = list[Tensor]()
-        cond = source.conditions.at(rows)
+        cond = source.conditions.at(rows) if rows else {}
         if rows:
             assert self.pairs is not None
             noise.append(source.noise(self.pairs.seed, rows))
