@@ -42,6 +42,9 @@ from fewstep.sampling import Run, Sampler, sampler
 MODEL, SEED, N, CHUNK = "fashion", 5000, 2000, 100
 BUDGETS = (5, 6, 8, 10, 15, 20, 50)
 REFERENCE, REFERENCE_CALLS = "reference", 100
+RECOMMENDED = Path(__file__).parent.parent / "recipes" / "fashion-grid.json"
+"""What ``fewstep analyze`` wrote for the model: solvers and times, fitted on other seeds."""
+
 
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffusers:ddim": ("DDIM", {}),
@@ -62,7 +65,18 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """The schedulers of diffusers with their options; what is not named is their default."""
 
-FIRST = ("auto", "unipc3", "tab3", "ddim", "ipndm", "dpmpp-2m", "dpmpp-3m", "unipc2", "tab2")
+FIRST = (
+    "auto",
+    "recommended",
+    "unipc3",
+    "tab3",
+    "ddim",
+    "ipndm",
+    "dpmpp-2m",
+    "dpmpp-3m",
+    "unipc2",
+    "tab2",
+)
 """What is drawn first, if time is short."""
 
 
@@ -94,6 +108,8 @@ def build(name: str, denoiser: Denoiser, nfe: int) -> Sampler:
     if name in DIFFUSERS:
         kind, options = DIFFUSERS[name]
         return diffusers_sampler(denoiser, kind, nfe, **options)
+    if name == "recommended":
+        return sampler(denoiser, solver="auto", grid=f"auto:{RECOMMENDED}", nfe=nfe)
     return sampler(denoiser, solver="tab3" if name == REFERENCE else name, nfe=nfe)
 
 
