@@ -136,37 +136,34 @@ class TemporalConv(nn.Module):
             x: Features (B M, C, \*), or (B M, L, C) of tokens; the frames of a trajectory follow
                 each other.
         """
-        # (B M, C, S): whatever is not a channel is a place.
-        places = x.transpose(1, 2) if self.tokens else x.flatten(2)
-        u = places.unflatten(0, (-1, self.frames))
+        # Channels last: what is not a channel is a place, and matrices meet rows as they lie.
+        places = x if self.tokens else x.movedim(1, -1)
+        u = places.reshape(-1, self.frames, places[0].numel())
         if self.basis == "dense":
-            mixed = torch.einsum("bncs,nmco->bmos", u, self.weight)
+            split = u.unflatten(2, (-1, self.channels))
+            mixed = torch.einsum("bnsc,nmco->bmso", split, self.weight)
         else:
-            coefficients = torch.einsum("qm,bmcs->bqcs", self.analysis, u)
-            mixed = torch.einsum("mq,bqcs->bmcs", self.synthesis, self._mix(coefficients))
-        added = functional.leaky_relu(mixed, self.slope).flatten(0, 1).to(x.dtype)
-        return x + (added.transpose(1, 2) if self.tokens else added.reshape(x.shape))
+            coefficients = (self.analysis @ u).unflatten(2, (-1, self.channels))
+            mixed = self.synthesis @ self._mix(coefficients).flatten(2)
+        added = functional.leaky_relu(mixed, self.slope).reshape(places.shape).to(x.dtype)
+        return x + (added if self.tokens else added.movedim(-1, 1))
 
     def _mix(self, u: Tensor) -> Tensor:
-        """Mixes the channels of coefficients (B, Q, C, S)."""
+        """Mixes the channels of coefficients (B, Q, S, C)."""
         if self.basis == "dct":
-            weight = self.weight[: u.shape[1]]
-            return torch.einsum("bqcs,qco->bqos", u, weight)
+            return torch.stack([u[:, j] @ self.weight[j] for j in range(u.shape[1])], 1)
         real, imag = self._complex()
         kept = min(self.modes, self.frames // 2 + 1)
-        waves = min(kept - 1, (self.frames - 1) // 2)  # the modes that have a sine
-        a, b = u[:, :kept], u[:, kept:]
-        k = torch.einsum("bqcs,qco->bqos", a, real[:kept])
-        if not waves:
-            return k
-        l = torch.einsum("bqcs,qco->bqos", b, real[1 : waves + 1])  # noqa: E741 - as in the formula
-        both = min(waves, len(imag))  # at more frames than at first, a mode may lack its part
-        if both:
-            turned = torch.einsum("bqcs,qco->bqos", a[:, 1 : both + 1], imag[:both])
-            back = torch.einsum("bqcs,qco->bqos", b[:, :both], imag[:both])
-            k = k - functional.pad(back, (0, 0, 0, 0, 1, kept - 1 - both))
-            l = l + functional.pad(turned, (0, 0, 0, 0, 0, waves - both))  # noqa: E741
-        return torch.cat([k, l], dim=1)
+        cosines, sines = [u[:, 0] @ real[0]], []
+        for j in range(1, kept):
+            a, k = u[:, j], u[:, j] @ real[j]
+            if kept + j <= u.shape[1]:  # the mode has a sine: all but j = M / 2
+                b, l = u[:, kept + j - 1], u[:, kept + j - 1] @ real[j]  # noqa: E741
+                if j <= len(imag):  # at more frames than at first, a mode may lack its part
+                    k, l = k - b @ imag[j - 1], l + a @ imag[j - 1]  # noqa: E741
+                sines.append(l)
+            cosines.append(k)
+        return torch.stack([*cosines, *sines], 1)
 
     def _complex(self) -> tuple[Tensor, Tensor]:
         """Returns the real parts (J, C, C) and the imaginary parts of the modes from 1 on."""
