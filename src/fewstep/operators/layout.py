@@ -119,6 +119,36 @@ def output_map(
     }
 
 
+def well_posed_output(
+    schedule: NoiseSchedule,
+    native: Prediction,
+    times: Sequence[float],
+    start: float,
+    labels: str,
+) -> str:
+    r"""Returns ``"convert"`` if it neither silences nor amplifies the network, else ``"direct"``.
+
+    Data come from a v-network by a factor :math:`\sigma` of the label, from an
+    :math:`\varepsilon`-network by :math:`\sigma / \alpha`. For a frame whose label says that there
+    is hardly any noise the answer would count for nothing (0.01 for ``ddpm-linear``), and the
+    student could not learn; an :math:`\varepsilon`-network at pure noise would be amplified (by 157).
+
+    Arguments:
+        schedule: The schedule.
+        native: What the network predicts.
+        times: The times of the frames.
+        start: The time of the input.
+        labels: The labels of the frames, as in :class:`Layout`.
+    """
+    t = torch.tensor(times if labels == "target" else [start], dtype=torch.float64)
+    t = t.clamp(schedule.t_min, schedule.t_max)
+    _, factor = coefficients(
+        native, Prediction.X0, alpha=schedule.alpha(t), sigma=schedule.sigma(t)
+    )
+    size = factor.abs()
+    return "convert" if bool(((size > 0.1) & (size < 10)).all()) else "direct"
+
+
 def scales(schedule: NoiseSchedule, times: Tensor) -> tuple[Tensor, Tensor]:
     r"""Returns :math:`\alpha, \sigma` at times, 1 and 0 where a grid has ended at :math:`\sigma = 0`."""
     end = times <= schedule.t_zero

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fewstep.denoiser import Denoiser
-from fewstep.operators.layout import Layout
+from fewstep.operators.layout import OUTPUTS, Layout, well_posed_output
 from fewstep.operators.losses import LOSSES, WEIGHTS
 from fewstep.operators.operator import TrajectoryOperator
 from fewstep.operators.temporal import BASES
@@ -43,7 +43,8 @@ class DistillRecipe:
             sample's. Left out, 4 (or all, if fewer are stored).
         modes: The modes J of temporal blocks.
         basis: ``"dft"``, ``"dct"`` or ``"dense"``.
-        output: ``"convert"`` or ``"direct"``, see :class:`Layout`.
+        output: ``"convert"`` or ``"direct"``, see :class:`Layout`; ``"auto"`` takes the first
+            where it is well posed (:func:`well_posed_output`).
         loss: ``"l1"``, ``"l2"``, ``"huber"``, ``"features"`` (:class:`FeatureDistance`), or
             ``"custom"``.
         weights: ``"snr"``, ``"uniform"``, or a number for each frame.
@@ -64,7 +65,7 @@ class DistillRecipe:
     frames: int | None = None
     modes: int = 2
     basis: str = "dft"
-    output: str = "convert"
+    output: str = "auto"
     loss: str = "l1"
     weights: str | list[float] = "snr"
     lambda_max: float = 1e4
@@ -89,6 +90,7 @@ class DistillRecipe:
             raise ValueError("give times or frames, not both")
         for name, known in (
             ("basis", BASES),
+            ("output", ("auto", *OUTPUTS)),
             ("loss", LOSSES),
             ("precision", ("float32", "bfloat16")),
         ):
@@ -186,11 +188,15 @@ def make_student(
     """
     indices = select_frames(stored, recipe)
     single = one_frame(recipe)
+    times, start = tuple(float(stored[i]) for i in indices), float(stored[0])
+    labels, output = "start" if single else "target", recipe.output
+    if output == "auto":
+        output = well_posed_output(teacher.schedule, teacher.native, times, start, labels)
     base = Layout(
-        times=tuple(float(stored[i]) for i in indices),
-        start=float(stored[0]),
-        labels="start" if single else "target",
-        output=recipe.output,
+        times=times,
+        start=start,
+        labels=labels,
+        output=output,
         extra="temporal" if recipe.mode == "dsno" else "none",
         modes=recipe.modes,
         basis=recipe.basis,
