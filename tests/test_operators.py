@@ -21,7 +21,7 @@ from fewstep.operators import (
     read_operator,
     write_operator,
 )
-from fewstep.operators.layout import output_map
+from fewstep.operators.layout import output_map, well_posed_output
 from fewstep.operators.published import PublishedOperator
 from tiny_trajectories import teacher
 
@@ -255,6 +255,28 @@ def test_at_the_start_the_path_is_the_input():
     with torch.no_grad():
         first = operator(x, class_labels=torch.tensor([0, 1]))[:, 0]
     torch.testing.assert_close(first, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("native", "labels", "expected"),
+    [
+        ("v", "start", "convert"),  # a factor of sigma, 1 at the start
+        ("v", "target", "direct"),  # and 0.01 at the end
+        ("eps", "start", "direct"),  # sigma / alpha, 157
+        ("eps", "target", "direct"),
+        ("x0", "start", "convert"),
+        ("x0", "target", "convert"),
+        ("flow", "start", "convert"),
+    ],
+)
+def test_the_output_neither_silences_nor_amplifies(native, labels, expected):
+    schedule = fewstep.schedule("ddpm-linear")
+    times = (560.0, 250.0, 60.0, 0.0)
+    kind = fewstep.Prediction.of(native)
+    assert well_posed_output(schedule, kind, times, 999.0, labels) == expected
+    layout = Layout(times=times, start=999.0, labels=labels, output=expected)
+    gain = output_map(schedule, kind, times, 999.0, layout)["gain"].abs()
+    assert 0.1 < float(gain[-1]) < 10
 
 
 # Insertion.
@@ -643,3 +665,25 @@ def test_what_no_operator_is_made_of():
         TrajectoryOperator(fewstep.Guided(teacher(), 2.0), Layout(times=(0.1,), start=0.9))
     with pytest.raises(TypeError, match="a Denoiser"):
         TrajectoryOperator(Own(), Layout(times=(0.1,), start=0.9))
+
+
+def test_the_embedded_operator():
+    """It loads by name, samples by default arguments, was made by the recipe, and is of use."""
+    from pathlib import Path
+
+    from fewstep.files import read_json
+    from fewstep.metrics import Features
+
+    student = fewstep.load("fashion-1step")
+    recipe = read_json(Path(__file__).parent.parent / "recipes" / "fashion-1step.json")
+    training = student.about["training"]
+    assert training["recipe"] | recipe == training["recipe"]
+    assert training["teacher"] == fewstep.load("fashion").fingerprint()
+    labels = torch.arange(40) % 10
+    images = fewstep.sample(student, 40, class_labels=labels, seed=11)
+    right = Features.load("fashion").classify(images) == labels
+    # 0.85 of the teacher's own samples are recognised, 0.10 of random ones would be.
+    assert float(right.double().mean()) > 0.6
+    path = fewstep.sample(student, 2, save="states")
+    assert path.nfe == 1
+    assert path.states.shape == (2, 2, 1, 28, 28)

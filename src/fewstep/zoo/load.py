@@ -21,6 +21,7 @@ from fewstep.zoo.unet import SmallUNet
 HERE = Path(__file__).parent
 EMBEDDED: dict[str, str] = {
     "fashion": "class-conditional U-Net on Fashion-MNIST, 28x28, v-prediction, ddpm-linear",
+    "fashion-1step": "fashion in one evaluation: an operator, distilled from its trajectories",
     "mixture-smooth": "exact: four overlapping Gaussians in the plane, vp-linear",
     "mixture-sharp": "exact: eight narrow Gaussians in the plane, vp-linear",
 }
