@@ -3,6 +3,8 @@
 Usage: python benchmarks/tune.py mixtures --out DIR [--only families,losses,budgets]
        python benchmarks/tune.py fashion --out DIR --data FOLDER [--cells gs-5,ggdm-5,...]
                                  [--samples DIR of benchmarks/quality.py] [--pairs DIR]
+       python benchmarks/tune.py free --out DIR --samples DIR    the training-free rows
+       python benchmarks/tune.py other --out DIR --data FOLDER --samples DIR
        python benchmarks/tune.py memory --out DIR
        python benchmarks/tune.py show --out DIR
 
@@ -34,6 +36,7 @@ from torch import Tensor
 
 import fewstep
 from _common import print_table, say_what_runs
+from fewstep.data import read_images
 from fewstep.execute import execute
 from fewstep.files import read_json, read_metadata, read_tensors, write_json
 from fewstep.learned import Base
@@ -294,6 +297,32 @@ def free_cells(out: Path, data: str | None, samples: str | None, budgets: list[i
                 print(file.name, flush=True)
 
 
+def other_features(out: Path, data: str, samples: str | None) -> None:
+    """Scores in features that no search has seen: 500 samples against 5000 real test images."""
+    images = read_images(Path(data) / "t10k-images-idx3-ubyte.gz").floats()
+    look = random_features((1, 28, 28), seed=2)
+    reference = Reference.of(images[:5000], images[5000:], features=look)
+    found: dict[str, Tensor] = {}
+    for name, calls in (("auto", 5), ("reference", 100), ("diffusers_unipc-3", 5)):
+        files = [
+            Path(samples or ".") / f"{name}-{calls}-{k}.safetensors" for k in range(0, 500, 100)
+        ]
+        if all(f.exists() for f in files):
+            found[f"{name} {calls}"] = torch.cat([read_tensors(f)["samples"] for f in files])
+    for recipe in sorted(out.glob("*.recipe.json")):
+        plan = fewstep.SamplerRecipe.load(recipe).plan
+        if plan is not None and not (out / f"other.{recipe.stem}.json").exists():
+            found[recipe.stem] = drawn(plan, 500)
+    for name, x in found.items():
+        value, distance = fid(x, reference), kid(x, reference, heldout=True)
+        cell = {
+            "FID": [value.value, value.low, value.high],
+            "KID": [distance.value, distance.low, distance.high],
+        }
+        write_json(out / f"other.{name}.json", cell)
+        print(name, cell, flush=True)
+
+
 # Memory
 
 
@@ -385,6 +414,13 @@ def show(out: Path) -> None:
         rows,
     )
     rows = [
+        [key.removeprefix("other."), _with_interval(c["FID"]), _with_interval(c["KID"])]
+        for key, c in cells.items()
+        if key.startswith("other.")
+    ]
+    if rows:
+        print_table(["sampler", "FID, random features", "KID, random features"], rows)
+    rows = [
         [*key.split(".")[1:], f"{c['before']:.0f}", f"{c['peak']:.0f}", f"{c['cpu']:.2f}"]
         for key, c in cells.items()
         if key.startswith("memory.")
@@ -408,7 +444,7 @@ def main() -> None:
         memory_one(int(sys.argv[2]), sys.argv[3] == "1")
         return
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["mixtures", "fashion", "free", "memory", "show"])
+    parser.add_argument("what", choices=["mixtures", "fashion", "free", "other", "memory", "show"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="budgets,losses,families")
     parser.add_argument("--cells", default=",".join(CELLS))
@@ -430,6 +466,8 @@ def main() -> None:
     elif options.what == "free":
         budgets = [int(k) for k in options.budgets.split(",")]
         free_cells(options.out, options.data, options.samples, budgets)
+    elif options.what == "other":
+        other_features(options.out, options.data, options.samples)
     elif options.what == "memory":
         memory(options.out)
     else:

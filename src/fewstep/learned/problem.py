@@ -210,7 +210,8 @@ class Problem:
             heldout_seed=self.seed + HELDOUT,
             heldout_size=heldout_count,
             judge=judge,
-            real=self.judged is not None,
+            # In the features of the loss itself a judge has no say over the teacher.
+            real=self.judged is not None and self.judged is not self.reference,
             settings=settings,
             seed=self.seed,
             folder=folder,

@@ -60,7 +60,8 @@ class Searcher:
         heldout: The pairs that judge, or ``None``: then only the judge does.
         heldout_seed: The seed of the held-out noise.
         judge: The judge of distributions.
-        real: Whether its reference are real data: then it watches paired stages too.
+        real: Whether its reference are real data, in features that no loss uses: then it watches
+            paired stages too.
         settings: The settings.
         sizes: The number of held-out noises.
         seed: The seed of the search.
