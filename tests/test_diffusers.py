@@ -721,3 +721,13 @@ def test_tensor_operations_are_counted(solver, most):
             x = ours.step(f, t, x, return_dict=False)[0]
     assert len(count.calls) <= most * 20
     assert not any("item" in c or "local_scalar" in c or "nonzero" in c for c in count.calls)
+
+
+@pytest.mark.parametrize("grid", ["quadratic", "uniform", "log-rho"])
+def test_auto_on_another_grid(grid):
+    chosen = PlanScheduler(solver="auto", grid=grid)
+    chosen.set_timesteps(6)
+    named = PlanScheduler(solver="unipc3", grid=grid)  # what auto takes below 10 calls
+    named.set_timesteps(6)
+    assert torch.equal(chosen.timesteps, named.timesteps)
+    assert chosen.plan.to_json() == named.plan.to_json()

@@ -142,8 +142,9 @@ class Planner:
             name = fitted.solver_for(count)
         if name == "auto":
             choice = choose(schedule, count)
-            name, options = choice.solver, {**choice.options, **options}
-            own_grid = own_grid or choice.grid or "auto"
+            other = None if own_grid == "auto" else own_grid
+            name, options = choice.solver, {**choice.options_on(other), **options}
+            own_grid = other or choice.grid or "auto"
         grid_options = {
             **{k: options.pop(k) for k in list(options) if k in GRID_OPTIONS},
             **grid_options,
