@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from fewstep.grids import GRIDS as GRIDS
     from fewstep.grids import TimeGrid as TimeGrid
     from fewstep.grids import grid as grid
-    from fewstep.operators.distillation import distill as distill
     from fewstep.learned.tuning import TunedSampler as TunedSampler
     from fewstep.learned.tuning import tune as tune
     from fewstep.likelihood import log_likelihood as log_likelihood
+    from fewstep.operators.distillation import distill as distill
     from fewstep.planning import plan as plan
     from fewstep.plans import Plan as Plan
     from fewstep.preconditioning import preconditioned as preconditioned

@@ -159,6 +159,7 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> FolderModel:
 
 
 def model_shape(value: object, network: SmallUNet) -> tuple[int, ...]:
+    """Returns the shape of one sample that a file claims, checked against the network."""
     patch, channels = network.patch, network.config["in_channels"]
     if (
         not isinstance(value, list)
