@@ -1,4 +1,4 @@
-"""Shared fixtures: one thread, and the schedules built once."""
+"""Shared fixtures: one thread, one seed, and the schedules built once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fewstep.schedules import NoiseSchedule, schedule
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors are slower on several threads, and results should not depend on their number."""
+def _one_thread_one_seed() -> Iterator[None]:
+    """Small tensors are slower on several threads; and what fails should fail again."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
 

@@ -685,7 +685,7 @@ def test_compiles_with_the_network_without_a_graph_break(solver, backend):
     ours.set_timesteps(4)
     ours.set_begin_index(0)
     got = torch.compile(sample, fullgraph=True, backend=backend)(x)
-    assert torch.allclose(got, want, atol=1e-6)
+    assert relative(got, want) < ROUNDING
 
 
 @pytest.mark.parametrize(

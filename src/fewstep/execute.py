@@ -103,13 +103,15 @@ class Execution:
 
     def _run(self) -> None:
         lines, registers, row = self._lines, self._registers, self._row
-        while row < len(lines):
+        count = len(lines)
+        while row < count:
             line = lines[row]
-            if isinstance(line, Sum):
+            kind = type(line)
+            if kind is Sum:
                 made = self._sum(line)
                 if line.state is not None and self._on_state is not None:
                     self._on_state(line.state, made)
-            elif isinstance(line, Ask):
+            elif kind is Ask:
                 self._row = row
                 self.call = Call(registers[line.of], line.at)
                 return
@@ -130,7 +132,7 @@ class Execution:
             if scale is not None:
                 total.mul_(scale)
         elif scale is not None:
-            total = torch.mul(total, scale)
+            total = total.mul(scale)
         elif others:
             r, c = others[0]
             total, rest = torch.add(total, registers[r], alpha=c), others[1:]

@@ -233,15 +233,16 @@ class Stepping:
                 self._check_next(run, timestep)
             if sample is not run.sample:
                 execution.replace(sample.to(run.dtype))
-        answer = self._answer(run, execution.call.x, model_output)  # type: ignore[union-attr]
-        active = run.active
-        if active.plan.n_noise:  # type: ignore[union-attr]
+        if not run.plain or model_output.numel() != run.size or model_output.dtype != run.dtype:
+            answer = self._answer(run, execution.call.x, model_output)  # type: ignore[union-attr]
             run.generator, run.variance_noise, run.like = generator, variance_noise, model_output
-        execution.advance(answer)
+            execution.advance(answer)
+        else:
+            execution.advance(model_output)
         run.step_index += 1  # type: ignore[operator]
         call = execution.call
         previous = execution.result if call is None else call.x
-        if previous.dtype != sample.dtype:
+        if sample.dtype != run.dtype:
             previous = previous.to(sample.dtype)
         run.sample = previous
         if not return_dict:
@@ -250,7 +251,7 @@ class Stepping:
 
     def _answer(self, run: Run, x: Tensor, answer: Tensor) -> Tensor:
         """Returns the answer as the plan reads it."""
-        if answer.numel() == 2 * x.numel():  # cheaper than a look at the shapes
+        if answer.numel() == 2 * run.size:  # cheaper than a look at the shapes
             answer = answer[:, : x.shape[1]]  # the rest is a learned variance
         if answer.dtype != run.dtype:
             answer = answer.to(run.dtype)

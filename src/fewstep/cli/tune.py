@@ -173,7 +173,9 @@ def _page(made: TunedSampler, path: Path) -> Path | None:
         from fewstep.metrics.intervals import Estimate
         from fewstep.report import Page
 
-        page = Page(f"Tuning of {made.recipe.name}", "What the search did, judged on held-out noise.")
+        page = Page(
+            f"Tuning of {made.recipe.name}", "What the search did, judged on held-out noise."
+        )
     except ImportError:
         return None
     about = made.recipe.about

@@ -141,9 +141,10 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> FolderModel:
         ):
             raise ValueError(f"class_names must be a list of texts, got {names!r:.60}")
         classes = network.num_classes
+        # channels_last: a fifth faster on a CPU, and what tensor cores want
+        network.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model = FolderModel(
-            # channels_last: a fifth faster on a CPU, and what tensor cores want
-            network.to(dtype, memory_format=torch.channels_last).eval().requires_grad_(False),
+            network.eval().requires_grad_(False),
             schedule=schedule_from_config(about["schedule"]),
             prediction=Prediction.of(about["prediction"]),
             event_shape=shape,
