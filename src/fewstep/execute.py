@@ -106,12 +106,11 @@ class Execution:
         count = len(lines)
         while row < count:
             line = lines[row]
-            kind = type(line)
-            if kind is Sum:
+            if isinstance(line, Sum):
                 made = self._sum(line)
                 if line.state is not None and self._on_state is not None:
                     self._on_state(line.state, made)
-            elif kind is Ask:
+            elif isinstance(line, Ask):
                 self._row = row
                 self.call = Call(registers[line.of], line.at)
                 return
