@@ -120,7 +120,7 @@ def labels(rows: range) -> Tensor:
 
 def draw(name: str, nfe: int, folder: Path, denoiser: Denoiser) -> None:
     """Draws what is missing of one cell, piece by piece."""
-    made = build(name, denoiser, nfe)
+    made, fingerprint = build(name, denoiser, nfe), denoiser.fingerprint()
     for start in range(0, N, CHUNK):
         file = folder / f"{name.replace(':', '_')}-{nfe}-{start}.safetensors"
         if file.exists() or not _claim(file):
@@ -133,7 +133,7 @@ def draw(name: str, nfe: int, folder: Path, denoiser: Denoiser) -> None:
         begun = time.perf_counter()
         x = made.run(made.start(z), Run(source, cond)).x
         seconds = time.perf_counter() - begun
-        about = {"fingerprint": denoiser.fingerprint(), "seconds": f"{seconds:.3f}"}
+        about = {"fingerprint": fingerprint, "seconds": f"{seconds:.3f}"}
         write_tensors(file, {"samples": x.contiguous()}, metadata=about)
         _lock(file).unlink()
 
@@ -194,7 +194,7 @@ def score_all(asked: list[str], budgets: list[int], folder: Path, denoiser: Deno
     """Prints the tables of what was drawn, and writes them as JSON."""
     print_header()
     fingerprint = denoiser.fingerprint()
-    real = Reference.load(MODEL)
+    real, look = Reference.load(MODEL), Features.load(MODEL)
     found = gather(REFERENCE, REFERENCE_CALLS, folder, fingerprint)
     if found is None:
         raise SystemExit("the reference is not drawn yet: draw --names reference")
@@ -203,13 +203,13 @@ def score_all(asked: list[str], budgets: list[int], folder: Path, denoiser: Deno
     for name, nfe in cells(asked, budgets):
         drawn = gather(name, nfe, folder, fingerprint)
         if drawn is not None:
-            scores.append(_score(name, nfe, *drawn, ends, real))
+            scores.append(_score(name, nfe, *drawn, ends, real, look))
     top = max((s for s in scores if s.name == REFERENCE), key=lambda s: s.nfe)
     print(f"reference, {top.nfe} calls: FID {top.fid}, KID {top.kid}\n")
     rows = []
     for nfe in budgets:
         column = [s for s in scores if s.nfe == nfe and s.name != REFERENCE]
-        rows += _column(nfe, column)
+        rows += _column(nfe, column, real)
     write_json(
         folder / "quality.json",
         {"n": N, "seed": SEED, "model": fingerprint, "reference": top.to_json(), "cells": rows},
@@ -218,10 +218,15 @@ def score_all(asked: list[str], budgets: list[int], folder: Path, denoiser: Deno
 
 
 def _score(
-    name: str, nfe: int, x: Tensor, seconds: float, ends: list[Tensor], real: Reference
+    name: str,
+    nfe: int,
+    x: Tensor,
+    seconds: float,
+    ends: list[Tensor],
+    real: Reference,
+    look: Features,
 ) -> Score:
-    look = real.extractor
-    features = (Features.load(look) if isinstance(look, str) else look)(x)  # type: ignore[misc]
+    features = look(x)
     rms = min((metrics.rms(x, end) for end in ends), key=float)
     fid = metrics.fid(features, real)
     return Score(name, nfe, fid, metrics.kid(features, real), rms, seconds, features)
@@ -238,12 +243,11 @@ def _denoised(denoiser: Denoiser, x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _column(nfe: int, column: list[Score]) -> list[dict[str, Any]]:
+def _column(nfe: int, column: list[Score], real: Reference) -> list[dict[str, Any]]:
     """Prints one budget, best first; returns its rows."""
     if not column:
         return []
     column = sorted(column, key=lambda s: s.fid.value)
-    real = Reference.load(MODEL)
     best = column[0]
     print(f"{nfe} calls")
     print(f"  {'sampler':26} {'FID (95 %)':>22} {'more than the best':>24} {'RMS':>8} {'KID':>10}")

@@ -48,6 +48,18 @@ def _seeded(build: Any) -> Any:
     return made
 
 
+TEXT_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 16,
+}
+"""What the networks over latents with a text condition have in common."""
+
+
 @_seeded
 def unet2d(classes: int | None = None) -> Any:
     from diffusers import UNet2DModel
@@ -119,14 +131,8 @@ def unet_text(xl: bool = False) -> Any:
             "projection_class_embeddings_input_dim": 6 * 4 + 16,
         }
     return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
+        **TEXT_UNET,
         attention_head_dim=2,
-        cross_attention_dim=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         **extra,
@@ -138,14 +144,8 @@ def unet3d() -> Any:
     from diffusers import UNet3DConditionModel
 
     return UNet3DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
+        **TEXT_UNET,
         attention_head_dim=4,
-        cross_attention_dim=16,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
     ).eval()
