@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import fewstep
 from fewstep.exact import DataSet, GaussianMixture, sharp, smooth
 from fewstep.schedules import NoiseSchedule
 from reference import SCHEDULE_NAMES, normal, schedule_of
@@ -136,3 +137,10 @@ def test_bad_models_are_refused(vp: NoiseSchedule) -> None:
         DataSet(torch.zeros(3, 2, dtype=torch.int64), vp)
     with pytest.raises(ValueError, match=r"N >= 1"):
         DataSet(torch.zeros(0, 2), vp)
+
+
+def test_an_exact_model_refuses_conditions_that_it_would_ignore() -> None:
+    points = DataSet(torch.randn(5, 2).double(), fewstep.schedule("vp-linear"))
+    for model in (fewstep.load("mixture-smooth"), points):
+        with pytest.raises(ValueError, match="takes no conditions, got class_labels; leave"):
+            fewstep.sample(model, 2, nfe=3, class_labels=[0, 1])

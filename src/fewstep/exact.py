@@ -6,7 +6,7 @@ They know the truth, so a solver's error on them is the solver's alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,18 @@ from fewstep.schedules import NoiseSchedule
 Numbers = Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 
-class GaussianMixture(Denoiser):
+class _Exact(Denoiser):
+    """What the exact denoisers share: they know no conditions."""
+
+    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
+        if cond:
+            raise ValueError(
+                f"an exact model takes no conditions, got {', '.join(sorted(cond))}; leave them out"
+            )
+        return super().prepare(n, cond)
+
+
+class GaussianMixture(_Exact):
     r"""The exact denoiser of a mixture of isotropic Gaussians.
 
     .. math:: \varepsilon(x, t) = \sigma \sum_k r_k \frac{x - \alpha m_k}{\alpha^2 s_k^2 + \sigma^2}, \qquad
@@ -97,7 +108,7 @@ class GaussianMixture(Denoiser):
         return self.schedule.alpha(time) * x0 + self.schedule.sigma(time) * noise
 
 
-class DataSet(Denoiser):
+class DataSet(_Exact):
     r"""The optimal denoiser of a finite data set: what a network of unlimited size would learn.
 
     .. math:: x_0(x, t) = \sum_i r_i \, x^{(i)}, \qquad r_i \propto \exp\left( -\frac{\|x - \alpha x^{(i)}\|^2}{2 \sigma^2} \right)

@@ -2,6 +2,7 @@ r"""Precision, recall, density and coverage: how much of one set lies where the 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -90,7 +91,14 @@ def precision_recall(
         )
 
     sizes = (len(fa), len(fb))
-    return PrecisionRecall(*jackknife(statistic, sizes, level=level, blocks=blocks, seed=seed))
+    found = jackknife(statistic, sizes, level=level, blocks=blocks, seed=seed)
+    precision, recall, density, coverage = found
+    return PrecisionRecall(_share(precision), _share(recall), density, _share(coverage))
+
+
+def _share(found: Estimate) -> Estimate:
+    """Cuts the interval to [0, 1]: what lies outside no share can be."""
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 class _Reach:
