@@ -1,12 +1,15 @@
 """Quality at equal numbers of network calls: every solver of ours and the peers', in one run.
 
 Usage: python benchmarks/quality.py draw --out DIR [--names tab3,unipc3,...] [--nfe 5,6,8,10,15,20,50]
-       python benchmarks/quality.py score --out DIR
+       python benchmarks/quality.py score --out DIR [--samples 2000]
 
 ``draw`` makes the samples of each sampler and budget from the same noise and the same labels, and
 keeps them in DIR; it can be interrupted, and several may run side by side on the same folder
-(each takes what no other has begun). ``score`` prints the table: FID and KID to the real images
-with 95 % intervals, and the RMS distance to the reference.
+(each takes what no other has begun). ``score`` prints the table: FID to the real images in the
+features of two classifiers (``fashion``, which saw clean images, and ``fashion-robust``, which saw
+noisy and blurred ones), KID, with 95 % intervals, and the RMS distance to the reference. With
+``--samples 500`` only the first samples of each cell are drawn and scored; FID depends on their
+number, so compare within one table only.
 
 The reference is ``tab3`` with 100 calls. Libraries end differently: at the schedule's last level
 (sigma = 0.01) or at sigma = 0. So a sampler is compared with the reference at either end, the
@@ -41,6 +44,7 @@ from fewstep.sampling import Run, Sampler, sampler
 
 MODEL, SEED, N, CHUNK = "fashion", 5000, 2000, 100
 BUDGETS = (5, 6, 8, 10, 15, 20, 50)
+FEATURES = ("fashion", "fashion-robust")
 REFERENCE, REFERENCE_CALLS = "reference", 100
 RECOMMENDED = Path(__file__).parent.parent / "recipes" / "fashion-grid.json"
 """What ``fewstep analyze`` wrote for the model: solvers and times, fitted on other seeds."""
@@ -118,10 +122,10 @@ def labels(rows: range) -> Tensor:
     return torch.tensor([i % 10 for i in rows])
 
 
-def draw(name: str, nfe: int, folder: Path, denoiser: Denoiser) -> None:
+def draw(name: str, nfe: int, folder: Path, denoiser: Denoiser, n: int) -> None:
     """Draws what is missing of one cell, piece by piece."""
     made, fingerprint = build(name, denoiser, nfe), denoiser.fingerprint()
-    for start in range(0, N, CHUNK):
+    for start in range(0, n, CHUNK):
         file = folder / f"{name.replace(':', '_')}-{nfe}-{start}.safetensors"
         if file.exists() or not _claim(file):
             continue
@@ -156,10 +160,12 @@ def _claim(file: Path) -> bool:
     return True
 
 
-def gather(name: str, nfe: int, folder: Path, fingerprint: str) -> tuple[Tensor, float] | None:
+def gather(
+    name: str, nfe: int, folder: Path, fingerprint: str, n: int = N
+) -> tuple[Tensor, float] | None:
     """Returns the samples of a cell and the seconds that they took, or ``None`` if incomplete."""
     parts, seconds = [], 0.0
-    for start in range(0, N, CHUNK):
+    for start in range(0, n, CHUNK):
         file = folder / f"{name.replace(':', '_')}-{nfe}-{start}.safetensors"
         if not file.exists():
             return None
@@ -171,6 +177,9 @@ def gather(name: str, nfe: int, folder: Path, fingerprint: str) -> tuple[Tensor,
     return torch.cat(parts), seconds
 
 
+MEASURED = ("fid", "robust", "kid", "rms")
+
+
 @dataclass(frozen=True)
 class Score:
     """What is told of a cell."""
@@ -178,6 +187,7 @@ class Score:
     name: str
     nfe: int
     fid: Estimate
+    robust: Estimate
     kid: Estimate
     rms: Estimate
     seconds: float
@@ -185,36 +195,39 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         """Returns it without the features."""
-        values = {key: getattr(self, key) for key in ("fid", "kid", "rms")}
+        values = {key: getattr(self, key) for key in MEASURED}
         told: dict[str, Any] = {"name": self.name, "nfe": self.nfe, "seconds": self.seconds}
         return told | {key: [e.value, e.low, e.high] for key, e in values.items()}
 
 
-def score_all(asked: list[str], budgets: list[int], folder: Path, denoiser: Denoiser) -> None:
+def score_all(
+    asked: list[str], budgets: list[int], folder: Path, denoiser: Denoiser, n: int
+) -> None:
     """Prints the tables of what was drawn, and writes them as JSON."""
-    print_header()
+    print_header(n)
     fingerprint = denoiser.fingerprint()
-    real, look = Reference.load(MODEL), Features.load(MODEL)
-    found = gather(REFERENCE, REFERENCE_CALLS, folder, fingerprint)
+    real, robust = (Reference.load(MODEL, features) for features in FEATURES)
+    found = gather(REFERENCE, REFERENCE_CALLS, folder, fingerprint, n)
     if found is None:
         raise SystemExit("the reference is not drawn yet: draw --names reference")
     ends = [found[0], _denoised(denoiser, found[0])]
     scores = []
     for name, nfe in cells(asked, budgets):
-        drawn = gather(name, nfe, folder, fingerprint)
+        drawn = gather(name, nfe, folder, fingerprint, n)
         if drawn is not None:
-            scores.append(_score(name, nfe, *drawn, ends, real, look))
+            scores.append(_score(name, nfe, *drawn, ends, real, robust))
     top = max((s for s in scores if s.name == REFERENCE), key=lambda s: s.nfe)
-    print(f"reference, {top.nfe} calls: FID {top.fid}, KID {top.kid}\n")
+    print(f"reference, {top.nfe} calls: FID {top.fid}, robust {top.robust}, KID {top.kid}\n")
     rows = []
     for nfe in budgets:
         column = [s for s in scores if s.nfe == nfe and s.name != REFERENCE]
         rows += _column(nfe, column, real)
+    file = folder / ("quality.json" if n == N else f"quality-{n}.json")
     write_json(
-        folder / "quality.json",
-        {"n": N, "seed": SEED, "model": fingerprint, "reference": top.to_json(), "cells": rows},
+        file,
+        {"n": n, "seed": SEED, "model": fingerprint, "reference": top.to_json(), "cells": rows},
     )
-    print(f"wrote {folder / 'quality.json'}")
+    print(f"wrote {file}")
 
 
 def _score(
@@ -224,12 +237,14 @@ def _score(
     seconds: float,
     ends: list[Tensor],
     real: Reference,
-    look: Features,
+    robust: Reference,
 ) -> Score:
+    look = real.extractor
+    assert isinstance(look, Features)
     features = look(x)
     rms = min((metrics.rms(x, end) for end in ends), key=float)
-    fid = metrics.fid(features, real)
-    return Score(name, nfe, fid, metrics.kid(features, real), rms, seconds, features)
+    fid, kid = metrics.fid(features, real), metrics.kid(features, real)
+    return Score(name, nfe, fid, metrics.fid(x, robust), kid, rms, seconds, features)
 
 
 def _denoised(denoiser: Denoiser, x: Tensor) -> Tensor:
@@ -250,7 +265,10 @@ def _column(nfe: int, column: list[Score], real: Reference) -> list[dict[str, An
     column = sorted(column, key=lambda s: s.fid.value)
     best = column[0]
     print(f"{nfe} calls")
-    print(f"  {'sampler':26} {'FID (95 %)':>22} {'more than the best':>24} {'RMS':>8} {'KID':>10}")
+    print(
+        f"  {'sampler':26} {'FID (95 %)':>22} {'more than the best':>24} {'FID, robust':>22}"
+        f" {'RMS':>8} {'KID':>10}"
+    )
     rows = []
     for score in column:
         more = _difference(score, best, real)
@@ -259,6 +277,7 @@ def _column(nfe: int, column: list[Score], real: Reference) -> list[dict[str, An
         print(
             f"  {score.name:26} {score.fid.value:7.2f} ({score.fid.low:5.2f} to {score.fid.high:5.2f})"
             f" {told + (' tie' if tie and score is not best else ''):>24}"
+            f" {score.robust.value:8.2f} ({score.robust.low:5.2f} to {score.robust.high:5.2f})"
             f" {score.rms.value:8.4f} {score.kid.value:10.3f}"
         )
         rows.append(score.to_json() | {"more": [more.value, more.low, more.high], "tie": tie})
@@ -269,14 +288,15 @@ def _column(nfe: int, column: list[Score], real: Reference) -> list[dict[str, An
 def _difference(score: Score, best: Score, real: Reference) -> Estimate:
     """Returns how much larger the FID is than that of the best, in pairs."""
     if score is best:
-        return Estimate(0.0, 0.0, 0.0, 0.95, "itself", (N, N))
+        return Estimate(0.0, 0.0, 0.0, 0.95, "itself", (0, 0))
 
     def statistic(i: Tensor, _: Tensor) -> Tensor:
         sides = (Statistics.of(s.features[i].double()) for s in (score, best))
         a, b = (metrics.frechet_distance(side, real.statistics) for side in sides)
         return (a - b)[None]
 
-    return jackknife(statistic, (N, real.statistics.n), fixed=(False, True))[0]
+    sizes = (len(score.features), real.statistics.n)
+    return jackknife(statistic, sizes, fixed=(False, True))[0]
 
 
 def cells(asked: list[str], budgets: list[int]) -> list[tuple[str, int]]:
@@ -285,26 +305,28 @@ def cells(asked: list[str], budgets: list[int]) -> list[tuple[str, int]]:
     return first + [(name, nfe) for nfe in budgets for name in asked if name != REFERENCE]
 
 
-def draw_all(asked: list[str], budgets: list[int], folder: Path, denoiser: Denoiser) -> None:
+def draw_all(
+    asked: list[str], budgets: list[int], folder: Path, denoiser: Denoiser, n: int
+) -> None:
     """Draws what is missing."""
     for name, nfe in cells(asked, budgets):
         begun = time.perf_counter()
         try:
-            draw(name, nfe, folder, denoiser)
+            draw(name, nfe, folder, denoiser, n)
             told = f"done in {time.perf_counter() - begun:.0f} s"
         except ValueError as error:
             told = f"left out: {error}"
         print(f"{name} {nfe}: {told}", flush=True)
 
 
-def print_header() -> None:
+def print_header(n: int) -> None:
     """Says what is run."""
     versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("torch", "diffusers", "azula"))
     print(
-        f"{date.today()}, fewstep {fewstep.__version__}, {versions}; {MODEL}, {N} samples,",
+        f"{date.today()}, fewstep {fewstep.__version__}, {versions}; {MODEL}, {n} samples,",
         end=" ",
     )
-    print(f"classes in turn, seed {SEED}; features of the embedded classifier\n")
+    print(f"classes in turn, seed {SEED}\n")
 
 
 def main() -> None:
@@ -318,6 +340,7 @@ def main() -> None:
         "--names", default="", help="samplers, separated by commas; all if left out"
     )
     parser.add_argument("--nfe", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--samples", type=int, default=N, help=f"a multiple of {CHUNK}")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -325,7 +348,7 @@ def main() -> None:
     asked = [n for n in arguments.names.split(",") if n] or names()
     budgets = [int(k) for k in arguments.nfe.split(",")]
     job = {"draw": draw_all, "score": score_all}[arguments.what]
-    job(asked, budgets, arguments.out, fewstep.load(MODEL))
+    job(asked, budgets, arguments.out, fewstep.load(MODEL), arguments.samples)
 
 
 if __name__ == "__main__":

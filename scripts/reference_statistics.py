@@ -1,9 +1,9 @@
-"""Makes the reference statistics that ship as ``fashion``, and says what they are.
+"""Makes the reference statistics that ship for ``fashion``, and says what they are.
 
-Usage: python scripts/reference_statistics.py DATA OUT
+Usage: python scripts/reference_statistics.py DATA OUT [--features fashion-robust]
 
 DATA is a folder with the idx files of Fashion-MNIST (training and test images). The features are
-the embedded ``fashion``; mean and covariance are over all training images, and 5000 features each
+those of an embedded extractor; mean and covariance are over all training images, and 5000 features each
 of training and of test images, chosen at random, are kept.
 """
 
@@ -24,9 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--features", default="fashion")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as empty:
-        made = metrics.Reference.load(options.data, "fashion", cache=empty)
+        made = metrics.Reference.load(options.data, options.features, cache=empty)
     about = {"made": date.today().isoformat(), "torch": torch.__version__}
     made.write(options.out, about)
     bytes_written = sum(file.stat().st_size for file in options.out.iterdir())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep import metrics
 from fewstep.metrics import Features, Reference, Statistics
+from fewstep.metrics.features import EMBEDDED
 
 
 class Look:
@@ -51,10 +52,11 @@ def test_statistics_over_batches_are_those_of_all() -> None:
         Statistics.over([x[:1]])
 
 
-def test_the_embedded_reference() -> None:
-    found = Reference.load("fashion")
+@pytest.mark.parametrize("features", EMBEDDED)
+def test_the_embedded_references(features: str) -> None:
+    found = Reference.load("fashion", features)
     assert found.statistics.n == 60_000
-    assert found.features_sha256 == Features.load("fashion").sha256
+    assert found.features_sha256 == Features.load(features).sha256
     assert found.event_shape == (1, 28, 28)
     # 5000 of the 60,000 are as all of them; the test images are other images of the same law.
     near = metrics.fid(found.features, found, blocks=2).value

@@ -12,6 +12,7 @@ import fewstep
 from fewstep import exact
 from fewstep.cli import run
 from fewstep.files import read_json
+from fewstep.learned.real_data import references
 from fewstep.learned.search_state import STATE
 from fewstep.learned.teachers import Source
 from fewstep.learned.unrolled import Conditions
@@ -346,3 +347,13 @@ def test_mistakes_at_the_command_line(tmp_path, capsys):
         arguments = extra if "--out" in extra else [*extra, "--out", str(tmp_path / "x.json")]
         assert run([*base, *arguments]) == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("features", [None, "fashion", "fashion-robust"])
+def test_embedded_data_are_judged_in_features_that_the_loss_does_not_use(features) -> None:
+    loss, judged = references("fashion", features, (1, 28, 28))
+    assert loss is not None
+    assert judged is not None
+    assert loss.features_name == (features or "fashion")
+    assert judged.features_name != loss.features_name
+    assert judged.sha256 == loss.sha256

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.learned.judges import IMAGE, random_features
-from fewstep.metrics.features import FeatureMap
+from fewstep.metrics.features import EMBEDDED as EXTRACTORS
+from fewstep.metrics.features import FeatureMap, extractor
 from fewstep.metrics.reference import EMBEDDED, Reference
 
 logger = logging.getLogger("fewstep")
@@ -20,8 +21,9 @@ def references(
 ) -> tuple[Reference | None, Reference | None]:
     """Returns the reference of the loss, and that of the judge.
 
-    The judge looks with other features than the loss if the real samples themselves are known;
-    else at the held-out part, with the loss's features and a kernel of its own.
+    The judge looks with other features than the loss: random ones if the real samples themselves
+    are known, another embedded extractor for embedded data. Of a :class:`Reference` alone it
+    looks at the held-out part, with the loss's features and a kernel of its own.
     """
     if data is None:
         return None, None
@@ -44,13 +46,21 @@ def references(
         raise ValueError(f"{str(data)!r} holds images, the model's samples have shape {shape}")
     size = shape[1] if shape[1] == shape[2] else None
     embedded = str(data) in EMBEDDED
-    reference = Reference.load(data, _features(features, shape), size=None if embedded else size)
+    own = extractor(_features(features, shape))
+    reference = Reference.load(data, own, size=None if embedded else size)
     if reference.event_shape is not None and tuple(reference.event_shape) != shape:
         raise ValueError(
             f"the images of {str(data)!r} have shape {tuple(reference.event_shape)}, the model's "
             f"samples {shape}"
         )
-    return reference, reference if embedded else Reference.load(data, look, size=size)
+    if embedded:
+        return reference, Reference.load(data, _other(reference.features_name))
+    return reference, Reference.load(data, look, size=size)
+
+
+def _other(name: str) -> str:
+    """Returns the embedded extractor that the loss does not use."""
+    return next(other for other in EXTRACTORS if other != name)
 
 
 def _features(features: FeatureMap, shape: tuple[int, ...]) -> FeatureMap:

@@ -17,7 +17,8 @@ from fewstep.zoo.classifier import SmallClassifier
 
 FORMAT, VERSION = "fewstep.features", 1
 HERE = Path(__file__).parent.parent / "zoo" / "features"
-EMBEDDED = ("fashion",)
+EMBEDDED = ("fashion", "fashion-robust")
+"""Of Fashion-MNIST's classifiers: one that saw clean images, one that saw noisy and blurred ones."""
 
 
 class Features:

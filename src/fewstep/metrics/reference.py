@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.metrics.features import EMBEDDED as EXTRACTORS
 from fewstep.metrics.features import FeatureMap, extractor, identity, name_of
 from fewstep.metrics.real import RealData, order
 from fewstep.metrics.statistics import Statistics
@@ -20,6 +21,7 @@ from fewstep.metrics.statistics import Statistics
 FORMAT, VERSION = "fewstep.reference", 1
 HERE = Path(__file__).parent.parent / "zoo" / "references"
 EMBEDDED = ("fashion",)
+"""Data whose references ship, in the features of each embedded extractor."""
 KEPT = 5000
 """The features that are kept of each part."""
 
@@ -101,7 +103,9 @@ class Reference:
         """
         look = extractor(features)
         if str(source) in EMBEDDED:
-            return _read(HERE / str(source), look, str(source))
+            name = name_of(look)
+            folder = HERE / str(source) / (name if name in EXTRACTORS else str(source))
+            return _read(folder, look, str(source))
         real, name, of = RealData.read(source, size=size), Path(source).name, identity(look)
         folder = _cache_folder(cache) / f"reference-{real.sha256[:20]}-{of[:20]}"
         if of and (folder / "reference.json").exists():
