@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fewstep
+from fewstep.denoiser import Denoiser
 from fewstep.figures import COLORS, STYLE
+from fewstep.noise import INITIAL, NoiseSource
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 SMALL = {
@@ -29,6 +32,39 @@ SMALL = {
     "legend.fontsize": 7.5,
 }
 """What figures of the documentation have besides the house's style."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a distance to the reference is measured on: a model, and noise that nothing was fitted to.
+
+    Attributes:
+        denoiser: The model.
+        noise: The initial draws.
+        cond: The conditions: the classes in turn, if it has classes.
+    """
+
+    denoiser: Denoiser
+    noise: Tensor
+    cond: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: str, n: int, seed: int) -> Setting:
+        """Returns the setting of n samples."""
+        denoiser = fewstep.load(model)
+        assert denoiser.event_shape is not None
+        noise = NoiseSource(seed, range(n)).draw(INITIAL, denoiser.event_shape)
+        labels = {"class_labels": torch.arange(n) % 10} if denoiser.null_condition else {}
+        return cls(denoiser, noise, labels)
+
+    def sample(self, **options: Any) -> Tensor:
+        """Returns samples from this noise."""
+        return fewstep.sample(self.denoiser, noise=self.noise, **options, **self.cond)
+
+    def reference(self) -> Tensor:
+        """Returns what 200 calls give (tab2, log-rho)."""
+        fine = fewstep.grid("log-rho", self.denoiser.schedule, 200)
+        return self.sample(solver="tab2", grid=fine)
 
 
 def say_what_runs(what: str, packages: Iterable[str] = ()) -> None:

@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import fewstep
+from _common import Setting
 from fewstep.files import read_tensors, sha256, write_tensors
 from fewstep.fitted import FittedGrids
 from fewstep.metrics.intervals import jackknife
-from fewstep.noise import INITIAL, NoiseSource
 
 OTHERS = ("unipc3", "tab3")
 """The best on the power grid with power 1.5, which was the best named one."""
@@ -39,17 +38,9 @@ def main() -> None:
     parser.add_argument("--cells", default="")
     options = parser.parse_args()
 
-    denoiser = fewstep.load(options.model)
-    cond = {}
-    if denoiser.null_condition:
-        cond = {"class_labels": torch.arange(options.n) % 10}
-    noise = NoiseSource(options.seed, range(options.n)).draw(INITIAL, denoiser.event_shape)
+    setting = Setting.of(options.model, options.n, options.seed)
     cells = _Cells(options.cells, f"{options.model}-{options.seed}-{options.n}")
-    fine = fewstep.grid("log-rho", denoiser.schedule, 200)
-    reference = cells.get(
-        "reference",
-        lambda: fewstep.sample(denoiser, solver="tab2", grid=fine, noise=noise, **cond),
-    )
+    reference = cells.get("reference", setting.reference)
     print(
         f"{options.model}, {options.n} samples, seed {options.seed}, {datetime.date.today()}, "
         f"torch {torch.__version__}"
@@ -62,24 +53,14 @@ def main() -> None:
         for name in OTHERS:
 
             def run(name: str = name, nfe: int = nfe) -> Tensor:
-                return fewstep.sample(
-                    denoiser,
-                    solver=name,
-                    nfe=nfe,
-                    grid="power",
-                    options={"power": 1.5},
-                    noise=noise,
-                    **cond,
-                )
+                return setting.sample(solver=name, nfe=nfe, grid="power", options={"power": 1.5})
 
             errors.append(_squares(cells.get(f"{name}-{nfe}", run), reference))
         line = f"{nfe:<5}" + "  ".join(_rms(e).ljust(26) for e in errors)
         if found is not None:
 
             def ours(nfe: int = nfe) -> Tensor:
-                return fewstep.sample(
-                    denoiser, nfe=nfe, grid=f"auto:{options.grids}", noise=noise, **cond
-                )
+                return setting.sample(nfe=nfe, grid=f"auto:{options.grids}")
 
             mine = _squares(cells.get(f"recommended-{mark}-{nfe}", ours), reference)
             rival = min(errors, key=lambda e: float(e.mean()))

@@ -15,8 +15,7 @@ import json
 
 import torch
 
-import fewstep
-from fewstep.noise import INITIAL, NoiseSource
+from _common import Setting
 from fewstep.planning import choose
 
 SOLVERS = (
@@ -62,13 +61,8 @@ def main() -> None:
     parser.add_argument("--out", default="")
     options = parser.parse_args()
 
-    denoiser = fewstep.load(options.model)
-    cond = {}
-    if denoiser.null_condition:
-        cond = {"class_labels": torch.arange(options.n) % 10}
-    noise = NoiseSource(options.seed, range(options.n)).draw(INITIAL, denoiser.event_shape)
-    fine = fewstep.grid("log-rho", denoiser.schedule, 200)
-    reference = fewstep.sample(denoiser, solver="tab2", grid=fine, noise=noise, nfe=200, **cond)
+    setting = Setting.of(options.model, options.n, options.seed)
+    reference = setting.reference()
     print(
         f"{options.model}, {options.n} samples, seed {options.seed}, "
         f"{datetime.date.today()}, torch {torch.__version__}"
@@ -83,15 +77,8 @@ def main() -> None:
         ):
             settings = {**extra, "to_zero": zero} | ({"t_end": end} if end is not None else {})
             try:
-                x = fewstep.sample(
-                    denoiser,
-                    solver=name,
-                    nfe=nfe,
-                    grid=grid,
-                    head_start=start,
-                    options=settings,
-                    noise=noise,
-                    **cond,
+                x = setting.sample(
+                    solver=name, nfe=nfe, grid=grid, head_start=start, options=settings
                 )
             except ValueError:  # the budget cannot be met by this method
                 continue
@@ -101,9 +88,9 @@ def main() -> None:
         for row in rows[: options.top]:
             print(nfe, f"{row[0]:.4f}", *row[1:], flush=True)
         found += [(nfe, *row) for row in rows]
-        x = fewstep.sample(denoiser, solver="auto", nfe=nfe, noise=noise, **cond)
+        x = setting.sample(solver="auto", nfe=nfe)
         error = float((x - reference).square().mean().sqrt())
-        print(nfe, f"{error:.4f}", "auto:", choose(denoiser.schedule, nfe), flush=True)
+        print(nfe, f"{error:.4f}", "auto:", choose(setting.denoiser.schedule, nfe), flush=True)
     if options.out:
         with open(options.out, "w") as stream:
             json.dump(found, stream)
