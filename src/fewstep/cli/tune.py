@@ -59,7 +59,7 @@ def tune(
         objective: endpoint, trajectory, mmd; sums (mmd+0.1*endpoint), stages (endpoint,mmd); auto is
             endpoint,mmd with data and endpoint without.
         data: Real data: an embedded name (fashion), a folder of images, an idx or npz file.
-        features: The features of mmd: fashion, pixels, or a folder or file.
+        features: The features of mmd: fashion, fashion-robust, pixels, or a folder or file.
         solver: The solver to start from; left out, the best for this kind of schedule.
         grid: The time grid to start from.
         option: An option of solver or grid as key=value; can be repeated.
