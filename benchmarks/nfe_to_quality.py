@@ -22,6 +22,7 @@ import math
 from pathlib import Path
 
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 import fewstep
@@ -34,7 +35,7 @@ from fewstep.metrics import Estimate, Features, Reference, Statistics, frechet_d
 from fewstep.metrics.intervals import jackknife
 
 SHOWN = (
-    "auto", "tab3", "unipc3", "ddim", "diffusers:ddim", "diffusers:deis-3", "diffusers:dpmpp-2m-karras",
+    "auto", "recommended", "tab3", "unipc3", "ddim", "diffusers:ddim", "diffusers:deis-3", "diffusers:dpmpp-2m-karras",
     "diffusers:unipc-3",
 )  # fmt: skip
 """What the figure has."""
@@ -194,6 +195,9 @@ def draw(
         axes[0].axhspan((1 - options.within) * best, mark, color="black", alpha=0.12)
         axes[0].set(xscale="log", yscale="log", xlabel="network calls", ylabel="FID")
         ticks(axes[0], sorted({k for at, _ in curves.values() for k in at}))
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].yaxis.set_minor_locator(NullLocator())
         legend_beside(axes[0])
 
 
