@@ -206,13 +206,14 @@ def test_losses_by_name():
 
 
 def test_the_distance_in_features(model, store, tmp_path):
-    from fewstep.operators.losses import FeatureDistance, l1
+    from fewstep.operators.losses import FeatureDistance, ModelFeatures, l1
 
-    distance = FeatureDistance(model, weight=2.0)
+    look = ModelFeatures(model)
+    distance = FeatureDistance(look, weight=2.0)
     a, b = store.states[:3, -1], store.states[3:6, -1]
-    lam = model.schedule.lam(torch.tensor(distance.time, dtype=torch.float64))
+    lam = model.schedule.lam(torch.tensor(look.time, dtype=torch.float64))
     assert float(lam.exp()) == pytest.approx(10.0)  # a tenth of noise
-    t = torch.full((3,), distance.time)
+    t = torch.full((3,), look.time)
     expected = l1(a, b)
     with torch.no_grad():
         sides = [model.network.encode(x, t)[2] for x in (a, b)]
@@ -224,7 +225,43 @@ def test_the_distance_in_features(model, store, tmp_path):
     distill(model, store, tmp_path, mode="endpoint", loss="features", **SHORT)
     assert len(list(tmp_path.iterdir())) == 5
     with pytest.raises(ValueError, match="needs a network with encode"):
-        FeatureDistance(fewstep.load("mixture-smooth"))
+        ModelFeatures(fewstep.load("mixture-smooth"))
+
+
+def test_the_distance_in_the_features_of_a_classifier(model, store, tmp_path):
+    from fewstep.metrics import Features
+    from fewstep.operators.losses import FeatureDistance, distance_of, l1
+
+    a, b = store.states[:3, -1].requires_grad_(), store.states[3:6, -1]
+    look = Features.load("fashion-robust")
+    stages = look.stages(a)
+    assert [tuple(s.shape[:2]) for s in stages] == [(3, c) for c in (32, 64, 64, 128, 128)]
+    last = look.module.body[-3:](stages[-1])  # what is left to the features
+    torch.testing.assert_close(last, look(a))
+    expected = l1(a, b)
+    for one, two in zip(stages, look.stages(b), strict=True):
+        cosine = torch.nn.functional.cosine_similarity(one, two, dim=1)
+        seen = [(s.abs().sum(1) > 0).float() for s in (one, two)]  # no direction where all is zero
+        expected = expected + (seen[0] + seen[1] - 2 * cosine).flatten(1).mean(1)
+    distance = distance_of("features", None, model, "fashion-robust")
+    found = distance(a, b)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), a)
+    assert float(gradient.abs().max()) > 0
+    distill(
+        model, store, tmp_path, mode="endpoint", loss="features", features="fashion-robust", **SHORT
+    )  # fmt: skip
+    kept = read_json(tmp_path / "operator.json")["training"]["recipe"]
+    assert (kept["loss"], kept["features"]) == ("features", "fashion-robust")
+    with pytest.raises(
+        ValueError, match="features are for the loss 'features', got the loss 'l1'"
+    ):
+        DistillRecipe(features="fashion")
+    with pytest.raises(ValueError, match="the features have no gradient"):
+        FeatureDistance(lambda x: [x.round().detach()])(a, b)
+    flat = FeatureDistance(lambda x: [x.flatten(1)])(a, b)  # vectors, as a TorchScript file gives
+    vectors = [torch.nn.functional.normalize(side.flatten(1), dim=1) for side in (a, b)]
+    torch.testing.assert_close(flat, l1(a, b) + (vectors[0] - vectors[1]).square().sum(1))
 
 
 def test_tensorboard(model, store, tmp_path):

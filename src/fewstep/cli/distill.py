@@ -49,6 +49,7 @@ def distill(
     modes: int | None = None,
     basis: str | None = None,
     loss: str | None = None,
+    features: str | None = None,
     weights: str | None = None,
     lambda_max: float | None = None,
     steps: int | None = None,
@@ -78,7 +79,9 @@ def distill(
         times: The number of frames (4), or their times among the stored ones (0.56,0.25,0).
         modes: The temporal modes J that are kept; 2 if left out.
         basis: dft, dct or dense.
-        loss: l1, l2, huber, or features (l1, and what the model itself sees in the images).
+        loss: l1, l2, huber, or features (l1, and what a network sees in the images).
+        features: Whose features: fashion, fashion-robust, a folder or a TorchScript file; the
+            model's own if left out.
         weights: snr, uniform, or a number for each frame (1,2,4,20).
         lambda_max: The largest weight of snr; with the published 10000 the path is hardly learned.
         steps: The number of training steps.
@@ -112,6 +115,7 @@ def distill(
         "modes": modes,
         "basis": basis,
         "loss": loss,
+        "features": features,
         "weights": _weights(weights),
         "lambda_max": lambda_max,
         "steps": steps,

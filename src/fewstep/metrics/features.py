@@ -54,6 +54,19 @@ class Features:
         r"""Returns the features, (n, D), of images (n, C, H, W) in [-1, 1]."""
         return torch.cat([self.network(part) for part in self._batches(images, batch_size)])
 
+    def stages(self, images: Tensor) -> list[Tensor]:
+        r"""Returns what every stage sees in a batch, (n, C, \*) each; a gradient goes through.
+
+        A network of which only the features are known has one stage, these. The network is
+        brought to the images' device.
+        """
+        weight = None if self.module is None else next(self.module.parameters(), None)
+        if self.module is not None and weight is not None and weight.device != images.device:
+            self.module.to(images.device)
+        if isinstance(self.module, SmallClassifier):
+            return self.module.stages(images)
+        return [self.network(images)]
+
     def classify(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Returns the most likely class of each image, (n).
 

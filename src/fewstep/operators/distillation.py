@@ -65,10 +65,10 @@ def distill(
     """
     recipe = replace(recipe or DistillRecipe(), **_known(changes))
     if distance is not None and recipe.loss != "custom":
-        recipe = replace(recipe, loss="custom")
+        recipe = replace(recipe, loss="custom", features=None)
     store = _opened(folder)
     _check(denoiser, store)
-    measure = distance_of(recipe.loss, distance, denoiser)
+    measure = distance_of(recipe.loss, distance, denoiser, recipe.features)
     run = Trainer(denoiser, store, Path(out), recipe, measure, sites, device)
     run.train(checkpoint_every, tensorboard, on_step)
     return run.finish()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.denoiser import Denoiser
+from fewstep.metrics.features import Features
 from fewstep.operators.layout import scales
 from fewstep.registry import unknown
 from fewstep.schedules import NoiseSchedule
@@ -34,59 +35,83 @@ def huber(a: Tensor, b: Tensor, *, delta: float = 0.1) -> Tensor:
     return (((a - b).square() + delta**2).sqrt() - delta).flatten(1).mean(1)
 
 
-class FeatureDistance:
-    r"""The mean absolute difference, and that of what the model itself sees in the states.
+Stages = Callable[[Tensor], Sequence[Tensor]]
+r"""Takes states (N, \*) and returns what several stages of a network see in them, (N, C, \*) each."""
 
-    The features are those of the stages on the way down of the model's U-Net, at a time at which
-    there is little noise, each of unit length over the channels at each place,
+
+class FeatureDistance:
+    r"""The mean absolute difference, and that of what a network sees in the states.
+
+    Features have unit length over the channels at each place,
 
     .. math:: d(a, b) = \overline{|a - b|} + w \sum_l \overline{\| \phi_l(a) - \phi_l(b) \|^2}
-
-    like the perceptual distance of the paper, but without another network and without data.
 
     References:
         | The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (Zhang et al., 2018)
         | https://arxiv.org/abs/1801.03924
 
-    Cost: two passes through the way down, one of them with a gradient.
+    Cost: two passes through the network that looks, one of them with a gradient.
+
+    Arguments:
+        look: What gives the features: :class:`ModelFeatures`, or ``Features.load(...).stages``.
+        weight: The weight w.
+    """
+
+    def __init__(self, look: Stages, *, weight: float = 1.0) -> None:
+        self.look, self.weight = look, weight
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Returns the distances.
+
+        Raises:
+            ValueError: If the features have no gradient.
+        """
+        with torch.no_grad():
+            wanted = self.look(b)
+        total = l1(a.float(), b.float())
+        for one, two in zip(self.look(a), wanted, strict=True):
+            if a.requires_grad and not one.requires_grad:
+                raise ValueError(
+                    "the features have no gradient, so nothing could be learned from them (a "
+                    "TorchScript file that takes bytes rounds its images)"
+                )
+            sides = [side.float().reshape(*side.shape[:2], -1) for side in (one, two)]
+            unit = [functional.normalize(side, dim=1) for side in sides]
+            total = total + self.weight * (unit[0] - unit[1]).square().sum(1).mean(1)
+        return total
+
+
+class ModelFeatures:
+    """What the stages on the way down of the model's own U-Net see in a state of little noise.
+
+    Features without another network and without data.
 
     Arguments:
         denoiser: The model.
         rho: The ratio of noise to data at the time that is told to the network.
-        weight: The weight w.
 
     Raises:
         ValueError: If the model's network has no way down (``encode``) to look at.
     """
 
-    def __init__(self, denoiser: Denoiser, *, rho: float = 0.1, weight: float = 1.0) -> None:
+    def __init__(self, denoiser: Denoiser, *, rho: float = 0.1) -> None:
         network = getattr(denoiser, "network", None)
         if not isinstance(network, SmallUNet):
             raise ValueError(
                 f"the loss 'features' needs a network with encode(), a {type(network).__name__} "
-                "has none; give distance= instead"
+                "has none; give features= (a feature extractor), or distance= instead"
             )
         self.network = copy.deepcopy(network).requires_grad_(False)
         schedule = denoiser.schedule
         lam = -torch.tensor(rho, dtype=torch.float64).log()
         self.time = float(schedule.time(lam).clamp(schedule.t_min, schedule.t_max))
-        self.weight = weight
 
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Returns the distances."""
-        if next(self.network.parameters()).device != a.device:
-            self.network = self.network.to(a.device)
-        with torch.no_grad():
-            wanted = self._features(b)
-        total = l1(a.float(), b.float())
-        for one, two in zip(self._features(a), wanted, strict=True):
-            total = total + self.weight * (one - two).square().sum(1).flatten(1).mean(1)
-        return total
-
-    def _features(self, x: Tensor) -> list[Tensor]:
-        t = torch.full((len(x),), self.time, device=x.device)
-        _, _, found = self.network.encode(x, t)
-        return [functional.normalize(level.float(), dim=1) for level in found]
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """Returns the features."""
+        if next(self.network.parameters()).device != x.device:
+            self.network = self.network.to(x.device)
+        _, _, found = self.network.encode(x, torch.full((len(x),), self.time, device=x.device))
+        return found
 
 
 DISTANCES: dict[str, Distance] = {"l1": l1, "l2": l2, "huber": huber}
@@ -94,18 +119,29 @@ LOSSES = (*DISTANCES, "features", "custom")
 WEIGHTS = ("snr", "uniform")
 
 
-def distance_of(name: str, given: Distance | None, denoiser: Denoiser) -> Distance:
+def distance_of(
+    name: str, given: Distance | None, denoiser: Denoiser, features: str | None = None
+) -> Distance:
     """Returns the distance of that name, or the user's own, which is called ``"custom"``.
+
+    Arguments:
+        name: A name in ``LOSSES``.
+        given: The user's own.
+        denoiser: The model.
+        features: The feature extractor of ``"features"``, as of :meth:`Features.load`; left out,
+            :class:`ModelFeatures`.
 
     Raises:
         ValueError: If the name is unknown, or says ``"custom"`` and none is given.
     """
-    if name == "features" and given is None:
-        return FeatureDistance(denoiser)
     if given is not None:
         if not callable(given):
             raise TypeError(f"distance must be callable, got {type(given).__name__}")
         return given
+    if name == "features":
+        if features is None:
+            return FeatureDistance(ModelFeatures(denoiser))
+        return FeatureDistance(Features.load(features).stages)
     if name == "custom":
         raise ValueError("the loss 'custom' needs distance=, a callable of two batches of states")
     if name not in DISTANCES:

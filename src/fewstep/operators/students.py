@@ -47,6 +47,8 @@ class DistillRecipe:
             where it is well posed (:func:`well_posed_output`).
         loss: ``"l1"``, ``"l2"``, ``"huber"``, ``"features"`` (:class:`FeatureDistance`), or
             ``"custom"``.
+        features: The extractor that ``"features"`` looks with: an embedded name, a folder or a
+            TorchScript file; left out, the model's own network (:class:`ModelFeatures`).
         weights: ``"snr"``, ``"uniform"``, or a number for each frame.
         lambda_max: The cap of ``"snr"``; at the published 10,000 the intermediate states are
             hardly learned.
@@ -67,6 +69,7 @@ class DistillRecipe:
     basis: str = "dft"
     output: str = "auto"
     loss: str = "l1"
+    features: str | None = None
     weights: str | list[float] = "snr"
     lambda_max: float = 1e4
     steps: int = 10_000
@@ -96,6 +99,11 @@ class DistillRecipe:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(unknown(name, getattr(self, name), list(known)))
+        if self.features is not None and self.loss != "features":
+            raise ValueError(
+                f"features are for the loss 'features', got the loss {self.loss!r} and "
+                f"the features {self.features!r:.60}"
+            )
         if isinstance(self.weights, str) and self.weights not in WEIGHTS:
             raise ValueError(unknown("weights", self.weights, list(WEIGHTS)))
         for name in ("steps", "batch_size", "accumulate", "modes", "frames", "heldout"):

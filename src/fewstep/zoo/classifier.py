@@ -35,6 +35,15 @@ class SmallClassifier(nn.Module):
         """Returns the features, (B, 4 * width), of images (B, C, H, W) in [-1, 1]."""
         return self.body(x)
 
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """Returns what every convolution sees, (B, C, H, W) each."""
+        found = []
+        for part in self.body:
+            x = part(x)
+            if isinstance(part, nn.ReLU):
+                found.append(x)
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits, (B, classes)."""
         return self.head(self.features(x).relu())
