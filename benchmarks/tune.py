@@ -39,7 +39,7 @@ import fewstep
 from _common import print_table, say_what_runs
 from fewstep.data import read_images
 from fewstep.execute import execute
-from fewstep.files import read_json, read_metadata, read_tensors, write_json
+from fewstep.files import read_json, read_tensors, write_json
 from fewstep.learned import Base
 from fewstep.learned.families import family
 from fewstep.learned.judges import random_features
@@ -254,6 +254,12 @@ def scored(x: Tensor, data: str | None) -> dict[str, Any]:
     }
 
 
+def complete(file: Path, data: str | None) -> bool:
+    """Whether a cell has all its scores; those in random features need the images."""
+    wanted = set(SCORES) - (set() if data is not None else {"FID random"})
+    return file.exists() and wanted <= set(read_json(file))
+
+
 def drawn(plan: Plan, n: int) -> Tensor:
     """Returns the samples that are scored."""
     model = fewstep.load("fashion")
@@ -267,8 +273,10 @@ def fashion_cell(
     out: Path, name: str, data: str | None, search: dict[str, Any], pairs: str | None
 ) -> None:
     file = out / f"fashion.{name}.json"
+    if complete(file, data):
+        return
     recipe = out / f"{name}.recipe.json"
-    arguments = CELLS[name]
+    arguments, found = CELLS[name], read_json(file) if file.exists() else {}
     begun, cpu = time.perf_counter(), time.process_time()
     if not recipe.exists():
         folder = recipe.with_suffix(".search")
@@ -281,18 +289,19 @@ def fashion_cell(
         fewstep.tune(
             fewstep.load("fashion"), **arguments, data="fashion", out=recipe, search=search
         )
-    seconds = time.perf_counter() - begun, time.process_time() - cpu
+        found = {
+            "seconds": time.perf_counter() - begun,
+            "cpu": time.process_time() - cpu,
+            "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
     made = fewstep.SamplerRecipe.load(recipe)
     assert made.plan is not None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    write_json(
-        file,
-        {
-            **arguments, **scored(drawn(made.plan, N), data), "seconds": seconds[0],
-            "cpu": seconds[1], "peak MiB": peak, "improved": made.about["improved"],
-            "search": made.about["search"], "own scores": made.about["scores"],
-        },
-    )  # fmt: skip
+    about = {
+        "improved": made.about["improved"],
+        "search": made.about["search"],
+        "own scores": made.about["scores"],
+    }
+    write_json(file, {**arguments, **scored(drawn(made.plan, N), data), **found, **about})
     print(name, file.read_text().replace("\n", "")[:600], flush=True)
 
 
@@ -310,14 +319,13 @@ def free_cells(out: Path, data: str | None, samples: str | None, budgets: list[i
                     Path(samples) / f"{name}-{calls}-{k}.safetensors" for k in range(0, N, 100)
                 ]
                 file = out / f"free.{name}.{calls}.json"
-                if not file.exists() and all(f.exists() for f in files):
-                    read_metadata(files[0])
+                if not complete(file, data) and all(f.exists() for f in files):
                     x = torch.cat([read_tensors(f)["samples"] for f in files])
                     write_json(file, {"nfe": calls, **scored(x, data)})
         schedule = fewstep.schedule("ddpm-linear")
         for power in (1.0, 1.5, 2.0):
             file = out / f"free.ddim power {power:g}.{nfe}.json"
-            if not file.exists():
+            if not complete(file, data):
                 plan = fewstep.plan("ddim", schedule, nfe=nfe, grid="power", power=power)
                 write_json(file, {"nfe": nfe, **scored(drawn(plan, N), data)})
                 print(file.name, flush=True)
@@ -483,10 +491,9 @@ def main() -> None:
         mixtures(options.out, set(options.only.split(",")))
     elif options.what == "fashion":
         for name in options.cells.split(","):
-            if not (options.out / f"fashion.{name}.json").exists():
-                fashion_cell(
-                    options.out, name, options.data, json.loads(options.search), options.pairs
-                )
+            fashion_cell(
+                options.out, name, options.data, json.loads(options.search), options.pairs
+            )
     elif options.what == "free":
         budgets = [int(k) for k in options.budgets.split(",")]
         free_cells(options.out, options.data, options.samples, budgets)
