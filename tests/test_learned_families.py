@@ -191,6 +191,16 @@ def test_networks_of_whole_times_cannot_learn_them():
     assert torch.equal(fixed().times, base.grid.times[:5])
 
 
+def test_ggdm_starts_from_ddim_unless_told():
+    own, chosen = (start_of("ggdm+pred+time", VP, 5, solver=s) for s in (None, "auto"))
+    best = start_of("gs", VP, 5)
+    assert own.solver == solver("ddim")
+    assert chosen.solver == best.solver == start_of("gs", VP, 5, solver="auto").solver
+    assert chosen.grid.times.tolist() == best.grid.times.tolist()
+    x, y = (run(plan) for plan in (family("ggdm+pred+time", chosen).plan(), best.plan()))
+    torch.testing.assert_close(x, y)
+
+
 def test_counts_are_those_of_the_table():
     """ddss: K - 1, K, K (K + 1) / 2 + K; the initial marginals count for plain GGDM alone."""
     for steps in (5, 10):

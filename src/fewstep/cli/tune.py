@@ -60,7 +60,8 @@ def tune(
             endpoint,mmd with data and endpoint without.
         data: Real data: an embedded name (fashion), a folder of images, an idx or npz file.
         features: The features of mmd: fashion, fashion-robust, pixels, or a folder or file.
-        solver: The solver to start from; left out, the best for this kind of schedule.
+        solver: The solver to start from; left out, the best for this kind of schedule (auto), ddim
+            for the families ggdm.
         grid: The time grid to start from.
         option: An option of solver or grid as key=value; can be repeated.
         head_start: The time above which the Gaussian solution replaces evaluations.

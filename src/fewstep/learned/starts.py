@@ -28,10 +28,13 @@ def start_of(
     r"""Returns the sampler from which a family starts: what is given, and else what suits it.
 
     The families over a solver start from what ``auto`` chooses; those over GGDM from ``ddim`` or
-    ``ddpm`` on the same kind of grid, with a last step onto :math:`\sigma = 0`, as the paper has it.
+    ``ddpm`` on the same kind of grid, with a last step onto :math:`\sigma = 0`, as the paper has it,
+    unless the solver is said to be ``"auto"``.
     """
     options = dict(options or {})
     own = next((s for prefix, s in STARTS.items() if name.startswith(prefix)), None)
+    if solver == "auto":
+        solver = own = None
     common: dict[str, Any] = {"nfe": nfe, "integer_times": integer_times}
     if own is None and solver is None and grid is None:
         choice = choose(schedule, nfe)

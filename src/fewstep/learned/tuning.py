@@ -61,7 +61,7 @@ def tune(
         features: The features of ``mmd``; left out, those of the embedded classifier for images
             of its shape, a random network's for other images, and the samples themselves else.
         solver: The solver to start from; left out, the best training-free one for this kind of
-            schedule (``ddim`` or ``ddpm`` for the families over GGDM).
+            schedule, ``"auto"`` (but ``ddim`` or ``ddpm`` for the families over GGDM).
         grid: The grid to start from, as of :func:`fewstep.plan`.
         head_start: The time of an analytic head start.
         options: Options of solver and grid.
