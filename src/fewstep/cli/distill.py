@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from fewstep.cli._common import (
     Flag,
     check_device,
-    draw,
     exists,
     load_model,
     output_folder,
@@ -19,14 +18,13 @@ from fewstep.cli._common import (
     progress,
     say,
 )
+from fewstep.cli._training import PICTURE, begin, picture_of
 from fewstep.files import loads_json, read_json, write_whole
 
 if TYPE_CHECKING:
     from fewstep.operators.distillation import DistillEvent
     from fewstep.operators.model import OperatorModel
-    from fewstep.operators.students import DistillRecipe
 
-PICTURE = "samples.png"
 OURS = (
     "operator.json",
     "operator.safetensors",
@@ -35,7 +33,6 @@ OURS = (
     "log.jsonl",
     PICTURE,
 )
-SHOWN = 40
 
 
 def distill(
@@ -130,10 +127,7 @@ def distill(
     changes = {key: value for key, value in given.items() if value is not None}
     made = replace(made, **changes, **_times(times))
     teacher, store = load_model(model, device), TrajectoryStore.open(trajectories)
-    if overwrite and (finished or not _same_run(out, made)):
-        for name in OURS:
-            (out / name).unlink(missing_ok=True)
-    before = _step(out)
+    before = begin(out, made, OURS, finished=finished, overwrite=overwrite)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launched
     tell = say if first else lambda _: None
     tell(f"{len(store)} trajectories; {made.mode}, {made.steps} steps on {device}")
@@ -156,7 +150,10 @@ def distill(
             on_step=told,
         )
     if first:
-        write_whole(out / PICTURE, _picture(student, made))
+        title = f"{made.mode} after {made.steps} steps · 1 evaluation"
+        classes, sampler = _classes(student), student.own_sampler()
+        picture = picture_of(sampler, classes=classes, seed=made.seed, title=title)
+        write_whole(out / PICTURE, picture)
     own, added = student.operator.overhead()
     rms = student.about["training"]["heldout_rms"]
     more = f", {added:,} of them ({added / own:.1%}) more than the model" if added else ""
@@ -191,39 +188,6 @@ def _numbers(name: str, text: str) -> list[float]:
         raise ValueError(f"{name} takes numbers with commas between, got {text!r:.60}") from None
 
 
-def _step(out: Path) -> int:
-    """Returns the step of the checkpoint that is there, or 0."""
-    if not (out / "checkpoint.json").exists():
-        return 0
-    state = read_json(out / "checkpoint.json", what="checkpoint")
-    step = state.get("step") if isinstance(state, dict) else None
-    return step if isinstance(step, int) else 0
-
-
-def _same_run(out: Path, recipe: DistillRecipe) -> bool:
-    import json
-    from dataclasses import asdict
-
-    if not (out / "checkpoint.json").exists():
-        return True
-    state = read_json(out / "checkpoint.json", what="checkpoint")
-    return state.get("recipe") == json.loads(json.dumps(asdict(recipe)))
-
-
 def _classes(student: OperatorModel) -> int | None:
     classes = getattr(student.network, "num_classes", None)
     return classes if isinstance(classes, int) else None
-
-
-def _picture(student: OperatorModel, recipe: DistillRecipe) -> bytes:
-    import io
-
-    from fewstep.plots import picture
-
-    classes = _classes(student)
-    cond = {"class_labels": [i % classes for i in range(SHOWN)]} if classes else {}
-    samples = draw(student.own_sampler(), range(SHOWN), seed=recipe.seed, cond=cond)
-    title = f"{recipe.mode} after {recipe.steps} steps · 1 evaluation"
-    buffer = io.BytesIO()
-    picture(samples, title=title).save(buffer, "PNG")
-    return buffer.getvalue()

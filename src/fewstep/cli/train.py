@@ -8,23 +8,21 @@ from typing import TYPE_CHECKING, Any
 from fewstep.cli._common import (
     Flag,
     check_device,
-    draw,
     exists,
     output_folder,
     positive,
     progress,
     say,
 )
+from fewstep.cli._training import PICTURE, begin, picture_of
 from fewstep.files import read_json, write_whole
 
 if TYPE_CHECKING:
     from fewstep.data import ImageData
     from fewstep.training import TrainRecipe
 
-PICTURE = "samples.png"
 OURS = ("model.json", "model.safetensors", "checkpoint.json", "checkpoint.safetensors", PICTURE)
 DEFAULT_STEPS = 4000
-SHOWN = 40
 
 
 def train(
@@ -86,11 +84,7 @@ def train(
         changes["seed"] = seed
     made = replace(made, **changes)
 
-    before = _step(out)
-    if overwrite and (finished or (before and not _same_run(out, made))):
-        for name in OURS:
-            (out / name).unlink(missing_ok=True)
-        before = 0
+    before = begin(out, made, OURS, finished=finished, overwrite=overwrite)
     classes = "no classes" if images.num_classes is None else f"{images.num_classes} classes"
     shape = "x".join(map(str, images.event_shape))
     say(f"{len(images)} images of {shape}, {classes}; {made.steps} steps on {device}")
@@ -103,10 +97,20 @@ def train(
 
         run(images, out, made, device=device, checkpoint_every=checkpoint_every, on_step=told)
 
+    from fewstep.cli.sample import DEFAULT_NFE
+    from fewstep.planning import choose
+    from fewstep.recipe import SamplerRecipe
     from fewstep.zoo.load import load
 
-    model = load(out, device=device)
-    write_whole(out / PICTURE, _picture(model, images, made))
+    model, nfe = load(out, device=device), 2 * DEFAULT_NFE
+    name = choose(model.schedule, nfe).solver
+    picture = picture_of(
+        SamplerRecipe(name="auto", nfe=nfe).build(model),
+        classes=images.num_classes,
+        seed=made.seed,
+        title=f"after {made.steps} steps · {name} · {nfe} evaluations",
+    )
+    write_whole(out / PICTURE, picture)
     say(f"wrote the model {out} and the picture {out / PICTURE}")
     labels = " --class-labels all" if images.num_classes else ""
     say(f"next: fewstep sample {out}{labels} --out {out}-samples")
@@ -138,40 +142,3 @@ def default_recipe(images: ImageData, *, device: str) -> TrainRecipe:
         batch_size=min(64, len(images)),
         precision=precision,
     )
-
-
-def _step(out: Path) -> int:
-    """Returns the step of the checkpoint that is there, or 0."""
-    if not (out / "checkpoint.json").exists():
-        return 0
-    state = read_json(out / "checkpoint.json", what="checkpoint")
-    step = state.get("step") if isinstance(state, dict) else None
-    return step if isinstance(step, int) else 0
-
-
-def _same_run(out: Path, recipe: TrainRecipe) -> bool:
-    import json
-    from dataclasses import asdict
-
-    state = read_json(out / "checkpoint.json", what="checkpoint")
-    return state.get("recipe") == json.loads(json.dumps(asdict(recipe)))
-
-
-def _picture(model: Any, images: ImageData, recipe: TrainRecipe) -> bytes:
-    import io
-
-    from fewstep.cli.sample import DEFAULT_NFE
-    from fewstep.planning import choose
-    from fewstep.plots import picture
-    from fewstep.recipe import SamplerRecipe
-
-    classes = images.num_classes
-    cond = {"class_labels": [i % classes for i in range(SHOWN)]} if classes else {}
-    nfe = 2 * DEFAULT_NFE
-    made = SamplerRecipe(name="auto", nfe=nfe).build(model)
-    samples = draw(made, range(SHOWN), seed=recipe.seed, cond=cond)
-    name = choose(model.schedule, nfe).solver
-    title = f"after {recipe.steps} steps · {name} · {nfe} evaluations"
-    buffer = io.BytesIO()
-    picture(samples, title=title).save(buffer, "PNG")
-    return buffer.getvalue()

@@ -1,0 +1,48 @@
+"""What the commands that train have in common: runs that go on, and the picture at their end."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fewstep.cli._common import draw
+from fewstep.files import read_json
+
+PICTURE = "samples.png"
+SHOWN = 40
+
+
+def begin(out: Path, recipe: Any, names: Sequence[str], *, finished: bool, overwrite: bool) -> int:
+    """Returns the step at which a run goes on, 0 if it is new.
+
+    With ``overwrite`` the files of a finished run, or of another recipe's, are deleted first.
+    """
+    state = _checkpoint(out)
+    other = state is not None and state.get("recipe") != json.loads(json.dumps(asdict(recipe)))
+    if overwrite and (finished or other):
+        for name in names:
+            (out / name).unlink(missing_ok=True)
+        return 0
+    step = (state or {}).get("step")
+    return step if isinstance(step, int) else 0
+
+
+def _checkpoint(out: Path) -> dict[str, Any] | None:
+    if not (out / "checkpoint.json").exists():
+        return None
+    state = read_json(out / "checkpoint.json", what="checkpoint")
+    return state if isinstance(state, dict) else {}
+
+
+def picture_of(sampler: Any, *, classes: int | None, seed: int, title: str) -> bytes:
+    """Returns a PNG of samples, with the classes in turn."""
+    from fewstep.plots import picture
+
+    cond = {"class_labels": [i % classes for i in range(SHOWN)]} if classes else {}
+    buffer = io.BytesIO()
+    picture(draw(sampler, range(SHOWN), seed=seed, cond=cond), title=title).save(buffer, "PNG")
+    return buffer.getvalue()
