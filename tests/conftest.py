@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from fewstep.cli import run
 from fewstep.schedules import NoiseSchedule, schedule
 
 
@@ -38,6 +40,24 @@ def quiet_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command; returns what it told: the error where one was expected, else all."""
+
+    def command(*arguments: object, code: int = 0) -> str:
+        got = run([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert got == code, f"exit code {got}\n{out}\n{err}"
+        if code == 2:
+            # Nothing was done yet: at most it was said what was about to be.
+            said = ("auto chose", " images of ")
+            assert all(any(start in line for start in said) for line in out.splitlines())
+            assert re.fullmatch(r"error: [^\n]+\n", err), err
+        return err if code == 2 else out + err
+
+    return command
 
 
 FLAGS = (

@@ -16,26 +16,7 @@ from safetensors.torch import load_file
 import fewstep
 from fewstep.cli import _common, run
 from fewstep.cli import sample as sample_command
-from fewstep.schedules import schedule
-from fewstep.zoo.folder import write_model
-from fewstep.zoo.unet import SmallUNet
-
-
-def _write_tiny(folder: Path, *, classes: int | None = 3, size: int = 8) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = SmallUNet(channels=[4, 8], blocks=[1, 1], attention=[1], num_classes=classes)
-        for parameter in network.parameters():  # the silent layers must say something
-            torch.nn.init.normal_(parameter, std=0.1)
-    return write_model(
-        folder,
-        network.state_dict(),
-        network={"kind": "small-unet", **network.config},
-        schedule=schedule("ddpm-linear"),
-        prediction="v",
-        event_shape=(1, size, size),
-        class_names=["shirt", "shoe", "bag"][:classes] if classes else None,
-    )
+from tiny_models import write_tiny
 
 
 def _size(file: Path) -> tuple[int, int]:
@@ -45,24 +26,7 @@ def _size(file: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return str(_write_tiny(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def told(capsys):
-    def command(*arguments, code=0):
-        got = run([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        assert got == code, f"exit code {got}\n{out}\n{err}"
-        if code == 2:
-            # Nothing was done yet: at most it was said what was about to be.
-            said = ("auto chose", " images of ")
-            assert all(any(start in line for start in said) for line in out.splitlines())
-            assert re.fullmatch(r"error: [^\n]+\n", err), err
-            return err
-        return out if not err else out + err
-
-    return command
+    return str(write_tiny(tmp_path_factory.mktemp("model")))
 
 
 # Starting up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -13,7 +14,7 @@ import fewstep
 from fewstep.cli import run
 from fewstep.comparison.cells import Runner
 from pages import Reader, requests
-from test_cli import _write_tiny
+from tiny_models import write_tiny
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -22,14 +23,8 @@ SMALL = ("--nfe", "3,5", "-n", "24", "--batch-size", "10", "--reference-nfe", "1
 
 
 @pytest.fixture
-def told(capsys):
-    def command(*arguments, code=0):
-        got = run(["compare", *(str(a) for a in arguments)])
-        out, err = capsys.readouterr()
-        assert got == code, f"exit code {got}\n{out}\n{err}"
-        return err if code else out
-
-    return command
+def told(told):
+    return functools.partial(told, "compare")
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +197,7 @@ def images(tmp_path_factory):
     pixels = numpy.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=numpy.uint8)
     numpy.savez(folder / "data.npz", images=pixels)
     numpy.savez(folder / "wide.npz", images=numpy.zeros((60, 4, 8), numpy.uint8))
-    return _write_tiny(folder / "model"), folder
+    return write_tiny(folder / "model"), folder
 
 
 def test_images_stand_in_rows_by_sampler(images, tmp_path, told, monkeypatch):

@@ -9,45 +9,14 @@ import torch
 import fewstep
 from fewstep.cli import record as command
 from fewstep.cli import run
-from fewstep.schedules import schedule
 from fewstep.trajectories import TrajectoryStore, writing
-from fewstep.zoo.folder import write_model
-from fewstep.zoo.unet import SmallUNet
+from tiny_models import write_tiny
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A folder with a class-conditional model of 8 x 8 images; its name needs quotes."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = SmallUNet(channels=[4, 8], blocks=[1, 1], attention=[1], num_classes=3)
-        for parameter in network.parameters():  # the silent layers must say something
-            torch.nn.init.normal_(parameter, std=0.1)
-    folder = write_model(
-        tmp_path_factory.mktemp("a model"),
-        network.state_dict(),
-        network={"kind": "small-unet", **network.config},
-        schedule=schedule("ddpm-linear"),
-        prediction="v",
-        event_shape=(1, 8, 8),
-        class_names=["shirt", "shoe", "bag"],
-    )
-    return str(folder)
-
-
-@pytest.fixture
-def told(capsys):
-    def command(*arguments, code=0):
-        got = run([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        assert got == code, f"exit code {got}\n{out}\n{err}"
-        if code == 2:
-            assert not out
-            assert re.fullmatch(r"error: [^\n]+\n", err), err
-            return err
-        return out
-
-    return command
+    return str(write_tiny(tmp_path_factory.mktemp("a model")))
 
 
 def test_a_store_from_record_to_verify_to_stats(tiny, tmp_path, told, monkeypatch):

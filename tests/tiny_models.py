@@ -1,0 +1,29 @@
+"""A model folder that is small enough to be made in a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fewstep.schedules import schedule
+from fewstep.zoo.folder import write_model
+from fewstep.zoo.unet import SmallUNet
+
+
+def write_tiny(folder: Path, *, classes: int | None = 3, size: int = 8) -> Path:
+    """Writes a model of small grey images, with three classes or none; returns its folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = SmallUNet(channels=[4, 8], blocks=[1, 1], attention=[1], num_classes=classes)
+        for parameter in network.parameters():  # the silent layers must say something
+            torch.nn.init.normal_(parameter, std=0.1)
+    return write_model(
+        folder,
+        network.state_dict(),
+        network={"kind": "small-unet", **network.config},
+        schedule=schedule("ddpm-linear"),
+        prediction="v",
+        event_shape=(1, size, size),
+        class_names=["shirt", "shoe", "bag"][:classes] if classes else None,
+    )
