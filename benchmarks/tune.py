@@ -233,7 +233,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "gs-5-mmd": {"nfe": 5, "family": "gs", "objective": "mmd"},
     **{
         f"default-{k}": {"nfe": k, "family": "gs", "objective": "endpoint,mmd"}
-        for k in (5, 3, 4, 6, 8, 10)
+        for k in (5, 3, 4, 6, 8, 10, 1)
     },
     "ld3-5": {"nfe": 5, "family": "ld3", "objective": "endpoint"},
     "ggdm-5-endpoint": {"nfe": 5, "family": "ggdm+pred+time", "objective": "endpoint"},
