@@ -128,6 +128,8 @@ def test_times_and_weights_and_a_recipe(folders, tmp_path):
     ("more", "told"),
     [
         (["--mode", "dsnow"], "Did you mean 'dsno'"),
+        (["--loss", "features", "--features", "fashon"], "Did you mean 'fashion'"),
+        (["--features", "fashion"], "features are for the loss 'features', got the loss 'l1'"),
         (["--times", "0.5,x"], "--times takes numbers with commas"),
         (["--times", "9"], "9 frames are wanted, but 4 states are stored"),
         (["--device", "quantum"], "cannot be used"),

@@ -257,6 +257,9 @@ def test_the_distance_in_the_features_of_a_classifier(model, store, tmp_path):
         ValueError, match="features are for the loss 'features', got the loss 'l1'"
     ):
         DistillRecipe(features="fashion")
+    colour = fewstep.Denoiser.wrap(lambda x, t: x, schedule=model.schedule, prediction="eps", event_shape=(3, 8, 8))  # fmt: skip
+    with pytest.raises(ValueError, match=r"images of shape \(n, 1, H, W\), got \(1, 3, 8, 8\)"):
+        distance_of("features", None, colour, "fashion")
     with pytest.raises(ValueError, match="the features have no gradient"):
         FeatureDistance(lambda x: [x.round().detach()])(a, b)
     flat = FeatureDistance(lambda x: [x.flatten(1)])(a, b)  # vectors, as a TorchScript file gives

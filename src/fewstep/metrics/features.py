@@ -64,6 +64,7 @@ class Features:
         if self.module is not None and weight is not None and weight.device != images.device:
             self.module.to(images.device)
         if isinstance(self.module, SmallClassifier):
+            self._check(images)
             return self.module.stages(images)
         return [self.network(images)]
 
@@ -80,6 +81,11 @@ class Features:
 
     def _batches(self, images: Tensor, size: int | None) -> Iterator[Tensor]:
         weight = None if self.module is None else next(self.module.parameters(), None)
+        self._check(images)
+        for part in images.split(size or self.batch_size):
+            yield part if weight is None else part.to(weight.device)
+
+    def _check(self, images: Tensor) -> None:
         if isinstance(self.module, SmallClassifier):
             channels = self.module.config["in_channels"]
             if images.ndim != 4 or images.shape[1] != channels:
@@ -87,8 +93,6 @@ class Features:
                     f"the feature extractor {self.name!r} looks at images of shape "
                     f"(n, {channels}, H, W), got {tuple(images.shape)}"
                 )
-        for part in images.split(size or self.batch_size):
-            yield part if weight is None else part.to(weight.device)
 
     @classmethod
     def load(

@@ -132,7 +132,8 @@ def distance_of(
             :class:`ModelFeatures`.
 
     Raises:
-        ValueError: If the name is unknown, or says ``"custom"`` and none is given.
+        ValueError: If the name is unknown, says ``"custom"`` and none is given, or the extractor
+            is unknown or looks at other images than the model's.
     """
     if given is not None:
         if not callable(given):
@@ -141,7 +142,10 @@ def distance_of(
     if name == "features":
         if features is None:
             return FeatureDistance(ModelFeatures(denoiser))
-        return FeatureDistance(Features.load(features).stages)
+        look = Features.load(features).stages
+        if denoiser.event_shape is not None:
+            look(torch.zeros((1, *denoiser.event_shape)))  # what does not fit is told beforehand
+        return FeatureDistance(look)
     if name == "custom":
         raise ValueError("the loss 'custom' needs distance=, a callable of two batches of states")
     if name not in DISTANCES:
