@@ -8,8 +8,9 @@ Usage:
 
 Each cell is a file in CELLS; a run that was interrupted goes on. ``quality``: FID to the training
 images, in the features of both embedded extractors, and RMS distance to the teacher's sampler
-(`auto` with 10 calls) from the same noise, beside solvers. ``speed``: one evaluation of student and
-teacher, in turn. ``ablation``: a small teacher of 14x14 images and students of equal training cost.
+(`auto` with 10 calls) from the same noise, beside solvers; and a picture, a row each. ``speed``:
+one evaluation of student and teacher, in turn. ``ablation``: a small teacher of 14x14 images and
+students of equal training cost.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fewstep.noise import INITIAL, NoiseSource
 from fewstep.operators import DistillRecipe, OperatorModel, flops
 from fewstep.operators.distillation import distill
 from fewstep.operators.students import make_student
+from fewstep.plots import image_grid
 from fewstep.training import TrainRecipe, train
 
 TEACHER = "auto 10"
@@ -41,6 +43,9 @@ SOLVERS: dict[str, dict[str, Any]] = {
     **{f"ddim {k}": {"solver": "ddim", "nfe": k} for k in range(1, 11)},
     **{f"auto {k}": {"solver": "auto", "nfe": k} for k in (1, 2, 3, 4, 5, 6, 8, 10)},
 }
+
+SHOWN = 16
+"""The samples of each row of the picture."""
 
 
 def main() -> None:
@@ -125,6 +130,9 @@ def quality(options: argparse.Namespace) -> None:
         "class found",
     )
     print_table(head, rows)
+    shown = {name: x[:SHOWN] for name, (_, x) in cells.items()}
+    picture = image_grid(torch.cat(list(shown.values())), columns=SHOWN, row_labels=list(shown))
+    picture.save(options.out / "samples.png")
     print("\ncost: in evaluations of the teacher's network, counted in FLOPs.")
 
 
