@@ -463,6 +463,7 @@ def show(out: Path) -> None:
             rows.append([key.split(".", 1)[1].rsplit(".", 1)[0] if key.startswith("free") else
                          f"**{key.split('.', 1)[1]}**", c["nfe"], *values, minutes, peak])  # fmt: skip
     print_table(["sampler", "K", *SCORES, "CPU min", "peak MiB"], rows)
+    by_budget(cells)
     rows = [
         [key.removeprefix("other."), _with_interval(c["FID"]), _with_interval(c["KID"])]
         for key, c in cells.items()
@@ -477,6 +478,36 @@ def show(out: Path) -> None:
     ]
     if rows:
         print_table(["K", "gradient", "MiB before", "MiB at the peak", "CPU s"], rows)
+
+
+def by_budget(cells: dict[str, Any]) -> None:
+    """Prints the tuned samplers of `fashion` beside the best of each kind, by FID in two features."""
+    for score in ("FID", "FID robust"):
+        rows = []
+        for steps in BUDGETS:
+            free = {
+                key.removeprefix("free.").rsplit(".", 1)[0]: cell[score]
+                for key, cell in cells.items()
+                if key.startswith("free.") and cell["nfe"] == steps and score in cell
+            }
+            kinds = {
+                "ddim": [name for name in free if name.startswith("ddim power")],
+                "ours": [name for name in free if name in ("auto", "recommended")],
+                "peers": [name for name in free if name.startswith(("azula_", "diffusers_"))],
+            }
+            row: list[Any] = [steps]
+            for name in ("default", "ggdm-auto", "ggdm"):
+                row.append(_with_interval(cells.get(f"fashion.{name}-{steps}", {}).get(score)))
+            for names in kinds.values():
+                best = min(names, key=lambda n: free[n][0], default=None)
+                row.append("" if best is None else f"{_with_interval(free[best])} {best}")
+            rows.append(row)
+        print(f"{score}\n")
+        print_table(
+            ["K", "default search", "ggdm+pred+time from auto", "ggdm+pred+time", "best DDIM",
+             "best of ours, training-free", "best peer"],
+            rows,
+        )  # fmt: skip
 
 
 def _thousandths(*values: float) -> list[str]:
