@@ -6,7 +6,7 @@ Usage: python benchmarks/tune.py mixtures --out DIR [--only families,losses,budg
        python benchmarks/tune.py free --out DIR --samples DIR    the training-free rows
        python benchmarks/tune.py other --out DIR --data FOLDER --samples DIR
        python benchmarks/tune.py memory --out DIR
-       python benchmarks/tune.py show --out DIR
+       python benchmarks/tune.py show --out DIR [--write benchmarks/results/tune.json]
 
 Each cell is a file in DIR; what is there is not done again, and a cell that was stopped goes on.
 ``show`` prints the tables.
@@ -480,6 +480,28 @@ def show(out: Path) -> None:
         print_table(["K", "gradient", "MiB before", "MiB at the peak", "CPU s"], rows)
 
 
+def shown_cells(out: Path) -> dict[str, Any]:
+    """Returns the cells of `fashion` and of training-free samplers, without the searches' settings."""
+    return {
+        f.name.removesuffix(".json"): {
+            key: value
+            for key, value in read_json(f).items()
+            if key not in ("search", "own scores")
+        }
+        for f in sorted(out.glob("f*.json"))
+        if f.name.startswith(("fashion.", "free."))
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Returns numbers with five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def by_budget(cells: dict[str, Any]) -> None:
     """Prints the tuned samplers of `fashion` beside the best of each kind, by FID in two features."""
     for score in ("FID", "FID robust"):
@@ -534,6 +556,7 @@ def main() -> None:
     parser.add_argument("--pairs")
     parser.add_argument("--budgets", default="5")
     parser.add_argument("--search", default="{}", help="settings of the search, JSON")
+    parser.add_argument("--write", type=Path, help="show: the cells of fashion as one file")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.what == "mixtures":
@@ -552,6 +575,8 @@ def main() -> None:
         memory(options.out)
     else:
         show(options.out)
+        if options.write is not None:
+            write_json(options.write, rounded(shown_cells(options.out)))
 
 
 if __name__ == "__main__":
