@@ -92,11 +92,16 @@ def quality(options: argparse.Namespace) -> None:
     for name, folder in pairs(options.student).items():
         student = fewstep.load(folder)
         assert isinstance(student, OperatorModel)
-        mark = student.fingerprint()[:8]
-        cells[f"student {name}"] = (
-            flops(student.operator, {"class_labels": 0}) / one_call(model),
-            drawn(f"student-{name}-{mark}", student),
-        )
+        operator, trained = student.operator, student.operator.frames
+        for frames in (trained, *(m for m in (2, 4, 8) if trained > 1 and m != trained)):
+            told = f"student {name}" if frames == trained else f"student {name}, run at {frames}"
+            if frames != trained:
+                start = operator.layout.start
+                operator.set_times([start * (1 - k / frames) ** 2 for k in range(1, frames + 1)])
+            cells[told] = (
+                flops(operator, {"class_labels": 0}) / one_call(model),
+                drawn(f"{told.replace(',', '')}-{student.fingerprint()[:8]}", student),
+            )
     chosen = [name for name in options.solvers.split(",") if name]
     for name in chosen:
         how = SOLVERS[name]
