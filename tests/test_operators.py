@@ -687,3 +687,9 @@ def test_the_embedded_operator():
     path = fewstep.sample(student, 2, save="states")
     assert path.nfe == 1
     assert path.states.shape == (2, 2, 1, 28, 28)
+    # Its convolutions lie in memory as its teacher's do: another order is slower.
+    orders = [
+        next(p for p in network.parameters() if p.ndim == 4 and p.shape[-1] == 3).stride()
+        for network in (student.network, fewstep.load("fashion").network)
+    ]
+    assert orders[0] == orders[1]
