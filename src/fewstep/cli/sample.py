@@ -360,7 +360,7 @@ def _png(image: Any) -> bytes:
 
 def _title(model: str, recipe: SamplerRecipe, n: int, asked: str | None) -> str:
     nfe = recipe.plan.nfe if recipe.plan is not None else recipe.nfe
-    calls = f" · {nfe} evaluations" if nfe else ""
+    calls = f" · {nfe} evaluation{'s' * (nfe > 1)}" if nfe else ""
     shown = "" if asked is None else f" · {asked}"
     guided = f" · guidance {recipe.guidance:g}" if recipe.guidance is not None else ""
     return f"{Path(model).name} · {recipe.name or 'plan'}{calls}{shown}{guided}"
