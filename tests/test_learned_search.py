@@ -306,7 +306,7 @@ def test_conditions_are_taken_in_turn_and_at_random():
         Conditions.of(RING, {"label": []})
 
 
-# Whole searches; bounds from the experiments that the method was specified with (ddss.md, section 7)
+# Whole searches; bounds from the experiments that the method was specified with
 
 QUICK = {"pairs": 1000, "heldout": 500, "test": 200, "teacher_nfe": 60, "evaluate_every": 100}
 
