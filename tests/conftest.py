@@ -44,18 +44,23 @@ def quiet_diffusers() -> None:
 
 @pytest.fixture
 def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command; returns what it told: the error where one was expected, else all."""
+    """Runs a command; returns what it told: the error where one was expected, else the output.
 
-    def command(*arguments: object, code: int = 0) -> str:
+    ``said``: what lines may say before an error; ``logged``: whether the log is returned too.
+    """
+
+    def command(
+        *arguments: object, code: int = 0, said: tuple[str, ...] = (), logged: bool = False
+    ) -> str:
         got = run([str(a) for a in arguments])
         out, err = capsys.readouterr()
         assert got == code, f"exit code {got}\n{out}\n{err}"
         if code == 2:
             # Nothing was done yet: at most it was said what was about to be.
-            said = ("auto chose", " images of ")
             assert all(any(start in line for start in said) for line in out.splitlines())
             assert re.fullmatch(r"error: [^\n]+\n", err), err
-        return err if code == 2 else out + err
+            return err
+        return out + err if logged else out
 
     return command
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import re
 import resource
@@ -27,6 +28,11 @@ def _size(file: Path) -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return str(write_tiny(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def told(told):
+    return functools.partial(told, said=("auto chose", " images of "), logged=True)
 
 
 # Starting up

@@ -24,7 +24,7 @@ SMALL = ("--nfe", "3,5", "-n", "24", "--batch-size", "10", "--reference-nfe", "1
 
 @pytest.fixture
 def told(told):
-    return functools.partial(told, "compare")
+    return functools.partial(told, "compare", said=("auto chose",))
 
 
 @pytest.fixture(scope="module")
