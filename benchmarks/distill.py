@@ -29,6 +29,7 @@ from _common import print_table, say_what_runs
 from fewstep import metrics
 from fewstep.data import read_images
 from fewstep.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.metrics.features import EMBEDDED
 from fewstep.noise import INITIAL, NoiseSource
 from fewstep.operators import DistillRecipe, OperatorModel, flops
 from fewstep.operators.distillation import distill
@@ -74,9 +75,7 @@ def pairs(texts: list[str]) -> dict[str, str]:
 
 def quality(options: argparse.Namespace) -> None:
     model = fewstep.load("fashion")
-    references = [
-        metrics.Reference.load("fashion", look) for look in ("fashion", "fashion-robust")
-    ]
+    references = [metrics.Reference.load("fashion", look) for look in EMBEDDED]
     n, labels = options.n, torch.arange(options.n) % 10
     noise = NoiseSource(options.seed, range(n)).draw(INITIAL, model.event_shape)
     say_what_runs(f"n = {n}, seed {options.seed}, labels in turn, no guidance.")
@@ -89,6 +88,7 @@ def quality(options: argparse.Namespace) -> None:
         return read_tensors(file)["x"][:n].float()
 
     cells: dict[str, tuple[float, Tensor]] = {}
+    base = one_call(model)
     for name, folder in pairs(options.student).items():
         student = fewstep.load(folder)
         assert isinstance(student, OperatorModel)
@@ -99,7 +99,7 @@ def quality(options: argparse.Namespace) -> None:
                 start = operator.layout.start
                 operator.set_times([start * (1 - k / frames) ** 2 for k in range(1, frames + 1)])
             cells[told] = (
-                flops(operator, {"class_labels": 0}) / one_call(model),
+                flops(operator, {"class_labels": 0}) / base,
                 drawn(f"{told.replace(',', '')}-{student.fingerprint()[:8]}", student),
             )
     chosen = [name for name in options.solvers.split(",") if name]

@@ -38,13 +38,13 @@ from fewstep.adapters.peers import diffusers_sampler
 from fewstep.denoiser import Denoiser
 from fewstep.files import read_metadata, read_tensors, write_json, write_tensors
 from fewstep.metrics import Estimate, Features, Reference, Statistics
+from fewstep.metrics.features import EMBEDDED
 from fewstep.metrics.intervals import jackknife
 from fewstep.noise import INITIAL, NoiseSource
 from fewstep.sampling import Run, Sampler, sampler
 
 MODEL, SEED, N, CHUNK = "fashion", 5000, 2000, 100
 BUDGETS = (5, 6, 8, 10, 15, 20, 50)
-FEATURES = ("fashion", "fashion-robust")
 REFERENCE, REFERENCE_CALLS = "reference", 100
 RECOMMENDED = Path(__file__).parent.parent / "recipes" / "fashion-grid.json"
 """What ``fewstep analyze`` wrote for the model: solvers and times, fitted on other seeds."""
@@ -206,7 +206,7 @@ def score_all(
     """Prints the tables of what was drawn, and writes them as JSON."""
     print_header(n)
     fingerprint = denoiser.fingerprint()
-    real, robust = (Reference.load(MODEL, features) for features in FEATURES)
+    real, robust = (Reference.load(MODEL, features) for features in EMBEDDED)
     found = gather(REFERENCE, REFERENCE_CALLS, folder, fingerprint, n)
     if found is None:
         raise SystemExit("the reference is not drawn yet: draw --names reference")

@@ -23,6 +23,7 @@ import quality
 from _common import print_table, say_what_runs
 from fewstep.data import ImageData, read_images
 from fewstep.metrics import Estimate, Reference, fid, rms
+from fewstep.metrics.features import EMBEDDED
 
 CALLS, SEED, CHUNK = 20, 6000, 100
 BANDS = ((0, 3), (3, 6), (6, 9), (9, 12), (12, 15))
@@ -50,7 +51,7 @@ def main() -> None:
 
 def flow(images: ImageData, n: int, times: list[float]) -> None:
     model = fewstep.load("fashion")
-    looks = [Reference.load("fashion", features) for features in quality.FEATURES]
+    looks = [Reference.load("fashion", features) for features in EMBEDDED]
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[:n]
     assert images.labels is not None
     real, labels = images.floats(chosen), images.labels[chosen]
@@ -90,7 +91,7 @@ def denoised(model: fewstep.Denoiser, real: Tensor, labels: Tensor, t: float) ->
 
 
 def power(x: Tensor) -> Tensor:
-    """Returns the mean power of images by the distance from the zero frequency, (15)."""
+    """Returns the mean power of images by the distance from the zero frequency, one number a band."""
     size = x.shape[-1]
     found = torch.fft.fft2(x[:, 0].double()).abs().square().mean(0)
     k = torch.fft.fftfreq(size, dtype=torch.float64) * size

@@ -512,15 +512,13 @@ def by_budget(cells: dict[str, Any]) -> None:
                 for key, cell in cells.items()
                 if key.startswith("free.") and cell["nfe"] == steps and score in cell
             }
-            kinds = {
-                "ddim": [name for name in free if name.startswith("ddim power")],
-                "ours": [name for name in free if name in ("auto", "recommended")],
-                "peers": [name for name in free if name.startswith(("azula_", "diffusers_"))],
-            }
+            ddim = [name for name in free if name.startswith("ddim power")]
+            ours = [name for name in free if name in ("auto", "recommended")]
+            peers = [name for name in free if name.startswith(("azula_", "diffusers_"))]
             row: list[Any] = [steps]
             for name in ("default", "ggdm-auto", "ggdm"):
                 row.append(_with_interval(cells.get(f"fashion.{name}-{steps}", {}).get(score)))
-            for names in kinds.values():
+            for names in (ddim, ours, peers):
                 best = min(names, key=lambda n: free[n][0], default=None)
                 row.append("" if best is None else f"{_with_interval(free[best])} {best}")
             rows.append(row)

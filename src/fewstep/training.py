@@ -21,7 +21,7 @@ from fewstep.checkpoints import (
 )
 from fewstep.data import ImageData
 from fewstep.schedules import NoiseSchedule, schedule_from_config
-from fewstep.zoo.unet import SmallUNet
+from fewstep.zoo.unet import SmallUNet, lay_out
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def train(
             f"the network has {classes} classes, the images have {data.num_classes or 'none'}"
         )
     if torch.device(device).type == "cpu":
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(network)
     average = new_average(network)
     optimizer = torch.optim.AdamW(
         network.parameters(),

@@ -18,7 +18,7 @@ from fewstep.operators.operator import TrajectoryOperator
 from fewstep.prediction import Prediction
 from fewstep.schedules import schedule_from_config
 from fewstep.zoo.load import FolderModel, model_shape
-from fewstep.zoo.unet import SmallUNet
+from fewstep.zoo.unet import SmallUNet, lay_out
 
 FORMAT, VERSION = "fewstep.operator", 1
 ABOUT, WEIGHTS = "operator.json", "operator.safetensors"
@@ -116,8 +116,7 @@ def read_operator(
         operator.network.load_state_dict(read_tensors(file), assign=True)
         operator = operator.to(dtype)
         if isinstance(operator.network, SmallUNet):
-            # As its teacher is loaded: what convolutions and attention are fastest with.
-            operator.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            lay_out(operator.network)
         operator.set_times(layout.times)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the operator {str(folder)!r} cannot be read: {error}") from None

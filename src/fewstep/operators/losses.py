@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.denoiser import Denoiser
-from fewstep.metrics.features import Features
 from fewstep.operators.layout import scales
 from fewstep.registry import unknown
 from fewstep.schedules import NoiseSchedule
@@ -142,6 +141,8 @@ def distance_of(
     if name == "features":
         if features is None:
             return FeatureDistance(ModelFeatures(denoiser))
+        from fewstep.metrics.features import Features  # the metrics are needed here alone
+
         look = Features.load(features).stages
         if denoiser.event_shape is not None:
             look(torch.zeros((1, *denoiser.event_shape)))  # what does not fit is told beforehand
