@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/fewstep demo --out demo --overwrite
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 lint: setup
 	$(BIN)/ruff check .

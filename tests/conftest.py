@@ -1,7 +1,8 @@
-"""Shared fixtures: one thread, one seed, and the schedules built once."""
+"""Shared fixtures: one thread a process, one seed, and the schedules built once."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +13,12 @@ import torch
 
 from fewstep.cli import run
 from fewstep.schedules import NoiseSchedule, schedule
+
+# Tests run side by side, and small tensors are slower on several threads; for the processes that
+# tests start, too.
+torch.set_num_threads(1)
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[name] = "1"
 
 
 @pytest.fixture(autouse=True)
