@@ -11,8 +11,8 @@ from azula.denoise import Denoiser as AzulaDenoiser
 from azula.denoise import DiracPosterior
 from torch import Tensor, nn
 
-from fewstep.denoiser import Denoiser
-from fewstep.sampling import Run, Trajectory
+from fewstep.models.denoiser import Denoiser
+from fewstep.sampling.protocol import Run, Trajectory
 
 NAMES: dict[str, tuple[str, dict[str, Any], int]] = {
     "azula:ddim": ("DDIMSampler", {}, 1),

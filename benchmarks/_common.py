@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fewstep
-from fewstep.denoiser import Denoiser
-from fewstep.figures import COLORS, STYLE
-from fewstep.noise import INITIAL, NoiseSource
+from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.models.denoiser import Denoiser
+from fewstep.reporting.figures import COLORS, STYLE
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 SMALL = {

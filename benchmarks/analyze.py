@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from _common import Setting
-from fewstep.files import read_tensors, sha256, write_tensors
-from fewstep.fitted import FittedGrids
+from fewstep.base.files import read_tensors, sha256, write_tensors
 from fewstep.metrics.intervals import jackknife
+from fewstep.sampling.fitted import FittedGrids
 
 OTHERS = ("unipc3", "tab3")
 """The best on the power grid with power 1.5, which was the best named one."""

@@ -22,12 +22,13 @@ from torch import Tensor
 
 import fewstep
 from _common import FIGURES, figure, legend_beside, print_table, rms, say_what_runs, slope, ticks
-from fewstep.analysis import gaussian_moments
-from fewstep.exact import GaussianMixture
-from fewstep.grids import TimeGrid
-from fewstep.noise import NoiseSource
-from fewstep.plans import Lin, Plan
-from fewstep.sampling import PlanSampler, Run
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.noise import NoiseSource
+from fewstep.models.exact import GaussianMixture
+from fewstep.plans.checks import gaussian_moments
+from fewstep.plans.plan import Lin, Plan
+from fewstep.sampling.plan_sampler import PlanSampler
+from fewstep.sampling.protocol import Run
 from fewstep.solvers import SOLVERS
 
 DEIS = {

@@ -27,13 +27,13 @@ from torch import Tensor
 
 import fewstep
 from _common import FIGURES, figure, print_table, rms, say_what_runs, ticks
-from fewstep.data import read_images
-from fewstep.denoiser import Denoiser
-from fewstep.exact import GaussianMixture
+from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.diffusion.quadrature import lagrange
 from fewstep.metrics import rms as rms_with_interval
-from fewstep.noise import INITIAL, NoiseSource
-from fewstep.quadrature import lagrange
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.exact import GaussianMixture
 from fewstep.studies.fitting import Optimal
+from fewstep.training.data import read_images
 
 STAGES = (
     ("Euler", "euler", "uniform"),

@@ -27,15 +27,15 @@ from torch import Tensor
 import fewstep
 from _common import print_table, say_what_runs
 from fewstep import metrics
-from fewstep.data import read_images
-from fewstep.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.metrics.features import EMBEDDED
-from fewstep.noise import INITIAL, NoiseSource
 from fewstep.operators import DistillRecipe, OperatorModel, flops
 from fewstep.operators.distillation import distill
 from fewstep.operators.students import make_student
-from fewstep.plots import image_grid
-from fewstep.training import TrainRecipe, train
+from fewstep.reporting.plots import image_grid
+from fewstep.training.data import read_images
+from fewstep.training.train import TrainRecipe, train
 
 TEACHER = "auto 10"
 """What the distance is measured to: the best sampler of as many calls as the recorded one has."""

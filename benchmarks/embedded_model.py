@@ -14,7 +14,7 @@ import datetime
 import torch
 
 import fewstep
-from fewstep.files import read_json
+from fewstep.base.files import read_json
 from fewstep.metrics import Features
 from fewstep.metrics.features import HERE
 

@@ -28,11 +28,11 @@ from torch import Tensor
 import fewstep
 import quality
 from _common import FIGURES, figure, legend_beside, print_table, say_what_runs, ticks
+from fewstep.base.files import read_json, read_metadata, read_tensors, write_tensors
 from fewstep.comparison.store import STATE, Store
-from fewstep.denoiser import Denoiser
-from fewstep.files import read_json, read_metadata, read_tensors, write_tensors
 from fewstep.metrics import Estimate, Features, Reference, Statistics, frechet_distance
 from fewstep.metrics.intervals import jackknife
+from fewstep.models.denoiser import Denoiser
 
 SHOWN = (
     "auto", "recommended", "tab3", "unipc3", "ddim", "diffusers:ddim", "diffusers:deis-3", "diffusers:dpmpp-2m-karras",

@@ -30,10 +30,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep
-from fewstep.execute import Execution
-from fewstep.noise import NoiseSource
-from fewstep.plans import Lin, Plan
-from fewstep.sampling import PlanSampler, Run
+from fewstep.diffusion.noise import NoiseSource
+from fewstep.plans.execute import Execution
+from fewstep.plans.plan import Lin, Plan
+from fewstep.sampling.plan_sampler import PlanSampler
+from fewstep.sampling.protocol import Run
 
 SIZES = ((1, 3, 32, 32), (4, 4, 64, 64), (64, 3, 32, 32))
 SOLVERS = ("ddim", "dpmpp-2m", "dpmpp-3m", "logrhoab2", "tab3", "unipc2", "unipc3")

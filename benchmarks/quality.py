@@ -34,14 +34,15 @@ from torch import Tensor
 
 import fewstep
 from fewstep import metrics
-from fewstep.adapters.peers import diffusers_sampler
-from fewstep.denoiser import Denoiser
-from fewstep.files import read_metadata, read_tensors, write_json, write_tensors
+from fewstep.adapters.diffusers.peers import diffusers_sampler
+from fewstep.base.files import read_metadata, read_tensors, write_json, write_tensors
+from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.metrics import Estimate, Features, Reference, Statistics
 from fewstep.metrics.features import EMBEDDED
 from fewstep.metrics.intervals import jackknife
-from fewstep.noise import INITIAL, NoiseSource
-from fewstep.sampling import Run, Sampler, sampler
+from fewstep.models.denoiser import Denoiser
+from fewstep.sampling.protocol import Run, Sampler
+from fewstep.sampling.sample import sampler
 
 MODEL, SEED, N, CHUNK = "fashion", 5000, 2000, 100
 BUDGETS = (5, 6, 8, 10, 15, 20, 50)

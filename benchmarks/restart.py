@@ -21,9 +21,9 @@ from torch import Tensor
 import fewstep
 import quality
 from _common import print_table, say_what_runs
-from fewstep.data import ImageData, read_images
 from fewstep.metrics import Estimate, Reference, fid, rms
 from fewstep.metrics.features import EMBEDDED
+from fewstep.training.data import ImageData, read_images
 
 CALLS, SEED, CHUNK = 20, 6000, 100
 BANDS = ((0, 3), (3, 6), (6, 9), (9, 12), (12, 15))

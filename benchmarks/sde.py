@@ -25,8 +25,8 @@ import fewstep
 from _common import FIGURES, figure, legend_beside, print_table, say_what_runs
 from convergence import followed, total_variation
 from fewstep import metrics
-from fewstep.analysis import gaussian_moments
-from fewstep.exact import GaussianMixture
+from fewstep.models.exact import GaussianMixture
+from fewstep.plans.checks import gaussian_moments
 
 MEMBERS: tuple[tuple[str, float, str], ...] = (
     ("gddim", 0.0, "quadratic"),

@@ -37,9 +37,7 @@ from torch import Tensor
 
 import fewstep
 from _common import print_table, say_what_runs
-from fewstep.data import read_images
-from fewstep.execute import execute
-from fewstep.files import read_json, read_tensors, write_json
+from fewstep.base.files import read_json, read_tensors, write_json
 from fewstep.learned import Base
 from fewstep.learned.families import family
 from fewstep.learned.judges import random_features
@@ -48,7 +46,9 @@ from fewstep.learned.starts import start_of
 from fewstep.learned.teachers import Source
 from fewstep.learned.unrolled import Conditions, Unrolled, backpropagate
 from fewstep.metrics import Reference, fid, kid, precision_recall
-from fewstep.plans import Plan
+from fewstep.plans.execute import execute
+from fewstep.plans.plan import Plan
+from fewstep.training.data import read_images
 
 BUDGETS = (3, 4, 5, 6, 8, 10)
 MIXTURES = ("mixture-smooth", "mixture-sharp")

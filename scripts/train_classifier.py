@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fewstep.data import ImageData, read_images
 from fewstep.metrics.features import Features, write_features
-from fewstep.zoo.classifier import SmallClassifier
+from fewstep.models.networks.classifier import SmallClassifier
+from fewstep.training.data import ImageData, read_images
 
 
 def _test_images(folder: Path) -> ImageData:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fewstep.cli import run
-from fewstep.schedules import NoiseSchedule, schedule
+from fewstep.diffusion.schedules import NoiseSchedule, schedule
 
 # Tests run side by side, and small tensors are slower on several threads; for the processes that
 # tests start, too.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep.denoiser import Denoiser
-from fewstep.exact import GaussianMixture
-from fewstep.grids import TimeGrid
-from fewstep.plans import Lin, Plan
-from fewstep.schedules import SCHEDULES, NoiseSchedule, schedule
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.schedules import SCHEDULES, NoiseSchedule, schedule
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.exact import GaussianMixture
+from fewstep.plans.plan import Lin, Plan
 
 GRID_KINDS = ("uniform", "quadratic", "log-rho", "karras")
 """The grids that place any number of steps by themselves, without further options."""

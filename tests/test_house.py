@@ -17,41 +17,43 @@ from fewstep import solvers
 ROOT = Path(fewstep.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-FLOORS = (
-    ("prediction", "quadrature", "registry", "noise", "files"),
-    ("schedules", "plans"),
-    ("grids", "tape", "layout", "execute", "analysis", "denoiser", "preconditioning", "exact"),
-    ("solvers", "fitted", "planning", "sampling"),
-    ("ode", "dormand_prince", "adaptive", "likelihood", "data", "zoo", "checkpoints"),
-    ("recipe", "metrics", "training", "studies"),
-    ("trajectories", "operators", "learned"),
-    ("plots", "figures", "report", "adapters", "comparison", "cli"),
-)
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
 
-# Imports of a higher floor, inside of functions: the face hands over to another kind of sampler.
-LATE = {("sampling", "adaptive"), ("sampling", "recipe"), ("zoo", "adapters")}
-LATE |= {("zoo", "operators"), ("operators", "adapters")}
+
+def rooms() -> list[str]:
+    """The rooms in their order, as the design prints them."""
+    text = DESIGN.read_text(encoding="utf-8")
+    table = text[text.index("## The rooms") : text.index("## Decisions")]
+    return re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+
+
+ORDER = {name: number for number, name in enumerate(rooms())}
 
 
 def part(path):
-    """The module of the package, or its sub-package, that a file belongs to."""
+    """The room that a file belongs to."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+def module_of(path):
+    """The dotted name of a file, without the package's."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
 def imports(path):
-    """(module, inside a function or a TYPE_CHECKING block) for each import of a file."""
+    """(module, the name taken from it or None, inside a function) for each import of a file."""
     found = []
 
     def walk(node, late):
         if isinstance(node, ast.Import):
-            found.extend((alias.name, late) for alias in node.names)
+            found.extend((alias.name, None, late) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            if node.module == "fewstep":
-                found.extend((f"fewstep.{alias.name}", late) for alias in node.names)
-            else:
-                found.append((node.module, late))
+            found.extend((node.module, alias.name, late) for alias in node.names)
         is_late = late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             is_late = True
@@ -63,45 +65,49 @@ def imports(path):
 
 
 def inner(path):
-    """(part of the package, late) for each import of our own."""
-    for module, late in imports(path):
-        if module.startswith("fewstep."):
-            yield module.split(".")[1], late
+    """(module of ours, the name taken from it) for each import, early or late."""
+    for module, name, _ in imports(path):
+        if module == "fewstep":
+            yield name, None
+        elif module.startswith("fewstep."):
+            home = module.removeprefix("fewstep.")
+            yield (f"{home}.{name}", None) if f"{home}.{name}" in MODULES else (home, name)
 
 
 def ids(paths):
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
-LIBRARY = [path for path in FILES if part(path) not in ("__init__", "cli")]
+LIBRARY = [path for path in FILES if part(path) != "__init__"]
+
+
+def test_every_room_is_in_the_design():
+    assert {part(path) for path in LIBRARY} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=ids(LIBRARY))
-def test_no_import_from_a_higher_floor(path):
+def test_rooms_import_from_rooms_above(path):
     own = part(path)
-    assert own in FLOOR, f"{own} has no floor; put it on one"
-    for name, late in inner(path):
-        if name in FLOOR and name != own and FLOOR[name] > FLOOR[own]:
-            assert late, f"{own} imports {name} of a higher floor at the top"
-            assert (own, name) in LATE, f"{own} imports {name} of a higher floor"
+    for module, name in inner(path):
+        other = module.split(".")[0]
+        if other in ORDER:
+            assert ORDER[other] <= ORDER[own], f"{own} imports {module}, of a room below it"
+        if other != own and name is not None:
+            assert name.startswith("__") or not name.startswith("_"), f"{module}.{name} is private"
 
 
 def test_no_circles():
     graph: dict[str, set[str]] = {}
     for path in LIBRARY:
-        module = str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
-        module = module.removesuffix(".__init__")
-        modules = {name.removeprefix("fewstep.") for name, late in imports(path) if not late}
-        graph[module] = modules
+        graph[module_of(path)] = {module for module, _ in inner(path)} - {module_of(path)}
     done: set[str] = set()
 
     def visit(module, trail):
         assert module not in trail, f"a circle of imports: {' -> '.join([*trail, module])}"
         if module in done or module not in graph:
             return
-        for other in graph[module]:
-            if other != module:
-                visit(other, [*trail, module])
+        for other in sorted(graph[module]):
+            visit(other, [*trail, module])
         done.add(module)
 
     for module in graph:
@@ -109,13 +115,17 @@ def test_no_circles():
     assert len(done) == len(graph)
 
 
-DEFINITIONS = [p for p in FILES if part(p) in ("plans", "tape", "grids", "schedules", "solvers")]
+AT_RUN_TIME = {"diffusion.noise", "plans.execute"}
+DEFINITIONS = [
+    path
+    for path in FILES
+    if part(path) in ("diffusion", "plans", "solvers") and module_of(path) not in AT_RUN_TIME
+]
 
 
 @pytest.mark.parametrize("path", DEFINITIONS, ids=ids(DEFINITIONS))
 def test_definitions_know_no_network_and_no_device(path):
-    names = {name for name, _ in inner(path)}
-    assert not names & {"denoiser", "execute", "sampling", "adaptive", "zoo", "cli", "exact"}
+    assert not {module.split(".")[0] for module, _ in inner(path)} & {"models", "sampling", "cli"}
     text = path.read_text(encoding="utf-8")
     assert "cuda" not in text
     assert ".to(device" not in text
@@ -127,7 +137,7 @@ OPTIONAL = {
     "accelerate": {"adapters"},
     "rich": {"cli"},
     "cyclopts": {"cli"},
-    "PIL": {"plots"},
+    "PIL": {"reporting"},
     "matplotlib": set(),
     "scipy": set(),
 }
@@ -135,7 +145,7 @@ OPTIONAL = {
 
 @pytest.mark.parametrize("path", FILES, ids=ids(FILES))
 def test_optional_dependencies_are_imported_late(path):
-    for module, late in imports(path):
+    for module, _, late in imports(path):
         top = module.split(".")[0]
         assert late or top not in OPTIONAL or part(path) in OPTIONAL[top], f"{module} at the top"
 
@@ -148,7 +158,7 @@ def calls(path):
 
 @pytest.mark.parametrize("path", FILES, ids=ids(FILES))
 def test_nothing_prints_and_nothing_runs_code(path):
-    assert not {module.split(".")[0] for module, _ in imports(path)} & {
+    assert not {module.split(".")[0] for module, _, _ in imports(path)} & {
         "pickle",
         "dill",
         "marshal",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from fewstep.schedules import schedule
-from fewstep.zoo.folder import write_model
-from fewstep.zoo.unet import SmallUNet
+from fewstep.diffusion.schedules import schedule
+from fewstep.models.folder import write_model
+from fewstep.models.networks.unet import SmallUNet
 
 
 def write_tiny(folder: Path, *, classes: int | None = 3, size: int = 8) -> Path:

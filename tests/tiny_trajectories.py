@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 
 import fewstep
-from fewstep.noise import INITIAL, NoiseSource
-from fewstep.zoo.load import FolderModel
-from fewstep.zoo.unet import SmallUNet
+from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.models.folder import FolderModel
+from fewstep.models.networks.unet import SmallUNet
 
 
 def teacher(prediction="v", classes=3, seed=0, schedule="vp-cosine", **network):

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from fewstep.files import loads_json
-from fewstep.registry import unknown
+from fewstep.base.files import loads_json
+from fewstep.base.registry import unknown
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from fewstep.denoiser import Denoiser
-    from fewstep.plans import Plan
-    from fewstep.recipe import SamplerRecipe
-    from fewstep.sampling import Sampler
+    from fewstep.models.denoiser import Denoiser
+    from fewstep.plans.plan import Plan
+    from fewstep.sampling.protocol import Sampler
+    from fewstep.sampling.recipe import SamplerRecipe
 
 Options = Annotated[list[str] | None, Parameter(name="--option", negative="")]
 Flag = Annotated[bool, Parameter(negative="")]
@@ -129,7 +129,7 @@ def check_device(name: str) -> str:
 def load_model(name: str, device: str) -> Denoiser:
     """Returns the model of that name, on a device that is there."""
     check_device(device)
-    from fewstep.zoo.load import load
+    from fewstep.loading import load
 
     return load(name, device=device)
 
@@ -180,8 +180,9 @@ def draw(
 
     They are those of :func:`fewstep.sample`: sample i depends on ``(seed, i)`` alone.
     """
-    from fewstep.noise import NoiseSource
-    from fewstep.sampling import Run, initial
+    from fewstep.diffusion.noise import NoiseSource
+    from fewstep.sampling.protocol import Run
+    from fewstep.sampling.sample import initial
 
     model = made.denoiser
     event_shape(model)
@@ -229,8 +230,8 @@ def exists(out: Path) -> ValueError:
 
 def read_plan(path: Path, steps: int | None = None) -> Plan:
     """Returns the plan in a file: a plan, a recipe that says its schedule, or a scheduler's."""
-    from fewstep.adapters._sources import names_scheduler, plan_of_source
-    from fewstep.recipe import SamplerRecipe
+    from fewstep.adapters.diffusers.sources import names_scheduler, plan_of_source
+    from fewstep.sampling.recipe import SamplerRecipe
 
     if names_scheduler(path):
         return plan_of_source(path, steps)
@@ -244,7 +245,7 @@ def recipe_plan(recipe: SamplerRecipe, path: Path) -> Plan:
     Raises:
         ValueError: If it has none beforehand; the message says why.
     """
-    from fewstep.schedules import schedule_from_config
+    from fewstep.diffusion.schedules import schedule_from_config
 
     if recipe.plan is not None:
         return recipe.plan

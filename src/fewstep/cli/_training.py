@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fewstep.base.files import read_json
 from fewstep.cli._common import draw
-from fewstep.files import read_json
 
 PICTURE = "samples.png"
 SHOWN = 40
@@ -40,7 +40,7 @@ def _checkpoint(out: Path) -> dict[str, Any] | None:
 
 def picture_of(sampler: Any, *, classes: int | None, seed: int, title: str) -> bytes:
     """Returns a PNG of samples, with the classes in turn."""
-    from fewstep.plots import picture
+    from fewstep.reporting.plots import picture
 
     cond = {"class_labels": [i % classes for i in range(SHOWN)]} if classes else {}
     buffer = io.BytesIO()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from fewstep.base.files import sha256, write_json
 from fewstep.cli._common import (
     Flag,
     console,
@@ -21,12 +22,11 @@ from fewstep.cli._common import (
     progress,
     say,
 )
-from fewstep.files import sha256, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fewstep.denoiser import Denoiser
+    from fewstep.models.denoiser import Denoiser
     from fewstep.studies import Advice, Watcher
 
 REPORT, RESULTS, GRID = "report.html", "results.json", "grid.json"
@@ -86,11 +86,11 @@ def analyze(
         class_labels = "all"
     points, labels = (None, None) if data is None else _data(data, denoiser)
     if guidance not in (None, 1):
-        from fewstep.denoiser import Guided
+        from fewstep.models.wrappers import Guided
 
         denoiser = Guided(denoiser, guidance)  # type: ignore[arg-type]
 
-    from fewstep.noise import NoiseSource
+    from fewstep.diffusion.noise import NoiseSource
     from fewstep.studies import fitted_grids
     from fewstep.studies.stages import Subject, finish_folder, prepare_folder, study
 
@@ -127,7 +127,7 @@ def analyze(
             minutes=budget,
             watcher=watcher,
         )
-    from fewstep.cli._analysis_page import write_page
+    from fewstep.studies.page import write_page
 
     grids = fitted_grids(denoiser, advice, fingerprint=fingerprint)
     recipes = [_recipe(item, denoiser, guidance, fingerprint, model) for item in advice]
@@ -173,8 +173,8 @@ def _data(source: str, denoiser: Denoiser) -> tuple[Tensor, Tensor | None]:
         drawn: Any = load_model(source, "cpu")
         points, labels = drawn.draw(DRAWS, seed=1), None
     else:
-        from fewstep.data import read_images
-        from fewstep.zoo.load import EMBEDDED
+        from fewstep.loading import EMBEDDED
+        from fewstep.training.data import read_images
 
         if source in EMBEDDED and not Path(source).exists():
             raise ValueError(
@@ -230,7 +230,7 @@ def _watcher() -> Iterator[Watcher]:
 def _recipe(
     item: Advice, denoiser: Denoiser, guidance: float | None, fingerprint: str, model: str
 ) -> Any:
-    from fewstep.recipe import SamplerRecipe
+    from fewstep.sampling.recipe import SamplerRecipe
 
     best = item.best
     return SamplerRecipe(

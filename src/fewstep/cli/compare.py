@@ -24,8 +24,8 @@ from fewstep.cli._common import (
 if TYPE_CHECKING:
     from fewstep.comparison import Comparison, Watcher
     from fewstep.comparison.verdicts import Verdict
-    from fewstep.denoiser import Denoiser
     from fewstep.metrics import Reference
+    from fewstep.models.denoiser import Denoiser
 
 SOLVERS = "auto,tab3,ddim,dpmpp-2m,unipc3"
 """What is compared if nothing is said."""

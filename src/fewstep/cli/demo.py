@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fewstep.base.files import write_json, write_whole
 from fewstep.cli._common import (
     Flag,
     console,
@@ -18,13 +19,12 @@ from fewstep.cli._common import (
     refuse_existing,
     say,
 )
-from fewstep.files import write_json, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fewstep.denoiser import Denoiser
-    from fewstep.sampling import Sampler
+    from fewstep.models.denoiser import Denoiser
+    from fewstep.sampling.protocol import Sampler
 
 PICTURE, RESULTS = "demo.png", "results.json"
 SAMPLES = 16
@@ -61,7 +61,7 @@ def demo(
         device: Where to run, for example cpu or cuda.
         overwrite: Replace the results that are there.
     """
-    from fewstep.noise import NoiseSource
+    from fewstep.diffusion.noise import NoiseSource
 
     output_folder(out)
     refuse_existing(out, (PICTURE, RESULTS), overwrite=overwrite)
@@ -99,7 +99,7 @@ def demo(
 
 
 def _sampler(denoiser: Denoiser, solver: str, nfe: int, grid: str | None = None) -> Sampler:
-    from fewstep.sampling import sampler
+    from fewstep.sampling.sample import sampler
 
     return sampler(denoiser, solver=solver, nfe=nfe, grid=grid)
 
@@ -130,7 +130,7 @@ def _write(out: Path, rows: list[Row], columns: list[str], *, model: str, **sett
     import torch
 
     from fewstep import __version__
-    from fewstep.plots import image_grid
+    from fewstep.reporting.plots import image_grid
 
     image = image_grid(
         torch.cat([row.samples for row in rows]),

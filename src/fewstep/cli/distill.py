@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.base.files import loads_json, read_json, write_whole
 from fewstep.cli._common import (
     Flag,
     check_device,
@@ -19,7 +20,6 @@ from fewstep.cli._common import (
     say,
 )
 from fewstep.cli._training import PICTURE, begin, picture_of
-from fewstep.files import loads_json, read_json, write_whole
 
 if TYPE_CHECKING:
     from fewstep.operators.distillation import DistillEvent

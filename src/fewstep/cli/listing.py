@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from fewstep.base.registry import unknown
 from fewstep.cli._common import console, say
-from fewstep.registry import unknown
 
 
 def solvers(name: str | None = None) -> None:
@@ -15,7 +15,7 @@ def solvers(name: str | None = None) -> None:
     Args:
         name: A solver.
     """
-    from fewstep.adaptive import AdaptiveSampler
+    from fewstep.sampling.adaptive import AdaptiveSampler
     from fewstep.solvers import SOLVERS
 
     if name is not None:
@@ -58,7 +58,7 @@ def models() -> None:
     """List the embedded models."""
     from rich.table import Table
 
-    from fewstep.zoo.load import EMBEDDED
+    from fewstep.loading import EMBEDDED
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("model", no_wrap=True)

@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from fewstep.cli._common import Flag, Options, console, exists, parse_options, read_plan, say
 
 if TYPE_CHECKING:
-    from fewstep.plans import Plan
+    from fewstep.plans.plan import Plan
 
 plan_app = App(name="plan", help="Read, check, compare and make plans (samplers as data).")
 
@@ -103,8 +103,8 @@ def diff(a: Path, b: Path, *, steps: int | None = None, tolerance: float | None 
         tolerance: The largest difference, relative to the size of the table, of equal plans; left
             out, 1e-9, and 1e-5 if one is a scheduler, which computes in float32.
     """
-    from fewstep.adapters._sources import names_scheduler
-    from fewstep.analysis import convert_plan
+    from fewstep.adapters.diffusers.sources import names_scheduler
+    from fewstep.plans.rewriting import convert_plan
 
     if tolerance is None:
         tolerance = 1e-5 if names_scheduler(a) or names_scheduler(b) else 1e-9
@@ -159,9 +159,9 @@ def make(
         head_start: The time above which the Gaussian solution replaces evaluations.
         overwrite: Replace the file if it is there.
     """
-    from fewstep.planning import choose
-    from fewstep.planning import plan as make_plan
-    from fewstep.schedules import schedule as make_schedule
+    from fewstep.diffusion.schedules import schedule as make_schedule
+    from fewstep.sampling.planning import choose
+    from fewstep.sampling.planning import plan as make_plan
 
     if out.is_dir():
         raise ValueError(f"{str(out)!r} is a folder; --out must be a file")
@@ -214,7 +214,7 @@ def _weights(plan: Plan) -> list[str]:
 
 def _end(plan: Plan) -> tuple[float, float]:
     """Returns the scales of data and noise at the last knot."""
-    from fewstep.grids import TimeGrid
+    from fewstep.diffusion.grids import TimeGrid
 
     zero = float(plan.knots[-1]) == plan.schedule.t_zero
     grid = TimeGrid(plan.schedule, plan.knots.detach(), zero)
@@ -224,7 +224,7 @@ def _end(plan: Plan) -> tuple[float, float]:
 def _point_defect(plan: Plan) -> float:
     import torch
 
-    from fewstep.analysis import point_mass_defect
+    from fewstep.plans.checks import point_mass_defect
 
     alpha, sigma = (torch.tensor(v, dtype=torch.float64) for v in _end(plan))
     return point_mass_defect(plan, alpha, sigma)
@@ -250,7 +250,7 @@ def _changed(plan: Plan) -> str | None:
 
 
 def _defects(plan: Plan) -> list[str]:
-    from fewstep.analysis import gaussian_moments
+    from fewstep.plans.checks import gaussian_moments
 
     alpha, sigma = _end(plan)
     lines = [f"on a point mass: off by {_point_defect(plan):.3g}"]

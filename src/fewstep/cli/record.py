@@ -25,7 +25,7 @@ from fewstep.cli._common import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fewstep.denoiser import Denoiser
+    from fewstep.models.denoiser import Denoiser
     from fewstep.trajectories import TrajectoryStore
 
 MANY, FEW = 4096, 16

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from fewstep.base.files import read_json, write_json
 from fewstep.cli._common import (
     Flag,
     Options,
@@ -23,15 +24,14 @@ from fewstep.cli._common import (
     progress,
     say,
 )
-from fewstep.files import read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from fewstep.denoiser import Denoiser
-    from fewstep.recipe import SamplerRecipe
+    from fewstep.models.denoiser import Denoiser
+    from fewstep.sampling.recipe import SamplerRecipe
 
 SAMPLES, PICTURE, RECIPE = "samples.safetensors", "grid.png", "recipe.json"
 STATE, PARTS = "unfinished.json", "parts"
@@ -86,8 +86,8 @@ def sample(
         batch_size: How many samples go through the network at a time; 64 if left out.
         overwrite: Replace the results that are there.
     """
-    from fewstep.denoiser import Guided
-    from fewstep.noise import NoiseSource
+    from fewstep.diffusion.noise import NoiseSource
+    from fewstep.models.wrappers import Guided
 
     positive("-n", n)
     positive("--batch-size", batch_size)
@@ -149,9 +149,9 @@ def _chosen(
     """Returns the recipe that the arguments describe, with everything that ``auto`` chose."""
     from dataclasses import replace
 
-    from fewstep.fitted import is_fitted
-    from fewstep.planning import choose
-    from fewstep.recipe import SamplerRecipe
+    from fewstep.sampling.fitted import is_fitted
+    from fewstep.sampling.planning import choose
+    from fewstep.sampling.recipe import SamplerRecipe
 
     options = parse_options(option)
     if recipe is not None:
@@ -209,8 +209,8 @@ def _own(
     guidance: float | None,
 ) -> SamplerRecipe:
     """Returns the recipe of a model that brings its own sampler."""
-    from fewstep.recipe import SamplerRecipe
-    from fewstep.sampling import sampler
+    from fewstep.sampling.recipe import SamplerRecipe
+    from fewstep.sampling.sample import sampler
 
     made = sampler(
         denoiser,
@@ -299,7 +299,7 @@ def _is_part(path: Path, shape: tuple[int, ...]) -> bool:
     """Whether a part is there and whole; a damaged one is drawn again."""
     import torch
 
-    from fewstep.files import read_tensors
+    from fewstep.base.files import read_tensors
 
     if not path.exists():
         return False
@@ -311,7 +311,7 @@ def _is_part(path: Path, shape: tuple[int, ...]) -> bool:
 
 
 def _write(path: Path, samples: Any) -> None:
-    from fewstep.files import write_tensors
+    from fewstep.base.files import write_tensors
 
     write_tensors(path, {"samples": samples})
 
@@ -331,8 +331,8 @@ def _finish(
     import torch
 
     from fewstep import __version__
-    from fewstep.files import read_tensors, write_whole
-    from fewstep.plots import picture
+    from fewstep.base.files import read_tensors, write_whole
+    from fewstep.reporting.plots import picture
 
     parts = [out / PARTS / f"{start:09d}.safetensors" for start in range(0, n, size)]
     samples = torch.cat([read_tensors(part)["samples"] for part in parts])

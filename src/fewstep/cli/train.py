@@ -5,21 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.cli._common import (
-    Flag,
-    check_device,
-    exists,
-    output_folder,
-    positive,
-    progress,
-    say,
-)
+from fewstep.base.files import read_json, write_whole
+from fewstep.cli._common import Flag, check_device, exists, output_folder, positive, progress, say
 from fewstep.cli._training import PICTURE, begin, picture_of
-from fewstep.files import read_json, write_whole
 
 if TYPE_CHECKING:
-    from fewstep.data import ImageData
-    from fewstep.training import TrainRecipe
+    from fewstep.training.data import ImageData
+    from fewstep.training.train import TrainRecipe
 
 OURS = ("model.json", "model.safetensors", "checkpoint.json", "checkpoint.safetensors", PICTURE)
 DEFAULT_STEPS = 4000
@@ -54,9 +46,9 @@ def train(
     """
     from dataclasses import replace
 
-    from fewstep.data import read_images
-    from fewstep.training import TrainEvent, TrainRecipe
-    from fewstep.training import train as run
+    from fewstep.training.data import read_images
+    from fewstep.training.train import TrainEvent, TrainRecipe
+    from fewstep.training.train import train as run
 
     for name, value in (
         ("--size", size),
@@ -98,9 +90,9 @@ def train(
         run(images, out, made, device=device, checkpoint_every=checkpoint_every, on_step=told)
 
     from fewstep.cli.sample import DEFAULT_NFE
-    from fewstep.planning import choose
-    from fewstep.recipe import SamplerRecipe
-    from fewstep.zoo.load import load
+    from fewstep.loading import load
+    from fewstep.sampling.planning import choose
+    from fewstep.sampling.recipe import SamplerRecipe
 
     model, nfe = load(out, device=device), 2 * DEFAULT_NFE
     name = choose(model.schedule, nfe).solver
@@ -118,7 +110,7 @@ def train(
 
 def default_recipe(images: ImageData, *, device: str) -> TrainRecipe:
     """Returns a recipe that suits the images: a small U-Net, v-prediction, ddpm-linear."""
-    from fewstep.training import TrainRecipe
+    from fewstep.training.train import TrainRecipe
 
     _, height, width = images.event_shape
     patch = 2 if height % 2 == 0 and width % 2 == 0 and min(height, width) >= 16 else 1

@@ -170,9 +170,9 @@ def _interval(score: dict[str, Any]) -> str:
 def _page(made: TunedSampler, path: Path) -> Path | None:
     """Writes a report of the search, if what it needs is installed."""
     try:
-        from fewstep.figures import Series, line_plot
         from fewstep.metrics.intervals import Estimate
-        from fewstep.report import Page
+        from fewstep.reporting.figures import Series, line_plot
+        from fewstep.reporting.page import Page
 
         page = Page(
             f"Tuning of {made.recipe.name}", "What the search did, judged on held-out noise."

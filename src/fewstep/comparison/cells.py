@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.base.files import write_tensors
 from fewstep.comparison.entries import Entry
 from fewstep.comparison.scores import RMS, denoised, root, same_place, score
 from fewstep.comparison.store import REFERENCE, Cell, Store, joined
-from fewstep.denoiser import Denoiser
-from fewstep.files import write_tensors
+from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.metrics import Reference
 from fewstep.metrics.features import extractor
-from fewstep.noise import INITIAL, NoiseSource
-from fewstep.sampling import Run, Sampler
+from fewstep.models.denoiser import Denoiser
+from fewstep.sampling.protocol import Run, Sampler
 
 ENDS = ("lowest level", "sigma = 0")
 POINTS = 1000

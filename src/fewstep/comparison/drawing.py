@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from fewstep.comparison.running import Comparison
 from fewstep.comparison.scores import BETTER_HIGH, RMS, TITLES
 from fewstep.comparison.store import Cell
-from fewstep.figures import (
+from fewstep.reporting.figures import (
     INK,
     Series,
     add_legend,
@@ -22,7 +22,7 @@ from fewstep.figures import (
     new_figure,
     styled,
 )
-from fewstep.plots import image_grid, scatter
+from fewstep.reporting.plots import image_grid, scatter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

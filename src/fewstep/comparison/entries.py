@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.denoiser import Denoiser
-from fewstep.files import loads_json
-from fewstep.planning import choose
-from fewstep.recipe import SamplerRecipe
-from fewstep.sampling import PlanSampler, Sampler
+from fewstep.base.files import loads_json
+from fewstep.models.denoiser import Denoiser
+from fewstep.sampling.plan_sampler import PlanSampler
+from fewstep.sampling.planning import choose
+from fewstep.sampling.protocol import Sampler
+from fewstep.sampling.recipe import SamplerRecipe
 
 SYNTAX = "NAME[@GRID[:VALUE]][+OPTION=VALUE]..."
 """How a sampler is written; the other ways are the path of a file or of an operator's folder."""
@@ -222,7 +223,7 @@ def _folder(text: str, files: Mapping[int, Path]) -> Entry:
 
 
 def _operator(folder: Path) -> Entry:
-    from fewstep.zoo.load import load
+    from fewstep.loading import load
 
     model = load(folder)
 
@@ -240,7 +241,7 @@ def _operator(folder: Path) -> Entry:
 
 def _peer(text: str, name: str, options: dict[str, Any]) -> Entry:
     def build(denoiser: Denoiser, nfe: int) -> Sampler:
-        from fewstep.adapters.peers import diffusers_sampler
+        from fewstep.adapters.diffusers.peers import diffusers_sampler
 
         return diffusers_sampler(denoiser, name, nfe, **options)
 
@@ -250,7 +251,7 @@ def _peer(text: str, name: str, options: dict[str, Any]) -> Entry:
 def _peer_recipe(build: Build) -> Callable[[Denoiser, int], SamplerRecipe | None]:
     def recipe(denoiser: Denoiser, nfe: int) -> SamplerRecipe | None:
         """The plan that does what the scheduler does, if it is one."""
-        from fewstep.adapters._probing import plan_from_scheduler
+        from fewstep.adapters.diffusers.probing import plan_from_scheduler
 
         made: Any = build(denoiser, nfe)
         if not denoiser.schedule.discrete:

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep import __version__
+from fewstep.base.files import write_json, write_whole
 from fewstep.comparison.drawing import NAMES, against_nfe, against_seconds, samples_picture
 from fewstep.comparison.results import Told, all_numbers, next_commands, versions
 from fewstep.comparison.running import Comparison
 from fewstep.comparison.scores import BETTER_HIGH, RMS, TITLES
 from fewstep.comparison.store import REPORT, RESULTS, Cell
 from fewstep.comparison.verdicts import Verdict, best_recipe, judge, measure_of, pareto
-from fewstep.files import write_json, write_whole
-from fewstep.report import Cell as Field
-from fewstep.report import Column, Page
-from fewstep.report import told as texts
+from fewstep.reporting.page import Cell as Field
+from fewstep.reporting.page import Column, Page
+from fewstep.reporting.page import told as texts
 
 if TYPE_CHECKING:
     from PIL import Image

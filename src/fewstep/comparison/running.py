@@ -14,9 +14,10 @@ from fewstep.comparison.cells import Job, Runner, Setting, Watcher, device_of
 from fewstep.comparison.entries import Build, Entry, identity, read_entries, read_entry
 from fewstep.comparison.scores import METRICS, check_metrics
 from fewstep.comparison.store import Cell, Store
-from fewstep.denoiser import Denoiser, Guided
+from fewstep.diffusion.noise import NoiseSource
 from fewstep.metrics import Reference
-from fewstep.noise import NoiseSource
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.wrappers import Guided
 
 
 @dataclass(frozen=True)

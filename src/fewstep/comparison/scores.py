@@ -8,16 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.metrics import (
-    Estimate,
-    Reference,
-    fid,
-    kid,
-    precision_recall,
-    sliced_wasserstein,
-)
+from fewstep.base.registry import unknown
+from fewstep.metrics import Estimate, Reference, fid, kid, precision_recall, sliced_wasserstein
 from fewstep.metrics.intervals import jackknife, student
-from fewstep.registry import unknown
 
 RMS = "rms"
 METRICS = ("fid", "kid", "precision-recall", "sliced-wasserstein")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
 from fewstep.comparison.scores import from_json, to_json
-from fewstep.files import read_json, read_tensors, write_json, write_tensors
 from fewstep.metrics import Estimate
 
 FORMAT, VERSION = "fewstep.comparison", 1

@@ -9,8 +9,8 @@ from fewstep.comparison.running import Comparison
 from fewstep.comparison.scores import RMS, less_fid, less_rms
 from fewstep.comparison.store import Cell
 from fewstep.metrics import Estimate
-from fewstep.recipe import SamplerRecipe
-from fewstep.report import told
+from fewstep.reporting.page import told
+from fewstep.sampling.recipe import SamplerRecipe
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from fewstep.base.registry import Registry
 from fewstep.learned.learned_plan import Base, LearnedPlan
 from fewstep.learned.solver_families import SolverFamily
 from fewstep.learned.state_families import GGDM, DDIMSigma, Vars
-from fewstep.registry import Registry
 
 FAMILIES: Registry[Callable[..., LearnedPlan]] = Registry(
     "family",

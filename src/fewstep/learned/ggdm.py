@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.analysis import convert_plan
-from fewstep.grids import TimeGrid
-from fewstep.plans import Plan
-from fewstep.prediction import Prediction
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.prediction import Prediction
+from fewstep.plans.plan import Plan
+from fewstep.plans.rewriting import convert_plan
 
 
 class Table(NamedTuple):

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from fewstep.grids import TimeGrid
-from fewstep.planning import GRID_OPTIONS
-from fewstep.planning import plan as make_plan
-from fewstep.plans import Eval, Lin, Noise, Plan, Row, Structure
-from fewstep.prediction import Prediction
-from fewstep.schedules import NoiseSchedule
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.plans.plan import Eval, Lin, Noise, Plan, Row, Structure
+from fewstep.plans.tape import Tape
+from fewstep.sampling.planning import GRID_OPTIONS
+from fewstep.sampling.planning import plan as make_plan
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
-from fewstep.tape import Tape
 
 
 @dataclass(frozen=True)

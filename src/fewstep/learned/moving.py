@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep.grids import TimeGrid
+from fewstep.diffusion.grids import TimeGrid
 
 COORDINATES = ("time", "lambda")
 LEAST_SHARE = 1e-3

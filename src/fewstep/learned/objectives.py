@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.base.registry import Registry
+from fewstep.diffusion.noise import generator_at
 from fewstep.metrics.features import FeatureMap, extractor
 from fewstep.metrics.kernel import KERNELS, Kernel, cubic, gaussian, linear, median_distance, mmd2
-from fewstep.noise import generator_at
-from fewstep.registry import Registry
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Takes samples and targets (B, *), returns distances (B), differentiable in the first."""

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep import __version__
-from fewstep.denoiser import Denoiser, Guided
-from fewstep.exact import GaussianMixture
-from fewstep.grids import TimeGrid
+from fewstep.diffusion.grids import TimeGrid
 from fewstep.learned.families import FAMILIES, family
 from fewstep.learned.judges import Judge, final_scores, random_features
 from fewstep.learned.learned_plan import Base, LearnedPlan
@@ -30,8 +28,11 @@ from fewstep.learned.teachers import Pairs, Source, make_pairs, teacher_plan
 from fewstep.learned.unrolled import Conditions
 from fewstep.metrics.features import FeatureMap, extractor
 from fewstep.metrics.reference import Reference
-from fewstep.plans import Plan
-from fewstep.recipe import SamplerRecipe
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.exact import GaussianMixture
+from fewstep.models.wrappers import Guided
+from fewstep.plans.plan import Plan
+from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.solvers import Solver
 
 SMALL = 64

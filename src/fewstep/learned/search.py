@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.noise import generator_at
 from fewstep.learned.judges import Judge
 from fewstep.learned.learned_plan import LearnedPlan
 from fewstep.learned.objectives import Batch, Endpoint, Objective, Outcome
@@ -23,7 +24,6 @@ from fewstep.learned.settings import Search
 from fewstep.learned.stages import Stage
 from fewstep.learned.teachers import Pairs, Source
 from fewstep.learned.unrolled import Unrolled, backpropagate, joined
-from fewstep.noise import generator_at
 
 MOST_WORSE, LEAST_WORSE = 0.1, 2e-4
 """How much further from real data, as a share and at least, a candidate of a paired stage may be."""

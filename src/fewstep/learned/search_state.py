@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.files import read_metadata, read_tensors, write_tensors
+from fewstep.base.files import read_metadata, read_tensors, write_tensors
 
 STATE = "state.safetensors"
 

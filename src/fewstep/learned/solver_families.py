@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fewstep.learned.learned_plan import Base, LearnedPlan, Numbers, structure_of
 from fewstep.learned.moving import LearnedTimes, Shifts
-from fewstep.plans import Plan
+from fewstep.plans.plan import Plan
 
 
 class SolverFamily(LearnedPlan):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fewstep.grids import TimeGrid
-from fewstep.grids import grid as make_grid
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.grids import grid as make_grid
+from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.learned.families import STARTS
 from fewstep.learned.learned_plan import Base
-from fewstep.planning import choose
-from fewstep.schedules import NoiseSchedule
+from fewstep.sampling.planning import choose
 from fewstep.solvers import Solver
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fewstep.diffusion.prediction import Prediction
 from fewstep.learned.ggdm import Table, ddim_table, marginals, matched_table, table_of, vars_table
 from fewstep.learned.learned_plan import Base, LearnedPlan, Numbers, structure_of
 from fewstep.learned.moving import LearnedTimes
-from fewstep.prediction import Prediction
 from fewstep.solvers.ddim import DDIM, DDPM
 
 

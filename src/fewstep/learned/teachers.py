@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.files import read_metadata, read_tensors, write_tensors
+from fewstep.base.files import read_metadata, read_tensors, write_tensors
+from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.learned.learned_plan import Base
 from fewstep.learned.unrolled import Conditions
-from fewstep.noise import INITIAL, NoiseSource
-from fewstep.planning import choose
-from fewstep.planning import plan as make_plan
-from fewstep.plans import Plan
-from fewstep.sampling import PlanSampler, Run
+from fewstep.models.denoiser import Denoiser
+from fewstep.plans.plan import Plan
+from fewstep.sampling.plan_sampler import PlanSampler
+from fewstep.sampling.planning import choose
+from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.protocol import Run
 
 Tick = Callable[[int], None]
 

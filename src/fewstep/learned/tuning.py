@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.files import read_json, write_json
-from fewstep.grids import TimeGrid
+from fewstep.base.files import read_json, write_json
+from fewstep.diffusion.grids import TimeGrid
 from fewstep.learned.problem import Problem
 from fewstep.learned.problem import TunedSampler as TunedSampler
 from fewstep.learned.search import Event
@@ -20,6 +19,7 @@ from fewstep.learned.settings import Search
 from fewstep.learned.unrolled import frozen
 from fewstep.metrics.features import FeatureMap
 from fewstep.metrics.reference import Reference
+from fewstep.models.denoiser import Denoiser
 from fewstep.solvers import Solver
 
 SETTINGS = "search.json"

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.execute import functional
+from fewstep.diffusion.noise import generator_at
 from fewstep.learned.learned_plan import LearnedPlan, Numbers
 from fewstep.learned.objectives import Outcome
-from fewstep.noise import generator_at
-from fewstep.plans import Structure
+from fewstep.models.denoiser import Denoiser
+from fewstep.plans.execute import functional
+from fewstep.plans.plan import Structure
 
 GRADIENTS = ("full", "cut")
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.base.registry import unknown
 from fewstep.metrics.torchscript import SCRIPTS, read_script
-from fewstep.registry import unknown
-from fewstep.zoo.classifier import SmallClassifier
+from fewstep.models.networks.classifier import SmallClassifier
 
 FORMAT, VERSION = "fewstep.features", 1
-HERE = Path(__file__).parent.parent / "zoo" / "features"
+HERE = Path(__file__).parent.parent / "embedded" / "features"
 EMBEDDED = ("fashion", "fashion-robust")
 """Of Fashion-MNIST's classifiers: one that saw clean images, one that saw noisy and blurred ones."""
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fewstep.base.registry import Registry
 from fewstep.metrics.features import FeatureMap
 from fewstep.metrics.intervals import Estimate, jackknife
 from fewstep.metrics.reference import Reference
 from fewstep.metrics.sides import two_sides
-from fewstep.registry import Registry
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """Takes features (n, D) and (m, D), returns the kernel matrix (n, m)."""

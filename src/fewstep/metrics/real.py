@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.data import ImageData, read_images
+from fewstep.training.data import ImageData, read_images
 
 MOST_HELD_OUT = 5000
 LEAST = 20

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
 from fewstep.metrics.features import EMBEDDED as EXTRACTORS
 from fewstep.metrics.features import FeatureMap, extractor, identity, name_of
 from fewstep.metrics.real import RealData, order
 from fewstep.metrics.statistics import Statistics
 
 FORMAT, VERSION = "fewstep.reference", 1
-HERE = Path(__file__).parent.parent / "zoo" / "references"
+HERE = Path(__file__).parent.parent / "embedded" / "references"
 EMBEDDED = ("fashion",)
 """Data whose references ship, in the features of each embedded extractor."""
 KEPT = 5000

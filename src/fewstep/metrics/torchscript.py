@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fewstep.registry import Registry
+from fewstep.base.registry import Registry
 
 SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")
 """The suffixes of TorchScript files."""

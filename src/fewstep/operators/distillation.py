@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fewstep.denoiser import Denoiser
+from fewstep.models.denoiser import Denoiser
 from fewstep.operators.losses import Distance, distance_of
 from fewstep.operators.model import OperatorModel
 from fewstep.operators.students import DistillRecipe

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoiser import Denoiser
-from fewstep.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.schedules import schedule_from_config
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.folder import FolderModel, model_shape
+from fewstep.models.networks.unet import SmallUNet, lay_out
 from fewstep.operators.layout import Layout
 from fewstep.operators.model import OperatorModel
 from fewstep.operators.operator import TrajectoryOperator
-from fewstep.prediction import Prediction
-from fewstep.schedules import schedule_from_config
-from fewstep.zoo.load import FolderModel, model_shape
-from fewstep.zoo.unet import SmallUNet, lay_out
 
 FORMAT, VERSION = "fewstep.operator", 1
 ABOUT, WEIGHTS = "operator.json", "operator.safetensors"
@@ -156,7 +156,7 @@ def _diffusers(
 ) -> Denoiser:
     import diffusers
 
-    from fewstep.adapters import _loading
+    from fewstep.adapters.diffusers import loading as _loading
 
     name = config["class"]
     if name not in CALLS:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.models.networks.unet import SmallUNet, Stage
 from fewstep.operators.temporal import TemporalConv
-from fewstep.zoo.unet import SmallUNet, Stage
 
 BLOCK = "temporal"
 """The name of the block in its host."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.prediction import Prediction, coefficients
-from fewstep.schedules import NoiseSchedule
+from fewstep.diffusion.prediction import Prediction, coefficients
+from fewstep.diffusion.schedules import NoiseSchedule
 
 OUTPUTS = ("convert", "direct")
 LABELS = ("target", "start")

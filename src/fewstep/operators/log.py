@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fewstep.files import write_whole
+from fewstep.base.files import write_whole
 
 LOG, BOARD = "log.jsonl", "tensorboard"
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fewstep.denoiser import Denoiser
+from fewstep.base.registry import unknown
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.networks.unet import SmallUNet
 from fewstep.operators.layout import scales
-from fewstep.registry import unknown
-from fewstep.schedules import NoiseSchedule
-from fewstep.zoo.unet import SmallUNet
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 r"""Takes two batches of states (N, \*) and returns their distances (N); differentiable."""
@@ -141,7 +141,7 @@ def distance_of(
     if name == "features":
         if features is None:
             return FeatureDistance(ModelFeatures(denoiser))
-        from fewstep.metrics.features import Features  # the metrics are needed here alone
+        from fewstep.metrics.features import Features
 
         look = Features.load(features).stages
         if denoiser.event_shape is not None:

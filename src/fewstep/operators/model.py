@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
+from fewstep.diffusion.prediction import Prediction
+from fewstep.models.denoiser import Denoiser
 from fewstep.operators.operator import TrajectoryOperator
-from fewstep.prediction import Prediction
-from fewstep.sampling import Run, Trajectory
+from fewstep.sampling.protocol import Run, Trajectory
 
 
 class OperatorModel(Denoiser):

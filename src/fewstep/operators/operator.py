@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoiser import Denoiser
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.denoiser import Denoiser
 from fewstep.operators.capacity import Deeper, Pointwise
 from fewstep.operators.insertion import Site, Sites, TimeAxis, attach, blocks, detach, is_known
 from fewstep.operators.layout import Layout, check_times, output_map
 from fewstep.operators.temporal import TemporalConv
-from fewstep.schedules import NoiseSchedule
 
 
 class TrajectoryOperator(nn.Module):

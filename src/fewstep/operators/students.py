@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from fewstep.denoiser import Denoiser
+from fewstep.base.registry import unknown
+from fewstep.models.denoiser import Denoiser
 from fewstep.operators.layout import OUTPUTS, Layout, well_posed_output
 from fewstep.operators.losses import LOSSES, WEIGHTS
 from fewstep.operators.operator import TrajectoryOperator
 from fewstep.operators.temporal import BASES
-from fewstep.registry import unknown
 
 MODES: dict[str, str] = {
     "dsno": "M frames, with temporal blocks",

@@ -13,7 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fewstep.checkpoints import (
+from fewstep.models.denoiser import Denoiser
+from fewstep.operators.folder import read_operator, write_operator
+from fewstep.operators.log import LossLog
+from fewstep.operators.losses import Distance, loss_weights
+from fewstep.operators.model import OperatorModel
+from fewstep.operators.students import DistillRecipe, make_student, select_frames
+from fewstep.training.checkpoints import (
     generator,
     load_checkpoint,
     new_average,
@@ -21,12 +27,6 @@ from fewstep.checkpoints import (
     save_checkpoint,
     update_average,
 )
-from fewstep.denoiser import Denoiser
-from fewstep.operators.folder import read_operator, write_operator
-from fewstep.operators.log import LossLog
-from fewstep.operators.losses import Distance, loss_weights
-from fewstep.operators.model import OperatorModel
-from fewstep.operators.students import DistillRecipe, make_student, select_frames
 
 LOG_EVERY = 10
 """The steps between two rows of the log; losses stay on the device between them."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fewstep.registry import Registry
+from fewstep.base.registry import Registry
 from fewstep.solvers.accelerated import (
     AcceleratedDDIM,
     AcceleratedDDIMLagged,

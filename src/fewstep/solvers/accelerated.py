@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.grids import TimeGrid
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.plans.tape import Form, Tape
 from fewstep.solvers.base import Solver, transfer
-from fewstep.tape import Form, Tape
 
 
 class _Levels:

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fewstep.grids import TimeGrid
-from fewstep.quadrature import ADAMS_BASHFORTH, integrate, lagrange
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.quadrature import ADAMS_BASHFORTH, integrate, lagrange
+from fewstep.plans.tape import Form, Tape
 from fewstep.solvers.base import Solver, check_order, transfer
-from fewstep.tape import Form, Tape
 
 
 @dataclass(frozen=True)

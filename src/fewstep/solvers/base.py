@@ -9,12 +9,12 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from fewstep.analysis import point_mass_defect
-from fewstep.grids import MOST_STEPS, TimeGrid, grid
-from fewstep.plans import Plan
-from fewstep.prediction import Prediction
-from fewstep.schedules import NoiseSchedule
-from fewstep.tape import Form, Tape
+from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, grid
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.plans.checks import point_mass_defect
+from fewstep.plans.plan import Plan
+from fewstep.plans.tape import Form, Tape
 
 
 class Solver(ABC):

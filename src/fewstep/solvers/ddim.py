@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.grids import TimeGrid
-from fewstep.prediction import Prediction
-from fewstep.quadrature import integrate
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.quadrature import integrate
+from fewstep.plans.tape import Form, Tape
 from fewstep.solvers.base import Solver, check_number, transfer
-from fewstep.tape import Form, Tape
 
 
 def _loss(grid: TimeGrid, i: int) -> Tensor:

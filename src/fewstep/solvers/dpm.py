@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.grids import TimeGrid
-from fewstep.prediction import Prediction
-from fewstep.quadrature import phi
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.quadrature import phi
+from fewstep.plans.tape import Form, Tape
 from fewstep.solvers.base import Solver, check_number
-from fewstep.tape import Form, Tape
 
 
 def difference(grid: TimeGrid, i: int, newer: Form, older: Form, *, back: int = 1) -> Form:

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.grids import TimeGrid
-from fewstep.quadrature import phi
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.quadrature import phi
+from fewstep.plans.tape import Form, Tape
 from fewstep.solvers.base import Solver, check_number, transfer
-from fewstep.tape import Form, Tape
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.noise import NoiseSource
-from fewstep.prediction import Prediction, coefficients
-from fewstep.schedules import NoiseSchedule
+from fewstep.diffusion.noise import NoiseSource
+from fewstep.diffusion.prediction import Prediction, coefficients
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.denoiser import Denoiser
 from fewstep.studies.conventions import (
     AS_CLAIMED,
     RANGES,

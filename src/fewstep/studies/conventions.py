@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser, WrappedNetwork
-from fewstep.prediction import Prediction
-from fewstep.schedules import SCHEDULES, NoiseSchedule, schedule
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.schedules import SCHEDULES, NoiseSchedule, schedule
+from fewstep.models.denoiser import Denoiser, WrappedNetwork
 
 AS_CLAIMED = "as claimed"
 

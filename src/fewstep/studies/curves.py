@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.grids import grid
-from fewstep.plans import Plan
-from fewstep.quadrature import lagrange
-from fewstep.schedules import NoiseSchedule
+from fewstep.diffusion.grids import grid
+from fewstep.diffusion.quadrature import lagrange
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.plans.plan import Plan
 from fewstep.studies.local_errors import Path, step_errors
 
 POINTS = 60

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.quadrature import gauss_legendre
+from fewstep.diffusion.quadrature import gauss_legendre
 from fewstep.studies.local_errors import Path
 
 

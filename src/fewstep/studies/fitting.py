@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.exact import DataSet
-from fewstep.noise import NoiseSource
-from fewstep.plans import Plan
+from fewstep.diffusion.noise import NoiseSource
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.exact import DataSet
+from fewstep.plans.plan import Plan
 from fewstep.studies.local_errors import Path, step_errors
 from fewstep.studies.reference import Reference, follow
 

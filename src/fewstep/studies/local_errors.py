@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.plans import Eval, Lin, Plan
-from fewstep.prediction import Prediction, coefficients
+from fewstep.diffusion.prediction import Prediction, coefficients
+from fewstep.models.denoiser import Denoiser
+from fewstep.plans.plan import Eval, Lin, Plan
 from fewstep.studies.reference import Reference, coordinate, grid_of, run_plan
 from fewstep.studies.spline import spline_matrix
 
@@ -130,7 +130,7 @@ def measure_gain(
 
 def _run_on(denoiser: Denoiser, times: Tensor, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
     """Runs from a state to the end, on every other node: both runs have the same solver error."""
-    from fewstep.planning import plan
+    from fewstep.sampling.planning import plan
 
     last = len(times) - 1
     kept = sorted({*range(0, last, 2), last})

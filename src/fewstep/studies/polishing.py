@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.plans import Plan
+from fewstep.models.denoiser import Denoiser
+from fewstep.plans.plan import Plan
 from fewstep.solvers import Solver
 from fewstep.studies.reference import grid_of, run_plan
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.fitted import FittedGrid, FittedGrids
-from fewstep.planning import choose
-from fewstep.planning import plan as make_plan
+from fewstep.models.denoiser import Denoiser
+from fewstep.sampling.fitted import FittedGrid, FittedGrids
+from fewstep.sampling.planning import choose
+from fewstep.sampling.planning import plan as make_plan
 from fewstep.solvers import solver as make_solver
 from fewstep.studies.dynamic import BestGrid, StepCosts, best_grids
 from fewstep.studies.local_errors import Path, step_errors

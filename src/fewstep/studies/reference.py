@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser, bind
-from fewstep.execute import Execution
-from fewstep.grids import TimeGrid, explicit
-from fewstep.noise import INITIAL, NoiseSource
-from fewstep.planning import plan as make_plan
-from fewstep.plans import Plan
-from fewstep.prediction import Prediction, convert
-from fewstep.schedules import NoiseSchedule
+from fewstep.diffusion.grids import TimeGrid, explicit
+from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.diffusion.prediction import Prediction, convert
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.denoiser import Denoiser
+from fewstep.plans.execute import Execution
+from fewstep.plans.plan import Plan
+from fewstep.sampling.binding import bind
+from fewstep.sampling.planning import plan as make_plan
 
 NODES = 48
 """The number of intervals between kept times."""
@@ -190,7 +191,7 @@ def run_plan(
             input are the same, the answer is taken from there.
         told: Filled with this run's calls.
     """
-    from fewstep.sampling import PlanSampler
+    from fewstep.sampling.plan_sampler import PlanSampler
 
     call = bind(denoiser, plan, len(noise), cond, noise)
     times = plan.times.tolist()

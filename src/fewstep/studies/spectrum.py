@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.schedules import NoiseSchedule
+from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.studies.spline import spline_matrix
 
 ENERGY = 0.999

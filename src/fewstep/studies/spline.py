@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.quadrature import lagrange
+from fewstep.diffusion.quadrature import lagrange
 
 
 def spline_matrix(knots: Tensor, points: Tensor) -> Tensor:

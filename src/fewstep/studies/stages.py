@@ -12,25 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.models.denoiser import Denoiser
 from fewstep.studies.checking import model_check
 from fewstep.studies.curves import anatomy
 from fewstep.studies.fitting import fitting_error
 from fewstep.studies.local_errors import Path as Route
 from fewstep.studies.local_errors import measure_gain, path_of
-from fewstep.studies.recommend import (
-    SOLVERS,
-    Advice,
-    Batch,
-    advise,
-    dynamic_grids,
-    enough_calls,
-)
+from fewstep.studies.recommend import SOLVERS, Advice, Batch, advise, dynamic_grids, enough_calls
 from fewstep.studies.reference import Reference, draw_noise, follow
 from fewstep.studies.spectrum import time_spectrum
 
-FORMAT, VERSION = "fewstep.analysis", 1
+FORMAT, VERSION = "fewstep.plans.checks", 1
 STATE, PARTS = "unfinished.json", "parts"
 EVEN = 129
 """The even times at which the spectrum is taken."""

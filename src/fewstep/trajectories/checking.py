@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
+from fewstep.models.denoiser import Denoiser
 from fewstep.trajectories.manifest import DTYPES, read_manifest, shard_count, shard_rows
 from fewstep.trajectories.shards import check_shard
 from fewstep.trajectories.store import TrajectoryStore, missing_shards

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.noise import generator_at
+from fewstep.diffusion.noise import generator_at
 
 TYPES = {"int64": torch.int64, "float32": torch.float32}
 """The types in which conditions are kept."""

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.adaptive import AdaptiveSampler
-from fewstep.denoiser import Denoiser
-from fewstep.grids import GRIDS, TimeGrid
-from fewstep.grids import grid as make_grid
-from fewstep.planning import GRID_OPTIONS, choose
-from fewstep.planning import plan as make_plan
-from fewstep.plans import Lin, Plan
-from fewstep.recipe import SamplerRecipe
-from fewstep.registry import unknown
-from fewstep.schedules import NoiseSchedule
+from fewstep.base.registry import unknown
+from fewstep.diffusion.grids import GRIDS, TimeGrid
+from fewstep.diffusion.grids import grid as make_grid
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.denoiser import Denoiser
+from fewstep.plans.plan import Lin, Plan
+from fewstep.sampling.adaptive import AdaptiveSampler
+from fewstep.sampling.planning import GRID_OPTIONS, choose
+from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.solvers import Solver
 
 Keep = int | str | Sequence[int] | Sequence[float]

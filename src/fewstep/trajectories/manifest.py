@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fewstep.files import read_json, write_json
+from fewstep.base.files import read_json, write_json
 from fewstep.trajectories.conditions import check_condition
 
 FORMAT, VERSION = "fewstep.trajectories", 1

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fewstep.denoiser import Denoiser
-from fewstep.files import read_json
-from fewstep.grids import TimeGrid
-from fewstep.noise import NoiseSource
-from fewstep.plans import Plan
-from fewstep.recipe import SamplerRecipe
-from fewstep.sampling import Sampler
+from fewstep.base.files import read_json
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.noise import NoiseSource
+from fewstep.models.denoiser import Denoiser
+from fewstep.plans.plan import Plan
+from fewstep.sampling.protocol import Sampler
+from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.solvers import Solver
 from fewstep.trajectories.conditions import Condition, condition
 from fewstep.trajectories.keeping import Keep, Kept, kept, scales

@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fewstep.files import loads_json, write_tensors
+from fewstep.base.files import loads_json, write_tensors
 from fewstep.trajectories.conditions import TYPES
 from fewstep.trajectories.manifest import DTYPES, settings_hash, shard_rows
 

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fewstep.noise import generator_at
+from fewstep.diffusion.noise import generator_at
 from fewstep.trajectories.conditions import TYPES
 from fewstep.trajectories.manifest import DTYPES, read_manifest, shard_count
 from fewstep.trajectories.shards import Shard, open_shard, shard_file

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.planning import plan as make_plan
-from fewstep.recipe import SamplerRecipe
-from fewstep.schedules import schedule_from_config
+from fewstep.diffusion.schedules import schedule_from_config
+from fewstep.models.denoiser import Denoiser
+from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.studies.spectrum import Spectrum, time_spectrum
 from fewstep.trajectories.shards import shard_file
 from fewstep.trajectories.store import TrajectoryStore

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Clipped, Denoiser, Guided, Thresholded
-from fewstep.noise import NoiseSource
-from fewstep.recipe import SamplerRecipe
-from fewstep.sampling import Run, Sampler, initial
+from fewstep.diffusion.noise import NoiseSource
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.wrappers import Clipped, Guided, Thresholded
+from fewstep.sampling.protocol import Run, Sampler
+from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.sampling.sample import initial
 from fewstep.trajectories.claims import FOLDER as CLAIMS
 from fewstep.trajectories.claims import PATIENCE, Claim
 from fewstep.trajectories.conditions import Condition, from_json

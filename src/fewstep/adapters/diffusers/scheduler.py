@@ -1,0 +1,302 @@
+r"""``PlanScheduler``: any solver, plan or recipe of ours in a pipeline of diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from torch import Tensor
+
+from fewstep.adapters.diffusers import spacing as spacing
+from fewstep.adapters.diffusers.loading import is_edm
+from fewstep.adapters.diffusers.loading import load_denoiser as load_denoiser
+from fewstep.adapters.diffusers.noising import Noising
+from fewstep.adapters.diffusers.probing import PREDICTIONS
+from fewstep.adapters.diffusers.probing import plan_from_scheduler as plan_from_scheduler
+from fewstep.adapters.diffusers.setups import read_recipe, solver_name, without_scaling
+from fewstep.adapters.diffusers.stepping import Stepping
+from fewstep.base.registry import unknown
+from fewstep.diffusion.grids import GRIDS
+from fewstep.diffusion.schedules import Flow
+from fewstep.sampling.fitted import is_fitted
+from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.solvers import solver as make_solver
+
+ENDS_ABOVE_ZERO = ("tab", "rhoab", "logrhoab", "ipndm", "pndm", "rho-", "ei-score", "euler")
+"""Solvers that end at the lowest trained level unless told otherwise, as DEIS and PNDM there."""
+
+OF_THE_MODEL = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+"""What a configuration says about the noise levels."""
+
+
+class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
+    r"""Any fewstep solver, plan or recipe as a scheduler of diffusers.
+
+    .. code-block:: python
+
+        pipe.scheduler = PlanScheduler.from_config(pipe.scheduler.config, solver="tab3")
+
+    All coefficients are planned in float64 by :meth:`set_timesteps`; a step is a linear row of the
+    plan and reads nothing from the device. The state is kept in float32 or float64, whatever the
+    pipeline's type is. The state of a run belongs to the thread that made it, so that one pipeline
+    may serve many threads at once.
+
+    **Steps.** ``num_inference_steps`` counts the solver's steps, as in diffusers. For multistep
+    methods these are network calls. A method of k stages makes up to k calls a step; each stage is
+    in ``timesteps`` and ``order`` is k (pndm: three more calls in each of its first three steps).
+    With ``count="calls"`` it is a budget of network calls: the most steps that fit into it.
+
+    **Where it steps.** Without ``grid``, at the timesteps that the configuration describes
+    (``timestep_spacing``, ``steps_offset``, ``use_karras_sigmas``, ...), those of the solver's
+    twin in diffusers; for ``solver="auto"`` on the grid that belongs to the choice.
+    ``grid="auto"`` is the solver's own grid in fewstep. Between trained levels :math:`\lambda` is
+    linear in time (diffusers: :math:`\sigma / \alpha`), and the network is told the fractional
+    time, in float32; ``integer_times`` moves steps to trained levels instead.
+
+    **Mid-way starts** (img2img: ``set_begin_index``, or a first ``step`` at a later timestep) get a
+    plan of their own on the rest of the grid.
+
+    **Where nothing is left of the data.** With a zero terminal signal-to-noise ratio the last
+    :math:`\alpha` is taken as 1e-6, and flow models are told :math:`\sigma = 1` while the
+    coefficients are those of 1 - 1e-6. Coefficients are merged with the prediction's in float64,
+    so that nothing is amplified for v, x0 and flow predictions. An epsilon-prediction cannot say
+    what the data are there: for it the last :math:`\alpha` is half of the one before.
+
+    **Clipping and thresholding** of configurations that ask for them are applied to the predicted
+    data of each call (``use_clipped_model_output`` has no further effect): exact for any solver.
+
+    Arguments:
+        solver: A name in :data:`fewstep.SOLVERS`, ``"auto"``, or a family (``"tab"``, ``"rhoab"``,
+            ``"logrhoab"``, ``"dpmpp"``, ``"unipc"``) whose order is ``solver_order``.
+        solver_options: Options of the solver, e.g. ``{"eta": 0.5}``.
+        solver_order: The order of a solver given by its family.
+        grid: A name in :data:`fewstep.GRIDS`, ``"auto"``, ``"auto:FILE"`` for the grids that
+            ``fewstep analyze`` fitted, or nothing: see above.
+        grid_options: Options of the grid, e.g. ``{"rho": 5.0}``.
+        recipe: A recipe or a plan, as a path or as JSON text, instead of a solver. The text is
+            stored in the configuration, so that it is saved with the pipeline.
+        count: What ``num_inference_steps`` counts: ``"steps"`` or ``"calls"``.
+        integer_times: Whether the network is told whole timesteps only.
+        num_train_timesteps: The number of trained levels.
+        beta_start: The first :math:`\beta`.
+        beta_end: The last.
+        beta_schedule: ``"linear"``, ``"scaled_linear"`` or ``"squaredcos_cap_v2"``.
+        trained_betas: All :math:`\beta`, instead.
+        prediction_type: ``"epsilon"``, ``"sample"``, ``"v_prediction"`` or ``"flow_prediction"``.
+            A configuration of a flow scheduler, which has no such key, means the last.
+        timestep_spacing: ``"linspace"``, ``"leading"`` or ``"trailing"``; left out, that of the
+            solver's twin.
+        steps_offset: Added to the timesteps of ``"leading"``.
+        final_sigmas_type: ``"zero"`` or ``"sigma_min"``, the level at which sampling ends; left
+            out, that of the solver's twin. Flow models end at zero.
+        set_alpha_to_one: The same in the words of DDIM and PNDM, used without ``final_sigmas_type``.
+        lower_order_final: Whether the order falls in the last steps, below 15 steps (unipc:
+            always), for the solvers whose twins do so.
+        rescale_betas_zero_snr: Whether the last level has no signal.
+        use_karras_sigmas: Spacing in :math:`(\sigma / \alpha)^{1/7}`.
+        use_exponential_sigmas: Spacing in :math:`\lambda`.
+        use_beta_sigmas: Spacing by quantiles of a beta distribution; needs scipy.
+        use_lu_lambdas: Spacing in :math:`\lambda`.
+        use_flow_sigmas: Whether the model is a flow model, spaced as by diffusers' DPM-Solver.
+        flow_shift: The shift of flow levels; it multiplies ``shift``.
+        shift: The shift of flow levels.
+        use_dynamic_shifting: Whether the shift comes from ``set_timesteps(mu=...)``; if not, mu
+            is not used, as in diffusers.
+        time_shift_type: ``"exponential"`` or ``"linear"``, what mu means.
+        base_shift: Read by pipelines that compute mu.
+        max_shift: Likewise.
+        base_image_seq_len: Likewise.
+        max_image_seq_len: Likewise.
+        shift_terminal: The level that the last flow level is stretched to.
+        invert_sigmas: Not supported; must be false.
+        clip_sample: Whether the predicted data are clipped.
+        clip_sample_range: To which range.
+        thresholding: Whether the predicted data are thresholded dynamically.
+        dynamic_thresholding_ratio: The quantile of that.
+        sample_max_value: The largest threshold.
+        variance_type: ``"fixed_large"`` is the option of the solver ddpm. If the network returns
+            twice as many channels as the state has, the second half, a variance, is not used.
+        algorithm_type: Kept for other schedulers made from this configuration.
+        solver_type: Likewise.
+    """
+
+    __module__ = "fewstep.adapters.diffusers"  # what saved pipelines name
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012 - the base's convention
+    _compatibles += ["FlowMatchEulerDiscreteScheduler"]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        solver: str = "auto",
+        solver_options: dict[str, Any] | None = None,
+        solver_order: int = 2,
+        grid: str | None = None,
+        grid_options: dict[str, Any] | None = None,
+        recipe: str | None = None,
+        count: str = "steps",
+        integer_times: bool = False,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str | None = None,
+        steps_offset: int = 0,
+        final_sigmas_type: str | None = None,
+        set_alpha_to_one: bool | None = None,
+        lower_order_final: bool = True,
+        rescale_betas_zero_snr: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        shift_terminal: float | None = None,
+        invert_sigmas: bool = False,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        variance_type: str | None = None,
+        algorithm_type: str | None = None,
+        solver_type: str | None = None,
+    ) -> None:
+        del beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr
+        _one_of("prediction_type", prediction_type, list(PREDICTIONS))
+        _one_of("count", count, ["steps", "calls"])
+        _one_of("time_shift_type", time_shift_type, ["exponential", "linear"])
+        if grid not in (None, "auto") and not is_fitted(grid):
+            GRIDS[grid]
+        if invert_sigmas:
+            raise ValueError("invert_sigmas is not supported: time must grow with the noise")
+        chosen = [use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas]
+        if sum(map(bool, chosen)) > 1:
+            raise ValueError(
+                "only one of use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas and "
+                "use_lu_lambdas can be on"
+            )
+        name = solver_name(solver, solver_order)
+        if name != "auto":
+            make_solver(name, **(solver_options or {}))  # wrong names and options end here
+        self.betas = spacing.betas(self.config)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = spacing.levels(torch.cumprod(self.alphas, dim=0), prediction_type)
+        self.schedule = spacing.schedule_of(self.config, self.alphas_cumprod)
+        self._recipe: SamplerRecipe | None = None
+        if recipe is not None:
+            self._recipe, text = read_recipe(recipe)
+            self.register_to_config(recipe=text)
+            if self._recipe.plan is not None:
+                self._recipe.plan.check_schedule(self.schedule)
+        self._settle(name, timestep_spacing, final_sigmas_type, set_alpha_to_one)
+        self.order = 1
+        if count == "steps" and name not in ("auto", "pndm") and self._recipe is None:
+            method = make_solver(name)
+            self.order = method.nfe(3) - method.nfe(2)
+        # Of the twins only Heun's, whose state is x / alpha, begins at the exact sigma.
+        exact = name == "heun" and self.config["timestep_spacing"] != "leading"
+        self.init_noise_sigma: float = self.schedule.prior_std() if exact else 1.0
+        if self._recipe is not None and self._recipe.plan is not None:
+            self.init_noise_sigma = without_scaling(self._recipe.plan)[1]
+        self._reset(*self._initial_tensors())
+
+    def _settle(
+        self, name: str, spaces: str | None, final: str | None, to_one: bool | None
+    ) -> None:
+        """Writes what was left to the solver's twin into the configuration."""
+        if spaces is None:
+            spaces = "leading" if name in ("ddim", "ddpm", "pndm") else "linspace"
+        _one_of("timestep_spacing", spaces, ["linspace", "leading", "trailing"])
+        if final is None:
+            above = name.startswith(ENDS_ABOVE_ZERO) if to_one is None else not to_one
+            final = "sigma_min" if above else "zero"
+        _one_of("final_sigmas_type", final, ["zero", "sigma_min"])
+        self.register_to_config(
+            timestep_spacing=spaces, final_sigmas_type=final, set_alpha_to_one=final == "zero"
+        )
+
+    def _initial_tensors(self) -> tuple[Tensor, Tensor]:
+        count = self.config["num_train_timesteps"]
+        if isinstance(self.schedule, Flow):
+            sigmas = torch.linspace(1, 1 / count, count)
+            return sigmas * count, sigmas
+        timesteps = torch.arange(count - 1, -1, -1, dtype=torch.float32)
+        return timesteps, ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Makes the scheduler from the configuration of any other; ``kwargs`` replace its values.
+
+        As everywhere in diffusers, what the other left at its defaults becomes our default; except
+        its noise levels, which belong to the model. Flow schedulers have no ``prediction_type``:
+        theirs is ``"flow_prediction"``.
+
+        Raises:
+            ValueError: If the configuration is of EDM's preconditioning: those pipelines leave the
+                scaling of the network's input to the scheduler, which this one does not do.
+        """
+        # With betas it is one of ours that went through EDM's class.
+        if isinstance(config, Mapping) and is_edm(config) and "beta_schedule" not in config:
+            raise ValueError(
+                "PlanScheduler does not scale a network's input as EDM's preconditioning asks "
+                "(sigma_data); load the pipeline with fewstep.load(folder) and use fewstep.sample"
+            )
+        if isinstance(config, Mapping) and "_use_default_values" in config:
+            kept = [k for k in config["_use_default_values"] if k not in OF_THE_MODEL]
+            config = {**config, "_use_default_values": kept}
+        if isinstance(config, Mapping) and not {"prediction_type", "beta_schedule"} & set(config):
+            if {"shift", "invert_sigmas", "shift_terminal", "base_image_seq_len"} & set(config):
+                kwargs.setdefault("prediction_type", "flow_prediction")
+        return super().from_config(dict(config), return_unused_kwargs, **kwargs)
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
+
+
+def _one_of(name: str, value: object, known: list[str]) -> None:
+    if value not in known:
+        raise ValueError(unknown(name, value, known))
+
+
+def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
+    """Loads a pipeline that was saved with a :class:`PlanScheduler`.
+
+    Importing this module is what ``DiffusionPipeline.from_pretrained`` needs; some pipelines
+    (DDIM's) then exchange the scheduler for their own, which is undone here.
+
+    Arguments:
+        path: The folder of the pipeline.
+        kwargs: Further arguments of ``DiffusionPipeline.from_pretrained``.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
+    folder = Path(path)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"the folder {str(path)!r} holds no pipeline: it has no model_index.json")
+    kwargs.setdefault("use_safetensors", True)
+    pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
+    if "scheduler" not in kwargs and not isinstance(pipe.scheduler, PlanScheduler):
+        file = folder / "scheduler" / "scheduler_config.json"
+        if file.is_file() and json.loads(file.read_text())["_class_name"] == "PlanScheduler":
+            pipe.scheduler = PlanScheduler.from_pretrained(folder, subfolder="scheduler")
+    return pipe

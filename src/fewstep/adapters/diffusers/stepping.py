@@ -1,0 +1,321 @@
+"""The run of a PlanScheduler: planning it, stepping through it, and where it is on this thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from fewstep.adapters.diffusers.runs import PerThread, Run, Setup, place
+from fewstep.adapters.diffusers.setups import Planner, Request, starts
+from fewstep.diffusion.schedules import Flow, NoiseSchedule
+from fewstep.plans.execute import Execution
+from fewstep.plans.plan import Plan
+from fewstep.sampling.recipe import SamplerRecipe
+
+MOST_CACHED = 32
+
+
+class Stepping:
+    """``set_timesteps`` and ``step``, with the state of a run kept per thread."""
+
+    schedule: NoiseSchedule
+    _recipe: SamplerRecipe | None
+    _initial: tuple[Tensor, Tensor]
+
+    if TYPE_CHECKING:
+
+        @property
+        def config(self) -> Any:
+            """That of diffusers' ConfigMixin: a dict."""
+
+    def _reset(self, timesteps: Tensor, sigmas: Tensor) -> None:
+        """Puts everything to where no run has been planned."""
+        self._initial = (timesteps, sigmas)
+        self._cache: dict[Any, Setup] = {}
+        self._latest: tuple[Setup, Tensor, Tensor] | None = None
+        self._runs = PerThread()
+
+    def _run(self) -> Run:
+        run = self._runs.run
+        if run is None:
+            run = Run(None, *self._initial) if self._latest is None else Run(*self._latest)
+            self._runs.run = run
+        return run
+
+    # Planning.
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        r"""Plans a run, for this thread.
+
+        Arguments:
+            num_inference_steps: The number of steps (see the class).
+            device: The device of ``timesteps``.
+            timesteps: The times at which steps begin, decreasing, instead.
+            sigmas: The levels at which steps begin, instead: :math:`\sigma / \alpha`, for flow
+                models :math:`\sigma` before the shift. A last 0 is the end. With ``timesteps``,
+                these are what the network is told.
+            mu: The shift of flow levels, with ``use_dynamic_shifting``.
+
+        Raises:
+            ValueError: If there is no such plan; the message has the mend.
+        """
+        if timesteps is None and sigmas is None:
+            if num_inference_steps is None:
+                raise ValueError("give num_inference_steps, timesteps or sigmas")
+            n = num_inference_steps
+            if isinstance(n, bool) or int(n) != n or n < 1:
+                raise ValueError(f"num_inference_steps must be a positive integer, got {n!r}")
+            num_inference_steps = int(n)
+        asked = Request(
+            num_inference_steps,
+            None if timesteps is None else tuple(float(t) for t in timesteps),
+            None if sigmas is None else tuple(float(s) for s in sigmas),
+            float(mu) if self.config["use_dynamic_shifting"] and mu is not None else None,
+        )
+        # Pipelines may change these in the configuration after the making.
+        now = tuple(self.config[k] for k in ("steps_offset", "clip_sample", "thresholding"))
+        setup = self._cached((asked, now), lambda: self._planner().setup(asked))
+        values = torch.tensor(setup.told, dtype=torch.float64)
+        whole = bool((values == values.round()).all()) and not isinstance(self.schedule, Flow)
+        told = values.to(torch.int64 if whole else torch.float32).to(device)
+        self._latest = (setup, told, self._levels(setup))
+        self._runs.run = Run(*self._latest)
+
+    def _planner(self) -> Planner:
+        return Planner(self.config, self.schedule, self._recipe)
+
+    def _cached(self, key: Any, make: Callable[[], Setup]) -> Setup:
+        found = self._cache.get(key)
+        if found is None:
+            found = make()
+            if len(self._cache) >= MOST_CACHED:
+                self._cache = {}
+            self._cache[key] = found
+        return found
+
+    def _levels(self, setup: Setup) -> Tensor:
+        ends = setup.plan.knots[-1:]
+        times = torch.cat([setup.plan.times, ends])
+        zero = float(ends) <= self.schedule.t_zero
+        inner = times[:-1] if zero else times
+        levels = inner if isinstance(self.schedule, Flow) else self.schedule.rho(inner)
+        if zero:
+            levels = torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+        return levels.float()
+
+    # Where a run is: attributes of the thread.
+
+    @property
+    def timesteps(self) -> Tensor:
+        """What the network is told at each call, on the device given to :meth:`set_timesteps`."""
+        return self._run().timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: Tensor) -> None:
+        run = self._run()  # some pipelines put them back in another type
+        if run.setup is None or value.shape != run.timesteps.shape:
+            raise ValueError(
+                "timesteps cannot be exchanged, as the plan belongs to them; "
+                "call set_timesteps(timesteps=[...])"
+            )
+        run.keep(value)
+
+    @property
+    def sigmas(self) -> Tensor:
+        r"""The levels :math:`\sigma / \alpha` (of a flow: :math:`\sigma`) at the calls and at the end, float32."""
+        return self._run().sigmas
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The number of entries of ``timesteps``, once they are set."""
+        run = self._run()
+        return None if run.setup is None else len(run.timesteps)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of this thread's run (or of the next, if it has not begun)."""
+        active = self._run().active
+        return None if active is None else active.plan
+
+    @property
+    def step_index(self) -> int | None:
+        """The index in ``timesteps`` of the next step, once a run has begun."""
+        return self._run().step_index
+
+    @property
+    def _step_index(self) -> int | None:
+        return self.step_index
+
+    @_step_index.setter
+    def _step_index(self, value: int | None) -> None:
+        if value is not None:
+            raise ValueError(
+                "a run cannot be moved; use set_begin_index before it, or set_timesteps"
+            )
+        self._run().rewind()
+
+    @property
+    def begin_index(self) -> int | None:
+        """The index at which a run begins; ``None`` if its first timestep says so."""
+        return self._run().begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Sets the index in ``timesteps`` at which the next run begins."""
+        run = self._run()
+        run.begin_index = begin_index
+        run.rewind()
+
+    def index_for_timestep(
+        self, timestep: Tensor | float, schedule_timesteps: Tensor | None = None
+    ) -> int:
+        """Returns the index at which a step at this timestep begins, the last one if there is none."""
+        told = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
+        setup = self._run().setup
+        places = [i for i, t in enumerate(told) if abs(t - float(timestep)) < 1e-3]
+        if schedule_timesteps is None and setup is not None:
+            places = [i for i in places if starts(setup, i)] or places
+        return places[0] if places else len(told) - 1
+
+    def previous_timestep(self, timestep: Tensor | float) -> Any:
+        """Returns the timestep after this one on the grid (-1 at the end), or one less before planning."""
+        run = self._run()
+        if run.setup is None:
+            return timestep - 1
+        later = [t for t in run.setup.told if t < float(timestep) - 1e-3]
+        return torch.tensor(later[0] if later else -1.0).to(run.timesteps.dtype)
+
+    # Sampling.
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        r"""Takes the network's answer and returns the next input of the network, or the sample.
+
+        Arguments:
+            model_output: The network's answer at ``sample``.
+            timestep: The entry of ``timesteps`` at which it was asked.
+            sample: The state, as the last step returned it or as it was edited since.
+            eta: The option of the solver ``ddim``, from the first step of a run on.
+            use_clipped_model_output: Without effect: with clipping on, all follows from the
+                clipped data.
+            generator: Draws the noise of stochastic solvers; one, or one a sample.
+            variance_noise: That noise itself.
+            return_dict: Whether to return an object with ``prev_sample``, or a tuple.
+
+        Raises:
+            ValueError: If the timestep is not the next of the run.
+        """
+        run = self._runs.run or self._run()
+        execution = run.execution
+        if execution is None or execution.call is None:
+            execution = self._begin(run, timestep, sample, eta)
+        else:
+            if torch.compiler.is_compiling() or not run.expects(timestep):
+                self._check_next(run, timestep)
+            if sample is not run.sample:
+                execution.replace(sample.to(run.dtype))
+        if not run.plain or model_output.numel() != run.size or model_output.dtype != run.dtype:
+            answer = self._answer(run, execution.call.x, model_output)  # type: ignore[union-attr]
+            run.generator, run.variance_noise, run.like = generator, variance_noise, model_output
+            execution.advance(answer)
+        else:
+            execution.advance(model_output)
+        run.step_index += 1  # type: ignore[operator]
+        call = execution.call
+        previous = execution.result if call is None else call.x
+        if sample.dtype != run.dtype:
+            previous = previous.to(sample.dtype)
+        run.sample = previous
+        if not return_dict:
+            return (previous,)
+        return SchedulerOutput(prev_sample=previous)
+
+    def _answer(self, run: Run, x: Tensor, answer: Tensor) -> Tensor:
+        """Returns the answer as the plan reads it."""
+        if answer.numel() == 2 * run.size:  # cheaper than a look at the shapes
+            answer = answer[:, : x.shape[1]]  # the rest is a learned variance
+        if answer.dtype != run.dtype:
+            answer = answer.to(run.dtype)
+        maps = run.active.to_data  # type: ignore[union-attr]
+        if maps is None:
+            return answer
+        shift, factor = maps[run.step_index - run.offset]  # type: ignore[operator]
+        return self._reshape(torch.mul(answer, factor).add_(x, alpha=shift))
+
+    def _begin(self, run: Run, timestep: Tensor | float, sample: Tensor, eta: float) -> Execution:
+        whole = run.setup
+        if whole is None:
+            raise ValueError("the scheduler has no timesteps yet: call set_timesteps first")
+        told = None
+        index = run.begin_index
+        if index is None or run.step_index is not None:  # a run after a finished one finds its own
+            index, told = self._find(run, whole, timestep)
+        if not 0 <= index < len(run.timesteps):
+            raise ValueError(
+                f"a run begins at an index from 0 to {len(run.timesteps) - 1}, got {index}"
+            )
+        setup = whole
+        if index or told is not None or eta:
+            key = (id(whole), index, told, float(eta))
+            setup = self._cached(key, lambda: self._planner().rest(whole, index, told, eta))
+        return run.begin(setup, sample)
+
+    @staticmethod
+    def _find(run: Run, setup: Setup, timestep: Tensor | float) -> tuple[int, float | None]:
+        """Returns the index of a first timestep, or the first index below it and the time itself."""
+        if isinstance(timestep, Tensor) and (found := place(timestep, run.timesteps)) is not None:
+            return found, None
+        value = float(timestep)
+        for index, told in enumerate(setup.told):
+            if abs(told - value) < 1e-3 and starts(setup, index):
+                return index, None
+        return 0, value
+
+    @staticmethod
+    def _check_next(run: Run, timestep: Tensor | float) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if isinstance(timestep, Tensor):
+            found = place(timestep, run.timesteps)
+            if found == run.step_index or (found is None and timestep.device.type != "cpu"):
+                return
+        told = run.told()
+        if abs(float(timestep) - told) > 1e-3 * max(1.0, abs(told)):
+            raise ValueError(
+                f"step {run.step_index} of this run is at timestep {told:g}, got "
+                f"{float(timestep):g}; call set_timesteps before each run"
+            )
+
+    def _reshape(self, x0: Tensor) -> Tensor:
+        """Clips or thresholds predicted data, as the configuration asks."""
+        if self.config["thresholding"]:
+            sizes = x0.flatten(1).abs()
+            at = self.config["dynamic_thresholding_ratio"] * (sizes.shape[1] - 1)
+            low = int(at)
+            below = sizes.kthvalue(low + 1, dim=1).values
+            above = sizes.kthvalue(min(low + 2, sizes.shape[1]), dim=1).values
+            most = self.config["sample_max_value"]  # below 1 it wins, as in diffusers
+            bound = torch.lerp(below, above, at - low).clamp(min=1.0, max=most)
+            bound = bound.reshape(-1, *[1] * (x0.ndim - 1))
+            return x0.clamp(-bound, bound) / bound
+        bound = self.config["clip_sample_range"]
+        return x0.clamp(-bound, bound)

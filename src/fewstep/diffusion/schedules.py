@@ -1,0 +1,527 @@
+r"""Noise schedules: :math:`x_t = \alpha(t) x_0 + \sigma(t) \varepsilon` as functions of time.
+
+Everything downstream needs only :math:`\alpha`, :math:`\sigma` and the inverse of
+:math:`\lambda = \log(\alpha / \sigma)`, which is *half* the log signal-to-noise ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from fewstep.base.registry import Registry
+
+MOST_LEVELS = 1_000_000
+"""The most levels of a tabulated schedule; a guard against hostile files."""
+
+
+class NoiseSchedule(ABC):
+    r"""A noise schedule :math:`t \mapsto (\alpha(t), \sigma(t))`, noise growing with time.
+
+    All methods take and return tensors of the same shape and floating type, are
+    differentiable, and are meant to be called in float64.
+
+    Attributes:
+        t_min: The smallest time at which the network is trusted.
+        t_max: The largest time, where sampling starts.
+        t_zero: The label of the point with :math:`\sigma = 0` in a grid; no function of the
+            schedule is ever evaluated there.
+        discrete: Whether times are (fractional) indices of trained levels.
+    """
+
+    name: str
+    t_min: float
+    t_max: float
+    t_zero: float = 0.0
+    discrete: bool = False
+
+    @abstractmethod
+    def log_alpha(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`\log \alpha(t)`."""
+
+    @abstractmethod
+    def log_sigma(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`\log \sigma(t)`."""
+
+    @abstractmethod
+    def time(self, lam: Tensor) -> Tensor:
+        r"""Returns the time at which :math:`\log(\alpha / \sigma)` is ``lam``."""
+
+    def options(self) -> dict[str, Any]:
+        """Returns the options that rebuild this schedule, as JSON values."""
+        return {}
+
+    def breakpoints(self) -> Tensor | None:
+        r"""Returns the times at which :math:`\lambda(t)` has a kink, or ``None``."""
+        return None
+
+    @final
+    def alpha(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`\alpha(t)`."""
+        return self.log_alpha(t).exp()
+
+    @final
+    def sigma(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`\sigma(t)`."""
+        return self.log_sigma(t).exp()
+
+    @final
+    def lam(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`\lambda(t) = \log(\alpha / \sigma)`, half the log-SNR."""
+        return self.log_alpha(t) - self.log_sigma(t)
+
+    @final
+    def rho(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`\rho(t) = \sigma / \alpha = e^{-\lambda}`."""
+        return (-self.lam(t)).exp()
+
+    @final
+    def drift(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`f(t) = d \log \alpha / dt` of the forward SDE :math:`dx = f x dt + g dw`."""
+        return _derivative(self.log_alpha, t)
+
+    @final
+    def diffusion(self, t: Tensor) -> Tensor:
+        r"""Returns :math:`g(t)^2 = -2 \sigma^2 \, d\lambda / dt` of the forward SDE."""
+        return -2 * self.sigma(t).square() * _derivative(self.lam, t)
+
+    @final
+    def prior_std(self, t: float | None = None) -> float:
+        r"""Returns the standard deviation :math:`\sigma(t)` of the initial draw (default: at ``t_max``)."""
+        start = self.t_max if t is None else t
+        return float(self.sigma(torch.tensor(start, dtype=torch.float64)))
+
+    @final
+    def to_config(self) -> dict[str, Any]:
+        """Returns the name and the options, as stored in plans, recipes and model folders."""
+        return {"name": self.name, **self.options()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NoiseSchedule) and self.to_config() == other.to_config()
+
+    def __hash__(self) -> int:
+        return hash(repr(self.to_config()))
+
+    def __repr__(self) -> str:
+        body = ", ".join(f"{k}={_short(v)}" for k, v in self.options().items())
+        return f"{type(self).__name__}({body})"
+
+
+def _short(value: object) -> str:
+    return f"<{len(value)} levels>" if isinstance(value, (list, tuple)) else repr(value)
+
+
+def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    # Reverse mode of an elementwise function: forward mode imports torch.jit, which warns.
+    with torch.enable_grad():
+        point = t if t.requires_grad else t.detach().requires_grad_()
+        value = function(point).sum()
+        if not value.requires_grad:  # a constant
+            return torch.zeros_like(t)
+        return torch.autograd.grad(value, point, create_graph=t.requires_grad)[0]
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _log_sigma_vp(log_alpha: Tensor) -> Tensor:
+    return 0.5 * torch.log(-torch.expm1(2 * log_alpha))
+
+
+class _LinearBeta(NoiseSchedule):
+    r"""Common part of the schedules with :math:`\beta(t) = \beta_0 + (\beta_1 - \beta_0) t`."""
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        _check(
+            0 < beta_min <= beta_max < math.inf,
+            f"beta_min and beta_max must satisfy 0 < beta_min <= beta_max, got {beta_min} and {beta_max}",
+        )
+        self.beta_min, self.beta_max = float(beta_min), float(beta_max)
+        self.t_min, self.t_max = 1e-3, 1.0
+
+    def options(self) -> dict[str, Any]:
+        return {"beta_min": self.beta_min, "beta_max": self.beta_max}
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return -0.25 * (self.beta_max - self.beta_min) * t * t - 0.5 * self.beta_min * t
+
+    def _time_of(self, q: Tensor) -> Tensor:
+        # q = integral of beta = -2 log alpha; the stable root of the quadratic.
+        slope = self.beta_max - self.beta_min
+        return 2 * q / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * q))
+
+
+class VPLinear(_LinearBeta):
+    r"""Variance preserving with linear :math:`\beta`, continuous time in [1e-3, 1].
+
+    .. math:: \alpha^2 = e^{-\frac12 (\beta_1 - \beta_0) t^2 - \beta_0 t}, \qquad \sigma^2 = 1 - \alpha^2
+
+    References:
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021)
+        | https://arxiv.org/abs/2011.13456
+    """
+
+    name = "vp-linear"
+
+    def log_sigma(self, t: Tensor) -> Tensor:
+        return _log_sigma_vp(self.log_alpha(t))
+
+    def time(self, lam: Tensor) -> Tensor:
+        return self._time_of(softplus(-2 * lam))
+
+
+class SubVP(_LinearBeta):
+    r"""Sub-variance preserving: the mean of :class:`VPLinear`, :math:`\sigma = 1 - \alpha^2`.
+
+    References:
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021)
+        | https://arxiv.org/abs/2011.13456
+    """
+
+    name = "sub-vp"
+
+    def log_sigma(self, t: Tensor) -> Tensor:
+        return torch.log(-torch.expm1(2 * self.log_alpha(t)))
+
+    def time(self, lam: Tensor) -> Tensor:
+        # alpha solves (1 - alpha^2) / alpha = rho, and rho = e^-lam:
+        # alpha = (sqrt(rho^2 + 4) - rho) / 2, so -log alpha = asinh(rho / 2).
+        return self._time_of(2 * torch.asinh((-lam).exp() / 2))
+
+
+class VPCosine(NoiseSchedule):
+    r"""Variance preserving with a cosine, continuous time in [1e-3, 0.9946].
+
+    .. math:: \alpha = \cos\theta, \quad \sigma = \sin\theta, \quad
+        \theta = \frac{\pi}{2} \frac{t + s}{1 + s}
+
+    Time stops at 0.9946, where DPM-Solver stops it: at 1 nothing of the data is left.
+
+    References:
+        | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021)
+        | https://arxiv.org/abs/2102.09672
+    """
+
+    name = "vp-cosine"
+
+    def __init__(self, s: float = 0.008) -> None:
+        _check(0 <= s < 1, f"s must be in [0, 1), got {s}")
+        self.s = float(s)
+        self.t_min, self.t_max = 1e-3, 0.9946
+
+    def options(self) -> dict[str, Any]:
+        return {"s": self.s}
+
+    def _angle(self, t: Tensor) -> Tensor:
+        return (t + self.s) / (1 + self.s) * (math.pi / 2)
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.log(torch.cos(self._angle(t)))
+
+    def log_sigma(self, t: Tensor) -> Tensor:
+        return torch.log(torch.sin(self._angle(t)))
+
+    def time(self, lam: Tensor) -> Tensor:
+        return torch.atan((-lam).exp()) * (2 / math.pi) * (1 + self.s) - self.s
+
+
+class VE(NoiseSchedule):
+    r"""Variance exploding: :math:`\alpha = 1`, :math:`\sigma = \sigma_0 (\sigma_1 / \sigma_0)^t`, time in [1e-5, 1].
+
+    References:
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021)
+        | https://arxiv.org/abs/2011.13456
+    """
+
+    name = "ve"
+    t_zero = -1.0
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+        _check(
+            0 < sigma_min < sigma_max < math.inf,
+            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}",
+        )
+        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        self.t_min, self.t_max = 1e-5, 1.0
+
+    def options(self) -> dict[str, Any]:
+        return {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def log_sigma(self, t: Tensor) -> Tensor:
+        return math.log(self.sigma_min) + t * math.log(self.sigma_max / self.sigma_min)
+
+    def time(self, lam: Tensor) -> Tensor:
+        return (-lam - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+
+
+class EDM(NoiseSchedule):
+    r"""Time is the noise level: :math:`\alpha = 1`, :math:`\sigma = t`, time in [0.002, 80].
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
+        | https://arxiv.org/abs/2206.00364
+    """
+
+    name = "edm"
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+        _check(
+            0 < sigma_min < sigma_max < math.inf,
+            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}",
+        )
+        self.t_min, self.t_max = float(sigma_min), float(sigma_max)
+
+    def options(self) -> dict[str, Any]:
+        return {"sigma_min": self.t_min, "sigma_max": self.t_max}
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def log_sigma(self, t: Tensor) -> Tensor:
+        return t.log()
+
+    def time(self, lam: Tensor) -> Tensor:
+        return (-lam).exp()
+
+
+class Flow(NoiseSchedule):
+    r"""Rectified flow: :math:`\alpha = 1 - t`, :math:`\sigma = t`, time in [1e-3, 0.999].
+
+    At exactly 1 nothing of the data is left and :math:`\varepsilon`-solvers are undefined, so
+    time starts at 0.999, where the data still enter the state with weight 0.001.
+
+    Arguments:
+        t_max: The largest time, below 1; pipelines of flow models start at 1 - 1e-6.
+
+    References:
+        | Flow Straight and Fast (Liu et al., 2023), Flow Matching (Lipman et al., 2023)
+        | https://arxiv.org/abs/2209.03003, https://arxiv.org/abs/2210.02747
+    """
+
+    name = "flow"
+
+    def __init__(self, t_max: float = 0.999) -> None:
+        _check(1e-3 < t_max < 1, f"t_max must be between 0.001 and 1, got {t_max}")
+        self.t_min, self.t_max = 1e-3, float(t_max)
+
+    def options(self) -> dict[str, Any]:
+        return {} if self.t_max == 0.999 else {"t_max": self.t_max}
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.log1p(-t)
+
+    def log_sigma(self, t: Tensor) -> Tensor:
+        return t.log()
+
+    def time(self, lam: Tensor) -> Tensor:
+        return torch.sigmoid(-lam)
+
+
+class Tabulated(NoiseSchedule):
+    r"""Variance preserving, known at N trained levels; time is the index, 0 to N - 1.
+
+    Between two levels :math:`\lambda` is linear in the index, so that fractional times have an
+    exact inverse and the ends of the table are met exactly.
+
+    Arguments:
+        alphas_cumprod: The cumulative products :math:`\alpha_n^2` of the levels, strictly
+            decreasing, in (0, 1).
+    """
+
+    name = "tabulated"
+    t_zero = -1.0
+    discrete = True
+
+    def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
+        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu().clone()
+        _check(
+            table.ndim == 1 and table.numel() >= 2,
+            f"alphas_cumprod must be a list of at least 2 levels, got shape {tuple(table.shape)}",
+        )
+        _check(
+            bool(table.isfinite().all()) and float(table.min()) > 0 and float(table.max()) < 1,
+            "alphas_cumprod must lie strictly between 0 and 1; "
+            f"got values from {float(table.min()):.4g} to {float(table.max()):.4g}",
+        )
+        _check(
+            bool((table.diff() < 0).all()),
+            "alphas_cumprod must decrease strictly (level 0 is the cleanest)",
+        )
+        self._lam = 0.5 * (table.log() - torch.log1p(-table))
+        self._table = table
+        self.t_min, self.t_max = 0.0, float(table.numel() - 1)
+
+    def options(self) -> dict[str, Any]:
+        return {"alphas_cumprod": self._table.tolist()}
+
+    @property
+    def levels(self) -> int:
+        """The number N of trained levels."""
+        return self._table.numel()
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        r"""The table :math:`\alpha_n^2`, shape (N,), float64."""
+        return self._table
+
+    def breakpoints(self) -> Tensor:
+        return torch.arange(self.levels, dtype=torch.float64)
+
+    def _lam_at(self, t: Tensor) -> Tensor:
+        table = self._lam.to(t)
+        low = t.detach().floor().clamp(0, self.levels - 2).long()
+        return table[low] + (t - low) * (table[low + 1] - table[low])
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return 0.5 * logsigmoid(2 * self._lam_at(t))
+
+    def log_sigma(self, t: Tensor) -> Tensor:
+        return 0.5 * logsigmoid(-2 * self._lam_at(t))
+
+    def time(self, lam: Tensor) -> Tensor:
+        table = self._lam.to(lam)
+        # lam decreases with the index; searchsorted wants an ascending table.
+        low = torch.searchsorted(-table, -lam.detach().contiguous(), right=True) - 1
+        low = low.clamp(0, self.levels - 2)
+        return low + (lam - table[low]) / (table[low + 1] - table[low])
+
+
+def _cumulative(betas: Tensor) -> Tensor:
+    return torch.cumprod(1 - betas, dim=0)
+
+
+class DDPMLinear(Tabulated):
+    r"""The 1000 levels of DDPM: :math:`\beta` linear from 1e-4 to 0.02.
+
+    References:
+        | Denoising Diffusion Probabilistic Models (Ho et al., 2020)
+        | https://arxiv.org/abs/2006.11239
+    """
+
+    name = "ddpm-linear"
+
+    def __init__(
+        self, beta_start: float = 1e-4, beta_end: float = 0.02, levels: int = 1000
+    ) -> None:
+        self._options = _beta_options(beta_start, beta_end, levels)
+        super().__init__(
+            _cumulative(torch.linspace(beta_start, beta_end, levels, dtype=torch.float64))
+        )
+
+    def options(self) -> dict[str, Any]:
+        return dict(self._options)
+
+
+class DDPMScaledLinear(Tabulated):
+    r"""The 1000 levels of latent diffusion: :math:`\sqrt\beta` linear, 0.00085 to 0.012.
+
+    References:
+        | High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al., 2022)
+        | https://arxiv.org/abs/2112.10752
+    """
+
+    name = "ddpm-scaled-linear"
+
+    def __init__(
+        self, beta_start: float = 0.00085, beta_end: float = 0.012, levels: int = 1000
+    ) -> None:
+        self._options = _beta_options(beta_start, beta_end, levels)
+        root = torch.linspace(beta_start**0.5, beta_end**0.5, levels, dtype=torch.float64)
+        super().__init__(_cumulative(root.square()))
+
+    def options(self) -> dict[str, Any]:
+        return dict(self._options)
+
+
+class DDPMCosine(Tabulated):
+    r"""The 1000 levels of improved DDPM: a squared cosine, :math:`\beta \le 0.999`.
+
+    References:
+        | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021)
+        | https://arxiv.org/abs/2102.09672
+    """
+
+    name = "ddpm-cosine"
+
+    def __init__(self, s: float = 0.008, max_beta: float = 0.999, levels: int = 1000) -> None:
+        _check(0 <= s < 1, f"s must be in [0, 1), got {s}")
+        _check(0 < max_beta < 1, f"max_beta must be in (0, 1), got {max_beta}")
+        _check_levels(levels)
+        self._options = {"s": float(s), "max_beta": float(max_beta), "levels": int(levels)}
+        edge = torch.arange(levels + 1, dtype=torch.float64) / levels
+        curve = torch.cos((edge + s) / (1 + s) * (math.pi / 2)).square()
+        super().__init__(_cumulative((1 - curve[1:] / curve[:-1]).clamp(max=max_beta)))
+
+    def options(self) -> dict[str, Any]:
+        return dict(self._options)
+
+
+def _check_levels(levels: object) -> None:
+    ok = isinstance(levels, int) and not isinstance(levels, bool) and 2 <= levels <= MOST_LEVELS
+    _check(ok, f"levels must be an integer from 2 to {MOST_LEVELS}, got {levels!r:.40}")
+
+
+def _beta_options(beta_start: float, beta_end: float, levels: int) -> dict[str, Any]:
+    _check(
+        0 < beta_start <= beta_end < 1,
+        f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}",
+    )
+    _check_levels(levels)
+    return {"beta_start": float(beta_start), "beta_end": float(beta_end), "levels": int(levels)}
+
+
+SCHEDULES: Registry[Callable[..., NoiseSchedule]] = Registry(
+    "schedule",
+    {
+        "vp-linear": VPLinear,
+        "vp-cosine": VPCosine,
+        "sub-vp": SubVP,
+        "ve": VE,
+        "edm": EDM,
+        "flow": Flow,
+        "ddpm-linear": DDPMLinear,
+        "ddpm-scaled-linear": DDPMScaledLinear,
+        "ddpm-cosine": DDPMCosine,
+        "tabulated": Tabulated,
+    },
+)
+
+
+def schedule(name: str, **options: Any) -> NoiseSchedule:
+    """Returns the noise schedule of that name.
+
+    Arguments:
+        name: One of :data:`SCHEDULES`.
+        options: Its options, e.g. ``beta_max=20.0``.
+
+    Raises:
+        ValueError: If the name is unknown or an option is out of range.
+        TypeError: If the schedule has no such option.
+    """
+    build = SCHEDULES[name]
+    try:
+        return build(**options)
+    except TypeError as error:
+        raise TypeError(f"schedule {name!r}: {error}") from None
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+    """Returns the schedule that :meth:`NoiseSchedule.to_config` described."""
+    if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
+        raise ValueError(f"a schedule is an object with a 'name', got {config!r:.80}")
+    options = {key: value for key, value in config.items() if key != "name"}
+    try:
+        return schedule(config["name"], **options)
+    except (TypeError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"the schedule {config['name']!r:.60} cannot be made: {error}") from None

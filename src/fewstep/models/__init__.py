@@ -1,0 +1,1 @@
+"""Networks in one coordinate system: denoisers and what wraps them, exact models, model folders."""

@@ -1,0 +1,185 @@
+"""The folder that holds a model, ``model.json`` and ``model.safetensors``, and the model in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_config
+from fewstep.models.denoiser import WrappedNetwork
+from fewstep.models.networks.unet import SmallUNet, lay_out
+
+FORMAT, VERSION = "fewstep.model", 1
+
+
+def write_model(
+    folder: str | Path,
+    weights: Mapping[str, Tensor],
+    *,
+    network: Mapping[str, Any],
+    schedule: NoiseSchedule,
+    prediction: str,
+    event_shape: Sequence[int],
+    class_names: Sequence[str] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a model as a folder that :func:`fewstep.load` reads; returns the folder.
+
+    Arguments:
+        folder: Where to write.
+        weights: The state of the network; besides it ``data.mean`` and ``data.std``, the
+            statistics of the data for head starts, may be there.
+        network: Its kind and the options that rebuild it.
+        schedule: The schedule that it was trained with.
+        prediction: What it predicts.
+        event_shape: The shape of one sample.
+        class_names: The names of the classes.
+        training: How it was trained; for the reader, not for the code.
+    """
+    folder = Path(folder)
+    file = write_tensors(folder / "model.safetensors", weights)
+    write_json(
+        folder / "model.json",
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "network": dict(network),
+            "schedule": schedule.to_config(),
+            "prediction": prediction,
+            "event_shape": list(event_shape),
+            "class_names": None if class_names is None else list(class_names),
+            "sha256": sha256(file),
+            "training": dict(training or {}),
+        },
+    )
+    return folder
+
+
+MOST_PIXELS = 4096
+"""The largest height and width of an image of a folder's model; a guard against hostile files."""
+
+
+class FolderModel(WrappedNetwork):
+    """A network from a folder written by fewstep, class-conditional or not."""
+
+    class_names: tuple[str, ...] | None = None
+    about: Mapping[str, Any] = {}
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        weights = next(self.parameters())
+        return super().raw(x.to(weights.dtype), t, **cond).to(x.dtype)
+
+    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
+        ready = super().prepare(n, cond)
+        labels = ready.get("class_labels")
+        if labels is None:
+            return {}
+        classes = self.network.num_classes  # type: ignore[attr-defined]
+        if classes is None:
+            raise ValueError("this model has no classes; leave class_labels out")
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"class_labels must be integers, got {labels!r:.60}") from None
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"class_labels must be integers, got {labels.dtype}")
+        labels = labels.expand(n) if labels.ndim == 0 or len(labels) == 1 else labels
+        if tuple(labels.shape) != (n,):
+            raise ValueError(
+                f"class_labels must be one integer or {n}, got shape {tuple(labels.shape)}"
+            )
+        if int(labels.min()) < 0 or int(labels.max()) > classes:
+            raise ValueError(
+                f"class_labels must be from 0 to {classes - 1} ({classes} is no class), got "
+                f"{int(labels.min())} to {int(labels.max())}"
+            )
+        device = next(self.parameters()).device
+        return {"class_labels": labels.to(device=device, dtype=torch.int64)}
+
+
+def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
+    """Reads the model that :func:`write_model` wrote.
+
+    Raises:
+        ValueError: If the folder holds none, or it is damaged.
+    """
+    about = read_json(folder / "model.json", what="model")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(f"{str(folder / 'model.json')!r} does not describe a fewstep model")
+    if about.get("version") != VERSION:
+        raise ValueError(
+            f"the model has version {about.get('version')!r}; this fewstep reads version {VERSION}"
+        )
+    file = folder / "model.safetensors"
+    if not file.exists():
+        raise ValueError(f"the model {str(folder)!r} has no weights: model.safetensors is missing")
+    if sha256(file) != about.get("sha256"):
+        raise ValueError(
+            f"the weights {str(file)!r} are damaged: their checksum is not model.json's"
+        )
+    try:
+        # On the meta device an absurd size costs nothing; the weights must then have it.
+        with torch.device("meta"):
+            network = _network(dict(about["network"]))
+        tensors = read_tensors(file)
+        mean, std = (tensors.pop(key, None) for key in ("data.mean", "data.std"))
+        network.load_state_dict(tensors, assign=True)
+        shape = model_shape(about["event_shape"], network)
+        for statistic in (mean, std):
+            if statistic is not None and statistic.shape not in ((), shape):
+                raise ValueError(
+                    f"the statistics of the data have shape {tuple(statistic.shape)}, not {shape}"
+                )
+        names = about.get("class_names")
+        if names is not None and not (
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(f"class_names must be a list of texts, got {names!r:.60}")
+        classes = network.num_classes
+        lay_out(network.to(dtype))
+        model = FolderModel(
+            network.eval().requires_grad_(False),
+            schedule=schedule_from_config(about["schedule"]),
+            prediction=Prediction.of(about["prediction"]),
+            event_shape=shape,
+            null_condition={"class_labels": classes} if classes else {},
+            data_mean=mean,
+            data_std=std,
+        )
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the model {str(folder)!r} is damaged: {error}") from None
+    model.class_names = tuple(names) if names else None
+    model.about = about
+    return model
+
+
+def model_shape(value: object, network: SmallUNet) -> tuple[int, ...]:
+    """Returns the shape of one sample that a file claims, checked against the network."""
+    patch, channels = network.patch, network.config["in_channels"]
+    if (
+        not isinstance(value, list)
+        or len(value) != 3
+        or not all(isinstance(size, int) and not isinstance(size, bool) for size in value)
+        or value[0] != channels
+        or not all(0 < size <= MOST_PIXELS and size % patch == 0 for size in value[1:])
+    ):
+        raise ValueError(
+            f"event_shape must be [{channels}, height, width] in multiples of {patch} up to "
+            f"{MOST_PIXELS}, got {value!r:.60}"
+        )
+    return tuple(value)
+
+
+def _network(config: dict[str, Any]) -> SmallUNet:
+    kind = config.pop("kind", None)
+    if kind != "small-unet":
+        raise ValueError(
+            f"the model's network is of kind {kind!r}; this fewstep knows 'small-unet'"
+        )
+    return SmallUNet(**config)

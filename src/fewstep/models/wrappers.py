@@ -1,0 +1,152 @@
+r"""What wraps a denoiser: guidance, clipping, thresholds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.prediction import Prediction
+from fewstep.models.denoiser import Denoiser
+
+
+class _Wrapper(Denoiser):
+    """A denoiser around another; everything but :meth:`raw` is the inner one's."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        super().__init__()
+        if not isinstance(inner, Denoiser):
+            raise TypeError(f"a denoiser is wrapped, got {type(inner).__name__}")
+        if inner.own_sampler() is not None:
+            raise ValueError(
+                f"this model brings its own sampler and cannot be wrapped in {type(self).__name__}; "
+                "guidance and clipping belong to the trajectories that it was distilled from"
+            )
+        self.inner = inner
+        self.schedule, self.native = inner.schedule, inner.native
+        self.event_shape, self.null_condition = inner.event_shape, inner.null_condition
+        self.data_mean, self.data_std = inner.data_mean, inner.data_std
+        self.calls = inner.calls
+        self.integer_times = getattr(inner, "integer_times", False)
+
+    def fingerprint(self) -> str:
+        """Returns that of the model inside."""
+        return self.inner.fingerprint()
+
+    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
+        return self.inner.prepare(n, cond)
+
+
+class Guided(_Wrapper):
+    r"""Classifier-free guidance: :math:`D_\emptyset + w (D_c - D_\emptyset)`, in any prediction.
+
+    References:
+        | Classifier-Free Diffusion Guidance (Ho & Salimans, 2022)
+        | https://arxiv.org/abs/2207.12598
+
+    Arguments:
+        inner: A denoiser with a ``null_condition``.
+        scale: The scale w: 1 is the conditional model, 0 the unconditional one.
+    """
+
+    def __init__(self, inner: Denoiser, scale: float) -> None:
+        super().__init__(inner)
+        if not inner.null_condition:
+            raise ValueError(
+                "guidance needs a null condition: Denoiser.wrap(..., null_condition={name: value})"
+            )
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"the scale of guidance is a number, got {scale!r}")
+        if not math.isfinite(scale):
+            raise ValueError(f"the scale of guidance is a finite number, got {scale!r}")
+        self.scale = float(scale)
+        self.calls = 2 * inner.calls
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        self._check_conditions(cond)
+        both: dict[str, Any] = {}
+        for name, value in cond.items():
+            guided = name in self.null_condition
+            null = self.null_condition.get(name)
+            if isinstance(value, Tensor) and value.ndim:
+                other = torch.as_tensor(null).to(value).expand_as(value) if guided else value
+                both[name] = torch.cat([value, other])
+            elif isinstance(value, list):
+                both[name] = value + ([null] * len(value) if guided else value)
+            elif guided:
+                raise ValueError(
+                    f"guidance needs one value of {name!r} a sample, got {value!r:.60}"
+                )
+            else:
+                both[name] = value
+        value = self.inner.raw(torch.cat([x, x]), torch.cat([t, t]), **both)
+        conditional, unconditional = value.chunk(2)
+        return torch.lerp(unconditional, conditional, self.scale)
+
+    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
+        self._check_conditions(cond)
+        return super().prepare(n, cond)
+
+    def _check_conditions(self, cond: Mapping[str, Any]) -> None:
+        if not any(name in self.null_condition for name in cond):
+            raise ValueError(
+                f"guidance needs a condition, one of: {', '.join(self.null_condition)}"
+            )
+
+
+class Clipped(_Wrapper):
+    """Clips the predicted data to a range, which makes the prediction ``x0``.
+
+    Arguments:
+        inner: The denoiser.
+        low: The lower end.
+        high: The upper end.
+    """
+
+    def __init__(self, inner: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__(inner)
+        if not low < high:
+            raise ValueError(f"low must be below high, got {low} and {high}")
+        self.low, self.high = low, high
+        self.native = Prediction.X0
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return self.inner(x, t, prediction=Prediction.X0, **cond).clamp(self.low, self.high)
+
+
+class Thresholded(_Wrapper):
+    r"""Dynamic thresholding: clips each predicted sample to a quantile s of its magnitudes, divides by s.
+
+    References:
+        | Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding (Saharia et al., 2022), section 2.3
+        | https://arxiv.org/abs/2205.11487
+
+    Arguments:
+        inner: The denoiser.
+        quantile: The quantile of the magnitudes, 0.995 in the paper.
+        limit: The range of the data, [-limit, limit]; below it nothing is done.
+    """
+
+    def __init__(self, inner: Denoiser, quantile: float = 0.995, limit: float = 1.0) -> None:
+        super().__init__(inner)
+        if not 0 < quantile <= 1:
+            raise ValueError(f"quantile must be in (0, 1], got {quantile}")
+        if not 0 < limit < float("inf"):
+            raise ValueError(f"limit must be a positive number, got {limit}")
+        self.quantile, self.limit = quantile, limit
+        self.native = Prediction.X0
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        x0 = self.inner(x, t, prediction=Prediction.X0, **cond)
+        sizes = x0.flatten(1).abs()
+        # torch.quantile refuses more than 16 million values; the k-th smallest does not.
+        place = self.quantile * (sizes.shape[1] - 1)
+        low = int(place)
+        below = sizes.kthvalue(low + 1, dim=1).values
+        above = sizes.kthvalue(min(low + 2, sizes.shape[1]), dim=1).values
+        scale = torch.lerp(below, above, place - low).clamp(min=self.limit)
+        scale = scale.reshape(-1, *[1] * (x.ndim - 1))
+        return x0.clamp(-scale, scale) * (self.limit / scale)

@@ -1,0 +1,1 @@
+"""The probability-flow ODE and Dormand–Prince on it."""

@@ -1,0 +1,1 @@
+"""Samplers as data: the plan, where solvers write it, the loop that runs it."""

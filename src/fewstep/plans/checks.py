@@ -1,0 +1,123 @@
+r"""What a plan does, exactly: on a point mass, on Gaussian data, and as a table.
+
+On such data the optimal network is affine, so a plan can be run on the *weights* of the data,
+of the initial draw and of the further draws, instead of on samples: closed form, no sampling.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.prediction import Prediction, coefficients, mixture
+from fewstep.plans.plan import Eval, Lin, Noise, Plan
+
+
+class Moments(NamedTuple):
+    """The mean and the variance of the samples, each coordinate, float64 scalars."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def _weights(plan: Plan, variance: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    r"""Returns the weights of the result over (data mean, initial draw, draws), data :math:`N(m, V)`.
+
+    ``alpha`` and ``sigma`` are those of the initial state.
+    """
+    width = 2 + plan.n_noise
+    basis = torch.eye(width, dtype=torch.float64)
+    start = alpha * basis[0] + torch.sqrt(alpha.square() * variance + sigma.square()) * basis[1]
+    registers: list[Tensor] = [start]
+    a, s = plan.scales[:, 0], plan.scales[:, 1]
+    # eps(x) = sigma (x - alpha m) / (alpha^2 V + sigma^2), then converted to the plan's prediction.
+    slope = s / (a.square() * variance + s.square())
+    shift, factor = coefficients(Prediction.EPS, plan.prediction, alpha=a, sigma=s)
+    for row in plan.structure.rows:
+        if isinstance(row, Lin):
+            weights = plan.values[row.offset : row.offset + len(row.terms)]
+            registers.append(weights @ torch.stack([registers[r] for r in row.terms]))
+        elif isinstance(row, Eval):
+            x = registers[row.of]
+            eps = slope[row.at] * (x - a[row.at] * basis[0])
+            registers.append(shift[row.at] * x + factor[row.at] * eps)
+        else:
+            assert isinstance(row, Noise)
+            registers.append(basis[2 + row.draw])
+    return registers[plan.structure.result]
+
+
+def _start(plan: Plan) -> tuple[Tensor, Tensor]:
+    t = plan.knots[0].detach()
+    return plan.schedule.alpha(t), plan.schedule.sigma(t)
+
+
+def point_mass_defect(plan: Plan, alpha: Tensor, sigma: Tensor) -> float:
+    r"""Returns how far the plan is from exact when the data are a single point c.
+
+    Then :math:`\varepsilon` is constant along every trajectory: each network input, and the sample,
+    must be :math:`\alpha \, c + \sigma z` with a standard normal z. The network's answers are the
+    ideal ones, so that rounding is not amplified from call to call as the defect of a slip is.
+
+    Arguments:
+        plan: The plan.
+        alpha: The scale of the data at the last knot.
+        sigma: The scale of the noise at the last knot.
+    """
+    with torch.no_grad():
+        basis = torch.eye(2 + plan.n_noise, dtype=torch.float64)
+        start_alpha, start_sigma = _start(plan)
+        registers: list[Tensor] = [start_alpha * basis[0] + start_sigma * basis[1]]
+        p, q = mixture(plan.prediction, plan.scales[:, 0], plan.scales[:, 1])
+        defects: list[Tensor] = []
+
+        def check(state: Tensor, a: Tensor, s: Tensor) -> Tensor:
+            noise = state[1:].norm()
+            defects.extend([(state[0] - a).abs(), (noise - s).abs()])
+            return torch.cat([torch.zeros(1, dtype=torch.float64), state[1:] / noise])
+
+        for row in plan.structure.rows:
+            if isinstance(row, Lin):
+                weights = plan.values[row.offset : row.offset + len(row.terms)]
+                registers.append(weights @ torch.stack([registers[r] for r in row.terms]))
+            elif isinstance(row, Eval):
+                eps = check(registers[row.of], *plan.scales[row.at])
+                registers.append(p[row.at] * basis[0] + q[row.at] * eps)
+            else:
+                registers.append(basis[2 + row.draw])
+        check(registers[plan.structure.result], alpha, sigma)
+        return float(torch.stack(defects).max())
+
+
+def gaussian_moments(plan: Plan, mean: float, std: float) -> Moments:
+    r"""Returns mean and variance of the samples if the data are :math:`N(mean, std^2)`, exactly.
+
+    The initial state has the law of the data at the first knot. Differentiable in the plan's
+    values and times. The truth at the last knot is :math:`(\alpha m, \alpha^2 s^2 + \sigma^2)`.
+    """
+    variance = torch.tensor(float(std) ** 2, dtype=torch.float64)
+    weights = _weights(plan, variance, *_start(plan))
+    return Moments(weights[0] * mean, weights[1:].square().sum())
+
+
+def table_difference(first: Plan, second: Plan) -> float:
+    """Returns the largest difference between two plans' flat tables, relative to their size.
+
+    Raises:
+        ValueError: If the plans make a different number of calls or draws, or ask for different
+            predictions.
+    """
+    if (first.nfe, first.n_noise, first.prediction) != (
+        second.nfe,
+        second.n_noise,
+        second.prediction,
+    ):
+        raise ValueError(f"the tables do not correspond: {first!r} and {second!r}")
+    difference = 0.0
+    for one, two in zip(first.flat(), second.flat(), strict=True):
+        if one.numel():
+            size = max(1.0, float(two.abs().max()))
+            difference = max(difference, float((one - two).abs().max()) / size)
+    return difference

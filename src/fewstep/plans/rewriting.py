@@ -1,0 +1,85 @@
+r"""The same sampler in another prediction: rows rewritten exactly, once a plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fewstep.diffusion.prediction import Prediction, coefficients
+from fewstep.plans.plan import Eval, Lin, Plan
+from fewstep.plans.tape import Form
+
+SMALL_ALPHA = 1e-3
+"""Below it an eps-plan and a network that predicts something else are merged in float64."""
+
+
+def convert_plan(plan: Plan, prediction: Prediction | str, *, shared: bool = False) -> Plan:
+    r"""Returns the same sampler, asking the network for another prediction.
+
+    Each answer F is replaced by :math:`a Y + b F'` with the maps of
+    :func:`fewstep.diffusion.prediction.coefficients`: an exact rewriting of rows. Differentiable in the
+    plan's values and times.
+
+    Arguments:
+        plan: The plan.
+        prediction: What the network is to be asked for.
+        shared: Whether each converted answer becomes a row of its own, up to a factor that leaves
+            one operation to it, instead of being written into every row that reads it.
+    """
+    target = Prediction.of(prediction)
+    if target is plan.prediction:
+        return plan
+    from fewstep.diffusion.grids import TimeGrid
+    from fewstep.plans.tape import Form, Tape
+
+    a, b = coefficients(target, plan.prediction, alpha=plan.scales[:, 0], sigma=plan.scales[:, 1])
+    by_state = (a.detach().abs() >= b.detach().abs()).tolist()
+    zero = float(plan.knots[-1].detach()) == plan.schedule.t_zero
+    tape = Tape(TimeGrid(plan.schedule, plan.knots, zero), target)
+    registers: list[Form] = [tape.x]
+    for row in plan.structure.rows:
+        if isinstance(row, Lin):
+            total = Form({})
+            for place, r in enumerate(row.terms, start=row.offset):
+                total = total + registers[r] * plan.values[place]
+            registers.append(tape.state(total, row.state))
+        elif isinstance(row, Eval):
+            k = row.at
+            y, f = tape.evaluate(registers[row.of], plan.times[k])
+            if not shared:
+                registers.append(y * a[k] + f * b[k])
+            elif by_state[k]:
+                registers.append(tape.state(y + f * (b[k] / a[k])) * a[k])
+            else:
+                registers.append(tape.state(y * (a[k] / b[k]) + f) * b[k])
+        else:
+            registers.append(tape.noise())
+    made = tape.finish(registers[plan.structure.result], plan.name)
+    return replace(made, head=plan.head)
+
+
+def plan_for(plan: Plan, prediction: Prediction) -> Plan:
+    r"""Returns the same sampler in the prediction that a network makes, at the fewest operations.
+
+    The conversions are written into the rows or are rows of their own, whichever costs less; where
+    :math:`\alpha` is nearly zero into the rows, so that no large terms cancel in float32.
+    """
+    if prediction is plan.prediction:
+        return plan
+    with torch.no_grad():
+        merged = convert_plan(plan, prediction)
+        if float(plan.scales[:, 0].min()) < SMALL_ALPHA:
+            return merged
+        apart = convert_plan(plan, prediction, shared=True)
+    return apart if operations(apart) < operations(merged) else merged
+
+
+def operations(plan: Plan) -> int:
+    """Returns the tensor operations of a run without the network: one a term, none for a factor of 1."""
+    total = 0
+    for row in plan.structure.rows:
+        if isinstance(row, Lin):
+            weights = plan.numbers[row.offset : row.offset + len(row.terms)]
+            total += len(weights) - (len(weights) > 1 and 1.0 in weights)
+    return total

@@ -1,0 +1,120 @@
+r"""The sampler that runs a plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.models.denoiser import Denoiser
+from fewstep.plans.execute import Execution
+from fewstep.plans.plan import Plan
+from fewstep.plans.rewriting import plan_for
+from fewstep.sampling.binding import bind
+from fewstep.sampling.protocol import OWN_SAMPLER, Run, Trajectory
+
+
+@dataclass(frozen=True)
+class PlanSampler:
+    """Runs a plan with a denoiser.
+
+    Attributes:
+        plan: The plan.
+        denoiser: The denoiser; its schedule must be the plan's.
+        image: Where to start from instead of the prior: data, noised to the plan's first time.
+    """
+
+    plan: Plan
+    denoiser: Denoiser
+    image: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.denoiser.own_sampler() is not None:
+            raise ValueError(OWN_SAMPLER.format("a plan"))
+        self.plan.check_schedule(self.denoiser.schedule)
+        if self.plan.head and (self.denoiser.data_mean is None or self.denoiser.data_std is None):
+            raise ValueError(
+                "the plan has an analytic head start, which needs the mean and the variance of the "
+                "data: Denoiser.wrap(..., data_mean=, data_std=)"
+            )
+
+    @property
+    def nfe(self) -> int:
+        """The number of network calls."""
+        return self.plan.nfe
+
+    @functools.cached_property
+    def native(self) -> Plan:
+        """The plan as it is run: asking for what the network predicts."""
+        return plan_for(self.plan, self.denoiser.native)
+
+    def start(self, noise: Tensor) -> Tensor:
+        r"""Returns the initial state that standard normal noise stands for.
+
+        That is :math:`\sigma z` of the prior, :math:`\alpha x_0 + \sigma z` of an image, or
+        :math:`\alpha m + \sqrt{\alpha^2 s^2 + \sigma^2} \, z` of a head start.
+        """
+        t = self.plan.knots[0].detach()
+        alpha, sigma = float(self.plan.schedule.alpha(t)), float(self.plan.schedule.sigma(t))
+        if self.image is not None:
+            return alpha * self.image.to(noise) + sigma * noise
+        if self.plan.head:
+            mean = torch.as_tensor(self.denoiser.data_mean).to(noise)
+            std = torch.as_tensor(self.denoiser.data_std).to(noise)
+            return alpha * mean + (alpha**2 * std.square() + sigma**2).sqrt() * noise
+        return sigma * noise
+
+    def run(self, x: Tensor, run: Run) -> Trajectory:
+        """Returns the samples that start at a state."""
+        kept: dict[int, Tensor] = {0: x}
+        knots = self.plan.knots.tolist()
+        wanted = None if run.times is None else set(run.times)
+
+        def keep(knot: int, state: Tensor) -> None:
+            if wanted is None or knots[knot] in wanted:
+                kept[knot] = state
+
+        with torch.no_grad():
+            execution, call = self._begin(x, run, keep if run.save else None)
+            while execution.call is not None:  # no name for it: that would keep its state alive
+                execution.advance(call(*execution.call))
+                if run.on_call is not None:
+                    run.on_call()
+        x = execution.result
+        # A sum is one pass; it may overflow where no value does, hence the second look.
+        if not bool(x.sum().isfinite()) and not bool(x.isfinite().all()):
+            self._find_nan(kept[0], run)
+        states = torch.stack([kept[k] for k in sorted(kept)]) if run.save else None
+        times = self.plan.knots.detach()
+        times = times[sorted(kept)] if run.save else times[-1:]
+        return Trajectory(x, times, states, self.nfe)
+
+    def _begin(
+        self, x: Tensor, run: Run, on_state: Callable[[int, Tensor], None] | None
+    ) -> tuple[Execution, Callable[[Tensor, int], Tensor]]:
+        def draw(index: int) -> Tensor:
+            return run.noise.draw(index, x.shape[1:], dtype=x.dtype, device=x.device)
+
+        execution = Execution(self.native, x, draw=draw, on_state=on_state)
+        return execution, bind(self.denoiser, self.native, len(x), run.cond, x)
+
+    def _find_nan(self, x: Tensor, run: Run) -> None:
+        """Runs again, looking at each answer: the usual run reads nothing back from the device."""
+        with torch.no_grad():
+            execution, call = self._begin(x, run, None)
+            while (request := execution.call) is not None:
+                answer = call(request.x, request.at)
+                if not bool(torch.isfinite(answer).all()):
+                    wrong = ~torch.isfinite(answer.flatten(1)).all(1)
+                    rows = wrong.nonzero().flatten().tolist()
+                    raise ValueError(
+                        f"the network returned NaN or infinity at evaluation {request.at + 1} of "
+                        f"{self.nfe}, t = {float(self.plan.times[request.at]):.6g}, for sample "
+                        f"{run.noise.samples[rows[0]]} and {len(rows) - 1} others; its input was "
+                        f"{'finite' if bool(torch.isfinite(request.x).all()) else 'not finite either'}"
+                    )
+                execution.advance(answer)
+        raise ValueError("the sample is not finite although every answer of the network is")

@@ -1,0 +1,84 @@
+r"""The protocol that every kind of sampler answers to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fewstep.diffusion.noise import NoiseSource
+from fewstep.models.denoiser import Denoiser
+
+logger = logging.getLogger("fewstep")
+
+
+DEFAULT_BATCH = 256
+"""The most samples that are drawn at a time if no batch size is given."""
+
+
+OWN_SAMPLER = (
+    "this model brings its own sampler, of one evaluation, and takes no other; leave {} out, or "
+    "take the model that it was distilled from"
+)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    r"""Samples, with the states on the way to them.
+
+    Attributes:
+        x: The samples, with shape (B, \*).
+        times: The times of the states, with shape (S), float64.
+        states: The states, with shape (S, B, \*), or ``None`` if they were not saved.
+        nfe: The number of network calls for each sample (the mean, if it differs).
+    """
+
+    x: Tensor
+    times: Tensor
+    states: Tensor | None
+    nfe: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a sampler needs besides the state: draws, conditions, whom to tell, what to keep.
+
+    Attributes:
+        noise: The source of draws, addressed by the samples' numbers.
+        cond: The conditions of this batch.
+        save: Whether to keep the states.
+        on_call: Called after each network call.
+        times: The times of the states to keep, decreasing; left out, all that the sampler has.
+            A plan has those of its knots; others do not count.
+    """
+
+    noise: NoiseSource
+    cond: Mapping[str, Any] = field(default_factory=dict)
+    save: bool = False
+    on_call: Callable[[], None] | None = None
+    times: Sequence[float] | None = None
+
+
+class Sampler(Protocol):
+    """One protocol for plans, adaptive solvers, learned plans and operators."""
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The model."""
+        ...
+
+    @property
+    def nfe(self) -> int | None:
+        """The number of network calls; ``None`` if it is not known beforehand."""
+        ...
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Returns the initial state that standard normal noise stands for."""
+        ...
+
+    def run(self, x: Tensor, run: Run) -> Trajectory:
+        """Returns the samples that start at a state."""
+        ...

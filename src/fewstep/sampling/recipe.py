@@ -1,0 +1,261 @@
+"""The recipe: a sampler as names and numbers, in a file; the unit of the command line and of papers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.base.files import loads_json, write_whole
+from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_config
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.wrappers import Guided
+from fewstep.plans.plan import FORMAT as PLAN_FORMAT
+from fewstep.plans.plan import Plan
+from fewstep.sampling.fitted import PREFIX, FittedGrids, is_fitted
+from fewstep.sampling.plan_sampler import PlanSampler
+from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.protocol import Sampler
+
+FORMAT, VERSION = "fewstep.sampling.recipe", 1
+KINDS = ("solver", "plan", "adaptive", "operator")
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 1e300  # false for NaN too
+
+
+@dataclass(frozen=True)
+class SamplerRecipe:
+    r"""A sampler that can be written down.
+
+    Attributes:
+        kind: ``"solver"`` (built by name for a schedule), ``"plan"`` (coefficients and all),
+            ``"adaptive"``, or ``"operator"`` (the sampler that the model brings).
+        name: The name of the solver.
+        nfe: The number of network calls (of a solver).
+        options: The options of the solver and its grid.
+        grid: The name of the grid, or ``None`` for the solver's own. Of ``"auto:FILE"`` the times
+            are taken over at once: the recipe then has the grid ``"explicit"``.
+        head_start: The time of an analytic head start.
+        schedule: The schedule, as :meth:`NoiseSchedule.to_config` writes it; ``None`` if any.
+        plan: The plan, of kind ``"plan"``.
+        guidance: The scale of classifier-free guidance that belongs to it, or ``None``.
+        model: The fingerprint of the model that it was made for, or ``None`` if any.
+        about: Where it comes from: scores, model, objective. For readers.
+    """
+
+    kind: str = "solver"
+    name: str = "auto"
+    nfe: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    grid: str | None = None
+    head_start: float | None = None
+    schedule: Mapping[str, Any] | None = None
+    plan: Plan | None = None
+    guidance: float | None = None
+    model: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"the kind of a recipe is one of {', '.join(KINDS)}, got {self.kind!r}"
+            )
+        if is_fitted(self.grid):
+            self._unfold()
+        if (self.plan is not None) != (self.kind == "plan"):
+            raise ValueError("a recipe has a plan if and only if its kind is 'plan'")
+        if self.kind == "solver" and self.nfe is None and "times" not in self.options:
+            raise ValueError("a recipe of a solver has nfe, the number of network calls")
+        if self.nfe is not None and (
+            not isinstance(self.nfe, int) or isinstance(self.nfe, bool) or self.nfe < 1
+        ):
+            raise ValueError(f"nfe must be a positive integer, got {self.nfe!r:.40}")
+        for name in ("head_start", "guidance"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r:.40}")
+        if self.schedule is not None:
+            schedule_from_config(self.schedule)
+
+    def _unfold(self) -> None:
+        """Takes the times out of the file that the grid names, so that the recipe needs no other file."""
+        assert self.grid is not None
+        made = make_plan(
+            self.name,
+            FittedGrids.load(self.grid.removeprefix(PREFIX)).schedule
+            if self.schedule is None
+            else schedule_from_config(self.schedule),
+            nfe=self.nfe,
+            grid=self.grid,
+            head_start=self.head_start,
+            **self.options,
+        )
+        name = made.name if self.name == "auto" else self.name
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "grid", "explicit")
+        object.__setattr__(self, "options", {**self.options, "times": made.knots.tolist()})
+        object.__setattr__(self, "head_start", float(made.knots[0]) if made.head else None)
+        object.__setattr__(self, "schedule", made.schedule.to_config())
+
+    def plan_for(
+        self, schedule: NoiseSchedule, *, integer_times: bool = False, force: bool = False
+    ) -> Plan:
+        """Returns the plan for a schedule.
+
+        Arguments:
+            schedule: The schedule.
+            integer_times: Whether the grid of a solver is rounded to trained levels.
+            force: Whether a plan that was made for another schedule is taken with its numbers.
+
+        Raises:
+            ValueError: If the recipe is for another schedule, or has no plan beforehand.
+        """
+        if force and self.plan is not None:
+            return _for_schedule(self.plan, schedule)
+        if self.schedule is not None and schedule_from_config(self.schedule) != schedule:
+            raise ValueError(
+                f"the recipe was made for the schedule {self.schedule.get('name')!r}, the model has "
+                f"{schedule.name!r}; to use it all the same: force=True (--force)"
+            )
+        if self.plan is not None:
+            self.plan.check_schedule(schedule)
+            return self.plan
+        return make_plan(
+            self.name,
+            schedule,
+            nfe=self.nfe,
+            grid=self.grid,
+            head_start=self.head_start,
+            integer_times=integer_times,
+            **self.options,
+        )
+
+    def build(self, denoiser: Denoiser, *, force: bool = False) -> Sampler:
+        """Returns the sampler for a model.
+
+        Arguments:
+            denoiser: The model.
+            force: Whether to take it although it was made for another model or schedule.
+
+        Raises:
+            ValueError: If it was made for another model or schedule.
+        """
+        if self.model is not None and not force and denoiser.fingerprint() != self.model:
+            raise ValueError(
+                f"the recipe {self.name!r} was made for another model (fingerprint "
+                f"{self.model[:12]}…); tune one for this model, or use it all the same: "
+                "force=True (--force)"
+            )
+        if self.guidance is not None and self.guidance != 1 and not isinstance(denoiser, Guided):
+            denoiser = Guided(denoiser, self.guidance)
+        if self.kind == "operator":
+            own = denoiser.own_sampler()
+            if own is None:
+                raise ValueError(
+                    "the recipe is for a model that brings its own sampler; this one has none"
+                )
+            return own
+        if self.kind == "adaptive":
+            from fewstep.sampling.adaptive import AdaptiveSampler
+
+            return AdaptiveSampler(denoiser, **self.options)
+        integer = getattr(denoiser, "integer_times", False)
+        plan = self.plan_for(denoiser.schedule, integer_times=integer, force=force)
+        return PlanSampler(plan, denoiser)
+
+    def to_json(self) -> str:
+        """Returns the recipe as JSON."""
+        content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": self.kind}
+        content["name"] = self.name
+        for key in ("nfe", "grid", "head_start", "guidance", "model"):
+            if getattr(self, key) is not None:
+                content[key] = getattr(self, key)
+        for key in ("options", "schedule", "about"):
+            if getattr(self, key):
+                content[key] = dict(getattr(self, key))
+        if self.plan is not None:
+            content["plan"] = json.loads(self.plan.to_json())
+        return json.dumps(content, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> SamplerRecipe:
+        """Returns the recipe that the text describes; a plan is a recipe of kind ``"plan"``.
+
+        Raises:
+            ValueError: If it describes none; the message says why.
+        """
+        content = loads_json(text, what="the recipe")
+        if not isinstance(content, dict):
+            raise ValueError(f"a recipe is a JSON object, got {type(content).__name__}")
+        if content.get("format") == PLAN_FORMAT:
+            made = Plan._from_content(content)
+            return cls(kind="plan", name=made.name, plan=made)
+        if content.get("format") != FORMAT:
+            raise ValueError(
+                f"not a recipe: its format is {content.get('format')!r}, not {FORMAT!r}"
+            )
+        if content.get("version") != VERSION:
+            raise ValueError(
+                f"the recipe has version {content.get('version')!r}; this fewstep reads version {VERSION}"
+            )
+        fields = {k: v for k, v in content.items() if k not in ("format", "version")}
+        types: dict[str, tuple[type, ...]] = {
+            "kind": (str,),
+            "name": (str,),
+            "nfe": (int,),
+            "options": (dict,),
+            "grid": (str,),
+            "head_start": (int, float),
+            "schedule": (dict,),
+            "plan": (dict,),
+            "guidance": (int, float),
+            "model": (str,),
+            "about": (dict,),
+        }
+        for key, value in fields.items():
+            if key not in types:
+                raise ValueError(f"the recipe has an unknown key {key!r}")
+            if not isinstance(value, types[key]) or isinstance(value, bool):
+                raise ValueError(f"{key!r} of a recipe cannot be {value!r:.60}")
+        if is_fitted(fields.get("grid")):
+            raise ValueError("a recipe in a file has its times itself, not in another file")
+        if "plan" in fields:
+            fields["plan"] = Plan._from_content(fields["plan"])
+        return cls(**fields)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the recipe, whole or not at all; returns the path."""
+        return write_whole(path, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SamplerRecipe:
+        """Reads a recipe or a plan from a file.
+
+        Raises:
+            ValueError: If the file is missing or holds neither.
+        """
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from None
+        try:
+            return cls.from_json(text)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"recipe {str(path)!r}: {error}") from None
+
+
+def _for_schedule(plan: Plan, schedule: NoiseSchedule) -> Plan:
+    """Returns a plan with its numbers for another schedule, whatever comes of it."""
+    top = float(plan.times.max())
+    if not schedule.t_zero < float(plan.times.min()) <= top <= schedule.t_max * (1 + 1e-9):
+        raise ValueError(
+            f"the plan calls the network at times up to {top:g}, the schedule {schedule.name!r} has "
+            f"{schedule.t_min:g} to {schedule.t_max:g}: it cannot be forced onto it"
+        )
+    return replace(plan, schedule=schedule)

@@ -1,0 +1,418 @@
+r"""Sampling: ``sample`` and ``steps``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.diffusion.prediction import Prediction, convert
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.wrappers import Guided
+from fewstep.plans.execute import Call
+from fewstep.plans.plan import Plan
+from fewstep.sampling.fitted import is_fitted
+from fewstep.sampling.plan_sampler import PlanSampler
+from fewstep.sampling.planning import choose
+from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.protocol import DEFAULT_BATCH, OWN_SAMPLER, Run, Sampler, Trajectory
+from fewstep.solvers import Solver
+
+logger = logging.getLogger("fewstep")
+
+
+@dataclass(frozen=True)
+class Step:
+    r"""What :func:`steps` gives after each step.
+
+    Attributes:
+        index: The number of the step, from 0.
+        t: The time of the state.
+        x: The state, with shape (B, \*). Changing it in place changes what follows.
+        x0: The data predicted by the step's last network call.
+        eps: The noise predicted by it.
+    """
+
+    index: int
+    t: float
+    x: Tensor
+    x0: Tensor
+    eps: Tensor
+
+
+def sampler(
+    denoiser: Denoiser,
+    *,
+    solver: str | Solver = "auto",
+    nfe: int | None = 10,
+    steps: int | None = None,
+    plan: Plan | None = None,
+    recipe: Any = None,
+    force: bool = False,
+    grid: str | TimeGrid | None = None,
+    head_start: float | None = None,
+    image: Tensor | None = None,
+    **options: Any,
+) -> Sampler:
+    """Returns the sampler that these arguments of :func:`sample` describe."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"a Denoiser is needed, got {type(denoiser).__name__}; "
+            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
+        )
+    if plan is not None and recipe is not None:
+        raise ValueError("give a plan or a recipe, not both")
+    if recipe is None and (own := denoiser.own_sampler()) is not None:
+        other = {"plan": plan, "steps": steps, "grid": grid, "head_start": head_start}
+        other |= {"image": image, **options, "solver": None if solver == "auto" else solver}
+        # 10 is the default of sample, for any model.
+        other["nfe"] = None if nfe in (None, 10, own.nfe) else nfe
+        given = [name for name, value in other.items() if value is not None]
+        if given:
+            raise ValueError(OWN_SAMPLER.format(" and ".join(given)))
+        return own
+    if plan is not None or recipe is not None:
+        extra = {"grid": grid, "head_start": head_start, **options}
+        given = [name for name, value in extra.items() if value is not None]
+        if given:
+            kind = "plan" if plan is not None else "recipe"
+            raise ValueError(
+                f"a {kind} has its times and options already, got {', '.join(given)} as well"
+            )
+    if isinstance(recipe, (str, Path)):
+        from fewstep.sampling.recipe import SamplerRecipe
+
+        recipe = SamplerRecipe.load(recipe)
+    if recipe is not None:
+        return _with_image(_recipe(recipe).build(denoiser, force=force), image)
+    if plan is None:
+        if isinstance(solver, str) and solver == "dopri5":
+            from fewstep.sampling.adaptive import AdaptiveSampler
+
+            if grid is not None or head_start is not None:
+                raise ValueError("dopri5 chooses its times itself; leave grid and head_start out")
+            return _with_image(AdaptiveSampler(denoiser, **options), image)
+        if solver == "auto" and not is_fitted(grid):
+            logger.info("auto chose %s", choose(denoiser.schedule, nfe or steps or 0))
+        plan = make_plan(
+            solver,
+            denoiser.schedule,
+            nfe=None if steps is not None or isinstance(grid, TimeGrid) else nfe,
+            steps=steps,
+            grid=grid,
+            head_start=head_start,
+            integer_times=getattr(denoiser, "integer_times", False),
+            **options,
+        )
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
+    return PlanSampler(plan, denoiser, image)
+
+
+def _recipe(recipe: Any) -> Any:
+    from fewstep.sampling.recipe import SamplerRecipe
+
+    if isinstance(recipe, str) or hasattr(recipe, "__fspath__"):
+        return SamplerRecipe.load(recipe)
+    if not isinstance(recipe, SamplerRecipe):
+        raise TypeError(
+            f"recipe must be a SamplerRecipe or the path of one, got {type(recipe).__name__}"
+        )
+    return recipe
+
+
+def _with_image(made: Sampler, image: Tensor | None) -> Sampler:
+    if image is None:
+        return made
+    from fewstep.sampling.adaptive import AdaptiveSampler
+
+    if not isinstance(made, (PlanSampler, AdaptiveSampler)):
+        raise ValueError(f"{type(made).__name__} cannot start from an image")
+    return replace(made, image=image)
+
+
+def sample(
+    denoiser: Denoiser,
+    n: int | None = None,
+    *,
+    solver: str | Solver = "auto",
+    nfe: int = 10,
+    plan: Plan | None = None,
+    recipe: Any = None,
+    force: bool = False,
+    grid: str | TimeGrid | None = None,
+    head_start: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    image: Tensor | None = None,
+    seed: int = 0,
+    first: int = 0,
+    noise: Tensor | None = None,
+    batch_size: int | None = None,
+    save: str | None = None,
+    progress: bool = False,
+    guidance: float | None = None,
+    **cond: Any,
+) -> Any:
+    r"""Draws samples.
+
+    Sample i depends on ``(seed, i)`` alone: not on the batch size, the device count or restarts.
+
+    Arguments:
+        denoiser: The model.
+        n: How many samples; left out, as many as ``noise`` has.
+        solver: A name in :data:`fewstep.SOLVERS`, ``"dopri5"``, ``"auto"``, or a solver.
+        nfe: The number of network calls.
+        plan: A plan to run, instead of a solver; or
+        recipe: a recipe.
+        force: Whether to take a recipe although it was made for another model or schedule.
+        grid: The name of a grid, ``"auto:FILE"`` for those that ``fewstep analyze`` fitted, or a grid.
+        head_start: The time above which the Gaussian solution replaces network calls.
+        options: Further options of solver and grid, e.g. ``{"eta": 0.5, "t_end": 0.01}``.
+        image: Data to start from, with shape (n, \*) or (\*): it is noised to the first time of
+            the grid (see ``t_start``).
+        seed: The seed.
+        first: The number of the first sample, to draw a part of a larger run.
+        noise: The initial draw, with shape (n, \*), of unit variance; its type, float32 or
+            float64, is the state's.
+        batch_size: How many samples go through the network at a time.
+        save: ``"states"`` to get a :class:`Trajectory` with the states at all grid points.
+        progress: Whether to show a progress bar.
+        guidance: The scale of classifier-free guidance; 1 is none.
+        cond: The conditions, e.g. ``class_labels``; tensors and lists of n values are split
+            among the batches.
+
+    Returns:
+        The samples, with shape (n, \*), or a :class:`Trajectory`.
+
+    Raises:
+        ValueError, TypeError: Before the first network call, if anything does not fit; and if
+            the network returns NaN (which evaluation, which time).
+    """
+    if save not in (None, "states"):
+        raise ValueError(f"save must be None or 'states', got {save!r}")
+    n, noise, denoiser, cond = _checked(denoiser, n, noise, guidance, cond)
+    image = _image(image, n, denoiser, noise)
+    made = sampler(
+        denoiser,
+        solver=solver,
+        nfe=nfe,
+        plan=plan,
+        recipe=recipe,
+        force=force,
+        grid=grid,
+        head_start=head_start,
+        image=image,
+        **(options or {}),
+    )
+    size = batch_size if batch_size is not None else min(n, DEFAULT_BATCH)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ValueError(f"first must be an integer that is not negative, got {first!r}")
+    NoiseSource(seed, ())  # checks the seed
+
+    parts: list[Trajectory] = []
+    with _Progress(progress, made.nfe, -(-n // size)) as tick:
+        for start in range(0, n, size):
+            rows = range(start, min(start + size, n))
+            source = NoiseSource(seed, [first + i for i in rows])
+            z = initial(denoiser, source, None if noise is None else noise[start : rows.stop])
+            batch = _with_image(made, None if image is None else image[start : rows.stop])
+            part = {k: _split(v, n, rows) for k, v in cond.items()}
+            run = Run(source, part, save == "states", tick)
+            parts.append(batch.run(batch.start(z), run))
+    if save is None:
+        return torch.cat([p.x for p in parts])
+    states = torch.cat([p.states for p in parts if p.states is not None], dim=1)
+    calls = sum(p.nfe * len(p.x) for p in parts) / n
+    return Trajectory(torch.cat([p.x for p in parts]), parts[0].times, states, calls)
+
+
+def steps(
+    denoiser: Denoiser,
+    n: int | None = None,
+    *,
+    seed: int = 0,
+    noise: Tensor | None = None,
+    guidance: float | None = None,
+    image: Tensor | None = None,
+    options: Mapping[str, Any] | None = None,
+    solver: str | Solver = "auto",
+    nfe: int = 10,
+    plan: Plan | None = None,
+    recipe: Any = None,
+    force: bool = False,
+    grid: str | TimeGrid | None = None,
+    head_start: float | None = None,
+    **cond: Any,
+) -> Iterator[Step]:
+    """Samples step by step: for previews, edits, an early stop. Arguments as for :func:`sample`.
+
+    The last ``.x`` is the sample. All arguments are checked at once, before the first step.
+
+    Raises:
+        ValueError: If the sampler has no steps known beforehand.
+    """
+    n, noise, denoiser, cond = _checked(denoiser, n, noise, guidance, cond)
+    made = sampler(
+        denoiser,
+        solver=solver,
+        nfe=nfe,
+        plan=plan,
+        recipe=recipe,
+        force=force,
+        grid=grid,
+        head_start=head_start,
+        image=_image(image, n, denoiser, noise),
+        **(options or {}),
+    )
+    if not isinstance(made, PlanSampler):
+        raise ValueError("only samplers with a plan can be followed step by step")
+    source = NoiseSource(seed, range(n))
+    x = made.start(initial(denoiser, source, noise))
+    run = Run(source, {k: _split(v, n, range(n)) for k, v in cond.items()})
+    return _follow(made, x, run)
+
+
+def _follow(made: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
+    plan, reached = made.plan, list[tuple[int, Tensor]]()
+    knots = plan.knots.tolist()
+    with torch.no_grad():
+        execution, call = made._begin(x, run, lambda k, state: reached.append((k, state)))
+    while (request := execution.call) is not None:
+        with torch.no_grad():
+            # The state may be overwritten when the run goes on, so predictions come first.
+            answer = call(request.x, request.at)
+            x0, eps = _told(made.native, request, answer)
+            execution.advance(answer)
+        for knot, state in reached:
+            yield Step(knot - 1, knots[knot], state, x0, eps)
+        reached.clear()
+
+
+def _told(plan: Plan, request: Call, answer: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the data and the noise that an answer of the network predicts."""
+    alpha, sigma = plan.scales[request.at].detach()
+    x0, eps = (
+        convert(answer, request.x, alpha=alpha, sigma=sigma, source=plan.prediction, target=target)
+        for target in (Prediction.X0, Prediction.EPS)
+    )
+    return x0, eps
+
+
+def _checked(
+    denoiser: Denoiser,
+    n: int | None,
+    noise: Tensor | None,
+    guidance: float | None,
+    cond: Mapping[str, Any],
+) -> tuple[int, Tensor | None, Denoiser, dict[str, Any]]:
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"a Denoiser is needed, got {type(denoiser).__name__}; "
+            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
+        )
+    if noise is not None:
+        if not isinstance(noise, Tensor) or noise.dtype not in (torch.float32, torch.float64):
+            got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+            raise TypeError(f"noise must be a float32 or float64 tensor, got {got}")
+        if noise.ndim < 2:
+            raise ValueError(f"noise must have shape (n, ...), got {tuple(noise.shape)}")
+        if denoiser.event_shape is not None and tuple(noise.shape[1:]) != denoiser.event_shape:
+            raise ValueError(
+                f"noise must have shape (n, {', '.join(map(str, denoiser.event_shape))}), "
+                f"got {tuple(noise.shape)}"
+            )
+        n = len(noise) if n is None else n
+        if n != len(noise):
+            raise ValueError(f"noise has {len(noise)} rows, but n is {n}")
+    elif denoiser.event_shape is None:
+        raise ValueError(
+            "the shape of a sample is not known; give noise=, or Denoiser.wrap(..., event_shape=)"
+        )
+    if n is None:
+        raise ValueError("give n, the number of samples, or noise")
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n must be a positive integer, got {n!r}")
+    ready = denoiser.prepare(n, cond)
+    if guidance is not None and guidance != 1:
+        denoiser = Guided(denoiser, guidance)
+        if not ready:
+            raise ValueError(
+                f"guidance needs a condition, one of: {', '.join(denoiser.null_condition)}"
+            )
+    return n, noise, denoiser, ready
+
+
+def _image(
+    image: Tensor | None, n: int, denoiser: Denoiser, noise: Tensor | None
+) -> Tensor | None:
+    if image is None:
+        return None
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"image must be a floating tensor in the model's range, got {got}")
+    shape = denoiser.event_shape or (None if noise is None else tuple(noise.shape[1:]))
+    if shape is not None and tuple(image.shape) == tuple(shape):
+        image = image.expand(n, *shape)
+    if (
+        not image.ndim
+        or len(image) != n
+        or (shape is not None and tuple(image.shape[1:]) != tuple(shape))
+    ):
+        raise ValueError(
+            f"image must have shape {tuple(shape or ())} or ({n}, ...), got {tuple(image.shape)}"
+        )
+    return image
+
+
+def initial(denoiser: Denoiser, source: NoiseSource, noise: Tensor | None = None) -> Tensor:
+    """Returns the initial draw, or the given one, on the device of the model."""
+    device = next((p.device for p in denoiser.parameters()), None)
+    device = device or next((b.device for b in denoiser.buffers()), torch.device("cpu"))
+    if noise is not None:
+        return noise.to(device)
+    assert denoiser.event_shape is not None
+    return source.draw(INITIAL, denoiser.event_shape, device=device)
+
+
+def _split(value: Any, n: int, rows: Sequence[int]) -> Any:
+    if isinstance(value, Tensor) and not value.ndim:
+        return value
+    if isinstance(value, (Tensor, list)) and len(value) == n:
+        return value[rows[0] : rows[-1] + 1]
+    if isinstance(value, Tensor) and len(value) == 1:
+        return value.expand(len(rows), *value.shape[1:])
+    return value
+
+
+class _Progress:
+    """A progress bar over network calls, if asked for."""
+
+    def __init__(self, shown: bool, nfe: int | None, batches: int) -> None:
+        self._bar = None
+        if shown:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+            self._bar = Progress(
+                "sampling", BarColumn(), MofNCompleteColumn(), "calls", TimeRemainingColumn()
+            )
+            self._task = self._bar.add_task("", total=None if nfe is None else nfe * batches)
+
+    def __enter__(self) -> Callable[[], None] | None:
+        if self._bar is None:
+            return None
+        bar = self._bar
+        bar.start()
+        return lambda: bar.advance(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

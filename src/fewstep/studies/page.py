@@ -1,0 +1,349 @@
+"""The report of ``fewstep analyze``: figures, tables and what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewstep.reporting.page import Page
+
+SHOWN_READINGS = 12
+
+
+def write_page(results: dict[str, Any], path: Path, *, command: str) -> Path:
+    """Writes the report; returns its path.
+
+    Arguments:
+        results: What :func:`fewstep.studies.study` found.
+        path: The file.
+        command: The command that makes it again.
+    """
+    from fewstep import __version__
+    from fewstep.reporting.page import Page
+
+    settings = results["settings"]
+    page = Page(
+        f"Analysis of {Path(settings['model']).name}",
+        "Where its sampling error comes from, and which sampler suits it.",
+    )
+    page.footer = f"fewstep {__version__}. Nothing was trained. Made by: {command}"
+    _summary(page, results)
+    _advice(page, results)
+    _check(page, results["check"])
+    _anatomy(page, results)
+    _fitting(page, results)
+    _spectrum(page, results["spectrum"])
+    return page.write(path)
+
+
+def _summary(page: Page, results: dict[str, Any]) -> None:
+    from fewstep.reporting.page import number
+
+    check, advice = results["check"], results["advice"]
+    nfe = results["enough"] or results["shown"]
+    best = next(item for item in advice if item["nfe"] == nfe)["best"]
+    note = (
+        "within 5 % of the data's deviation of the reference"
+        if results["enough"]
+        else "none of these budgets comes within 5 % of the data's deviation"
+    )
+    page.facts(
+        [
+            (
+                "Model check",
+                "passed" if check["ok"] else "doubtful",
+                f"merit {number(check['claimed']['merit'], 3)}",
+            ),
+            ("Recommended", f"{best['solver']}, {nfe} calls", note),
+            (
+                "Its distance",
+                number(best["held_out"], 3),
+                "root mean square to the reference, held-out samples",
+            ),
+            ("Deviation of samples", number(results["deviation"], 3), "for scale"),
+        ]
+    )
+    page.paragraph(check["verdict"])
+
+
+def _advice(page: Page, results: dict[str, Any]) -> None:
+    from fewstep.reporting.figures import Series, line_plot
+
+    advice = results["advice"]
+    page.heading("What is recommended")
+    page.paragraph(
+        "Each solver on each grid is predicted from local errors along reference trajectories; the best "
+        "grid of each solver is run; the times of the best are polished by Gauss–Newton steps on the "
+        "distance to the reference; what is best on held-out samples is recommended."
+    )
+    rows = []
+    for item in advice:
+        best, default = item["best"], item["default"]
+        gain = 1 - best["held_out"] / default["held_out"]
+        rows.append(
+            [
+                item["nfe"],
+                best["solver"],
+                best["grid"],
+                best["held_out"],
+                default["held_out"],
+                f"{default['solver']}, {default['grid']}",
+                _percent(gain),
+            ]
+        )
+    page.table(
+        "The recommended sampler at each budget, beside the default (`auto`), on held-out samples",
+        ["calls", "solver", "grid", "distance", "distance of the default", "the default", "less"],
+        rows,
+    )
+    ticks = [item["nfe"] for item in advice]
+    best = [item["best"]["held_out"] for item in advice]
+    default = [item["default"]["held_out"] for item in advice]
+    predicted = [item["best"]["predicted"] for item in advice]
+    page.figure(
+        line_plot(
+            [
+                Series("recommended", ticks, best),
+                Series("default (auto)", ticks, default),
+                Series("recommended, predicted", ticks, predicted),
+            ],
+            x_label="network calls",
+            y_label="distance to the reference",
+            log_x=True,
+            log_y=True,
+            x_ticks=ticks,
+        ),
+        "Root mean square distance to the reference from the same noise, held-out samples. The prediction adds "
+        "up squares of local errors; polishing makes errors cancel, which it does not know of.",
+        alt="Distance to the reference against the number of network calls.",
+    )
+    page.figure(
+        line_plot(
+            [
+                Series(
+                    f"{item['nfe']}",
+                    list(range(len(item["best"]["times"]))),
+                    item["best"]["times"],
+                )
+                for item in advice
+            ],
+            x_label="step",
+            y_label="time",
+            x_ticks=list(range(0, max(item["nfe"] for item in advice) + 1, 5)),
+        ),
+        "The recommended times, by number of calls.",
+        alt="The times of the recommended grids.",
+    )
+    for item in advice:
+        with page.details(f"Everything that was tried with {item['nfe']} calls"):
+            page.table(
+                f"Samplers at {item['nfe']} calls; the predicted best first",
+                ["solver", "grid", "predicted", "on fitted samples", "held out"],
+                [
+                    [t["solver"], t["grid"], t["predicted"], t["measured"], t["held_out"]]
+                    for t in item["tried"]
+                ],
+                marked=[k for k, t in enumerate(item["tried"]) if t == item["best"]],
+            )
+
+
+def _percent(share: float) -> Any:
+    from fewstep.reporting.page import Cell
+
+    return Cell(f"{share:.0%}".replace("-", "\N{MINUS SIGN}"), share)
+
+
+def _check(page: Page, check: dict[str, Any]) -> None:
+    page.heading("Is the model what it says it is")
+    on = "real data" if check["source"] == "data" else "its own samples"
+    page.paragraph(
+        f"Each way to read the network is asked to denoise {on}, at five levels of noise. The merit is "
+        "its squared error relative to that of the best Gaussian denoiser: below 1 it knows more than mean "
+        f"and variance. 99 % of the values are between {check['low']:.3g} and {check['high']:.3g}."
+    )
+    readings = check["readings"][:SHOWN_READINGS]
+    page.table(
+        f"The best {len(readings)} of {len(check['readings'])} readings",
+        ["prediction", "schedule", "time", "range", "merit"],
+        [[r["prediction"], r["schedule"], r["time"], r["range"], r["merit"]] for r in readings],
+        marked=[k for k, r in enumerate(readings) if r == check["claimed"]],
+    )
+
+
+def _anatomy(page: Page, results: dict[str, Any]) -> None:
+    from fewstep.reporting.figures import Series, line_plot
+
+    found = results["anatomy"]
+    page.heading("Anatomy of the error")
+    page.paragraph(
+        f"Along reference trajectories ({results['reference']['nfe']} calls each). All sizes are root mean "
+        "squares over coordinates and samples."
+    )
+    change = found["relative_change"]
+    page.figure(
+        line_plot(
+            [Series("", change["times"], change["values"])],
+            x_label="time",
+            y_label="relative change",
+            log_y=True,
+            markers=False,
+        ),
+        "How much the predicted noise changes over 1 % of the time range, relative to itself: where it is "
+        "large, steps must be small.",
+        alt="Relative change of the predicted noise over time.",
+    )
+    freezing = found["freezing"]
+    page.figure(
+        line_plot(
+            [
+                Series("score frozen", freezing["times"], freezing["score"]),
+                Series("noise frozen", freezing["times"], freezing["eps"]),
+            ],
+            x_label="time",
+            y_label="error of the score",
+            log_y=True,
+            markers=False,
+        ),
+        "What freezing the score, or the predicted noise, over 1 % of the time range loses.",
+        alt="Errors of freezing the score and of freezing the noise, over time.",
+    )
+    gain = found["gain"]
+    page.figure(
+        line_plot(
+            [Series("", gain["times"], gain["values"])],
+            x_label="time",
+            y_label="left at the end",
+            log_y=max(gain["values"]) > 5 * min(gain["values"]),
+            markers=False,
+        ),
+        "What is left at the end of a small error made at a time: the weight of a local error.",
+        alt="The gain of errors over time.",
+    )
+    page.table(
+        "Error of extrapolating the predicted noise to the next point of a grid by a polynomial in time, "
+        "means from the fourth step on",
+        ["grid", "steps", "degree 0", "degree 1", "degree 2", "degree 3"],
+        [[e["grid"], e["steps"], *e["means"]] for e in found["extrapolation"]],
+    )
+    series = []
+    for style, item in enumerate(found["steps"]):
+        series.append(Series(item["plan"], item["times"], item["left"], style=style))
+    page.figure(
+        line_plot(
+            series,
+            x_label="time at the end of the step",
+            y_label="left at the end",
+            log_y=True,
+        ),
+        f"The local error of each step at {results['shown']} calls, as it is left at the end.",
+        alt="Local errors of the steps of the recommended and the default sampler.",
+    )
+
+
+def _fitting(page: Page, results: dict[str, Any]) -> None:
+    from fewstep.reporting.figures import Series, line_plot
+    from fewstep.reporting.page import number
+
+    found = results["fitting"]
+    page.heading("Fitting and discretisation")
+    if found is None:
+        page.paragraph(
+            "Without `--data` the network cannot be compared with the optimal denoiser of its data: this part "
+            "is left out."
+        )
+        return
+    by_class = f", each class by itself ({found['classes']})" if found["classes"] else ""
+    page.paragraph(
+        f"The optimal denoiser of the {number(found['points'])} data{by_class} returns the data themselves: a "
+        "network that makes new ones must differ from it along its own trajectories. The size of that difference "
+        "is what the model adds; the discretisation error matters where it is not small beside it."
+    )
+    times = found["times"]
+    page.figure(
+        line_plot(
+            [
+                Series("on noised data", times, found["noised"]["rms"]),
+                Series("along trajectories", times, found["trajectories"]["rms"]),
+            ],
+            x_label="time",
+            y_label="difference of the noise",
+            log_y=True,
+        ),
+        "The network's distance to the optimal denoiser of the data, in the predicted noise.",
+        alt="Fitting error over time, on noised data and along trajectories.",
+    )
+    steps = found["steps"]
+    if steps is not None:
+        page.figure(
+            line_plot(
+                [
+                    Series("fitting", steps["times"], steps["fitting"]),
+                    Series("discretisation", steps["times"], steps["discretisation"]),
+                ],
+                x_label="time at the end of the step",
+                y_label="movement of the state",
+                log_y=True,
+            ),
+            f"What each step of the recommended sampler at {results['shown']} calls moves the state by because the "
+            "network is not the optimal denoiser, and because the step is finite.",
+            alt="Fitting and discretisation error of each step.",
+        )
+    best = next(a for a in results["advice"] if a["nfe"] == results["shown"])["best"]
+    page.table(
+        "From the same noise",
+        ["between", "distance"],
+        [
+            ["the model's trajectory and the optimal denoiser's, at their ends", found["end"]],
+            [
+                f"{best['solver']} at {results['shown']} calls and the model's trajectory",
+                best["held_out"],
+            ],
+        ],
+        sortable=False,
+    )
+
+
+def _spectrum(page: Page, found: dict[str, Any]) -> None:
+    from fewstep.reporting.figures import Series, line_plot
+
+    page.heading("Spectrum over time")
+    page.paragraph(
+        "How compact trajectories are in time: what a temporal operator needs (`fewstep distill`). The plain "
+        "transform takes the jump from the end back to the start for high frequencies; the cosine basis does not."
+    )
+    most = 33
+    series = [
+        Series(name, list(range(1, 1 + len(energy))), energy)
+        for name, energy in (
+            ("periodic", found["dft"]["energy"][:most]),
+            ("cosine", found["dct"]["energy"][:most]),
+        )
+    ]
+    page.figure(
+        line_plot(
+            series,
+            x_label="mode",
+            y_label="share of the energy",
+            log_x=True,
+            log_y=True,
+            markers=False,
+        ),
+        "The energy of each mode, averaged over coordinates and trajectories.",
+        alt="Power spectrum of trajectories over time.",
+    )
+    page.table(
+        "Modes and frames that hold 99.9 % of the energy",
+        ["basis", "modes for 99 %", "modes (J)", "frames (M)"],
+        [
+            [name, found[key]["modes_99"], found[key]["modes"], found[key]["frames"]]
+            for name, key in (("periodic", "dft"), ("cosine", "dct"))
+        ],
+        sortable=False,
+    )
+    enough = found["spline_frames"]
+    told = f"From {enough} frames on" if enough else "With no number of frames that was tried"
+    page.paragraph(
+        f"{told} a cubic spline through them leaves less than 0.1 % of the energy; the best fit by the schedule's "
+        f"own two curves leaves {found['schedule_residual']:.2%}."
+    )

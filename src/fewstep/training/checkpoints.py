@@ -1,0 +1,111 @@
+"""What training runs share: a state on disk that goes on bit for bit, averages, addressed generators."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.base.files import read_json, read_metadata, read_tensors, write_json, write_tensors
+
+CHECKPOINT = "checkpoint"
+
+
+def generator(*address: int | str) -> torch.Generator:
+    """Returns a generator on the CPU that depends on the address alone."""
+    digest = hashlib.sha256(repr(address).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def new_average(network: nn.Module) -> dict[str, Tensor]:
+    """Returns a moving average of the network's state, at its start."""
+    return {key: value.detach().clone() for key, value in network.state_dict().items()}
+
+
+@torch.no_grad()
+def update_average(
+    average: Mapping[str, Tensor], network: nn.Module, step: int, decay: float
+) -> None:
+    """Moves an average towards the network; it follows more quickly during the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for key, value in network.state_dict().items():
+        if value.is_floating_point():
+            average[key].lerp_(value, 1 - decay)
+        else:
+            average[key].copy_(value)
+
+
+def save_checkpoint(
+    out: Path,
+    about: Mapping[str, Any],
+    *,
+    step: int,
+    loss: float,
+    network: nn.Module,
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Writes the state of a run after a step: the tensors, and a description with the recipe."""
+    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    metadata = {"step": str(step), "loss": repr(loss)}
+    write_tensors(out / f"{CHECKPOINT}.safetensors", tensors, metadata)
+    write_json(out / f"{CHECKPOINT}.json", {"step": step, "loss": loss, **about})
+
+
+def read_checkpoint(out: Path) -> dict[str, Any] | None:
+    """Returns the description of the checkpoint in a folder, or ``None`` if there is none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    file = out / f"{CHECKPOINT}.json"
+    if not (file.exists() and (out / f"{CHECKPOINT}.safetensors").exists()):
+        return None
+    state = read_json(file, what="checkpoint")
+    if not isinstance(state, dict) or not {"recipe", "step"} <= set(state):
+        raise ValueError(f"the checkpoint {str(file)!r} is damaged: it has no recipe or step")
+    return state
+
+
+def load_checkpoint(
+    out: Path,
+    *,
+    steps: int,
+    network: nn.Module,
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, float]:
+    """Takes the state of a run from its checkpoint; returns its step and loss.
+
+    Raises:
+        ValueError: If it is damaged or of a longer run.
+    """
+    file = out / f"{CHECKPOINT}.safetensors"
+    tensors = read_tensors(file)
+    # A run that was stopped between the two files has newer tensors: they know their own step.
+    told = read_metadata(file)
+    step, loss = int(told.get("step", -1)), float(told.get("loss", "nan"))
+    if not 0 < step <= steps:
+        raise ValueError(f"the checkpoint {str(file)!r} is damaged: it has no step")
+    part = lambda prefix: {  # noqa: E731
+        k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+    }
+    try:
+        network.load_state_dict(part("network."))
+        for key, value in part("average.").items():
+            average[key].copy_(value)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in part("optimizer.").items():
+            index, name = key.split(".", 1)
+            moments.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"the checkpoint {str(file)!r} is damaged: {error}") from None
+    return step, loss

@@ -1,1 +1,0 @@
-"""The embedded models and feature extractors, and how each was trained."""

@@ -1,0 +1,153 @@
+"""Files: whole or not at all, and never a damaged one read in silence."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fewstep.base.files import (
+    loads_json,
+    read_json,
+    read_metadata,
+    read_tensors,
+    sha256,
+    write_json,
+    write_tensors,
+    write_whole,
+)
+
+FUZZ = settings(
+    deadline=None,
+    max_examples=40,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def test_writes_and_makes_folders(tmp_path):
+    path = write_whole(tmp_path / "a" / "b.txt", "é")
+    assert path.read_bytes() == "é".encode()
+    write_whole(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(path.parent) == ["b.txt"]
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_failure_leaves_the_old_content(tmp_path, monkeypatch, where):
+    path = write_whole(tmp_path / "file.json", "old")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, where, fail)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_an_interrupt_leaves_the_old_content(tmp_path, monkeypatch):
+    path = write_whole(tmp_path / "file.json", "old")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_who_write_a_new_file_one_succeeds(tmp_path, monkeypatch, links):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", unsupported)
+    path = write_whole(tmp_path / "file.json", "first", new=True)
+    with pytest.raises(FileExistsError, match=r"file\.json"):
+        write_whole(path, "second", new=True)
+    assert path.read_text() == "first"
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_json_keeps_floats_and_refuses_nan(tmp_path):
+    value = {"a": [0.1, 1e-310, -0.0, 2**60], "b": None}
+    assert repr(read_json(write_json(tmp_path / "x.json", value))) == repr(value)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "y.json", [float("nan")])
+    assert not (tmp_path / "y.json").exists()
+
+
+def test_json_errors_name_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"model '.*x.json' cannot be read: No such file"):
+        read_json(tmp_path / "x.json", what="model")
+    (tmp_path / "x.json").write_text('{"a": 1, "a": 2}')
+    with pytest.raises(ValueError, match=r"x.json' is not valid JSON: the key 'a' is repeated"):
+        read_json(tmp_path / "x.json", what="model")
+
+
+def test_nesting_is_limited_before_anybody_prints_it():
+    assert loads_json("[" * 64 + "]" * 64, what="it") == eval("[" * 64 + "]" * 64)
+    for depth in (65, 900, 10**6):
+        with pytest.raises(ValueError, match="it is not valid JSON: it is nested too deeply"):
+            loads_json("[" * depth + "]" * depth, what="it")
+
+
+def test_tensors_round_trip_with_metadata(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 4).t(),
+        "b": torch.arange(5),
+        "c": torch.tensor(2.5, dtype=torch.float64),
+        "d": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).half(),
+    }
+    path = write_tensors(tmp_path / "t.safetensors", tensors, {"step": "7"})
+    again = read_tensors(path)
+    assert set(again) == set(tensors)
+    assert all(torch.equal(again[k], tensors[k]) for k in tensors)
+    assert read_metadata(path) == {"step": "7"}
+    assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code was run')",))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 8, b"\xff" * 100, pickle.dumps(Bomb()), b"PK\3\4"]
+)
+def test_what_is_not_safetensors_is_refused(tmp_path, content):
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(content)
+    for read in (read_tensors, read_metadata):
+        with pytest.raises(ValueError, match=r"t.safetensors' is not a safetensors file"):
+            read(path)
+
+
+def test_missing_tensors(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        read_tensors(tmp_path / "none.safetensors")
+
+
+@FUZZ
+@given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
+def test_damaged_tensors(tmp_path, place, byte, cut):
+    path = write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(4), "b": torch.ones(2, 2)})
+    data = bytearray(path.read_bytes())
+    place %= len(data)
+    data[place] = byte
+    path.write_bytes(data[:place] if cut else data)
+    try:
+        found = read_tensors(path)
+    except ValueError:
+        return
+    assert sum(t.numel() for t in found.values()) <= 32

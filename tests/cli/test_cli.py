@@ -1,0 +1,599 @@
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import fewstep
+from fewstep.cli import _common, run
+from fewstep.cli import sample as sample_command
+from tiny_models import write_tiny
+
+
+def _size(file: Path) -> tuple[int, int]:
+    with Image.open(file) as image:
+        return image.size
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(write_tiny(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def told(told):
+    return functools.partial(told, said=("auto chose", " images of "), logged=True)
+
+
+# Starting up
+
+
+STARTUP = """
+import sys, json
+before = set(sys.modules)
+sys.argv = ['fewstep', *sys.argv[1:]]
+from fewstep.cli import run
+code = run(sys.argv[1:])
+loaded = sorted(set(sys.modules) - before)
+print(json.dumps(loaded), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["sample", "--help"], ["plan", "diff", "--help"]]
+)
+def test_help_imports_the_command_line_alone(arguments):
+    """What start-up costs, counted in modules: seconds are the machine's, not the command's."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTUP, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (fewstep.__version__ if "--version" in arguments else "Usage: fewstep") in done.stdout
+    loaded = json.loads(done.stderr.splitlines()[-1])
+    heavy = {"torch", "diffusers", "numpy", "PIL", "safetensors", "scipy", "matplotlib"}
+    assert not heavy & {name.partition(".")[0] for name in loaded}
+    own = [name for name in loaded if name.partition(".")[0] == "fewstep"]
+    assert len(own) < 15, own
+    # The parser of arguments and the console are two thirds of it; the rest must stay small.
+    assert len(loaded) < 450, len(loaded)
+
+
+def test_the_process_has_the_exit_code_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "fewstep.cli", "plan", "check", str(tmp_path / "none.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "is not a file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_command_there_is_help(told):
+    text = told()
+    assert all(name in text for name in ("sample", "demo", "train", "plan", "solvers", "models"))
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smaple"], "sample"),
+        (["sample", "fashon"], r"(?i)requires an argument|missing|required"),
+        (["sample", "mixture-smoth", "--out", "OUT"], "Did you mean 'mixture-smooth'"),
+        (["sample", "mixture-smooth", "--solver", "dpmp-2m", "--out", "OUT"], "'dpmpp-2m'"),
+        (["sample", "mixture-smooth", "--nfe", "0", "--out", "OUT"], "--nfe must be a positive"),
+        (["sample", "mixture-smooth", "--nfe", "ten", "--out", "OUT"], "(?i)int"),
+        (
+            ["sample", "mixture-smooth", "--solver", "heun", "--nfe", "4", "--out", "OUT"],
+            "nearest",
+        ),
+        (["sample", "mixture-smooth", "-n", "0", "--out", "OUT"], "-n must be a positive"),
+        (["sample", "mixture-smooth", "--grid", "karas", "--out", "OUT"], "'karras'"),
+        (["sample", "mixture-smooth", "--device", "cdua", "--out", "OUT"], "device 'cdua'"),
+        (["sample", "mixture-smooth", "--option", "eta", "--out", "OUT"], "key=value"),
+        (
+            ["sample", "mixture-smooth", "--solver", "ddim", "--option", "eat=1", "--out", "OUT"],
+            "eat",
+        ),
+        (["sample", "mixture-smooth", "--class-labels", "all", "--out", "OUT"], "not known"),
+        (["sample", "mixture-smooth", "--guidance", "2", "--out", "OUT"], "null condition"),
+        (["sample", "mixture-smooth", "--solver", "dopri5", "--nfe", "9", "--out", "OUT"], "rtol"),
+        (["sample", "mixture-smooth", "--recipe", "none.json", "--out", "OUT"], "cannot be read"),
+        (["solvers", "dimm"], "Did you mean 'ddim'"),
+        (
+            ["plan", "make", "ddim", "--schedule", "vp-liner", "--nfe", "5", "--out", "OUT"],
+            "'vp-linear'",
+        ),
+        (["plan", "make", "ddim", "--schedule", "vp-linear", "--out", "OUT"], "give nfe"),
+        (["plan", "check"], "at least one FILE"),
+        (["train", "no-such-folder", "--out", "OUT"], "no folder or file"),
+        (["train", ".", "--steps", "0", "--out", "OUT"], "--steps must be a positive"),
+        (["demo", "--model", "mixture-smooth", "--out", "OUT"], "makes samples of shape"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_writes_nothing(told, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    err = told(*[str(out) if a == "OUT" else a for a in arguments], code=2)
+    assert re.search(message, err)
+    assert not out.exists()
+
+
+def test_a_mistake_is_raised_when_asked_for(monkeypatch):
+    monkeypatch.setenv("FEWSTEP_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="Unknown solver"):
+        run(["solvers", "dimm"])
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(sample_command, "draw", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(["sample", "mixture-smooth", "--out", str(tmp_path / "out")])
+
+
+def test_class_labels_are_checked_before_anything_is_written(told, tiny, tmp_path):
+    for labels, message in (("7", "from 0 to 2"), ("shrit", "Did you mean 'shirt'"), ("1,", "")):
+        err = told("sample", tiny, "--class-labels", labels, "--out", tmp_path / "x", code=2)
+        assert message in err
+    err = told("sample", tiny, "--guidance", 2, "--out", tmp_path / "x", code=2)
+    assert "guidance needs a condition" in err
+    assert not (tmp_path / "x").exists()
+
+
+NESTED = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        NESTED,
+        '{"format": "fewstep.sampling.recipe", "version": 1, "name": "__import__", "nfe": 5}',
+        '{"format": "fewstep.sampling.recipe", "version": 1, "nfe": 1e400}',
+        '{"format": "fewstep.sampling.recipe", "version": 1, "nfe": NaN}',
+        '{"format": "fewstep.sampling.recipe", "version": 1, "nfe": true}',
+        '{"format": "fewstep.sampling.recipe", "version": 1, "nfe": 100000000000000000000, "name": "ddim"}',
+        '{"format": "fewstep.sampling.recipe", "version": 1, "nfe": 5, "options": {"order": "\\ud800\\u001b[2J"}, "name": "ddim"}',
+        '{"format": "fewstep.sampling.recipe", "version": 9, "nfe": 5}',
+        '{"format": "fewstep.plan", "version": 1}',
+        '{"format": "fewstep.plan", "version": 1, "prediction": "eps", "schedule": {"name": "vp-linear"},'
+        ' "times": [1.0], "scales": [[1, 1]], "rows": [{"eval": [5, 0]}], "result": 1}',
+        '["a list"]',
+        "\u0000",
+    ],
+)
+def test_hostile_recipes_get_one_line(told, tmp_path, text):
+    file = tmp_path / "recipe.json"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    err = told("sample", "mixture-smooth", "--recipe", file, "--out", tmp_path / "out", code=2)
+    assert "\x1b" not in err.replace("\x1b[31m", "").replace("\x1b[0m", "")
+    assert not (tmp_path / "out").exists()
+    assert run(["plan", "check", str(file)]) == 1
+
+
+# sample
+
+
+def test_sample_writes_what_it_says(told, tiny, tmp_path):
+    out = tmp_path / "out"
+    text = told(
+        *("sample", tiny, "--solver", "tab3", "--nfe", 4, "-n", 5, "--class-labels", "0,shoe"),
+        *("--guidance", 1.5, "--seed", 3, "--out", out, "--batch-size", 5),
+    )
+    assert str(out / "grid.png") in text
+    assert "next: fewstep" in text
+    assert sorted(p.name for p in out.iterdir()) == [
+        "grid.png",
+        "recipe.json",
+        "samples.safetensors",
+    ]
+    stored = load_file(out / "samples.safetensors")
+    assert list(stored) == ["samples"]
+    samples = stored["samples"]
+    assert samples.dtype == torch.float32
+    model = fewstep.load(tiny)
+    expected = fewstep.sample(
+        model, 5, solver="tab3", nfe=4, seed=3, guidance=1.5, class_labels=[0, 1, 0, 1, 0]
+    )
+    assert torch.equal(samples, expected)
+    # 5 images: 3 columns and 2 rows of 72 pixels, gaps of 4 and margins of 16.
+    width, height = _size(out / "grid.png")
+    assert width >= 2 * 16 + 3 * 72 + 2 * 4
+    assert height > 2 * 16 + 2 * 72 + 4  # and a title
+    # The recipe alone, with the same noise and labels, gives the same samples.
+    recipe = fewstep.SamplerRecipe.load(out / "recipe.json")
+    again = fewstep.sample(model, 5, recipe=recipe, seed=3, class_labels=[0, 1, 0, 1, 0])
+    assert torch.equal(again, expected)
+    assert recipe.about["seed"] == 3
+    assert recipe.about["n"] == 5
+
+
+def test_the_recipe_of_auto_reproduces_what_auto_chose(told, tmp_path):
+    text = told("sample", "mixture-smooth", "-n", 6, "--nfe", 6, "--out", tmp_path / "a")
+    assert re.search(r"auto chose \S+ .*with 6 calls", text)
+    recipe = tmp_path / "a" / "recipe.json"
+    assert fewstep.SamplerRecipe.load(recipe).name != "auto"
+    told("sample", "mixture-smooth", "-n", 6, "--recipe", recipe, "--out", tmp_path / "b")
+    files = [(tmp_path / name / "samples.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    samples = load_file(tmp_path / "a" / "samples.safetensors")["samples"]
+    assert torch.equal(samples, fewstep.sample(fewstep.load("mixture-smooth"), 6, nfe=6))
+    assert samples.shape == (6, 2)
+    assert _size(tmp_path / "a" / "grid.png")[1] > 600
+
+
+def test_a_recipe_or_a_plan_leaves_nothing_to_choose(told, tmp_path):
+    file = tmp_path / "plan.json"
+    told("plan", "make", "ddim", "--schedule", "vp-linear", "--nfe", 4, "--out", file)
+    told("sample", "mixture-smooth", "-n", 3, "--recipe", file, "--out", tmp_path / "a")
+    samples = load_file(tmp_path / "a" / "samples.safetensors")["samples"]
+    model = fewstep.load("mixture-smooth")
+    assert torch.equal(samples, fewstep.sample(model, 3, plan=fewstep.Plan.load(file)))
+    err = told(
+        *("sample", "mixture-smooth", "--recipe", file, "--nfe", 4, "--out", tmp_path / "b"),
+        code=2,
+    )
+    assert "--nfe as well" in err
+
+
+def test_adaptive_solver_from_the_command_line(told, tmp_path):
+    told(
+        *("sample", "mixture-smooth", "-n", 2, "--solver", "dopri5", "--option", "rtol=1e-3"),
+        *("--option", "atol=1e-3", "--out", tmp_path / "a"),
+    )
+    recipe = fewstep.SamplerRecipe.load(tmp_path / "a" / "recipe.json")
+    assert recipe.kind == "adaptive"
+    assert recipe.options == {"rtol": 1e-3, "atol": 1e-3}
+    samples = load_file(tmp_path / "a" / "samples.safetensors")["samples"]
+    expected = fewstep.sample(
+        fewstep.load("mixture-smooth"), 2, solver="dopri5", options=dict(recipe.options)
+    )
+    assert torch.equal(samples, expected)
+
+
+def test_results_are_not_overwritten_unasked(told, tmp_path):
+    out = tmp_path / "out"
+    command = ("sample", "mixture-smooth", "-n", 3, "--nfe", 3, "--out", out)
+    told(*command)
+    first = (out / "samples.safetensors").read_bytes()
+    (out / "notes.txt").write_text("mine")
+    err = told(*command, "--seed", 1, code=2)
+    assert "exists; give --overwrite or another --out" in err
+    assert (out / "samples.safetensors").read_bytes() == first
+    told(*command, "--seed", 1, "--overwrite")
+    assert (out / "samples.safetensors").read_bytes() != first
+    assert (out / "notes.txt").read_text() == "mine"
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file" in told("sample", "mixture-smooth", "--out", file, code=2)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(told, tiny, tmp_path, monkeypatch, capsys):
+    # Noise on the way: the draws of a sample, too, must not depend on the interruption.
+    command = ["sample", tiny, "--solver", "ddim", "--option", "eta=1", "--nfe", "3", "-n", "7"]
+    command += ["--batch-size", "2", "--class-labels", "all", "--out"]
+    told(*command, tmp_path / "whole")
+
+    drawn: list[list[int]] = []
+    original = _common.draw
+
+    def interrupted(made, numbers, **options):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(list(numbers))
+        return original(made, numbers, **options)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(sample_command, "draw", interrupted)
+    assert run([*command, str(out)]) == 130
+    err = capsys.readouterr().err
+    assert err.startswith("stopped: interrupted")
+    assert f"--out {out}" in err
+    assert not (out / "samples.safetensors").exists()
+    assert "unfinished run with other settings (seed 0, now 1)" in told(
+        *command, out, "--seed", 1, code=2
+    )
+    # A part that was damaged is drawn again.
+    parts = sorted((out / "parts").iterdir())
+    assert len(parts) == 2
+    parts[1].write_bytes(b"cut")
+    later: list[list[int]] = []
+
+    def counted(made, numbers, **options):
+        later.append(list(numbers))
+        return original(made, numbers, **options)
+
+    monkeypatch.setattr(sample_command, "draw", counted)
+    told(*command, out)
+    assert (drawn, later) == ([[0, 1], [2, 3]], [[2, 3], [4, 5], [6]])
+    for name in ("samples.safetensors", "grid.png"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(p.name for p in out.iterdir()) == [
+        "grid.png",
+        "recipe.json",
+        "samples.safetensors",
+    ]
+
+
+# listing
+
+
+def test_solvers_and_models_are_listed(told):
+    from fewstep.loading import EMBEDDED
+
+    listing = told("solvers")
+    for name in [*fewstep.SOLVERS, "dopri5"]:
+        assert re.search(rf"^{re.escape(name)}\s+\d", listing, re.MULTILINE), name
+    heun = next(line for line in listing.splitlines() if line.startswith("heun "))
+    assert re.search(r"\b(19|20)\b", heun)  # two calls a step, one for a last step onto zero
+    assert "https://arxiv.org" in told("solvers", "tab3")
+    listing = told("models")
+    assert all(name in listing for name in EMBEDDED)
+
+
+# plan
+
+
+@pytest.fixture
+def make(told, tmp_path):
+    def made(name, solver, *options, nfe=5):
+        file = tmp_path / name
+        told(
+            *("plan", "make", solver, "--schedule", "vp-linear", "--nfe", nfe, "--out", file),
+            *options,
+        )
+        return file
+
+    return made
+
+
+def test_plan_make_and_show(told, make):
+    file = make("p.json", "tab3", "--grid", "quadratic")
+    plan = fewstep.Plan.load(file)
+    expected = fewstep.plan("tab3", fewstep.schedule("vp-linear"), nfe=5, grid="quadratic")
+    assert plan.to_json() == expected.to_json()
+    text = told("plan", "show", file)
+    assert "tab3: 5 calls, 0 noise draws" in text
+    assert f"{float(plan.times[2]):.6g}" in text
+    assert f"{float(plan.flat().B[1, 0]):+.4g} F0" in text
+    assert "on a point mass: off by" in text
+    assert len(re.findall(r"on Gaussian data", text)) == 3
+    err = told(
+        *("plan", "make", "ddim", "--schedule", "vp-linear", "--nfe", 5, "--out", file), code=2
+    )
+    assert "exists; give --overwrite" in err
+
+
+def test_plan_check_finds_damage(told, make, tmp_path):
+    good = make("good.json", "ddim")
+    assert re.search(
+        r"good.json: ok: ddim, 5 calls, 0 draws, point-mass defect \S+e-1\d",
+        told("plan", "check", good),
+    )
+    content = json.loads(good.read_text())
+    content["rows"][1]["lin"][0][1] *= 1.001  # a coefficient that only the mathematics can miss
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(content))
+    cut = tmp_path / "cut.json"
+    cut.write_text(good.read_text()[:-20])
+    text = told("plan", "check", good, changed, cut, code=1)
+    assert "good.json: ok" in text
+    assert re.search(r"changed.json: DAMAGED: ddim is exact on a point mass", text)
+    assert re.search(r"cut.json: DAMAGED: .*JSON", text)
+
+
+def test_plan_diff_says_where(told, make, tmp_path):
+    ddim, same = make("ddim.json", "ddim"), make("tab0.json", "tab0", "--grid", "uniform")
+    other = make("lagged.json", "tab1", "--grid", "uniform")
+    first, second = fewstep.Plan.load(ddim), fewstep.Plan.load(same)
+    if torch.equal(first.times, second.times):
+        assert "the same sampler" in told("plan", "diff", ddim, same)
+    assert "the same sampler" in told("plan", "diff", ddim, ddim)
+    text = told("plan", "diff", same, other, code=1)
+    # tab1 starts with a step of tab0, so the first two calls are the same.
+    assert "the plans differ, first at call 2" in text
+    longer = make("longer.json", "ddim", nfe=6)
+    assert "A makes 5 calls and 0 draws, B 6 and 0" in told("plan", "diff", ddim, longer, code=1)
+    del tmp_path
+
+
+def test_plan_diff_converts_predictions(told, make, tmp_path):
+    from fewstep.plans.rewriting import convert_plan
+
+    file = make("eps.json", "tab2")
+    plan = fewstep.Plan.load(file)
+    other = tmp_path / "x0.json"
+    convert_plan(plan, "x0").save(other)
+    text = told("plan", "diff", file, other)
+    assert "B asks for x0, A for eps" in text
+    assert "the same sampler" in text
+
+
+def test_plan_diff_names_a_wasted_call(told, make, tmp_path):
+    file = make("p.json", "ddim")
+    content = json.loads(file.read_text())
+    # Register 4 is the answer of the second call: its weight in the next state becomes zero.
+    lin = next(
+        r["lin"] for r in content["rows"] if "lin" in r and any(p[0] == 3 for p in r["lin"])
+    )
+    next(pair for pair in lin if pair[0] == 3)[1] = 0.0
+    wasted = tmp_path / "wasted.json"
+    wasted.write_text(json.dumps(content))
+    text = told("plan", "diff", file, wasted, code=1)
+    assert re.search(r"call 1 of B \(t = \S+\) changes nothing", text)
+    assert "of A" not in text.split("row", 1)[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_plan_diff_of_schedulers(told, tmp_path):
+    """By name, by configuration; the wasted step is named; without a number of steps it is asked for."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path / "deis"
+    diffusers.DEISMultistepScheduler(use_karras_sigmas=True).save_pretrained(folder)
+    file = folder / "scheduler_config.json"
+    text = told("plan", "diff", folder, file, "--steps", 6)
+    assert "call 5 of A (t = 0) changes nothing" in text
+    assert "the same sampler" in text
+    text = told("plan", "diff", "diffusers:DDIM", "diffusers:DEISMultistep", "--steps", 6, code=1)
+    assert re.search(r"call 0\s+830\s+999", text)
+    assert "the plans differ, first at call 0" in text
+    assert "the same sampler" in told(
+        "plan", "diff", "diffusers:Euler", "diffusers:EulerDiscreteScheduler", "--steps", 4
+    )
+    assert "4 calls, 0 noise draws" in told("plan", "show", "diffusers:Euler", "--steps", 4)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("diffusers:Eular", "Did you mean 'Euler'"),
+        ("diffusers:Euler", "needs a number of --steps"),
+    ],
+)
+def test_plan_diff_of_schedulers_refuses(told, source, message):
+    pytest.importorskip("diffusers")
+    assert message in told("plan", "diff", source, source, code=2)
+
+
+def test_a_recipe_shows_as_its_plan(told, tmp_path):
+    told("sample", "mixture-smooth", "-n", 2, "--nfe", 4, "--out", tmp_path / "a")
+    assert "4 calls" in told("plan", "show", tmp_path / "a" / "recipe.json")
+
+
+# train
+
+
+def _images(folder: Path, n: int = 64) -> Path:
+    random = numpy.random.default_rng(0)
+    for i in range(n):
+        kind = ("bars", "blobs")[i % 2]
+        array = random.integers(0, 60, (8, 8), dtype=numpy.uint8)
+        array[:, 2:4] += 150 * (kind == "bars")
+        array[3:6, 3:6] += 150 * (kind == "blobs")
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(folder / kind / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_recipe(tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipe") / "recipe.json"
+    network = {"channels": [8, 8], "blocks": [1, 1], "attention": [], "num_classes": 2}
+    recipe = {"network": network, "schedule": {"name": "ddpm-linear"}, "batch_size": 16}
+    file.write_text(json.dumps({**recipe, "steps": 6, "warmup": 1, "precision": "float32"}))
+    return file
+
+
+def test_train_resumes_and_its_model_samples(told, tmp_path, small_recipe, monkeypatch, capsys):
+    data = _images(tmp_path / "data")
+    command = ["train", str(data), "--recipe", str(small_recipe), "--checkpoint-every", "2"]
+    text = told(*command, "--out", tmp_path / "whole")
+    assert "64 images of 1x8x8, 2 classes; 6 steps" in text
+    assert "next: fewstep sample" in text
+
+    import fewstep.training.train as training
+
+    original, calls = training._batch, []
+
+    def interrupted(data, noise_schedule, recipe, step, **options):
+        calls.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(data, noise_schedule, recipe, step, **options)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(training, "_batch", interrupted)
+    assert run([*command, "--out", str(out)]) == 130
+    assert "to go on, give it again: fewstep train" in capsys.readouterr().err
+    assert not (out / "model.json").exists()
+    monkeypatch.setattr(training, "_batch", original)
+    assert "going on at step 2" in told(*command, "--out", out)
+    for name in ("model.safetensors", "samples.png"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    before = (out / "model.safetensors").read_bytes()
+    assert "exists; give --overwrite" in told(*command, "--out", out, code=2)
+    told(*command, "--out", out, "--seed", 5, "--overwrite")
+    assert (out / "model.safetensors").read_bytes() != before
+    told(
+        *("sample", out, "-n", 3, "--nfe", 3, "--class-labels", "bars,blobs"),
+        *("--out", tmp_path / "samples"),
+    )
+    samples = load_file(tmp_path / "samples" / "samples.safetensors")["samples"]
+    expected = fewstep.sample(fewstep.load(out), 3, nfe=3, class_labels=[0, 1, 0])
+    assert torch.equal(samples, expected)
+
+
+def test_default_recipe_suits_the_images():
+    from fewstep.cli.train import default_recipe
+    from fewstep.training.data import ImageData
+
+    def made(*shape: int, labels: bool = False):
+        images = torch.zeros(4, *shape, dtype=torch.uint8)
+        return default_recipe(
+            ImageData(images, torch.tensor([0, 1, 2, 3]) if labels else None), device="cpu"
+        ).network
+
+    fashion = json.loads(Path("recipes/fashion.json").read_text())["network"]
+    ours = made(1, 28, 28, labels=True)
+    assert ours == {**fashion, "num_classes": 4}
+    assert made(3, 27, 27)["patch"] == 1
+    assert made(3, 64, 64)["channels"] == [64, 128, 128]
+    assert made(3, 64, 64)["num_classes"] is None
+
+
+def test_a_wrong_training_recipe_is_one_line(told, tmp_path):
+    data, recipe = _images(tmp_path / "data", 4), tmp_path / "recipe.json"
+    for text, message in (
+        ('{"netwrok": {}}', "no 'netwrok'"),
+        ("[]", "JSON object"),
+        ('{"network": {"channels": "x"}, "schedule": {"name": "ddpm-linear"}}', "channels"),
+        ('{"network": {}, "schedule": {"name": "ddpm-liner"}}', "ddpm-linear"),
+    ):
+        recipe.write_text(text)
+        err = told("train", data, "--recipe", recipe, "--out", tmp_path / "out", code=2)
+        assert message in err
+
+
+# demo
+
+
+def test_demo_makes_table_picture_and_results(told, tiny, tmp_path, monkeypatch):
+    import fewstep.cli.demo as demo
+
+    monkeypatch.setattr(demo, "REFERENCE_NFE", 40)
+    out = tmp_path / "demo"
+    text = told("demo", "--model", tiny, "--out", out)
+    for solver in ("ddim", "tab3", "accelerated-ddim", "dpmpp-2m", "accelerated-ddpm"):
+        for nfe in (5, 10):
+            assert re.search(rf"^{solver}\s+{nfe}\s+\d\.\d{{4}}\s+\d", text, re.MULTILINE)
+    assert str(out / "demo.png") in text
+    assert text.rstrip().splitlines()[-1].startswith("next: fewstep sample")
+    results = json.loads((out / "results.json").read_text())
+    found = {(r["solver"], r["nfe"]): r["rms_distance"] for r in results["results"]}
+    model, labels = fewstep.load(tiny), [i % 3 for i in range(16)]
+    reference = fewstep.sample(
+        model, 16, solver="tab2", grid="log-rho", nfe=40, class_labels=labels
+    )
+    mine = fewstep.sample(model, 16, solver="tab3", nfe=5, class_labels=labels)
+    rms = float((mine - reference).double().square().mean().sqrt())
+    assert found["tab3", 5] == pytest.approx(rms, rel=1e-6)
+    assert found["ddim", 10] < found["ddim", 5]
+    width, height = _size(out / "demo.png")
+    assert width > 16 * 72
+    assert height > 11 * 72
+    assert "exists; give --overwrite" in told("demo", "--model", tiny, "--out", out, code=2)

@@ -1,0 +1,225 @@
+"""Every family in the registry: its start, its gradients, its file; times that move."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.learned import FAMILIES, Base
+from fewstep.learned.families import STARTS, family
+from fewstep.learned.moving import LearnedTimes, Shifts
+from fewstep.learned.solver_families import SolverFamily
+from fewstep.learned.starts import start_of
+from fewstep.plans.plan import Plan
+from fewstep.solvers import SOLVERS, solver
+from tiny_searches import MODEL, VP, base_of, run
+
+
+def start(name: str, steps: int = 4, schedule=VP) -> Base:
+    return start_of(name, schedule, steps)
+
+
+def gradients(model, seed: int = 0):
+    """The gradient of some smooth function of the sample, by parameter."""
+    from fewstep.plans.execute import functional
+
+    x = torch.randn((6, 2), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    z = torch.randn((9, 6, 2), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = model()
+
+    def network(y, t):
+        return MODEL(y, t, prediction=model.structure.prediction)
+
+    end = functional(model.structure, found.values, found.times, network, x, draw=lambda i: z[i])
+    model.zero_grad()
+    end.square().sum().backward()
+    return end.square().sum().detach()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_start_is_the_base(name):
+    base = start(name)
+    model = family(name, base)
+    torch.testing.assert_close(run(model.plan()), run(base.plan()), rtol=0, atol=1e-11)
+    assert model.structure.nfe == 4
+    assert model.count == len(model.vector()) > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_right(name):
+    """Every parameter's derivative against a difference quotient, away from the start."""
+    model = family(name, start(name))
+    generator = torch.Generator().manual_seed(4)
+    model.load_vector(0.05 * torch.randn(model.count, generator=generator, dtype=torch.float64))
+    gradients(model)
+    got = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    vector = model.vector()
+    for place in range(0, model.count, max(1, model.count // 6)):
+        ends = []
+        for sign in (1, -1):
+            moved = vector.clone()
+            moved[place] += sign * 1e-6
+            model.load_vector(moved)
+            ends.append(gradients(model))
+        quotient = float(ends[0] - ends[1]) / 2e-6
+        assert quotient == pytest.approx(float(got[place]), rel=1e-4, abs=1e-6), place
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parameters_away_from_the_start_make_a_plan_that_comes_back(name):
+    model = family(name, start(name))
+    before = run(model.plan())
+    model.load_vector(0.1 * torch.arange(model.count).double().sin())
+    plan = model.plan("mine")
+    assert float((run(plan) - before).abs().max()) > 1e-6
+    again = Plan.from_json(plan.to_json())
+    assert again.name == "mine"
+    assert torch.equal(run(again), run(plan))
+    assert torch.equal(again.values, plan.values)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_work_on_trained_levels(name):
+    """Levels of a table, fractional times: the start is met, and times have gradients."""
+    schedule = fewstep.schedule("ddpm-linear")
+    model = family(name, start(name, schedule=schedule))
+    own = fewstep.models.exact.smooth(schedule)
+    base = model.base.plan()
+    torch.testing.assert_close(
+        run(model.plan(), model=own), run(base, model=own), rtol=0, atol=1e-9
+    )
+    times = model().times
+    assert times.requires_grad == model.tells_times
+    if model.tells_times:
+        times.sum().backward()
+        assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+EXACT = [
+    name
+    for name in SOLVERS
+    if name not in ("edm-stochastic", "accelerated-ddim-theory") and not solver(name).stochastic
+]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_gs_starts_from_every_deterministic_solver(name):
+    """Also from those of several stages."""
+    nfe = next(k for k in range(4, 13) if _affordable(name, k))
+    base = Base.of(name, VP, nfe=nfe, grid="quadratic")
+    model = family("gs", base)
+    truth = run(base.plan())
+    torch.testing.assert_close(
+        run(model.plan()), truth, rtol=0, atol=1e-10 * max(1.0, float(truth.abs().max()))
+    )
+
+
+def _affordable(name: str, nfe: int) -> bool:
+    try:
+        solver(name).steps_for(nfe)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_gs_keeps_the_draws_of_a_stochastic_base(eta):
+    base = Base.of("ddim", VP, nfe=4, grid="quadratic", eta=eta)
+    model = family("gs", base)
+    torch.testing.assert_close(run(model.plan()), run(base.plan()), rtol=0, atol=1e-11)
+    assert model.count == 4 + 4 + sum(n + 2 for n in range(4))
+
+
+def test_the_theory_follows_the_times():
+    """Moved times without corrections are the solver on the moved grid; frozen ones are not."""
+    base = base_of("tab3", 5)
+    gs, free = family("gs", base), family("free", base)
+    for model in (gs, free):
+        model.times.logits.data = torch.tensor([0.2, -0.1, 0.3, 0.0, -0.2], dtype=torch.float64)
+    knots = gs().knots.detach()
+    moved = Base.of("tab3", VP, nfe=5, grid="explicit", times=knots.tolist())
+    assert float((knots - base.grid.times).abs().max()) > 0.01
+    torch.testing.assert_close(run(gs.plan()), run(moved.plan()), rtol=0, atol=1e-11)
+    assert torch.equal(free().values, free.frozen)
+    assert float((run(free.plan()) - run(moved.plan())).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("coordinate", ["time", "lambda"])
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("schedule", ["vp-linear", "ddpm-linear", "edm"])
+def test_times_stay_in_order_and_in_range(coordinate, zero, schedule):
+    """A hundred steps of Adam at a large rate towards nonsense."""
+    own = fewstep.schedule(schedule)
+    grid = fewstep.grid("power", own, 6, power=1.5)
+    if zero:
+        grid = fewstep.grid("explicit", own, None, times=[*grid.times.tolist()[:-1], own.t_zero])
+    times, shifts = LearnedTimes(grid, coordinate), Shifts(6, own.t_max, own.t_min)
+    torch.testing.assert_close(times(), grid.times, rtol=1e-12, atol=1e-12 * own.t_max)
+    optimizer = torch.optim.Adam([*times.parameters(), *shifts.parameters()], lr=0.1)
+    weights = torch.tensor([0, 1.0, -3.0, 2.0, 5.0, -4.0, 0], dtype=torch.float64)
+    for _ in range(100):
+        optimizer.zero_grad()
+        knots = times()
+        told = knots[:6] + shifts(knots[:6])
+        ((knots * weights).sum() - told.sum()).backward()
+        optimizer.step()
+    knots, told = times().detach(), (times()[:6] + shifts(times()[:6])).detach()
+    assert float((knots - grid.times).abs().max()) > 0.05 * own.t_max
+    assert bool((knots.diff() < 0).all())
+    assert bool((told.diff() < 0).all())
+    assert knots[0] == grid.times[0]
+    assert knots[-1] == grid.times[-1]
+    assert own.t_min <= float(told.min())
+    assert float(told.max()) <= own.t_max
+    gaps = -knots[:6].diff()
+    assert bool(((told - knots[:6]).abs()[1:] <= gaps / 2 + 1e-12).all())
+
+
+def test_networks_of_whole_times_cannot_learn_them():
+    levels = fewstep.schedule("ddpm-linear")
+    base = start_of("gs", levels, 5, integer_times=True)
+    assert torch.equal(base.grid.times, base.grid.times.round())
+    for name in FAMILIES:
+        own = start_of(name, levels, 5, integer_times=True)
+        if "time" in name or name in ("gs", "ld3", "schedule", "free"):
+            with pytest.raises(ValueError, match="whole times"):
+                family(name, own)
+        else:
+            assert torch.equal(family(name, own)().times, own.grid.times[:5])
+    fixed = family("gs", base, times=False, shifts=False)
+    assert torch.equal(fixed().times, base.grid.times[:5])
+
+
+def test_ggdm_starts_from_ddim_unless_told():
+    own, chosen = (start_of("ggdm+pred+time", VP, 5, solver=s) for s in (None, "auto"))
+    best = start_of("gs", VP, 5)
+    assert own.solver == solver("ddim")
+    assert chosen.solver == best.solver == start_of("gs", VP, 5, solver="auto").solver
+    assert chosen.grid.times.tolist() == best.grid.times.tolist()
+    x, y = (run(plan) for plan in (family("ggdm+pred+time", chosen).plan(), best.plan()))
+    torch.testing.assert_close(x, y)
+
+
+def test_counts_are_those_of_the_table():
+    """ddss: K - 1, K, K (K + 1) / 2 + K; the initial marginals count for plain GGDM alone."""
+    for steps in (5, 10):
+        bases = {name: base_of(s, steps) for name, s in STARTS.items()}
+        assert family("ddim-sigma", bases["ddim-sigma"]).count == steps - 1
+        assert family("vars", bases["vars"]).count == steps
+        full = steps * (steps + 1) // 2 + steps
+        assert family("ggdm", bases["ggdm"]).count == full
+        assert family("ggdm+pred", bases["ggdm"]).count == full - 2 + steps
+        assert family("ggdm+pred-free", bases["ggdm"]).count == full - 2 + 2 * steps
+
+
+def test_unknown_names_and_options_are_told():
+    with pytest.raises(ValueError, match="Did you mean 'ggdm"):
+        family("ggdn", base_of("ddim", 3))
+    with pytest.raises(TypeError, match="family 'gs'"):
+        family("gs", base_of("ddim", 3), nothing=1)
+    with pytest.raises(ValueError, match="coordinate"):
+        family("gs", base_of("ddim", 3), coordinate="sigma")
+    with pytest.raises(ValueError, match="pred must be"):
+        family("ggdm", base_of("ddim", 3), pred="x")
+    assert isinstance(family("gs", base_of("ddim", 3)), SolverFamily)

@@ -1,0 +1,389 @@
+"""Training of operators: what the loss is, that it learns, goes on bit for bit, and what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.base.files import read_json, read_tensors, write_json
+from fewstep.operators import DistillRecipe, flops, loss_weights
+from fewstep.operators.distillation import distill
+from fewstep.operators.students import make_student, select_frames
+from tiny_trajectories import Memory, record, teacher
+
+pytest.importorskip("accelerate")
+
+SHORT = {"steps": 6, "batch_size": 4, "warmup": 2, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return teacher()
+
+
+@pytest.fixture(scope="module")
+def store(model):
+    return record(model)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(step):
+    def told(event):
+        if event.step == step:
+            raise Stop
+
+    return told
+
+
+def test_weights_of_the_published_schedule():
+    """The table of the paper's settings: cosine schedule, quadratic grid of four frames."""
+    schedule = fewstep.schedule("vp-cosine", s=0.0)
+    found = loss_weights(schedule, [0.5625, 0.25, 0.0625, 0.0])
+    torch.testing.assert_close(
+        found, torch.tensor([1.0, 2.414, 10.153, 1e4]).double(), rtol=1e-3, atol=0
+    )
+    found = loss_weights(schedule, [0.75, 0.5, 0.25, 0.0], lambda_max=20.0)
+    torch.testing.assert_close(
+        found, torch.tensor([1.0, 1.0, 2.414, 20.0]).double(), rtol=1e-3, atol=0
+    )
+    assert loss_weights(schedule, [0.5, 0.0], "uniform").tolist() == [1, 1]
+    assert loss_weights(schedule, [0.5, 0.0], [0.2, 3.0]).tolist() == [0.2, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "cap", "message"),
+    [
+        ([1.0], 1e4, "2 frames but 1 weights"),
+        ([1.0, -1.0], 1e4, "not negative"),
+        ("snr", 0.5, "lambda_max must be at least 1"),
+        ("snrr", 1e4, "Did you mean 'snr'"),
+    ],
+)
+def test_weights_that_are_refused(weights, cap, message):
+    with pytest.raises(ValueError, match=message):
+        loss_weights(fewstep.schedule("vp-cosine"), [0.5, 0.1], weights, lambda_max=cap)
+
+
+def test_frames_are_the_stored_times():
+    stored = [1.0, 0.9, 0.5, 0.3, 0.2, 0.1, 0.0]
+    pick = lambda **change: select_frames(stored, DistillRecipe(**change))  # noqa: E731
+    assert pick(frames=3) == [2, 4, 6]
+    assert pick(frames=6) == [1, 2, 3, 4, 5, 6]
+    assert pick(times=[0.9, 0.2, 0.0]) == [1, 4, 6]  # not symmetric about the middle
+    assert pick(mode="endpoint") == [6]
+    assert pick(mode="endpoint", times=[0.2]) == [4]
+    with pytest.raises(ValueError, match=r"0\.4 is not stored; the stored times are 0\.9, 0\.5"):
+        pick(times=[0.4, 0.0])
+    with pytest.raises(ValueError, match="must decrease"):
+        pick(times=[0.0, 0.9])
+    with pytest.raises(ValueError, match="7 frames are wanted, but 6"):
+        pick(frames=7)
+
+
+def test_the_loss_is_the_weighted_mean_over_frames(model, store, tmp_path):
+    """The first row of the log, before the student has moved, against the formula by hand."""
+    weights = [1.0, 2.0, 3.0, 6.0]
+    distill(
+        model, store, tmp_path, mode="folded", weights=weights, loss="l2",
+        learning_rate=0.0, steps=1, batch_size=22, heldout=2,
+    )  # fmt: skip
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    student = make_student(model, DistillRecipe(mode="folded"), store.times.tolist())
+    with torch.no_grad():
+        states = student(store.states[:22, 0], class_labels=store.conditions["class_labels"][:22])
+    each = (states - store.states[:22, 1:]).square().flatten(2).mean((0, 2))
+    torch.testing.assert_close(torch.tensor(row["losses"]), each, rtol=1e-4, atol=1e-6)
+    expected = float((each * torch.tensor(weights)).mean() / 3)  # weights of mean 1
+    assert row["loss"] == pytest.approx(expected, rel=1e-4)
+    last = (student_last(student, store, range(22, 24)) - store.states[22:, -1]).square().mean()
+    assert row["heldout"][-1] == pytest.approx(float(last) ** 0.5, rel=1e-4)
+
+
+def student_last(student, store, rows):
+    index = torch.as_tensor(list(rows))
+    cond = {k: v[index] for k, v in store.conditions.items()}
+    with torch.no_grad():
+        return student(store.states[index, 0], **cond)[:, -1]
+
+
+@pytest.mark.parametrize("mode", ["dsno", "folded", "endpoint"])
+def test_learns(mode, model, store, tmp_path):
+    made = distill(
+        model, store, tmp_path, mode=mode, steps=60, batch_size=11, learning_rate=1e-2,
+        warmup=5, ema=0.9, lambda_max=10.0, checkpoint_every=30, heldout=2,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    cond = {"class_labels": store.conditions["class_labels"][:8]}
+    noise = store.states[:8, 0] / float(model.schedule.prior_std())
+    target, before = (
+        store.states[:8, -1],
+        student_last(
+            make_student(model, DistillRecipe(mode=mode), store.times.tolist()), store, range(8)
+        ),
+    )
+    after = fewstep.sample(made, noise=noise, **cond)
+    assert float((after - target).square().mean()) < 0.95 * float(
+        (before - target).square().mean()
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mode": "dsno"}, {"mode": "endpoint", "accumulate": 2, "precision": "bfloat16"}],
+)
+def test_goes_on_bit_for_bit(change, model, store, tmp_path):
+    settings = {**SHORT, **change, "checkpoint_every": 2}
+    distill(model, store, tmp_path / "whole", **settings)
+    with pytest.raises(Stop):
+        distill(model, store, tmp_path / "parts", on_step=stop_after(5), **settings)
+    seen = []
+    distill(model, store, tmp_path / "parts", on_step=seen.append, **settings)
+    assert [event.step for event in seen] == [5, 6]
+    for name in ("operator.safetensors", "checkpoint.safetensors"):
+        one, two = (read_tensors(tmp_path / part / name) for part in ("whole", "parts"))
+        assert set(one) == set(two)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    for name in ("operator.json", "log.jsonl", "checkpoint.json"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
+
+
+def test_accumulation_is_a_larger_batch(model, store, tmp_path):
+    """20 trajectories, two halves or one batch: the same mean gradient, so the same step."""
+    settings = {"mode": "endpoint", "loss": "l2", "steps": 1, "heldout": 4, "clip": 0.0}
+    distill(model, store, tmp_path / "one", batch_size=22, **settings)
+    distill(model, store, tmp_path / "two", batch_size=11, accumulate=2, **settings)
+    one, two = (
+        read_tensors(tmp_path / part / "checkpoint.safetensors") for part in ("one", "two")
+    )
+    moments = [key for key in one if key.endswith("exp_avg")]
+    assert moments
+    for key in moments:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-8)
+
+
+def test_checkpointing_changes_no_gradient(model, store, tmp_path):
+    settings = {**SHORT, "steps": 1, "clip": 0.0}
+    distill(model, store, tmp_path / "plain", **settings)
+    distill(model, store, tmp_path / "again", checkpointing=True, **settings)
+    one, two = (
+        read_tensors(tmp_path / part / "checkpoint.safetensors") for part in ("plain", "again")
+    )
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-8)
+
+
+def test_a_distance_of_one_s_own(model, store, tmp_path):
+    seen = []
+
+    def distance(a, b):
+        seen.append((tuple(a.shape), float((a - b).detach().abs().mean())))
+        return 2 * (a - b).abs().flatten(1).mean(1)
+
+    distill(model, store, tmp_path, mode="endpoint", distance=distance, **SHORT)
+    assert [shape for shape, _ in seen] == [(4, 1, 8, 8)] * 6
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    # A run of one frame has weight 1; the row is the mean of the six steps.
+    assert row["loss"] == pytest.approx(2 * sum(d for _, d in seen) / 6, rel=1e-4)
+    assert read_json(tmp_path / "operator.json")["training"]["recipe"]["loss"] == "custom"
+    with pytest.raises(ValueError, match=r"one number a state, shape \(4,\), got \(\)"):
+        distill(model, store, tmp_path / "b", mode="endpoint", **SHORT, distance=lambda a, b: a.sum())  # fmt: skip
+
+
+def test_losses_by_name():
+    from fewstep.operators.losses import DISTANCES
+
+    a, b = torch.tensor([[0.0, 3.0]]), torch.tensor([[4.0, 3.0]])
+    assert float(DISTANCES["l1"](a, b)) == 2.0
+    assert float(DISTANCES["l2"](a, b)) == 8.0
+    assert float(DISTANCES["huber"](a, b)) == pytest.approx(((16.01**0.5) - 0.1) / 2)
+
+
+def test_the_distance_in_features(model, store, tmp_path):
+    from fewstep.operators.losses import FeatureDistance, ModelFeatures, l1
+
+    look = ModelFeatures(model)
+    distance = FeatureDistance(look, weight=2.0)
+    a, b = store.states[:3, -1], store.states[3:6, -1]
+    lam = model.schedule.lam(torch.tensor(look.time, dtype=torch.float64))
+    assert float(lam.exp()) == pytest.approx(10.0)  # a tenth of noise
+    t = torch.full((3,), look.time)
+    expected = l1(a, b)
+    with torch.no_grad():
+        sides = [model.network.encode(x, t)[2] for x in (a, b)]
+    for one, two in zip(*sides, strict=True):
+        cosine = torch.nn.functional.cosine_similarity(one, two, dim=1)
+        expected = expected + 2 * (2 - 2 * cosine).flatten(1).mean(1)
+    torch.testing.assert_close(distance(a, b), expected, rtol=1e-4, atol=1e-5)
+    assert float(distance(a, a).max()) == 0.0
+    distill(model, store, tmp_path, mode="endpoint", loss="features", **SHORT)
+    assert len(list(tmp_path.iterdir())) == 5
+    with pytest.raises(ValueError, match="needs a network with encode"):
+        ModelFeatures(fewstep.load("mixture-smooth"))
+
+
+def test_the_distance_in_the_features_of_a_classifier(model, store, tmp_path):
+    from fewstep.metrics import Features
+    from fewstep.operators.losses import FeatureDistance, distance_of, l1
+
+    a, b = store.states[:3, -1].requires_grad_(), store.states[3:6, -1]
+    look = Features.load("fashion-robust")
+    stages = look.stages(a)
+    assert [tuple(s.shape[:2]) for s in stages] == [(3, c) for c in (32, 64, 64, 128, 128)]
+    last = look.module.body[-3:](stages[-1])  # what is left to the features
+    torch.testing.assert_close(last, look(a))
+    expected = l1(a, b)
+    for one, two in zip(stages, look.stages(b), strict=True):
+        cosine = torch.nn.functional.cosine_similarity(one, two, dim=1)
+        seen = [(s.abs().sum(1) > 0).float() for s in (one, two)]  # no direction where all is zero
+        expected = expected + (seen[0] + seen[1] - 2 * cosine).flatten(1).mean(1)
+    distance = distance_of("features", None, model, "fashion-robust")
+    found = distance(a, b)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), a)
+    assert float(gradient.abs().max()) > 0
+    distill(
+        model, store, tmp_path, mode="endpoint", loss="features", features="fashion-robust", **SHORT
+    )  # fmt: skip
+    kept = read_json(tmp_path / "operator.json")["training"]["recipe"]
+    assert (kept["loss"], kept["features"]) == ("features", "fashion-robust")
+    with pytest.raises(
+        ValueError, match="features are for the loss 'features', got the loss 'l1'"
+    ):
+        DistillRecipe(features="fashion")
+    colour = fewstep.Denoiser.wrap(lambda x, t: x, schedule=model.schedule, prediction="eps", event_shape=(3, 8, 8))  # fmt: skip
+    with pytest.raises(ValueError, match=r"images of shape \(n, 1, H, W\), got \(1, 3, 8, 8\)"):
+        distance_of("features", None, colour, "fashion")
+    with pytest.raises(ValueError, match="the features have no gradient"):
+        FeatureDistance(lambda x: [x.round().detach()])(a, b)
+    flat = FeatureDistance(lambda x: [x.flatten(1)])(a, b)  # vectors, as a TorchScript file gives
+    vectors = [torch.nn.functional.normalize(side.flatten(1), dim=1) for side in (a, b)]
+    torch.testing.assert_close(flat, l1(a, b) + (vectors[0] - vectors[1]).square().sum(1))
+
+
+def test_tensorboard(model, store, tmp_path):
+    pytest.importorskip("tensorboard")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensorboard itself
+        distill(model, store, tmp_path, tensorboard=True, **SHORT)
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        values = [event.value for event in board.Scalars("heldout/frame4")]
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert values == pytest.approx([row["heldout"][3]])
+
+
+def test_students_of_equal_size_and_cost(model, store):
+    stored = store.times.tolist()
+    made = {
+        mode: make_student(model, DistillRecipe(mode=mode), stored)
+        for mode in ("dsno", "folded", "endpoint", "same-parameters", "same-flops")
+    }
+    sizes = {mode: sum(student.overhead()) for mode, student in made.items()}
+    cost = {mode: flops(student) for mode, student in made.items()}
+    assert sizes["folded"] == sizes["endpoint"] == sum(p.numel() for p in model.parameters())
+    assert sizes["same-parameters"] == pytest.approx(sizes["dsno"], rel=0.02)
+    assert cost["folded"] == 4 * cost["endpoint"]
+    assert cost["folded"] < cost["dsno"] < 1.2 * cost["folded"]
+    assert cost["same-flops"] == pytest.approx(cost["dsno"], rel=0.15)
+    # All start as what they are made of: one frame as one step of DDIM, with the label of its input.
+    x = store.states[:3, 0]
+    plain = made["endpoint"](x, class_labels=torch.tensor([0, 1, 2]))
+    for mode in ("same-parameters", "same-flops"):
+        assert torch.equal(made[mode](x, class_labels=torch.tensor([0, 1, 2])), plain)
+
+
+def test_trajectories_of_another_model_are_refused(store, tmp_path):
+    with pytest.raises(ValueError, match="recorded with another model"):
+        distill(teacher(seed=1), store, tmp_path, **SHORT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "dsnow"}, "Did you mean 'dsno'"),
+        ({"stepz": 3}, "no setting 'stepz'"),
+        ({"loss": "custom"}, "needs distance="),
+        ({"steps": 0}, "steps must be a positive integer"),
+        ({"frames": 2, "times": [0.1]}, "times or frames"),
+        ({"ema": 1.5}, "ema must be between 0 and 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number"),
+    ],
+)
+def test_settings_that_are_refused(change, message, model, store, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        distill(model, store, tmp_path, **{**SHORT, **change})
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_recipe_in_the_folder_is_refused(model, store, tmp_path):
+    with pytest.raises(Stop):
+        distill(model, store, tmp_path, checkpoint_every=1, on_step=stop_after(3), **SHORT)
+    for change in ({"learning_rate": 1e-4}, {"seed": 1}, {"mode": "folded"}):
+        with pytest.raises(ValueError, match=r"a run of another recipe, at step [23]"):
+            distill(model, store, tmp_path, **{**SHORT, **change})
+    write_json(tmp_path / "checkpoint.json", {"recipe": 3, "step": 1})
+    with pytest.raises(ValueError, match="recipe of a distillation"):
+        distill(model, store, tmp_path, **SHORT)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(model, store, tmp_path):
+    states = store.states.clone()
+    states[:, -1] = float("nan")
+    with pytest.raises(ValueError, match="the loss is nan at step"):
+        distill(model, Memory(store.times, states, store.conditions), tmp_path, **SHORT)
+
+
+def test_the_caller_s_generator_is_left_alone(model, store, tmp_path):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    distill(model, store, tmp_path, mode="same-flops", **{**SHORT, "steps": 1})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+SCRIPT = """
+import sys
+import torch
+torch.set_num_threads(1)
+from tiny_trajectories import record, teacher
+from fewstep.operators.distillation import distill
+model = teacher()
+distill(model, record(model), sys.argv[1], steps=2, batch_size=4, warmup=1, checkpoint_every=2)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(model, store, tmp_path):
+    """Two processes with batches of 4 are one with 8, up to the rounding of sums."""
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    distill(model, store, tmp_path / "one", steps=2, batch_size=8, warmup=1, checkpoint_every=2)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    paths = [str(Path(fewstep.__file__).parent.parent), str(Path(__file__).parents[1])]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [sys.executable, *command, str(tmp_path / "script.py"), str(tmp_path / "two")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    one, two = (
+        read_tensors(tmp_path / part / "checkpoint.safetensors") for part in ("one", "two")
+    )
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-6)
+    rows = [json.loads((tmp_path / part / "log.jsonl").read_text()) for part in ("one", "two")]
+    assert rows[1]["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4)

@@ -1,0 +1,471 @@
+"""The two executors: the same numbers, few operations, little memory, gradients, one compilation."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fewstep
+from fewstep.diffusion.noise import NoiseSource
+from fewstep.diffusion.prediction import Prediction
+from fewstep.models import exact
+from fewstep.plans.execute import Execution, execute, functional
+from fewstep.plans.plan import Eval, Lin, Plan, Structure
+from fewstep.sampling.binding import bind
+from fewstep.sampling.plan_sampler import PlanSampler
+from fewstep.sampling.protocol import Run
+
+SCHEDULE = fewstep.schedule("vp-linear")
+MODEL = exact.smooth(SCHEDULE)
+
+
+def plan_of(name, nfe=6, schedule=SCHEDULE, **options):
+    """The solver's plan at the first budget from ``nfe`` on that it can meet."""
+    for budget in range(nfe, nfe + 12):
+        try:
+            return fewstep.plan(name, schedule, nfe=budget, **options)
+        except ValueError as error:
+            if "nearest" not in str(error):
+                raise
+    raise AssertionError(f"{name} meets no budget from {nfe} on")
+
+
+def network_of(plan, model=MODEL):
+    return lambda x, t: model(x, t, prediction=plan.prediction)
+
+
+def noises(plan, shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(plan.n_noise)]
+
+
+def start(n=3, dtype=torch.float64):
+    return torch.randn((n, 2), generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+NETWORKS = {
+    "exact": None,
+    "identity": lambda x, t: x,
+    "view": lambda x, t: x.view(-1, 2)[:],
+    "reversed rows, a view of the input": lambda x, t: x.T.contiguous().T,
+    "half the input": lambda x, t: 0.5 * x,
+}
+
+
+@pytest.mark.parametrize("name", list(fewstep.SOLVERS))
+@pytest.mark.parametrize("network", list(NETWORKS))
+def test_in_place_equals_functional(name, network):
+    plan = plan_of(name)
+    f = NETWORKS[network] or network_of(plan)
+    x, z = start(), noises(plan, (3, 2))
+    before = x.clone()
+    ours = execute(plan, f, x, draw=z.__getitem__)
+    theirs = functional(plan.structure, plan.values, plan.times, f, x, draw=z.__getitem__)
+    assert torch.equal(x, before)
+    assert not torch.equal(theirs, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", list(fewstep.SOLVERS))
+def test_run_equals_flat_form(name):
+    plan = plan_of(name)
+    x, z = start(), noises(plan, (3, 2))
+    asked, answers = [], []
+
+    def f(x, t):
+        asked.append(x.clone())
+        answers.append(network_of(plan)(x, t))
+        return answers[-1]
+
+    result = execute(plan, f, x, draw=z.__getitem__)
+    flat = plan.flat()
+    assert flat.B.shape == (plan.nfe + 1, plan.nfe)
+    assert torch.equal(flat.B.tril(-1), flat.B)
+    told = torch.stack([*asked, result])
+    made = torch.einsum("k,bd->kbd", flat.a, x) + torch.einsum(
+        "kj,jbd->kbd", flat.B, torch.stack(answers)
+    )
+    if z:
+        made = made + torch.einsum("km,mbd->kbd", flat.C, torch.stack(z))
+    # Terms of the flat form cancel, so its rounding is relative to the size of its weights.
+    size = max(float(t.abs().max()) for t in flat if t.numel())
+    torch.testing.assert_close(told, made, rtol=1e-9, atol=1e-11 * max(1.0, size))
+
+
+@pytest.mark.parametrize("name", list(fewstep.SOLVERS))
+def test_stepper_equals_sample(name):
+    nfe = plan_of(name).nfe
+    noise = start()
+    whole = fewstep.sample(MODEL, solver=name, nfe=nfe, noise=noise, seed=3)
+    followed = list(fewstep.steps(MODEL, solver=name, nfe=nfe, noise=noise, seed=3))
+    assert torch.equal(followed[-1].x, whole)
+    assert [step.index for step in followed] == list(range(len(followed)))
+    times = [step.t for step in followed]
+    assert times == sorted(times, reverse=True)
+    trajectory = fewstep.sample(MODEL, solver=name, nfe=nfe, noise=noise, seed=3, save="states")
+    assert torch.equal(torch.stack([step.x for step in followed]), trajectory.states[1:])
+    assert torch.equal(trajectory.x, whole)
+
+
+def test_step_tells_both_predictions():
+    """x = alpha x0 + sigma eps holds at the state where the network was asked."""
+    noise = start()
+    plan = plan_of("ddim")
+    trajectory = fewstep.sample(MODEL, plan=plan, noise=noise, save="states")
+    for k, step in enumerate(fewstep.steps(MODEL, plan=plan, noise=noise)):
+        alpha, sigma = plan.scales[k]
+        torch.testing.assert_close(alpha * step.x0 + sigma * step.eps, trajectory.states[k])
+        torch.testing.assert_close(step.eps, MODEL(trajectory.states[k], plan.times[k]))
+
+
+def test_states_told_are_never_overwritten():
+    plan = plan_of("rho-rk4", 12)
+    told: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def on_state(knot, state):
+        told[knot] = (state, state.clone())
+
+    execute(plan, network_of(plan), start(), on_state=on_state)
+    assert sorted(told) == [1, 2, 3]
+    for state, copy in told.values():
+        assert torch.equal(state, copy)
+
+
+def test_answer_after_the_end_is_refused():
+    plan = plan_of("ddim", 1)
+    run = Execution(plan, start())
+    run.advance(start())
+    assert run.call is None
+    with pytest.raises(RuntimeError, match="over"):
+        run.advance(start())
+
+
+def test_draws_need_a_source():
+    plan = plan_of("ddpm")
+    with pytest.raises(ValueError, match="6 times; give a source"):
+        Execution(plan, start())
+    with pytest.raises(ValueError, match="give a source"):
+        functional(plan.structure, plan.values, plan.times, network_of(plan), start())
+
+
+# Cost
+
+
+class Tracker(TorchDispatchMode):
+    """Counts operations that compute, views apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+class Memory(TorchDispatchMode):
+    """Follows the tensors of the state's size that are alive, by weak references to them."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.refs, self.most = size, [], 0
+
+    def follow(self, tensor):
+        if tensor.numel() == self.size:
+            self.refs.append(weakref.ref(tensor))
+        self.refs = [ref for ref in self.refs if ref() is not None]
+        memories = {ref().untyped_storage().data_ptr() for ref in self.refs}
+        self.most = max(self.most, len(memories))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.follow(out)
+        return out
+
+
+OPERATIONS = {"ddim": 4, "dpmpp-2m": 4, "tab3": 6, "unipc3": 10}
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+@pytest.mark.parametrize("nfe", [10, 20])
+def test_operations_of_a_step(name, nfe):
+    plan = fewstep.plan(name, SCHEDULE, nfe=nfe)
+    x = start()
+    run = Execution(plan, x)
+    answers = [torch.randn_like(x) for _ in range(nfe)]
+    most, total = 0, 0
+    for answer in answers:
+        with Tracker() as tracker:
+            run.advance(answer)
+        most, total = max(most, tracker.count), total + tracker.count
+    assert run.call is None
+    assert most <= OPERATIONS[name]
+    assert total >= nfe  # something was counted
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+@pytest.mark.parametrize("native", ["eps", "x0", "v"])
+def test_operations_of_the_whole_sampler(name, native):
+    """PlanSampler.run with a network that costs none; conversion adds at most two a step.
+
+    What a batch costs once (times and factors laid out, one look for NaN) drops out of the
+    difference between 40 and 20 steps.
+    """
+    x = start()
+    answer = torch.randn_like(x)
+    denoiser = fewstep.Denoiser.wrap(lambda x, t: answer, schedule=SCHEDULE, prediction=native)
+    counts = []
+    for nfe in (20, 40):
+        plan = fewstep.plan(name, SCHEDULE, nfe=nfe)
+        sampler, run = PlanSampler(plan, denoiser), Run(NoiseSource(0, range(len(x))))
+        sampler.run(x, run)
+        with Tracker() as tracker:
+            sampler.run(x, run)
+        counts.append(tracker.count)
+    extra = 0 if native == plan.prediction.value else 2
+    assert 2 <= (counts[1] - counts[0]) / 20 <= OPERATIONS[name] + extra
+    assert counts[0] - (counts[1] - counts[0]) < 40  # once a batch
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("ddim", 3), ("dpmpp-2m", 4), ("tab3", 6), ("rho-rk4", 6)]
+)
+def test_tensors_alive(name, most):
+    """State-sized memories alive at once, the caller's initial state and the new answer included."""
+    plan = fewstep.plan(name, SCHEDULE, nfe=20)
+    x = torch.randn(16, 16, dtype=torch.float64)
+    gc.collect()
+    with torch.no_grad(), Memory(x.numel()) as memory:
+        memory.follow(x)
+        run = Execution(plan, x)
+        while run.call is not None:
+            run.advance(run.call.x * 0.5)
+    assert memory.most == most
+    denoiser = fewstep.Denoiser.wrap(
+        lambda x, t: x * 0.5, schedule=SCHEDULE, prediction=plan.prediction
+    )
+    with Memory(x.numel()) as memory:
+        memory.follow(x)
+        execute(plan, lambda x, t: x * 0.5, x)
+    assert memory.most == most
+    with Memory(x.numel()) as memory:
+        memory.follow(x)
+        PlanSampler(plan, denoiser).run(x, Run(NoiseSource(0, range(16))))
+    assert memory.most == most
+
+
+READS = ("item", "tolist", "nonzero", "__float__", "__int__", "__bool__", "cpu", "numpy")
+
+
+def forbid_reads(monkeypatch):
+    for name in READS:
+
+        def read(self, *args, name=name, **kwargs):
+            raise AssertionError(f"Tensor.{name} reads from the device")
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+
+
+@pytest.mark.parametrize("name", list(fewstep.SOLVERS))
+def test_no_device_read_in_the_loop(name, monkeypatch):
+    plan = plan_of(name)
+    x, z = start(), noises(plan, (3, 2))
+    run = Execution(plan, x, draw=z.__getitem__)
+    native = "v" if plan.prediction is Prediction.X0 else "x0"
+    denoiser = fewstep.Denoiser.wrap(
+        lambda x, t: torch.tanh(x), schedule=SCHEDULE, prediction=native
+    )
+    call = bind(denoiser, plan, len(x), {}, x)
+    calls = 0
+    with monkeypatch.context() as patched, torch.no_grad():
+        forbid_reads(patched)
+        with pytest.raises(AssertionError, match="reads"):
+            bool(x.sum() > 0)  # the alarm works
+        while run.call is not None:
+            run.advance(call(run.call.x, run.call.at))
+            calls += 1
+    assert calls == plan.nfe
+    assert bool(run.result.isfinite().all())
+
+
+# Gradients
+
+
+def grid_with(times):
+    return fewstep.grid("explicit", SCHEDULE, None, times=times)
+
+
+GRADIENT_SOLVERS = ["ddim", "tab2", "rhoab1", "dpmpp-2m", "unipc3", "rho-heun", "dpm3", "ipndm"]
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("name", GRADIENT_SOLVERS)
+def test_gradcheck_in_values_and_times(name, checkpoint):
+    plan = plan_of(name, 3, t_start=0.8, t_end=0.1)
+    x = start(2)
+
+    def f(values, times):
+        network = network_of(plan)
+        return functional(plan.structure, values, times, network, x, checkpoint=checkpoint)
+
+    values, times = plan.values.clone().requires_grad_(), plan.times.clone().requires_grad_()
+    assert torch.autograd.gradcheck(f, (values, times), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", GRADIENT_SOLVERS)
+def test_gradients_through_the_grid(name):
+    """Times that require gradients -> coefficients -> samples -> loss."""
+    solver = fewstep.SOLVERS[name]()
+    x = start(2)
+
+    def loss(times):
+        plan = solver.plan(grid_with(times))
+        sample = functional(plan.structure, plan.values, plan.times, network_of(plan), x)
+        return sample.square().mean()
+
+    times = torch.tensor([0.8, 0.5, 0.3, 0.1], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, (times,), atol=1e-6, rtol=1e-4)
+    (gradient,) = torch.autograd.grad(loss(times), times)
+    assert bool((gradient != 0).all())
+
+
+@pytest.mark.parametrize("name", GRADIENT_SOLVERS)
+def test_rematerialised_gradients_are_identical(name):
+    plan = plan_of(name, 4)
+    found = []
+    for checkpoint in (False, True):
+        values, times = plan.values.clone().requires_grad_(), plan.times.clone().requires_grad_()
+        sample = functional(
+            plan.structure, values, times, network_of(plan), start(), checkpoint=checkpoint
+        )
+        found.append(torch.autograd.grad(sample.square().sum(), (values, times)))
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_rematerialisation_stores_less():
+    """With checkpoint=True what autograd keeps for a call does not grow with the network."""
+    plan = plan_of("tab2", 8)
+    kept = {}
+    for checkpoint in (False, True):
+        sizes = []
+
+        def deep(x, t):
+            for _ in range(20):
+                x = torch.tanh(x)
+            return x
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor,
+            lambda tensor: tensor,
+        )
+        with hooks:
+            functional(
+                plan.structure,
+                plan.values.clone().requires_grad_(),
+                plan.times,
+                deep,
+                start().requires_grad_(),
+                checkpoint=checkpoint,
+            )
+        kept[checkpoint] = sum(sizes)
+    assert kept[True] < kept[False] / 3
+
+
+# Compilation
+
+
+def test_one_compilation_serves_two_grids():
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    plans = [fewstep.plan("tab2", SCHEDULE, nfe=5, grid=name) for name in ("uniform", "quadratic")]
+    assert plans[0].structure == plans[1].structure
+    assert not torch.equal(plans[0].values, plans[1].values)
+
+    def network(x, t):
+        return torch.tanh(x) * t
+
+    def run(values, times, x):
+        return functional(plans[0].structure, values, times, network, x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    x = start(dtype=torch.float32)
+    results = [compiled(plan.values, plan.times, x) for plan in plans]
+    assert len(compilations) == 1
+    for plan, result in zip(plans, results, strict=True):
+        assert torch.equal(result, run(plan.values, plan.times, x))
+    assert not torch.equal(*results)
+    torch._dynamo.reset()
+
+
+def test_structure_as_an_argument_compiles_once():
+    """Each plan's own structure: equal, but another object."""
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    plans = [fewstep.plan("dpmpp-2m", SCHEDULE, nfe=4, grid=g) for g in ("uniform", "log-rho")]
+    torch._dynamo.reset()
+    compiled = torch.compile(functional, fullgraph=True, backend=backend)
+    x = start(dtype=torch.float32)
+    for plan in plans:
+        args = (plan.structure, plan.values, plan.times, lambda x, t: torch.tanh(x), x)
+        torch.testing.assert_close(compiled(*args), functional(*args))
+    assert len(compilations) == 1
+    torch._dynamo.reset()
+
+
+# Types
+
+
+def test_a_float32_state_stays_float32():
+    plan = plan_of("tab2")
+    x = start(dtype=torch.float32)
+    seen = []
+
+    def f(x, t):
+        seen.append((x.dtype, t.dtype))
+        return x
+
+    out = functional(plan.structure, plan.values, plan.times, f, x)
+    assert out.dtype == execute(plan, f, x).dtype == torch.float32
+    assert set(seen) == {(torch.float32, torch.float32)}
+
+
+def test_times_stay_float32_for_a_half_precision_state():
+    """In bfloat16 the time 999 would become 1000."""
+    plan = fewstep.plan("ddim", fewstep.schedule("ddpm-linear"), nfe=2)
+    seen = []
+
+    def f(x, t):
+        seen.append(float(t))
+        return x
+
+    execute(plan, f, start().to(torch.bfloat16))
+    functional(plan.structure, plan.values, plan.times, f, start().to(torch.bfloat16))
+    assert seen == [999.0, plan.times[1].item()] * 2
+
+
+def test_an_aliasing_answer_is_not_overwritten():
+    """The three-row example by hand: y = 2 x, f = y itself, z = 3 y, result = z + f."""
+    rows = (Lin((0,), 0), Eval(1, 0), Lin((1,), 1), Lin((3, 2), 2))
+    structure = Structure(Prediction.EPS, rows, 4)
+    values = torch.tensor([2.0, 3.0, 1.0, 1.0], dtype=torch.float64)
+    times = torch.tensor([0.5], dtype=torch.float64)
+    knots = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    plan = Plan(structure, values, times, knots, SCHEDULE)
+    x = torch.ones(1, 2, dtype=torch.float64)
+    assert execute(plan, lambda y, t: y, x).tolist() == [[8.0, 8.0]]
+    assert execute(plan, lambda y, t: y[:, :], x).tolist() == [[8.0, 8.0]]

@@ -1,0 +1,299 @@
+"""What every registered solver must hold, on every schedule, for every prediction, unasked."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.exact import GaussianMixture, smooth
+from fewstep.plans.checks import Moments, gaussian_moments, point_mass_defect
+from fewstep.plans.plan import Plan, reads
+from fewstep.plans.rewriting import convert_plan
+from fewstep.solvers import SOLVERS, Solver
+from reference import (
+    GRID_KINDS,
+    SCHEDULE_NAMES,
+    lam_grid,
+    network,
+    normal,
+    rms,
+    run,
+    schedule_of,
+    slope,
+)
+
+STEPS = (1, 2, 3, 5, 10, 20)
+EULER = ("euler", "euler-maruyama")
+DETERMINISTIC = [name for name, build in SOLVERS.items() if not build().stochastic]
+STOCHASTIC = [name for name, build in SOLVERS.items() if build().stochastic]
+EXACT_ODE = [name for name in DETERMINISTIC if SOLVERS[name]().exact]
+
+
+def _refused(name: str, noise: NoiseSchedule, to_zero: bool) -> bool:
+    """Whether a solver documents that it is not defined there: Euler, where no time has sigma = 0."""
+    return name in EULER and to_zero and noise.t_zero != 0.0
+
+
+@functools.cache
+def _grid(where: str, kind: str, steps: int, to_zero: bool) -> TimeGrid:
+    return fewstep.grid(kind, schedule_of(where), steps, to_zero=to_zero)
+
+
+@pytest.mark.parametrize("where", SCHEDULE_NAMES)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_builds_on_every_grid_with_the_declared_cost(name: str, where: str) -> None:
+    """Building audits causality, finiteness and, where declared, exactness on a point mass."""
+    noise, solver = schedule_of(where), SOLVERS[name]()
+    for steps, kind, to_zero in itertools.product(STEPS, GRID_KINDS, (False, True)):
+        grid = _grid(where, kind, steps, to_zero)
+        if _refused(name, noise, to_zero):
+            with pytest.raises(ValueError, match="no time with sigma = 0"):
+                solver.plan(grid)
+            continue
+        plan = solver.plan(grid)
+        assert plan.nfe == solver.nfe(steps, ends_at_zero=to_zero), (kind, steps)
+        assert plan.stochastic <= solver.stochastic
+        assert torch.equal(plan.knots, grid.times)
+        assert float(plan.times.max()) <= noise.t_max * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("where", SCHEDULE_NAMES)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_plans_are_causal_and_come_back_from_json_bit_for_bit(name: str, where: str) -> None:
+    noise, solver = schedule_of(where), SOLVERS[name]()
+    for steps, to_zero in ((1, False), (5, False), (5, True)):
+        if _refused(name, noise, to_zero):
+            continue
+        plan = solver.plan(fewstep.grid("karras", noise, steps, to_zero=to_zero))
+        for i, row in enumerate(plan.structure.rows, start=1):
+            assert all(r < i for r in reads(row))
+        a, b, _ = plan.flat()
+        assert not bool(b.triu().any()), "an input depends on its own answer or on a later one"
+        assert bool(a[0] != 0)
+        back = Plan.from_json(plan.to_json())
+        assert back.structure == plan.structure
+        for field in ("values", "times", "knots", "scales"):
+            assert torch.equal(getattr(back, field), getattr(plan, field)), field
+        assert (back.schedule, back.name, back.head) == (plan.schedule, plan.name, plan.head)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_budget_is_met_exactly_or_refused_with_the_nearest(name: str) -> None:
+    solver = SOLVERS[name]()
+    for to_zero, nfe in itertools.product((False, True), range(1, 24)):
+        reachable = {solver.nfe(k, ends_at_zero=to_zero) for k in range(1, 30)}
+        if nfe in reachable:
+            steps = solver.steps_for(nfe, ends_at_zero=to_zero)
+            assert solver.nfe(steps, ends_at_zero=to_zero) == nfe
+            continue
+        below = [c for c in reachable if c < nfe]
+        above = min(c for c in reachable if c > nfe)
+        near = f"{max(below)} or {above}" if below else f"{above}"
+        with pytest.raises(ValueError, match=f"nearest budgets are {near}$"):
+            solver.steps_for(nfe, ends_at_zero=to_zero)
+
+
+def _start(noise: NoiseSchedule) -> float:
+    """A start with rho at most 150: where rho is 2e4 (ddpm-cosine) large steps amplify rounding."""
+    return min(noise.t_max, float(noise.time(torch.tensor(-5.0, dtype=torch.float64))))
+
+
+@functools.cache
+def _mixtures(where: str) -> tuple[GaussianMixture, dict[Prediction, Denoiser]]:
+    """An exact network, and five callables that return its five predictions."""
+    exact = smooth(schedule_of(where))
+
+    def returning(kind: Prediction) -> Denoiser:
+        return Denoiser.wrap(
+            lambda x, t: exact(x, t, prediction=kind),
+            schedule=exact.schedule,
+            prediction=kind,
+            event_shape=(2,),
+        )
+
+    return exact, {kind: returning(kind) for kind in Prediction}
+
+
+@pytest.mark.parametrize("where", SCHEDULE_NAMES)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_samples_do_not_depend_on_what_the_network_predicts(name: str, where: str) -> None:
+    exact, networks = _mixtures(where)
+    grid = fewstep.grid("log-rho", exact.schedule, 5, t_start=_start(exact.schedule))
+    plan = SOLVERS[name]().plan(grid)
+    noise = normal(3, 2, seed=1)
+    expected = run(exact, plan, noise)
+    for kind, denoiser in networks.items():
+        assert denoiser.native is kind
+        error = float((run(denoiser, plan, noise) - expected).abs().max())
+        assert error <= 1e-9 * float(expected.abs().max()), (kind, error)
+
+
+@pytest.mark.parametrize("kind", Prediction)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_plan_rewritten_for_another_prediction_is_the_same_sampler(
+    name: str, kind: Prediction, vp: NoiseSchedule
+) -> None:
+    exact = smooth(vp)
+    plan = SOLVERS[name]().plan(fewstep.grid("log-rho", vp, 4))
+    other, noise = convert_plan(plan, kind), normal(3, 2, seed=1)
+    assert other.prediction is kind
+    assert (other.nfe, other.n_noise) == (plan.nfe, plan.n_noise)
+    expected = run(exact, plan, noise)
+    error = float((run(exact, other, noise) - expected).abs().max())
+    assert error <= 1e-9 * float(expected.abs().max())
+
+
+# Order of convergence. The interval in lam lies inside: it has neither the end of the data, where
+# eps is singular, nor the flat region near the prior. See reference.lam_grid for the grading.
+START, END = -1.2, 0.2
+ORDER_STEPS = (96, 192)
+
+
+@functools.cache
+def _truth(where: str) -> tuple[GaussianMixture, torch.Tensor, torch.Tensor]:
+    noise = schedule_of(where)
+    exact, draw = smooth(noise), normal(32, 2)
+    fine = [
+        run(exact, SOLVERS["rho-rk4"]().plan(lam_grid(noise, k, START, END, power=2)), draw)
+        for k in (768, 1536)
+    ]
+    # The reference is converged to some 1e-13, far below any error measured against it.
+    assert rms(fine[1] - fine[0]) < 1e-12
+    return exact, draw, fine[1]
+
+
+def _observed_order(solver: Solver, where: str = "vp-linear") -> float:
+    exact, draw, truth = _truth(where)
+    errors = []
+    for k in ORDER_STEPS:
+        plan = solver.plan(lam_grid(exact.schedule, k, START, END, power=2))
+        errors.append(rms(run(exact, plan, draw) - truth))
+    return slope(errors, ORDER_STEPS)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_the_declared_order_is_observed(name: str) -> None:
+    solver = SOLVERS[name]()
+    observed = _observed_order(solver)
+    assert observed >= solver.order - 0.2, observed
+
+
+def _full(name: str) -> Solver:
+    """The solver with the options that raise its order: no concessions to few steps or to peers."""
+    parameters = inspect.signature(SOLVERS[name]).parameters
+    best = {"lower_final": False, "consistent": True}
+    return SOLVERS[name](**{key: best[key] for key in best if key in parameters})
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in DETERMINISTIC if _full(name).order != SOLVERS[name]().order]
+)
+def test_options_that_raise_the_declared_order_raise_the_observed_one(name: str) -> None:
+    solver = _full(name)
+    assert _observed_order(solver) >= solver.order - 0.2
+
+
+# Stochastic solvers: mean and variance on Gaussian data, in closed form.
+MEAN, STD = 0.7, 0.6
+
+
+def moment_error(plan: Plan, grid: TimeGrid) -> tuple[float, float]:
+    """Returns the errors of mean and variance at the grid's end, data N(MEAN, STD^2)."""
+    got: Moments = gaussian_moments(plan, MEAN, STD)
+    a, s = grid.alpha[-1], grid.sigma[-1]
+    variance = (a * STD).square() + s.square()
+    return float((got.mean - a * MEAN).abs()), float((got.variance - variance).abs())
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_the_moments_on_gaussian_data_converge_with_the_declared_order(
+    name: str, vp: NoiseSchedule
+) -> None:
+    """In closed form; the start has the exact law."""
+    solver = SOLVERS[name]()
+    errors: list[float] = []
+    steps = (128, 256)
+    for k in steps:
+        grid = lam_grid(vp, k, START, END, power=2)
+        errors.append(sum(moment_error(solver.plan(grid), grid)))
+    assert slope(errors, steps) >= solver.order - 0.2, errors
+    assert errors[-1] < 0.01
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_a_stochastic_solver_has_the_law_that_the_moments_say(
+    name: str, vp: NoiseSchedule
+) -> None:
+    """The closed form and the executor agree: 40,000 coordinates, 5 standard errors."""
+    grid = lam_grid(vp, 6, START, END)
+    plan = SOLVERS[name]().plan(grid)
+    size = 10_000
+    exact = GaussianMixture([[MEAN] * size], [STD], [1.0], vp)
+    a, s = float(grid.alpha[0]), float(grid.sigma[0])
+    law = (a * a * STD * STD + s * s) ** 0.5
+    start = (a * MEAN + law * normal(4, size, seed=3)) / s
+    samples = run(exact, plan, start, seed=5)
+    moments = gaussian_moments(plan, MEAN, STD)
+    count, variance = samples.numel(), float(moments.variance)
+    assert abs(float(samples.mean() - moments.mean)) < 5 * (variance / count) ** 0.5
+    assert abs(float(samples.var()) - variance) < 5 * variance * (2 / count) ** 0.5
+
+
+# Exactness on a point, by running the sampler on a network that knows the point.
+@pytest.mark.parametrize("where", SCHEDULE_NAMES)
+@pytest.mark.parametrize("name", [n for n, build in SOLVERS.items() if build().exact])
+def test_exact_on_a_point(name: str, where: str) -> None:
+    noise, solver = schedule_of(where), SOLVERS[name]()
+    size, point = (2000 if solver.stochastic else 3), 1.5
+    exact = GaussianMixture([[point] * size], [0.0], [1.0], noise)
+    for kind, steps in (("uniform", 3), ("karras", 6)):
+        grid = fewstep.grid(kind, noise, steps, t_start=_at(noise, 20.0), t_end=_at(noise, 0.1))
+        plan = solver.plan(grid)
+        z = normal(2, size, seed=2)
+        image = torch.full((2, size), point, dtype=torch.float64)
+        samples = run(exact, plan, z, image=image, seed=4)
+        a, s = grid.alpha[-1], grid.sigma[-1]
+        residual = (samples - a * point) / s
+        if solver.stochastic and plan.n_noise:
+            # A standard normal; 4000 values, 5 standard errors.
+            assert abs(float(residual.mean())) < 5 / 4000**0.5
+            assert abs(float(residual.var()) - 1) < 5 * (2 / 4000) ** 0.5
+        else:
+            # The answers amplify rounding, most where steps are large: not bit for bit.
+            assert float((residual - z).abs().max()) < 1e-7, (kind, steps)
+
+
+def _at(noise: NoiseSchedule, rho: float) -> float:
+    """The time where sigma = rho alpha; over a wide range of rho the sharp network amplifies rounding."""
+    return min(noise.t_max, float(noise.time(torch.tensor(rho, dtype=torch.float64).log().neg())))
+
+
+@pytest.mark.parametrize("name", [n for n, build in SOLVERS.items() if not build().exact])
+def test_what_does_not_declare_exactness_does_not_have_it(name: str, vp: NoiseSchedule) -> None:
+    """Otherwise the declaration is forgotten, and the audit with it."""
+    grid = fewstep.grid("uniform", vp, 3)
+    plan = SOLVERS[name]().plan(grid)
+    assert point_mass_defect(plan, grid.alpha[-1], grid.sigma[-1]) > 1e-6
+
+
+# The value for VP-linear, quadratic grid of 10 steps, x_T = eps = 1, by hand:
+# alpha(t0) / alpha(1) + alpha(t0) (rho(t0) - rho(1)).
+CONSTANT = 0.013771064425
+
+
+@pytest.mark.parametrize("name", EXACT_ODE)
+def test_constant_eps_is_integrated_exactly(name: str, vp: NoiseSchedule) -> None:
+    grid = fewstep.grid("quadratic", vp, 10)
+    constant = network(lambda x, t: torch.ones_like(x), vp)
+    start = torch.full((1, 1), 1 / float(grid.sigma[0]), dtype=torch.float64)
+    sample = float(run(constant, SOLVERS[name]().plan(grid), start))
+    assert sample == pytest.approx(CONSTANT, abs=2e-11)
