@@ -17,9 +17,9 @@ from fewstep.base.files import (
     read_metadata,
     read_tensors,
     sha256,
+    write_atomic,
     write_json,
     write_tensors,
-    write_whole,
 )
 
 FUZZ = settings(
@@ -31,36 +31,36 @@ FUZZ = settings(
 
 
 def test_writes_and_makes_folders(tmp_path):
-    path = write_whole(tmp_path / "a" / "b.txt", "é")
+    path = write_atomic(tmp_path / "a" / "b.txt", "é")
     assert path.read_bytes() == "é".encode()
-    write_whole(path, b"new")
+    write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(path.parent) == ["b.txt"]
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_a_failure_leaves_the_old_content(tmp_path, monkeypatch, where):
-    path = write_whole(tmp_path / "file.json", "old")
+    path = write_atomic(tmp_path / "file.json", "old")
 
     def fail(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, where, fail)
     with pytest.raises(OSError, match="No space"):
-        write_whole(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.json"]
 
 
 def test_an_interrupt_leaves_the_old_content(tmp_path, monkeypatch):
-    path = write_whole(tmp_path / "file.json", "old")
+    path = write_atomic(tmp_path / "file.json", "old")
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.json"]
 
@@ -72,9 +72,9 @@ def test_of_many_who_write_a_new_file_one_succeeds(tmp_path, monkeypatch, links)
 
     if not links:
         monkeypatch.setattr(os, "link", unsupported)
-    path = write_whole(tmp_path / "file.json", "first", new=True)
+    path = write_atomic(tmp_path / "file.json", "first", new=True)
     with pytest.raises(FileExistsError, match=r"file\.json"):
-        write_whole(path, "second", new=True)
+        write_atomic(path, "second", new=True)
     assert path.read_text() == "first"
     assert os.listdir(tmp_path) == ["file.json"]
 

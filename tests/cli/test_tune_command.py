@@ -45,7 +45,7 @@ def test_the_recipe_says_everything(made):
     better = [about["scores"][w]["rms to the teacher"]["value"] for w in ("before", "after")]
     assert better[1] < better[0]
     assert set(about["versions"]) == {"fewstep", "torch"}
-    assert made.recipe.schedule == RING.schedule.to_config()
+    assert made.recipe.schedule == RING.schedule.to_record()
     assert len(made.recipe.to_json()) < 20_000
 
 

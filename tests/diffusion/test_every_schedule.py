@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep.diffusion.schedules import SCHEDULES, NoiseSchedule, schedule, schedule_from_config
+from fewstep.diffusion.schedules import SCHEDULES, NoiseSchedule, schedule, schedule_from_record
 from reference import SCHEDULE_NAMES, schedule_of
 
 
@@ -87,7 +87,7 @@ def test_gradients_reach_the_times(where: str) -> None:
 @pytest.mark.parametrize("where", SCHEDULE_NAMES)
 def test_a_schedule_comes_back_from_its_config(where: str) -> None:
     noise = schedule_of(where)
-    back = schedule_from_config(noise.to_config())
+    back = schedule_from_record(noise.to_record())
     assert back == noise
     assert hash(back) == hash(noise)
     times = _times(noise)
@@ -246,9 +246,9 @@ def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(TypeError, match="beta_mx"):
         schedule("vp-linear", beta_mx=20.0)
     with pytest.raises(ValueError, match="beta_mx"):
-        schedule_from_config({"name": "vp-linear", "beta_mx": 20.0})
+        schedule_from_record({"name": "vp-linear", "beta_mx": 20.0})
     with pytest.raises(ValueError, match="'name'"):
-        schedule_from_config({"beta_max": 20.0})
+        schedule_from_record({"beta_max": 20.0})
 
 
 def test_the_registry_is_the_public_one() -> None:

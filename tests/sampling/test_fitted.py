@@ -132,7 +132,7 @@ def test_a_head_start(file):
 def test_recipes_take_the_times_over(file):
     recipe = SamplerRecipe(nfe=8, grid=f"auto:{file}")
     assert (recipe.name, recipe.grid) == ("tab3", "explicit")
-    assert recipe.schedule == VP.to_config()
+    assert recipe.schedule == VP.to_record()
     text = recipe.to_json()
     assert str(file) not in text
     file.unlink()
@@ -192,7 +192,7 @@ def test_what_does_not_fit(file):
     ],
 )
 def test_damaged_files_are_refused(tmp_path, change, message):
-    content = copy.deepcopy(grids().to_dict())
+    content = copy.deepcopy(grids().to_record())
     change(content)
     path = tmp_path / "grid.json"
     path.write_text(json.dumps(content))

@@ -23,7 +23,7 @@ FULL = SamplerRecipe(
     options={"eta": 0.5, "t_end": 0.01},
     grid="quadratic",
     head_start=0.8,
-    schedule=SCHEDULE.to_config(),
+    schedule=SCHEDULE.to_record(),
     guidance=2.5,
     about={"fid": 12.5, "model": "fashion"},
 )

@@ -267,7 +267,7 @@ MISTAKES = {
         "Rebuild the plan with denoiser.schedule",
     ),
     "recipe for another schedule": (
-        {"recipe": SamplerRecipe(name="ddim", nfe=3, schedule=OTHER.to_config())},
+        {"recipe": SamplerRecipe(name="ddim", nfe=3, schedule=OTHER.to_record())},
         ValueError,
         "recipe was made for the schedule",
     ),

@@ -146,7 +146,7 @@ def test_advice(path, fit, held_out):
         assert item.best.measured == pytest.approx(distance(item.best.candidate.plan(MODEL), fit))
         names = [(t.solver, t.grid) for t in item.tried]
         assert len(set(names)) == len(names)
-        assert Advice.from_dict(json.loads(json.dumps(item.to_dict()))) == item
+        assert Advice.from_record(json.loads(json.dumps(item.to_record()))) == item
     grids = fitted_grids(MODEL, found)
     assert grids.fingerprint == MODEL.fingerprint()
     for item in found:

@@ -197,6 +197,6 @@ def test_the_numbers_are_json():
     import json
 
     found = check(wrap(prediction="x0"))
-    text = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    text = json.loads(json.dumps(found.to_record(), allow_nan=False))
     assert text["wrong"] == ["prediction"]
     assert text["best"]["prediction"] == "eps"

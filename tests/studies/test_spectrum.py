@@ -106,7 +106,7 @@ def test_chunks_change_nothing():
     whole = time_spectrum(states, even(16))
     flat = time_spectrum(states.transpose(1, 2).reshape(1, 210, 16).transpose(1, 2), even(16))
     assert torch.allclose(whole.dct.energy, flat.dct.energy, atol=1e-12)
-    assert set(whole.to_dict()) >= {"dft", "dct", "spline", "spline_frames", "variable"}
+    assert set(whole.to_record()) >= {"dft", "dct", "spline", "spline_frames", "variable"}
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 9])

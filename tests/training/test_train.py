@@ -10,7 +10,7 @@ import torch
 
 import fewstep
 from fewstep.base.files import read_json, read_tensors, write_json
-from fewstep.diffusion.schedules import schedule_from_config
+from fewstep.diffusion.schedules import schedule_from_record
 from fewstep.training.data import ImageData
 from fewstep.training.train import TrainRecipe, _batch, train
 
@@ -124,12 +124,12 @@ def test_labels_are_dropped_at_the_asked_rate():
         torch.zeros(4000, 1, 2, 2, dtype=torch.uint8), torch.zeros(4000, dtype=torch.int64)
     )
     recipe = replace(RECIPE, batch_size=4000, label_dropout=0.25)
-    _, _, _, labels = _batch(data, schedule_from_config(recipe.schedule), recipe, 0, null=7)
+    _, _, _, labels = _batch(data, schedule_from_record(recipe.schedule), recipe, 0, null=7)
     assert set(labels.tolist()) == {0, 7}
     rate = float((labels == 7).double().mean())
     assert abs(rate - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
     _, _, _, labels = _batch(
-        data, schedule_from_config(recipe.schedule), replace(recipe, label_dropout=0.0), 0, null=7
+        data, schedule_from_record(recipe.schedule), replace(recipe, label_dropout=0.0), 0, null=7
     )
     assert labels.tolist() == [0] * 4000
 
@@ -138,7 +138,7 @@ def test_labels_are_dropped_at_the_asked_rate():
 def test_the_batch_is_the_forward_process(prediction):
     """x_t and the target determine x_0: alpha x - sigma v, and (x - sigma eps) / alpha."""
     data, recipe = images(), replace(RECIPE, prediction=prediction, batch_size=12)
-    schedule = schedule_from_config(recipe.schedule)
+    schedule = schedule_from_record(recipe.schedule)
     x, t, target, _ = _batch(data, schedule, recipe, 3, null=2)
     a, s = (f(t.double()).reshape(-1, 1, 1, 1) for f in (schedule.alpha, schedule.sigma))
     x, target = x.double(), target.double()

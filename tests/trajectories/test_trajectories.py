@@ -116,7 +116,7 @@ def test_the_samples_are_those_of_sample(tmp_path):
 def test_the_manifest_says_what_was_done(store):
     manifest = store.manifest
     assert manifest["fingerprint"] == MODEL.fingerprint()
-    assert manifest["schedule"] == {**MODEL.schedule.to_config()}
+    assert manifest["schedule"] == {**MODEL.schedule.to_record()}
     noise = MODEL.schedule
     assert manifest["alpha"] == noise.alpha(store.times).tolist()
     assert manifest["sigma"] == noise.sigma(store.times).tolist()

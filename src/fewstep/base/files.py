@@ -20,7 +20,7 @@ MOST_NESTED = 64
 """The most levels of nesting that a JSON file may have."""
 
 
-def write_whole(path: str | Path, content: bytes | str, *, new: bool = False) -> Path:
+def write_atomic(path: str | Path, content: bytes | str, *, new: bool = False) -> Path:
     """Writes a file so that it is there whole or not at all: temporary file, fsync, rename.
 
     Raises:
@@ -59,7 +59,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 def write_json(path: str | Path, value: Any, *, new: bool = False) -> Path:
     """Writes a JSON file whole; floats round-trip, NaN and infinity are refused."""
-    return write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n", new=new)
+    return write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n", new=new)
 
 
 def read_json(path: str | Path, *, what: str = "file") -> Any:
@@ -129,7 +129,7 @@ def write_tensors(
     from safetensors.torch import save
 
     ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    return write_whole(path, save(ready, metadata=dict(metadata or {})))
+    return write_atomic(path, save(ready, metadata=dict(metadata or {})))
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

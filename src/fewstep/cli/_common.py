@@ -245,7 +245,7 @@ def recipe_plan(recipe: SamplerRecipe, path: Path) -> Plan:
     Raises:
         ValueError: If it has none beforehand; the message says why.
     """
-    from fewstep.diffusion.schedules import schedule_from_config
+    from fewstep.diffusion.schedules import schedule_from_record
 
     if recipe.plan is not None:
         return recipe.plan
@@ -259,4 +259,4 @@ def recipe_plan(recipe: SamplerRecipe, path: Path) -> Plan:
             f"fewstep plan make {recipe.name} --schedule NAME --nfe {recipe.nfe} --out FILE"
         )
     integer = recipe.about.get("integer_times") is True
-    return recipe.plan_for(schedule_from_config(recipe.schedule), integer_times=integer)
+    return recipe.plan_for(schedule_from_record(recipe.schedule), integer_times=integer)

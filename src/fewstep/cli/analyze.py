@@ -239,7 +239,7 @@ def _recipe(
         grid="explicit",
         options={"times": list(best.times)},
         head_start=best.times[0] if best.head else None,
-        schedule=denoiser.schedule.to_config(),
+        schedule=denoiser.schedule.to_record(),
         guidance=guidance,
         about={
             "from": "fewstep analyze",

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fewstep.base.files import write_json, write_whole
+from fewstep.base.files import write_atomic, write_json
 from fewstep.cli._common import (
     Flag,
     console,
@@ -141,7 +141,7 @@ def _write(out: Path, rows: list[Row], columns: list[str], *, model: str, **sett
     )
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    write_whole(out / PICTURE, buffer.getvalue())
+    write_atomic(out / PICTURE, buffer.getvalue())
     reference, *others = rows
     write_json(
         out / RESULTS,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.base.files import loads_json, read_json, write_whole
+from fewstep.base.files import loads_json, read_json, write_atomic
 from fewstep.cli._common import (
     Flag,
     check_device,
@@ -151,9 +151,9 @@ def distill(
         )
     if first:
         title = f"{made.mode} after {made.steps} steps · 1 evaluation"
-        classes, sampler = _classes(student), student.own_sampler()
+        classes, sampler = _classes(student), student.built_in_sampler()
         picture = picture_of(sampler, classes=classes, seed=made.seed, title=title)
-        write_whole(out / PICTURE, picture)
+        write_atomic(out / PICTURE, picture)
     own, added = student.operator.overhead()
     rms = student.about["training"]["heldout_rms"]
     more = f", {added:,} of them ({added / own:.1%}) more than the model" if added else ""

@@ -36,7 +36,7 @@ def show(file: Path, *, steps: int | None = None) -> None:
         f"{plan.name or 'plan'}: {plan.nfe} calls, {plan.n_noise} noise draws"
         f"{', analytic head start' if plan.head else ''}"
     )
-    say(f"prediction {plan.prediction.value}, schedule {plan.schedule.to_config()!r:.200}")
+    say(f"prediction {plan.prediction.value}, schedule {plan.schedule.to_record()!r:.200}")
     say(f"from t = {float(plan.knots[0]):.6g} to t = {float(plan.knots[-1]):.6g}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("call", "t", "alpha", "sigma", "log-SNR/2"):

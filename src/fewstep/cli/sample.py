@@ -168,7 +168,7 @@ def _chosen(
         found = SamplerRecipe.load(recipe)
         return found if guidance is None else replace(found, guidance=guidance)
     positive("--nfe", nfe)
-    if denoiser.own_sampler() is not None:
+    if denoiser.built_in_sampler() is not None:
         return _own(denoiser, solver, nfe, grid, options, head_start, guidance)
     name = solver or "auto"
     if name == "dopri5":
@@ -194,7 +194,7 @@ def _chosen(
         options=options,
         grid=grid,
         head_start=head_start,
-        schedule=denoiser.schedule.to_config(),
+        schedule=denoiser.schedule.to_record(),
         guidance=guidance,
     )
 
@@ -331,7 +331,7 @@ def _finish(
     import torch
 
     from fewstep import __version__
-    from fewstep.base.files import read_tensors, write_whole
+    from fewstep.base.files import read_tensors, write_atomic
     from fewstep.reporting.plots import picture
 
     parts = [out / PARTS / f"{start:09d}.safetensors" for start in range(0, n, size)]
@@ -344,7 +344,7 @@ def _finish(
     replace(recipe, about=about).save(out / RECIPE)
     shown = samples[:MOST_SHOWN] if samples.ndim == 4 else samples
     shown = shown if decode is None else decode(shown).cpu()
-    write_whole(out / PICTURE, _png(picture(shown, title=title)))
+    write_atomic(out / PICTURE, _png(picture(shown, title=title)))
     # The state goes first: without it a folder with results is finished, parts or not.
     (out / STATE).unlink()
     shutil.rmtree(out / PARTS, ignore_errors=True)

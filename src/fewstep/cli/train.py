@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.base.files import read_json, write_whole
+from fewstep.base.files import read_json, write_atomic
 from fewstep.cli._common import Flag, check_device, exists, output_folder, positive, progress, say
 from fewstep.cli._training import PICTURE, begin, picture_of
 
@@ -102,7 +102,7 @@ def train(
         seed=made.seed,
         title=f"after {made.steps} steps · {name} · {nfe} evaluations",
     )
-    write_whole(out / PICTURE, picture)
+    write_atomic(out / PICTURE, picture)
     say(f"wrote the model {out} and the picture {out / PICTURE}")
     labels = " --class-labels all" if images.num_classes else ""
     say(f"next: fewstep sample {out}{labels} --out {out}-samples")

@@ -173,7 +173,7 @@ def _solver(name: str, solver: str, grid: str | None, options: dict[str, Any]) -
             options=options,
             grid=grid,
             head_start=head_start,
-            schedule=denoiser.schedule.to_config(),
+            schedule=denoiser.schedule.to_record(),
         )
         if made.name != "auto":  # a fitted grid says its solver
             return made
@@ -234,7 +234,7 @@ def _operator(folder: Path) -> Entry:
                 f"model {denoiser.event_shape}"
             )
         device = next((p.device for p in denoiser.parameters()), None)
-        return model.to(device).own_sampler()
+        return model.to(device).built_in_sampler()
 
     return Entry(folder.name, build, lambda _, __: None, 1)
 

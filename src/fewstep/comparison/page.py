@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep import __version__
-from fewstep.base.files import write_json, write_whole
+from fewstep.base.files import write_atomic, write_json
 from fewstep.comparison.drawing import NAMES, against_nfe, against_seconds, samples_picture
 from fewstep.comparison.results import Told, all_numbers, next_commands, versions
 from fewstep.comparison.running import Comparison
@@ -44,7 +44,7 @@ def write_report(
         image = samples_picture(comparison, verdict.nfe)
         if image is not None:
             path = folder / f"samples-{verdict.nfe}.png"
-            pictures.append((verdict.nfe, image, write_whole(path, _png(image))))
+            pictures.append((verdict.nfe, image, write_atomic(path, _png(image))))
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     page = _page(comparison, verdicts, recipes, [p[:2] for p in pictures], told, when)
     numbers = write_json(folder / RESULTS, all_numbers(comparison, verdicts, recipes, told, when))

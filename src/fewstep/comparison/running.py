@@ -101,7 +101,7 @@ def compare(
     budgets = _checked(nfe, n, batch_size, shown, reference_nfe)
     names = check_metrics(metrics)
     NoiseSource(seed, ())
-    if denoiser.own_sampler() is not None:
+    if denoiser.built_in_sampler() is not None:
         raise ValueError(
             "this model is an operator, of one evaluation; compare the model that it was distilled "
             "from, with the operator's folder among the samplers"

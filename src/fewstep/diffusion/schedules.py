@@ -98,15 +98,15 @@ class NoiseSchedule(ABC):
         return float(self.sigma(torch.tensor(start, dtype=torch.float64)))
 
     @final
-    def to_config(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Returns the name and the options, as stored in plans, recipes and model folders."""
         return {"name": self.name, **self.options()}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, NoiseSchedule) and self.to_config() == other.to_config()
+        return isinstance(other, NoiseSchedule) and self.to_record() == other.to_record()
 
     def __hash__(self) -> int:
-        return hash(repr(self.to_config()))
+        return hash(repr(self.to_record()))
 
     def __repr__(self) -> str:
         body = ", ".join(f"{k}={_short(v)}" for k, v in self.options().items())
@@ -516,8 +516,8 @@ def schedule(name: str, **options: Any) -> NoiseSchedule:
         raise TypeError(f"schedule {name!r}: {error}") from None
 
 
-def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
-    """Returns the schedule that :meth:`NoiseSchedule.to_config` described."""
+def schedule_from_record(config: Mapping[str, Any]) -> NoiseSchedule:
+    """Returns the schedule that :meth:`NoiseSchedule.to_record` described."""
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
         raise ValueError(f"a schedule is an object with a 'name', got {config!r:.80}")
     options = {key: value for key, value in config.items() if key != "name"}

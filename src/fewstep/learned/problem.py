@@ -237,7 +237,7 @@ class Problem:
             kind="plan",
             name=plan.name,
             plan=plan,
-            schedule=self.model.schedule.to_config(),
+            schedule=self.model.schedule.to_record(),
             guidance=self.guidance,
             model=self.model.fingerprint(),
             about=json.loads(json.dumps(about)),

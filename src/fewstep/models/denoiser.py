@@ -91,7 +91,7 @@ class Denoiser(nn.Module, ABC):
             ready[name] = value
         return ready
 
-    def own_sampler(self) -> Any:
+    def built_in_sampler(self) -> Any:
         """Returns the sampler that this model brings, or ``None``: any solver samples it then."""
         return None
 
@@ -103,7 +103,7 @@ class Denoiser(nn.Module, ABC):
         """
         digest = hashlib.sha256()
         shape = None if self.event_shape is None else list(self.event_shape)
-        about = [self.schedule.to_config(), self.native.value, shape]
+        about = [self.schedule.to_record(), self.native.value, shape]
         digest.update(json.dumps(about, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             plain = tensor.detach().cpu().contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
 from fewstep.diffusion.prediction import Prediction
-from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_config
+from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.models.denoiser import WrappedNetwork
 from fewstep.models.networks.unet import SmallUNet, lay_out
 
@@ -50,7 +50,7 @@ def write_model(
             "format": FORMAT,
             "version": VERSION,
             "network": dict(network),
-            "schedule": schedule.to_config(),
+            "schedule": schedule.to_record(),
             "prediction": prediction,
             "event_shape": list(event_shape),
             "class_names": None if class_names is None else list(class_names),
@@ -145,7 +145,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
         lay_out(network.to(dtype))
         model = FolderModel(
             network.eval().requires_grad_(False),
-            schedule=schedule_from_config(about["schedule"]),
+            schedule=schedule_from_record(about["schedule"]),
             prediction=Prediction.of(about["prediction"]),
             event_shape=shape,
             null_condition={"class_labels": classes} if classes else {},

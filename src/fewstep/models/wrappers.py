@@ -20,7 +20,7 @@ class _Wrapper(Denoiser):
         super().__init__()
         if not isinstance(inner, Denoiser):
             raise TypeError(f"a denoiser is wrapped, got {type(inner).__name__}")
-        if inner.own_sampler() is not None:
+        if inner.built_in_sampler() is not None:
             raise ValueError(
                 f"this model brings its own sampler and cannot be wrapped in {type(self).__name__}; "
                 "guidance and clipping belong to the trajectories that it was distilled from"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
 from fewstep.diffusion.prediction import Prediction
-from fewstep.diffusion.schedules import schedule_from_config
+from fewstep.diffusion.schedules import schedule_from_record
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.folder import FolderModel, model_shape
 from fewstep.models.networks.unet import SmallUNet, lay_out
@@ -55,7 +55,7 @@ def write_operator(
         "format": FORMAT,
         "version": VERSION,
         "network": describe(model),
-        "schedule": model.schedule.to_config(),
+        "schedule": model.schedule.to_record(),
         "prediction": model.native.value,
         "event_shape": None if model.event_shape is None else list(model.event_shape),
         "class_names": list(getattr(model, "class_names", None) or []) or None,
@@ -127,7 +127,7 @@ def _rebuild(about: Mapping[str, Any]) -> Denoiser:
     """Returns the teacher without its weights, which are yet to come."""
     config = dict(about["network"])
     kind = config.pop("kind", None)
-    schedule = schedule_from_config(about["schedule"])
+    schedule = schedule_from_record(about["schedule"])
     prediction = Prediction.of(about["prediction"])
     if kind == "small-unet":
         # On the meta device an absurd size costs nothing; the weights must then have it.

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fewstep.base.files import write_whole
+from fewstep.base.files import write_atomic
 
 LOG, BOARD = "log.jsonl", "tensorboard"
 
@@ -19,7 +19,7 @@ class LossLog:
         self.path = out / LOG
         rows = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [row for row in rows if _step_of(row) <= start]
-        write_whole(self.path, "".join(f"{row}\n" for row in kept))
+        write_atomic(self.path, "".join(f"{row}\n" for row in kept))
         self.board: Any = None
         if tensorboard:
             try:

@@ -50,7 +50,7 @@ class OperatorModel(Denoiser):
     def prepare(self, n: int, cond: Any) -> dict[str, Any]:
         return self.operator.model.prepare(n, cond)
 
-    def own_sampler(self) -> OperatorSampler:
+    def built_in_sampler(self) -> OperatorSampler:
         """Returns the sampler of one evaluation."""
         return OperatorSampler(self)
 

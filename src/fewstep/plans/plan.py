@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.base.files import loads_json, write_whole
+from fewstep.base.files import loads_json, write_atomic
 from fewstep.diffusion.prediction import Prediction
-from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_config
+from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 
 FORMAT, VERSION = "fewstep.plan", 1
 MOST_ROWS = 200_000
@@ -321,7 +321,7 @@ class Plan:
             "version": VERSION,
             "name": self.name,
             "prediction": self.prediction.value,
-            "schedule": self.schedule.to_config(),
+            "schedule": self.schedule.to_record(),
             "knots": self.knots.tolist(),
             "times": self.times.tolist(),
             "scales": self.scales.tolist(),
@@ -340,10 +340,10 @@ class Plan:
             ValueError: If the text is not such a plan; the message says where.
         """
         content = loads_json(text, what="the plan")
-        return cls._from_content(content)
+        return cls.from_record(content)
 
     @classmethod
-    def _from_content(cls, content: Any) -> Plan:
+    def from_record(cls, content: Any) -> Plan:
         if not isinstance(content, Mapping):
             raise ValueError(f"a plan is a JSON object, got {type(content).__name__}")
         if content.get("format") != FORMAT:
@@ -373,7 +373,7 @@ class Plan:
         structure = Structure(
             Prediction.of(content["prediction"]), rows, _integer(content["result"], "result")
         )
-        schedule = schedule_from_config(content["schedule"])
+        schedule = schedule_from_record(content["schedule"])
         times = _numbers(content["times"], "times")
         if "knots" in content:
             knots = _numbers(content["knots"], "knots")
@@ -413,7 +413,7 @@ class Plan:
 
     def save(self, path: str | Path) -> Path:
         """Writes the plan as JSON, whole or not at all; returns the path."""
-        return write_whole(path, self.to_json() + "\n")
+        return write_atomic(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

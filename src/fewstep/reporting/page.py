@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.base.files import write_whole
+from fewstep.base.files import write_atomic
 from fewstep.reporting.figures import svg
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class Page:
 
     def write(self, path: str | Path) -> Path:
         """Writes the file, whole or not at all; returns its path."""
-        return write_whole(path, self.to_html())
+        return write_atomic(path, self.to_html())
 
     def _add(self, macro: str, *arguments: Any) -> None:
         self._parts.append(getattr(self._macros, macro)(*arguments))

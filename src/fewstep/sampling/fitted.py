@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.base.files import loads_json, write_json
 from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, explicit
-from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_config
+from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 
 FORMAT, VERSION = "fewstep.diffusion.grids", 1
 PREFIX = "auto:"
@@ -115,12 +115,12 @@ class FittedGrids:
     def _zero(self, grid: FittedGrid) -> bool:
         return grid.times[-1] < self.schedule.t_min
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Returns it as JSON has it."""
         return {
             "format": FORMAT,
             "version": VERSION,
-            "schedule": self.schedule.to_config(),
+            "schedule": self.schedule.to_record(),
             "fingerprint": self.fingerprint,
             "recommended": {str(k): name for k, name in sorted(self.recommended.items())},
             "grids": [
@@ -137,10 +137,10 @@ class FittedGrids:
 
     def save(self, path: str | Path) -> Path:
         """Writes the file, whole or not at all; returns its path."""
-        return write_json(path, self.to_dict())
+        return write_json(path, self.to_record())
 
     @classmethod
-    def from_dict(cls, content: Any) -> FittedGrids:
+    def from_record(cls, content: Any) -> FittedGrids:
         """Returns the grids that JSON describes.
 
         Raises:
@@ -174,7 +174,7 @@ class FittedGrids:
         if not isinstance(content["schedule"], dict):
             raise ValueError("its schedule must be a JSON object")
         return cls(
-            schedule_from_config(content["schedule"]),
+            schedule_from_record(content["schedule"]),
             content["fingerprint"],
             tuple(_grid(entry) for entry in grids),
             {int(steps): name for steps, name in recommended.items()},
@@ -192,7 +192,7 @@ class FittedGrids:
         except OSError as error:
             raise ValueError(f"grid file {str(path)!r} cannot be read: {error.strerror}") from None
         try:
-            return cls.from_dict(loads_json(text, what="it"))
+            return cls.from_record(loads_json(text, what="it"))
         except (ValueError, TypeError) as error:
             raise ValueError(f"grid file {str(path)!r}: {error}") from None
 

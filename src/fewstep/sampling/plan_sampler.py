@@ -14,7 +14,7 @@ from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import plan_for
 from fewstep.sampling.binding import bind
-from fewstep.sampling.protocol import OWN_SAMPLER, Run, Trajectory
+from fewstep.sampling.protocol import BUILT_IN_SAMPLER, Run, Trajectory
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class PlanSampler:
     image: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.denoiser.own_sampler() is not None:
-            raise ValueError(OWN_SAMPLER.format("a plan"))
+        if self.denoiser.built_in_sampler() is not None:
+            raise ValueError(BUILT_IN_SAMPLER.format("a plan"))
         self.plan.check_schedule(self.denoiser.schedule)
         if self.plan.head and (self.denoiser.data_mean is None or self.denoiser.data_std is None):
             raise ValueError(

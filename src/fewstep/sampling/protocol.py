@@ -19,7 +19,7 @@ DEFAULT_BATCH = 256
 """The most samples that are drawn at a time if no batch size is given."""
 
 
-OWN_SAMPLER = (
+BUILT_IN_SAMPLER = (
     "this model brings its own sampler, of one evaluation, and takes no other; leave {} out, or "
     "take the model that it was distilled from"
 )

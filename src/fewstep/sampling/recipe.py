@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.base.files import loads_json, write_whole
-from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_config
+from fewstep.base.files import loads_json, write_atomic
+from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
 from fewstep.plans.plan import FORMAT as PLAN_FORMAT
@@ -42,7 +42,7 @@ class SamplerRecipe:
         grid: The name of the grid, or ``None`` for the solver's own. Of ``"auto:FILE"`` the times
             are taken over at once: the recipe then has the grid ``"explicit"``.
         head_start: The time of an analytic head start.
-        schedule: The schedule, as :meth:`NoiseSchedule.to_config` writes it; ``None`` if any.
+        schedule: The schedule, as :meth:`NoiseSchedule.to_record` writes it; ``None`` if any.
         plan: The plan, of kind ``"plan"``.
         guidance: The scale of classifier-free guidance that belongs to it, or ``None``.
         model: The fingerprint of the model that it was made for, or ``None`` if any.
@@ -81,7 +81,7 @@ class SamplerRecipe:
             if value is not None and not _is_number(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r:.40}")
         if self.schedule is not None:
-            schedule_from_config(self.schedule)
+            schedule_from_record(self.schedule)
 
     def _unfold(self) -> None:
         """Takes the times out of the file that the grid names, so that the recipe needs no other file."""
@@ -90,7 +90,7 @@ class SamplerRecipe:
             self.name,
             FittedGrids.load(self.grid.removeprefix(PREFIX)).schedule
             if self.schedule is None
-            else schedule_from_config(self.schedule),
+            else schedule_from_record(self.schedule),
             nfe=self.nfe,
             grid=self.grid,
             head_start=self.head_start,
@@ -101,7 +101,7 @@ class SamplerRecipe:
         object.__setattr__(self, "grid", "explicit")
         object.__setattr__(self, "options", {**self.options, "times": made.knots.tolist()})
         object.__setattr__(self, "head_start", float(made.knots[0]) if made.head else None)
-        object.__setattr__(self, "schedule", made.schedule.to_config())
+        object.__setattr__(self, "schedule", made.schedule.to_record())
 
     def plan_for(
         self, schedule: NoiseSchedule, *, integer_times: bool = False, force: bool = False
@@ -118,7 +118,7 @@ class SamplerRecipe:
         """
         if force and self.plan is not None:
             return _for_schedule(self.plan, schedule)
-        if self.schedule is not None and schedule_from_config(self.schedule) != schedule:
+        if self.schedule is not None and schedule_from_record(self.schedule) != schedule:
             raise ValueError(
                 f"the recipe was made for the schedule {self.schedule.get('name')!r}, the model has "
                 f"{schedule.name!r}; to use it all the same: force=True (--force)"
@@ -155,7 +155,7 @@ class SamplerRecipe:
         if self.guidance is not None and self.guidance != 1 and not isinstance(denoiser, Guided):
             denoiser = Guided(denoiser, self.guidance)
         if self.kind == "operator":
-            own = denoiser.own_sampler()
+            own = denoiser.built_in_sampler()
             if own is None:
                 raise ValueError(
                     "the recipe is for a model that brings its own sampler; this one has none"
@@ -194,7 +194,7 @@ class SamplerRecipe:
         if not isinstance(content, dict):
             raise ValueError(f"a recipe is a JSON object, got {type(content).__name__}")
         if content.get("format") == PLAN_FORMAT:
-            made = Plan._from_content(content)
+            made = Plan.from_record(content)
             return cls(kind="plan", name=made.name, plan=made)
         if content.get("format") != FORMAT:
             raise ValueError(
@@ -226,12 +226,12 @@ class SamplerRecipe:
         if is_fitted(fields.get("grid")):
             raise ValueError("a recipe in a file has its times itself, not in another file")
         if "plan" in fields:
-            fields["plan"] = Plan._from_content(fields["plan"])
+            fields["plan"] = Plan.from_record(fields["plan"])
         return cls(**fields)
 
     def save(self, path: str | Path) -> Path:
         """Writes the recipe, whole or not at all; returns the path."""
-        return write_whole(path, self.to_json() + "\n")
+        return write_atomic(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> SamplerRecipe:

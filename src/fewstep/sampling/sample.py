@@ -22,7 +22,7 @@ from fewstep.sampling.fitted import is_fitted
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.planning import choose
 from fewstep.sampling.planning import plan as make_plan
-from fewstep.sampling.protocol import DEFAULT_BATCH, OWN_SAMPLER, Run, Sampler, Trajectory
+from fewstep.sampling.protocol import BUILT_IN_SAMPLER, DEFAULT_BATCH, Run, Sampler, Trajectory
 from fewstep.solvers import Solver
 
 logger = logging.getLogger("fewstep")
@@ -69,14 +69,14 @@ def sampler(
         )
     if plan is not None and recipe is not None:
         raise ValueError("give a plan or a recipe, not both")
-    if recipe is None and (own := denoiser.own_sampler()) is not None:
+    if recipe is None and (own := denoiser.built_in_sampler()) is not None:
         other = {"plan": plan, "steps": steps, "grid": grid, "head_start": head_start}
         other |= {"image": image, **options, "solver": None if solver == "auto" else solver}
         # 10 is the default of sample, for any model.
         other["nfe"] = None if nfe in (None, 10, own.nfe) else nfe
         given = [name for name, value in other.items() if value is not None]
         if given:
-            raise ValueError(OWN_SAMPLER.format(" and ".join(given)))
+            raise ValueError(BUILT_IN_SAMPLER.format(" and ".join(given)))
         return own
     if plan is not None or recipe is not None:
         extra = {"grid": grid, "head_start": head_start, **options}

@@ -115,11 +115,11 @@ class ModelCheck:
             f"with {named} it is {self.best.merit:.3g}."
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Returns the numbers as JSON has them."""
 
         def reading(item: Reading) -> dict[str, Any]:
-            return {**item.claim.to_dict(), "merit": item.merit}
+            return {**item.claim.to_record(), "merit": item.merit}
 
         return {
             "ok": self.ok,

@@ -99,7 +99,7 @@ class Claim:
         """Returns the argument ``to_model_time`` that says so."""
         return CONVENTIONS[self.time][1].format(top=_span(self.schedule))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Returns it as JSON has it."""
         return {
             "prediction": self.prediction.value,

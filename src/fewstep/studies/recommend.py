@@ -91,13 +91,13 @@ class Tried:
         times = torch.tensor(self.times, dtype=torch.float64)
         return Candidate(make_solver(self.solver), times, self.head, self.grid)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Returns it as JSON has it."""
         return {**self.__dict__, "times": list(self.times)}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Tried:
-        """Returns what :meth:`to_dict` wrote."""
+    def from_record(cls, content: Mapping[str, Any]) -> Tried:
+        """Returns what :meth:`to_record` wrote."""
         return cls(**{**content, "times": tuple(content["times"])})
 
 
@@ -119,24 +119,24 @@ class Advice:
     tried: tuple[Tried, ...]
     polished: bool
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Returns it as JSON has it."""
         return {
             "nfe": self.nfe,
-            "best": self.best.to_dict(),
-            "default": self.default.to_dict(),
-            "tried": [item.to_dict() for item in self.tried],
+            "best": self.best.to_record(),
+            "default": self.default.to_record(),
+            "tried": [item.to_record() for item in self.tried],
             "polished": self.polished,
         }
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Advice:
-        """Returns what :meth:`to_dict` wrote."""
+    def from_record(cls, content: Mapping[str, Any]) -> Advice:
+        """Returns what :meth:`to_record` wrote."""
         return cls(
             content["nfe"],
-            Tried.from_dict(content["best"]),
-            Tried.from_dict(content["default"]),
-            tuple(Tried.from_dict(item) for item in content["tried"]),
+            Tried.from_record(content["best"]),
+            Tried.from_record(content["default"]),
+            tuple(Tried.from_record(item) for item in content["tried"]),
             content["polished"],
         )
 

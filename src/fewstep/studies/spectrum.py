@@ -68,7 +68,7 @@ class Spectrum:
     spline_frames: int | None
     schedule_residual: float | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Returns the numbers as JSON has them."""
 
         def basis(item: Basis) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def study(
         "anatomy": work.anatomy(path, shown),
         "spectrum": work.spectrum(path),
         "fitting": fitting,
-        "advice": [item.to_dict() for item in advice],
+        "advice": [item.to_record() for item in advice],
         "enough": enough_calls(advice, deviation),
         "shown": shown.nfe,
         "seconds": time.monotonic() - began,
@@ -183,7 +183,7 @@ class _Work:
         n = None if small and not cond else min(size, 16)
         if cond and n is not None:
             cond = {k: v[:n] for k, v in cond.items()}
-        return model_check(self.denoiser, data, n=n, seed=self.seed, cond=cond).to_dict()
+        return model_check(self.denoiser, data, n=n, seed=self.seed, cond=cond).to_record()
 
     def references(self) -> tuple[Reference, Batch]:
         """Returns the trajectories that are studied, and held-out samples."""
@@ -251,9 +251,9 @@ class _Work:
                     solvers=solvers,
                     deadline=deadline,
                     tick=self.watcher.tick,
-                ).to_dict()
+                ).to_record()
 
-            found.append(Advice.from_dict(self.kept(f"advice-{nfe}", make)))
+            found.append(Advice.from_record(self.kept(f"advice-{nfe}", make)))
         return found
 
     def fitting(self, reference: Reference, path: Route, shown: Advice) -> dict[str, Any]:
@@ -281,7 +281,7 @@ class _Work:
         ends = float(path.times[0]), float(path.times[-1])
         even = torch.linspace(*ends, EVEN, dtype=torch.float64)
         found = time_spectrum(path.at(even)[0][None], even, schedule=self.denoiser.schedule)
-        return replace(found, trajectories=self.n).to_dict()
+        return replace(found, trajectories=self.n).to_record()
 
 
 def _each(watcher: Watcher) -> Callable[[], None]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_config
+from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.models.networks.unet import SmallUNet, lay_out
 from fewstep.training.checkpoints import (
     generator,
@@ -35,7 +35,7 @@ class TrainRecipe:
 
     Attributes:
         network: The options of :class:`fewstep.models.networks.unet.SmallUNet`.
-        schedule: The noise schedule, as :meth:`NoiseSchedule.to_config` writes it.
+        schedule: The noise schedule, as :meth:`NoiseSchedule.to_record` writes it.
         prediction: ``"v"`` or ``"eps"``.
         label_dropout: The share of labels replaced by the null label, so that
             classifier-free guidance works.
@@ -150,7 +150,7 @@ def train(
         ValueError: If recipe and data do not fit, or the folder has a run of another recipe.
     """
     out = Path(out)
-    noise_schedule = schedule_from_config(recipe.schedule)
+    noise_schedule = schedule_from_record(recipe.schedule)
     options = {"in_channels": data.event_shape[0], "num_classes": data.num_classes}
     options |= recipe.network
     if options["in_channels"] != data.event_shape[0]:

@@ -177,7 +177,7 @@ def _about_model(denoiser: Denoiser) -> dict[str, Any]:
         "fingerprint": denoiser.fingerprint(),
         "wrappers": wrappers(denoiser),
         "prediction": denoiser.native.value,
-        "schedule": denoiser.schedule.to_config(),
+        "schedule": denoiser.schedule.to_record(),
         "event_shape": list(denoiser.event_shape or ()),
     }
 

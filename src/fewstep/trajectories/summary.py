@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.schedules import schedule_from_config
+from fewstep.diffusion.schedules import schedule_from_record
 from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.planning import plan as make_plan
 from fewstep.sampling.recipe import SamplerRecipe
@@ -81,7 +81,7 @@ def spectrum(
     Raises:
         ValueError: If the store has few states and the model is not given, or is another one.
     """
-    schedule = schedule_from_config(store.manifest["schedule"])
+    schedule = schedule_from_record(store.manifest["schedule"])
     variable = _variable(store.times)
     rows = range(min(n, len(store)))
     if len(store.times) >= DENSE:
