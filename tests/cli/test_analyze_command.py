@@ -40,7 +40,7 @@ def test_the_files(done):
         "results.json",
     ]
     results = json.loads((done / "results.json").read_text())
-    assert results["format"] == "fewstep.plans.checks"
+    assert results["format"] == "fewstep.analysis"
     assert results["check"]["ok"]
     assert [item["nfe"] for item in results["advice"]] == [3, 4]
     for item in results["advice"]:

@@ -87,7 +87,7 @@ def test_refused_with_a_reason(case):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.json' cannot be read"):
         SamplerRecipe.load(tmp_path / "nowhere.json")
-    (tmp_path / "x.json").write_text('{"format": "fewstep.sampling.recipe"')
+    (tmp_path / "x.json").write_text('{"format": "fewstep.recipe"')
     with pytest.raises(ValueError, match=r"x.json': .*not valid JSON"):
         SamplerRecipe.load(tmp_path / "x.json")
 

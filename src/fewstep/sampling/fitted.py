@@ -16,7 +16,7 @@ from fewstep.base.files import loads_json, write_json
 from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, explicit
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 
-FORMAT, VERSION = "fewstep.diffusion.grids", 1
+FORMAT, VERSION = "fewstep.grids", 1
 PREFIX = "auto:"
 """What the name of a grid begins with if it is the path of such a file."""
 

@@ -19,7 +19,7 @@ from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.planning import plan as make_plan
 from fewstep.sampling.protocol import Sampler
 
-FORMAT, VERSION = "fewstep.sampling.recipe", 1
+FORMAT, VERSION = "fewstep.recipe", 1
 KINDS = ("solver", "plan", "adaptive", "operator")
 
 

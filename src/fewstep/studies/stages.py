@@ -23,7 +23,7 @@ from fewstep.studies.recommend import SOLVERS, Advice, Batch, advise, dynamic_gr
 from fewstep.studies.reference import Reference, draw_noise, follow
 from fewstep.studies.spectrum import time_spectrum
 
-FORMAT, VERSION = "fewstep.plans.checks", 1
+FORMAT, VERSION = "fewstep.analysis", 1
 STATE, PARTS = "unfinished.json", "parts"
 EVEN = 129
 """The even times at which the spectrum is taken."""
