@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from fewstep.base.files import loads_json
+from fewstep.base.progress import SILENT, Progress
 from fewstep.base.registry import unknown
 
 if TYPE_CHECKING:
@@ -53,39 +53,6 @@ def fail(text: str, *, kind: str = "error") -> None:
     Console(stderr=True, highlight=False, markup=False, emoji=False).print(
         f"{kind}: {line}", style="red", soft_wrap=True
     )
-
-
-@contextmanager
-def progress(text: str, total: int | None, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Shows a bar on the error stream; gives ``tick(advance=1, note="")``."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
-    task = bar.add_task(text, total=total, completed=done, note="")
-
-    def tick(advance: int = 1, note: str | None = None) -> None:
-        if note is None:
-            bar.advance(task, advance)
-        else:
-            bar.update(task, advance=advance, note=note)
-
-    with bar:
-        yield tick
 
 
 def parse_options(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -174,7 +141,7 @@ def draw(
     *,
     seed: int,
     cond: dict[str, Any],
-    tick: Callable[[], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Tensor:
     """Returns the samples of these numbers in one batch, float32 on the CPU.
 
@@ -189,7 +156,7 @@ def draw(
     ready = model.prepare(len(numbers), cond)
     source = NoiseSource(seed, numbers)
     start = made.start(initial(model, source))
-    return made.run(start, Run(source, ready, False, tick)).x.float().cpu()
+    return made.run(start, Run(source, ready, False, progress.tick)).x.float().cpu()
 
 
 def event_shape(denoiser: Denoiser) -> tuple[int, ...]:

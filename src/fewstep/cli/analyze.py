@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from fewstep.base.files import sha256, write_json
+from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
     console,
@@ -19,7 +19,6 @@ from fewstep.cli._common import (
     output_folder,
     parse_labels,
     positive,
-    progress,
     say,
 )
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fewstep.models.denoiser import Denoiser
-    from fewstep.studies import Advice, Watcher
+    from fewstep.studies import Advice
 
 REPORT, RESULTS, GRID = "report.html", "results.json", "grid.json"
 EXACT = ("mixture-smooth", "mixture-sharp")
@@ -92,7 +91,7 @@ def analyze(
 
     from fewstep.diffusion.noise import NoiseSource
     from fewstep.studies import fitted_grids
-    from fewstep.studies.stages import Subject, finish_folder, prepare_folder, study
+    from fewstep.studies.stages import Subject, Watcher, finish_folder, prepare_folder, study
 
     NoiseSource(seed, ())
 
@@ -117,7 +116,7 @@ def analyze(
     }
     outputs = [REPORT, RESULTS, GRID, *(f"recipe-{k}.json" for k in budgets)]
     prepare_folder(out, settings, outputs, overwrite=overwrite)
-    with _watcher() as watcher:
+    with progress_of(True) as progress:
         results, advice = study(
             Subject(denoiser, points, labels, cond, settings),
             out,
@@ -125,7 +124,7 @@ def analyze(
             n=n,
             seed=seed,
             minutes=budget,
-            watcher=watcher,
+            watcher=Watcher(progress.stage, progress.tick),
         )
     from fewstep.studies.page import write_page
 
@@ -197,34 +196,6 @@ def _checksum(source: str | None) -> str | None:
     if source is None or not Path(source).is_file():
         return None
     return sha256(source)
-
-
-@contextmanager
-def _watcher() -> Iterator[Watcher]:
-    """Shows one bar for each stage."""
-    from fewstep.studies.stages import Watcher
-
-    bars: list[Any] = []
-    ticks: list[Any] = []
-
-    def end() -> None:
-        if bars:
-            bars.pop().__exit__(None, None, None)
-            ticks.clear()
-
-    def begin(stage: str, calls: int) -> None:
-        end()
-        bars.append(progress(stage, calls or None))
-        ticks.append(bars[-1].__enter__())
-
-    def tick(calls: int) -> None:
-        if ticks:
-            ticks[0](calls)
-
-    try:
-        yield Watcher(begin, tick)
-    finally:
-        end()
 
 
 def _recipe(

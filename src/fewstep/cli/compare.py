@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from fewstep.base.progress import Progress, progress_of
 from fewstep.cli._common import (
     Flag,
     console,
@@ -17,7 +17,6 @@ from fewstep.cli._common import (
     output_folder,
     parse_labels,
     positive,
-    progress,
     say,
 )
 
@@ -105,7 +104,7 @@ def compare(
 
     asked = METRICS if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
     real = None if data is None else _data(data, features, denoiser)
-    with _watcher(out) as watcher:
+    with progress_of(True) as progress:
         comparison = run(
             denoiser,
             solvers,
@@ -121,7 +120,7 @@ def compare(
             batch_size=min(n, batch_size),
             extend=extend,
             overwrite=overwrite,
-            watcher=watcher,
+            watcher=_watcher(progress),
         )
     told = Told(
         model=model,
@@ -183,32 +182,22 @@ def _data(source: str, features: str, denoiser: Denoiser) -> Reference:
     return found
 
 
-@contextmanager
-def _watcher(out: Path) -> Iterator[Watcher]:
-    """Shows a bar over network calls, with the cell that is being run beside it."""
+def _watcher(progress: Progress) -> Watcher:
+    """Shows network evaluations, with the cell that is being run beside them."""
     from fewstep.comparison import Watcher
 
     class Shown(Watcher):
-        tick: Any = None
-        total = 0
-
         def begin(self, calls: int) -> None:
-            self.bar = progress("comparing", calls)
-            self.tick = self.bar.__enter__()
+            progress.stage("comparing", calls)
 
         def cell(self, name: str, nfe: int, state: str) -> None:
             if state == "begun":
-                self.tick(0, f"{name}, {nfe}")
+                progress.tick(0, f"{name}, {nfe}")
 
         def call(self, times: int = 1) -> None:
-            self.tick(times)
+            progress.tick(times)
 
-    shown = Shown()
-    try:
-        yield shown
-    finally:
-        if shown.tick is not None:
-            shown.bar.__exit__(None, None, None)
+    return Shown()
 
 
 def _command(given: dict[str, Any]) -> str:

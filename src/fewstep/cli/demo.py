@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewstep.base.files import write_atomic, write_json
+from fewstep.base.progress import Progress, progress_of
 from fewstep.cli._common import (
     Flag,
     console,
@@ -15,7 +16,6 @@ from fewstep.cli._common import (
     event_shape,
     load_model,
     output_folder,
-    progress,
     refuse_existing,
     say,
 )
@@ -80,11 +80,12 @@ def demo(
     reference = _sampler(denoiser, REFERENCE, REFERENCE_NFE, REFERENCE_GRID)
     rows = [(name, nfe, _sampler(denoiser, name, nfe)) for name in SOLVERS for nfe in BUDGETS]
     calls = REFERENCE_NFE + len(SOLVERS) * sum(BUDGETS)
-    with progress("sampling", calls) as tick:
-        target, spent = _timed(reference, seed, cond, tick)
+    with progress_of(True) as progress:
+        progress.stage("sampling", calls)
+        target, spent = _timed(reference, seed, cond, progress)
         results = []
         for name, nfe, made in rows:
-            samples, seconds = _timed(made, seed, cond, tick)
+            samples, seconds = _timed(made, seed, cond, progress)
             distance = float((samples - target).double().square().mean().sqrt())
             stochastic = made.plan.stochastic  # type: ignore[attr-defined]
             results.append(Row(name, nfe, stochastic, distance, seconds, samples))
@@ -104,9 +105,11 @@ def _sampler(denoiser: Denoiser, solver: str, nfe: int, grid: str | None = None)
     return sampler(denoiser, solver=solver, nfe=nfe, grid=grid)
 
 
-def _timed(made: Sampler, seed: int, cond: dict[str, Any], tick: Any) -> tuple[Tensor, float]:
+def _timed(
+    made: Sampler, seed: int, cond: dict[str, Any], progress: Progress
+) -> tuple[Tensor, float]:
     begin = time.perf_counter()
-    samples = draw(made, range(SAMPLES), seed=seed, cond=cond, tick=tick)
+    samples = draw(made, range(SAMPLES), seed=seed, cond=cond, progress=progress)
     return samples, time.perf_counter() - begin
 
 

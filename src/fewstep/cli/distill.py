@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.base.files import loads_json, read_json, write_atomic
+from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
     check_device,
@@ -16,7 +17,6 @@ from fewstep.cli._common import (
     load_model,
     output_folder,
     positive,
-    progress,
     say,
 )
 from fewstep.cli._training import PICTURE, begin, picture_of
@@ -133,11 +133,12 @@ def distill(
     tell(f"{len(store)} trajectories; {made.mode}, {made.steps} steps on {device}")
     if before:
         tell(f"going on at step {before}")
-    with progress("distilling", made.steps, done=before) as tick:
+    with progress_of(True) as progress:
+        progress.stage("distilling", made.steps, done=before)
 
         def told(event: DistillEvent) -> None:
             held = "" if event.heldout is None else f", held out {event.heldout:.4f}"
-            tick(1, f"loss {event.loss:.4f}{held}")
+            progress.tick(1, f"loss {event.loss:.4f}{held}")
 
         student = run(
             teacher,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,13 +17,10 @@ from fewstep.cli._common import (
     output_folder,
     parse_options,
     positive,
-    progress,
     say,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from fewstep.models.denoiser import Denoiser
     from fewstep.trajectories import TrajectoryStore
 
@@ -116,8 +112,7 @@ def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwr
     options = parse_options(given.pop("option", None))
     denoiser = load_model(model, device)
     if not given:
-        with _bar() as tell:
-            store = resume(denoiser, out, progress=tell)
+        store = resume(denoiser, out, progress=True)
     else:
         if "recipe" in given:
             extra = [f"--{k}" for k in ("solver", "nfe") if k in given]
@@ -128,17 +123,16 @@ def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwr
         cond = _conditions(given.pop("class_labels", None), denoiser)
         if "keep" in given:
             given["keep"] = _keep(given["keep"])
-        with _bar() as tell:
-            store = record(
-                denoiser,
-                out,
-                **given,
-                options=options,
-                overwrite=overwrite,
-                about={"model": model},
-                progress=tell,
-                **cond,
-            )
+        store = record(
+            denoiser,
+            out,
+            **given,
+            options=options,
+            overwrite=overwrite,
+            about={"model": model},
+            progress=True,
+            **cond,
+        )
     size = sum(path.stat().st_size for path in out.glob("shard-*.safetensors"))
     say(
         f"wrote {out}: {len(store)} trajectories, {len(store.times)} states each "
@@ -245,23 +239,6 @@ def _about(folder: Path) -> str | None:
 
     name = read_manifest(folder)["about"].get("model")
     return name if isinstance(name, str) else None
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar, and gives what is told (done, n)."""
-    with ExitStack() as stack:
-        shown: list[Any] = []
-        before = 0
-
-        def tell(done: int, n: int) -> None:
-            nonlocal before
-            if not shown:
-                shown.append(stack.enter_context(progress("recording", n)))
-            shown[0](done - before)
-            before = done
-
-        yield tell
 
 
 def _conditions(text: str | None, denoiser: Denoiser) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.base.files import read_json, write_json
+from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
     Options,
@@ -21,7 +22,6 @@ from fewstep.cli._common import (
     parse_labels,
     parse_options,
     positive,
-    progress,
     say,
 )
 
@@ -115,14 +115,15 @@ def sample(
     if prompt is not None:
         settings["prompt"] = prompt
     _prepare_folder(out, settings, overwrite=overwrite)
-    with progress("sampling", None if made.nfe is None else made.nfe * -(-n // size)) as tick:
+    with progress_of(True) as progress:
+        progress.stage("sampling", None if made.nfe is None else made.nfe * -(-n // size))
         for start in range(0, n, size):
             rows = range(start, min(start + size, n))
             part = out / PARTS / f"{start:09d}.safetensors"
             if _is_part(part, (len(rows), *shape)):
-                tick(made.nfe or 0)
+                progress.tick(made.nfe or 0)
                 continue
-            _write(part, draw(made, rows, seed=seed, cond=conditions(rows), tick=tick))
+            _write(part, draw(made, rows, seed=seed, cond=conditions(rows), progress=progress))
 
     asked = prompt if class_labels is None else f"classes {class_labels}"
     title = _title(model, chosen, n, asked)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.base.files import read_json, write_atomic
-from fewstep.cli._common import Flag, check_device, exists, output_folder, positive, progress, say
+from fewstep.base.progress import progress_of
+from fewstep.cli._common import Flag, check_device, exists, output_folder, positive, say
 from fewstep.cli._training import PICTURE, begin, picture_of
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ def train(
     say(f"{len(images)} images of {shape}, {classes}; {made.steps} steps on {device}")
     if before:
         say(f"going on at step {before}")
-    with progress("training", made.steps, done=before) as tick:
+    with progress_of(True) as progress:
+        progress.stage("training", made.steps, done=before)
 
         def told(event: TrainEvent) -> None:
-            tick(1, f"loss {event.loss:.4f}")
+            progress.tick(1, f"loss {event.loss:.4f}")
 
         run(images, out, made, device=device, checkpoint_every=checkpoint_every, on_step=told)
 

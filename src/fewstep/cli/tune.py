@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.base.progress import Progress, progress_of
 from fewstep.cli._common import (
     Flag,
     Options,
@@ -14,7 +15,6 @@ from fewstep.cli._common import (
     load_model,
     parse_options,
     positive,
-    progress,
     say,
 )
 
@@ -89,7 +89,7 @@ def tune(
     cond: dict[str, Any] = {}
     if class_labels is not None:
         cond["class_labels"] = chosen_labels(class_labels, denoiser)
-    with _shown() as tell:
+    with progress_of(True) as progress:
         made = run(
             denoiser,
             nfe=nfe,
@@ -107,7 +107,7 @@ def tune(
             seed=seed,
             out=out,
             overwrite=overwrite,
-            on_event=tell,
+            on_event=_Events(progress),
             **cond,
         )
     _report(made)
@@ -122,32 +122,21 @@ def tune(
     say(f"next: {shlex.join(again)}")
 
 
-class _shown:
-    """One bar for each phase of a search."""
+class _Events:
+    """Shows the events of a search, one stage for each of its phases."""
 
-    def __init__(self) -> None:
-        self._phase = ""
-        self._bar: Any = None
-        self._tick: Any = None
-        self._done = 0
-
-    def __enter__(self) -> _shown:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(*error)
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._phase, self._done = "", 0
 
     def __call__(self, event: Event) -> None:
         if event.phase != self._phase:
-            self.__exit__(None, None, None)
             self._phase, self._done = event.phase, 0
-            self._bar = progress(event.phase, event.total)
-            self._tick = self._bar.__enter__()
-        note = None
+            self._progress.stage(event.phase, event.total)
+        note = ""
         if event.best is not None and event.score is not None:
             note = f"held out {event.score:.4g}, best {event.best:.4g}"
-        self._tick(event.done - self._done, note)
+        self._progress.tick(event.done - self._done, note)
         self._done = event.done
 
 

@@ -3,14 +3,14 @@ r"""Recording: trajectories of a model into a store, by any number of writers.""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewstep.base.files import read_json
+from fewstep.base.progress import Progress, progress_of
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.denoiser import Denoiser
@@ -29,7 +29,7 @@ from fewstep.trajectories.manifest import (
     write_manifest,
 )
 from fewstep.trajectories.store import TrajectoryStore
-from fewstep.trajectories.writing import Progress, Writer, unguided, wrappers, writer_of
+from fewstep.trajectories.writing import Writer, unguided, wrappers, writer_of
 
 DEFAULT_BATCH = 64
 DEFAULT_NFE = 20
@@ -54,7 +54,7 @@ def record(
     guidance: float | None = None,
     overwrite: bool = False,
     about: Mapping[str, Any] | None = None,
-    progress: bool | Progress = False,
+    progress: Progress | bool | None = None,
     **cond: Any,
 ) -> TrajectoryStore:
     r"""Records probability-flow trajectories of a model in a folder, and opens it.
@@ -92,7 +92,7 @@ def record(
         guidance: The scale of classifier-free guidance; 1 is none.
         overwrite: Whether to delete a store that is there and begin anew.
         about: What readers should know, e.g. the name of the model; it determines nothing.
-        progress: Whether to show a progress bar, or a function that is told (done, n).
+        progress: ``True`` for a bar over trajectories, or a :class:`~fewstep.base.progress.Progress`.
         cond: The conditions: a number, a tensor or list of n numbers, or a rule,
             :class:`Cycle` or :class:`Uniform`.
 
@@ -145,13 +145,13 @@ def record(
     folder = Path(folder)
     _begin(folder, overwrite=overwrite)
     writer = Writer(folder, write_manifest(folder, manifest), made, rules)
-    with _telling(progress) as tell:
-        writer.run(tell)
+    with progress_of(progress) as shown:
+        writer.run(shown)
     return TrajectoryStore.open(folder)
 
 
 def resume(
-    denoiser: Denoiser, folder: str | Path, *, progress: bool | Progress = False
+    denoiser: Denoiser, folder: str | Path, *, progress: Progress | bool | None = None
 ) -> TrajectoryStore:
     """Goes on with a store that was begun, by what its manifest says, and opens it.
 
@@ -165,8 +165,8 @@ def resume(
     """
     folder = Path(folder)
     writer = writer_of(denoiser, folder, read_manifest(folder))
-    with _telling(progress) as tell:
-        writer.run(tell)
+    with progress_of(progress) as shown:
+        writer.run(shown)
     return TrajectoryStore.open(folder)
 
 
@@ -228,19 +228,3 @@ def _check_conditions(made: Sampler, rules: Mapping[str, Condition]) -> None:
     most = max((len(values) for values in examples.values()), default=1)
     rows = torch.arange(most)
     made.denoiser.prepare(most, {k: v[rows % len(v)] for k, v in examples.items()})
-
-
-@contextmanager
-def _telling(progress: bool | Progress) -> Iterator[Progress]:
-    if not isinstance(progress, bool):
-        yield progress
-        return
-    if not progress:
-        yield lambda done, n: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    with Bar("recording", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, n: bar.update(task, completed=done, total=n)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Clipped, Guided, Thresholded
@@ -27,11 +28,22 @@ from fewstep.trajectories.manifest import DTYPES, shard_count, shard_rows
 from fewstep.trajectories.shards import check_shard, shard_file, write_shard
 from fewstep.trajectories.store import missing_shards
 
-Progress = Callable[[int, int], None]
-"""Told how many trajectories of how many are there."""
-
 POLL = 0.2
 """Seconds between looks at shards that other writers are at."""
+
+
+class _Count:
+    """Ticks up to a count: other writers make shards too."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._count = progress, 0
+        self._begun = False
+
+    def set(self, count: int) -> int:
+        if self._begun:
+            self._progress.tick(count - self._count)
+        self._count, self._begun = count, True
+        return count
 
 
 @dataclass(frozen=True)
@@ -51,28 +63,37 @@ class Writer:
     sampler: Sampler
     rules: Mapping[str, Condition | None]
 
-    def run(self, tell: Progress = lambda done, n: None) -> None:
+    def run(self, progress: Progress = SILENT) -> None:
         """Makes all shards that are missing or damaged, beside other writers."""
-        count, n = shard_count(self.manifest), self.manifest["n"]
-        there = set(range(count)) - set(missing_shards(self.folder, self.manifest))
-        checked = 0
-        for shard in sorted(there):
+        complete = self._complete()
+        if complete:
+            progress.stage("checking shards", len(complete))
+        for shard in sorted(complete):
             # Damaged before this run; what appears during it was just written, and whole.
             if check_shard(self.folder, self.manifest, shard) is not None:
                 shard_file(self.folder, shard).unlink(missing_ok=True)
-            checked += len(shard_rows(self.manifest, shard))
-            tell(checked, n)
+            progress.tick()
         self._sweep()
+        count = _Count(progress)
+        progress.stage("recording", self.manifest["n"], done=count.set(self._recorded()))
         while missing := missing_shards(self.folder, self.manifest):
-            tell(n - sum(len(shard_rows(self.manifest, s)) for s in missing), n)
+            count.set(self._recorded())
             # Each writer in an order of its own, so that two seldom want the same.
             random.Random(f"{os.getpid()} {time.time_ns()}").shuffle(missing)
-            if not any([self._take(shard, tell) for shard in missing]):
+            if not any([self._take(shard, count) for shard in missing]):
                 time.sleep(POLL)  # all that is missing is under way elsewhere
-        tell(n, n)
+        count.set(self.manifest["n"])
         self._sweep()
 
-    def _take(self, shard: int, tell: Progress) -> bool:
+    def _complete(self) -> set[int]:
+        every = set(range(shard_count(self.manifest)))
+        return every - set(missing_shards(self.folder, self.manifest))
+
+    def _recorded(self) -> int:
+        """Returns how many trajectories are in shards that are there, whoever made them."""
+        return sum(len(shard_rows(self.manifest, shard)) for shard in self._complete())
+
+    def _take(self, shard: int, count: _Count) -> bool:
         """Makes a shard unless it is there or claimed; returns whether it did."""
         if shard_file(self.folder, shard).exists():
             return False
@@ -81,31 +102,32 @@ class Writer:
             return False
         try:
             if not shard_file(self.folder, shard).exists():
-                self.make(shard, claim.renew, tell)
+                before = self._recorded()
+
+                def batch_done(rows: int) -> None:
+                    claim.renew()
+                    count.set(before + rows)
+
+                self.make(shard, batch_done)
         finally:
             claim.drop()
         return True
 
-    def make(
-        self,
-        shard: int,
-        renew: Callable[[], None] = lambda: None,
-        tell: Progress = lambda done, n: None,
-    ) -> Path:
-        """Integrates the trajectories of a shard and writes it, whether it is there or not."""
+    def make(self, shard: int, on_batch: Callable[[int], None] = lambda rows: None) -> Path:
+        """Integrates the trajectories of a shard and writes it, whether it is there or not.
+
+        Arguments:
+            shard: Its number.
+            on_batch: Called after each batch, with the number of trajectories so far.
+        """
         rows = shard_rows(self.manifest, shard)
-        n = self.manifest["n"]
-        absent = sum(
-            len(shard_rows(self.manifest, s)) for s in missing_shards(self.folder, self.manifest)
-        )
         states, conditions = [], []
         size = self.manifest["batch_size"]
         for first in range(0, len(rows), size):
             x, cond = self.integrate(rows[first : first + size])
             states.append(x)
             conditions.append(cond)
-            renew()
-            tell(n - absent + sum(map(len, states)), n)
+            on_batch(sum(map(len, states)))
         tensors = {"states": torch.cat(states), "index": torch.tensor(rows, dtype=torch.int64)}
         for name in self.rules:
             tensors[f"condition.{name}"] = torch.cat([cond[name] for cond in conditions])
