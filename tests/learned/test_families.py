@@ -7,7 +7,7 @@ import torch
 
 import fewstep
 from fewstep.learned import FAMILIES, Base
-from fewstep.learned.families import STARTS, family
+from fewstep.learned.families import family
 from fewstep.learned.moving import LearnedTimes, Shifts
 from fewstep.learned.solver_families import SolverFamily
 from fewstep.learned.starts import start_of
@@ -90,8 +90,8 @@ def test_families_work_on_trained_levels(name):
         run(model.plan(), model=own), run(base, model=own), rtol=0, atol=1e-9
     )
     times = model().times
-    assert times.requires_grad == model.tells_times
-    if model.tells_times:
+    assert times.requires_grad == model.learns_conditioning
+    if model.learns_conditioning:
         times.sum().backward()
         assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 
@@ -183,7 +183,7 @@ def test_networks_of_whole_times_cannot_learn_them():
     for name in FAMILIES:
         own = start_of(name, levels, 5, integer_times=True)
         if "time" in name or name in ("gs", "ld3", "schedule", "free"):
-            with pytest.raises(ValueError, match="whole times"):
+            with pytest.raises(ValueError, match="whole timesteps"):
                 family(name, own)
         else:
             assert torch.equal(family(name, own)().times, own.grid.times[:5])
@@ -204,7 +204,9 @@ def test_ggdm_starts_from_ddim_unless_told():
 def test_counts_are_those_of_the_table():
     """ddss: K - 1, K, K (K + 1) / 2 + K; the initial marginals count for plain GGDM alone."""
     for steps in (5, 10):
-        bases = {name: base_of(s, steps) for name, s in STARTS.items()}
+        bases = {
+            n: base_of(FAMILIES[n].start.solver, steps) for n in ("ddim-sigma", "vars", "ggdm")
+        }
         assert family("ddim-sigma", bases["ddim-sigma"]).count == steps - 1
         assert family("vars", bases["vars"]).count == steps
         full = steps * (steps + 1) // 2 + steps

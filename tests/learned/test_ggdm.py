@@ -140,9 +140,9 @@ def test_vars_is_ddpm_where_the_variances_are_the_diffusions(steps):
 
 
 def test_what_is_no_ggdm_is_refused():
-    with pytest.raises(ValueError, match="calls in"):
+    with pytest.raises(ValueError, match="evaluations in"):
         GGDM(Base.of("rho-heun", VP, nfe=6))
-    with pytest.raises(ValueError, match="does not keep the marginals"):
+    with pytest.raises(ValueError, match="does not preserve the marginals"):
         GGDM(Base.of("euler", VP, nfe=4))
     with pytest.raises(ValueError, match="starts from ddpm"):
         family("vars", base_of("ddim", 3))

@@ -262,7 +262,7 @@ def test_the_teacher_goes_the_same_way():
     assert float(short.knots[-1]) == VP.t_min
 
 
-def test_pairs_are_the_samples_of_their_seed_and_come_back_from_a_file(tmp_path):
+def test_pairs_are_the_samples_of_their_seed_and_come_back_from_a_file(tmp_path, monkeypatch):
     base = base_of("tab3", 3)
     source = Source.of(RING, base.plan(), Conditions())
     plan = teacher_plan(base, 12, through_knots=True)
@@ -277,8 +277,8 @@ def test_pairs_are_the_samples_of_their_seed_and_come_back_from_a_file(tmp_path)
     for row, t in enumerate(keep):
         place = int((states.times - t).abs().argmin())
         torch.testing.assert_close(pairs.states[row], states.states[place], rtol=0, atol=1e-13)
-    with torch.no_grad():
-        again = make_pairs(source, None, 5, 10, **arguments)  # no plan: nothing is computed
+    monkeypatch.setattr(Source, "sampled", None)  # nothing is sampled again
+    again = make_pairs(source, plan, 5, 10, **arguments)
     assert torch.equal(again.target, pairs.target)
     assert torch.equal(again.states, pairs.states)
 

@@ -2,58 +2,85 @@ r"""The families of samplers that can be searched, by name.
 
 Two kinds. Those over GGDM (``ddim-sigma``, ``vars``, ``ggdm``, ``ggdm+pred``, each also with
 ``+time``) combine *states*, as the paper that introduced them does. Those over a solver
-(``schedule``, ``ld3``, ``gs``, ``free``) combine *answers* of the network, with the solver's own
-coefficients as their start. All are plans of the same sort in the end.
+(``schedule``, ``ld3``, ``gs``, ``free``) combine *model outputs*, starting from the solver's own
+coefficients. All are plans of the same sort in the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fewstep.base.registry import Registry
-from fewstep.learned.learned_plan import Base, LearnedPlan
+from fewstep.learned.learned_plan import Base, LearnedPlan, Start
 from fewstep.learned.solver_families import SolverFamily
 from fewstep.learned.state_families import GGDM, DDIMSigma, Vars
 
-FAMILIES: Registry[Callable[..., LearnedPlan]] = Registry(
+
+@dataclass(frozen=True)
+class Family:
+    """An entry of the registry: a class of learned plans, with the options that its name stands for.
+
+    Attributes:
+        kind: The class; it declares the :class:`Start`.
+        options: The options of the class under this name; the user's replace them.
+    """
+
+    kind: type[LearnedPlan]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def start(self) -> Start:
+        """The training-free sampler that the class declares as its start."""
+        return self.kind.default_start
+
+    def __call__(self, base: Base, **options: Any) -> LearnedPlan:
+        """Returns the learned plan at its start."""
+        return self.kind(base, **{**self.options, **options})
+
+
+FAMILIES: Registry[Family] = Registry(
     "family",
     {
-        "gs": partial(SolverFamily, times=True, shifts=True, corrections=True),
-        "ld3": partial(SolverFamily, times=True, shifts=True),
-        "schedule": partial(SolverFamily, times=True),
-        "free": partial(SolverFamily, times=True, shifts=True, corrections=True, theory=False),
-        "ddim-sigma": DDIMSigma,
-        "ddim-sigma+time": partial(DDIMSigma, time=True),
-        "vars": Vars,
-        "vars+time": partial(Vars, time=True),
-        "ggdm": GGDM,
-        "ggdm+time": partial(GGDM, time=True),
-        "ggdm+pred": partial(GGDM, pred="vars"),
-        "ggdm+pred+time": partial(GGDM, pred="vars", time=True),
-        "ggdm+pred-free": partial(GGDM, pred="free"),
-        "ggdm+pred-free+time": partial(GGDM, pred="free", time=True),
-        "ggdm-matched": partial(GGDM, matched=True),
-        "ggdm-theory+time": partial(GGDM, time=True, theory=True),
+        "gs": Family(SolverFamily, {"times": True, "shifts": True, "corrections": True}),
+        "ld3": Family(SolverFamily, {"times": True, "shifts": True}),
+        "schedule": Family(SolverFamily, {"times": True}),
+        "free": Family(
+            SolverFamily, {"times": True, "shifts": True, "corrections": True, "theory": False}
+        ),
+        "ddim-sigma": Family(DDIMSigma),
+        "ddim-sigma+time": Family(DDIMSigma, {"time": True}),
+        "vars": Family(Vars),
+        "vars+time": Family(Vars, {"time": True}),
+        "ggdm": Family(GGDM),
+        "ggdm+time": Family(GGDM, {"time": True}),
+        "ggdm+pred": Family(GGDM, {"pred": "vars"}),
+        "ggdm+pred+time": Family(GGDM, {"pred": "vars", "time": True}),
+        "ggdm+pred-free": Family(GGDM, {"pred": "free"}),
+        "ggdm+pred-free+time": Family(GGDM, {"pred": "free", "time": True}),
+        "ggdm-matched": Family(GGDM, {"matched": True}),
+        "ggdm-theory+time": Family(GGDM, {"time": True, "theory": True}),
     },
 )
-"""The families by name; each takes a :class:`~fewstep.learned.Base` and options."""
-
-STARTS: dict[str, str] = {"ddim-sigma": "ddim", "vars": "ddpm", "ggdm": "ddim"}
-"""The solver from which a family starts unless another is asked for, by the name's beginning."""
+"""The families by name. A new one is a subclass of :class:`LearnedPlan` and a line here."""
 
 
 def family(name: str, base: Base, **options: Any) -> LearnedPlan:
     """Returns the learned plan of a family, at its start.
 
+    Arguments:
+        name: A name in :data:`FAMILIES`.
+        base: The training-free sampler that it starts from, see :func:`start_of`.
+        options: Options of the family's class.
+
     Raises:
         ValueError: If the name is unknown or the base does not fit.
         TypeError: If the family has no such option.
     """
-    build = FAMILIES[name]
+    entry = FAMILIES[name]
     try:
-        return build(base, **options)
+        return entry(base, **options)
     except TypeError as error:
         message = str(error).split("__init__() ")[-1]
         raise TypeError(f"family {name!r} {message}") from None

@@ -1,11 +1,11 @@
-r"""A plan whose numbers are parameters: what every family is, and what it starts from."""
+r"""A plan whose numbers are parameters: the base class of families, and the sampler that they start from."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,19 @@ from fewstep.solvers import solver as make_solver
 
 
 @dataclass(frozen=True)
+class Start:
+    r"""The training-free sampler from which a family starts unless another is asked for.
+
+    Attributes:
+        solver: ``None`` for what ``auto`` chooses for the schedule and the budget; or a name in
+            :data:`fewstep.SOLVERS`, on the power grid (exponent 1.5 for tabulated schedules, else 2)
+            whose last step goes on to :math:`\sigma = 0`.
+    """
+
+    solver: str | None = None
+
+
+@dataclass(frozen=True)
 class Base:
     """The training-free sampler from which a search starts.
 
@@ -29,7 +42,7 @@ class Base:
         solver: The solver.
         grid: Its grid.
         head: Whether it begins with an analytic head start.
-        integer_times: Whether the network knows whole indices only: times cannot be learned.
+        integer_times: Whether the network takes whole timesteps only: times cannot be learned.
     """
 
     solver: Solver
@@ -56,7 +69,7 @@ class Base:
             method = make_solver(solver, **own)
         else:
             method = solver
-        made = make_plan(
+        plan = make_plan(
             method,
             schedule,
             nfe=nfe,
@@ -65,10 +78,10 @@ class Base:
             integer_times=integer_times,
             **options,
         )
-        end = float(made.knots[-1])
+        end = float(plan.knots[-1])
         zero = end == schedule.t_zero and end < schedule.t_min
-        knots = TimeGrid(schedule, made.knots, zero)
-        return cls(method, knots, made.head, integer_times)
+        knots = TimeGrid(schedule, plan.knots, zero)
+        return cls(method, knots, plan.head, integer_times)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -79,16 +92,16 @@ class Base:
         """Returns the solver's plan, at other knots if given; differentiable in them, not audited."""
         grid = self.grid if knots is None else replace(self.grid, times=knots)
         tape = Tape(grid, self.solver.prediction)
-        made = tape.finish(self.solver.equations(tape, grid), self.solver.name)
-        return replace(made, head=self.head)
+        plan = tape.finish(self.solver.equations(tape, grid), self.solver.name)
+        return replace(plan, head=self.head)
 
 
 class Numbers(NamedTuple):
-    """What a structure needs to run.
+    """The numbers with which a structure runs.
 
     Attributes:
         values: The coefficients, float64, shape (C).
-        times: The times that the network is told, float64, shape (K).
+        times: The conditioning timesteps of the K evaluations, float64, shape (K).
         knots: The times of the states, float64, shape (S + 1).
     """
 
@@ -98,19 +111,33 @@ class Numbers(NamedTuple):
 
 
 class LearnedPlan(nn.Module, ABC):
-    """A fixed structure and parameters from which its numbers follow, differentiably.
+    r"""A family: a fixed structure, and parameters from which its numbers follow differentiably.
+
+    .. math:: \psi \mapsto (c(\psi), \tau(\psi), t(\psi)), \qquad
+        x_0 = \mathrm{plan}_{c, \tau}(x_T), \qquad \psi = 0 \text{ is the base}
+
+    with coefficients c (C), conditioning timesteps :math:`\tau` (K) and knots t (S + 1), all float64.
+    A subclass sets the attributes below, declares its parameters (float64, all zero at the start)
+    and writes :meth:`numbers`; a line in :data:`fewstep.learned.FAMILIES` then makes it known to
+    ``tune``, the command line and the tests of families. Its constructor takes the base first and
+    options by keyword, and raises ``ValueError`` for a base that does not fit.
+
+    Cost: none beside the K evaluations of the structure; the numbers are worked out once a step.
 
     Attributes:
+        default_start: The training-free sampler that it starts from unless another is asked for;
+            declared on the class.
         structure: The rows.
-        base: Where the search starts.
-        moves_times: Whether the knots are learned.
-        tells_times: Whether what the network is told is learned (with the knots or beside them).
+        base: The sampler at the start.
+        learns_times: Whether the knots are learned.
+        learns_conditioning: Whether the conditioning timesteps are (with the knots or beside them).
     """
 
+    default_start: ClassVar[Start] = Start()
     structure: Structure
     base: Base
-    moves_times: bool = False
-    tells_times: bool = False
+    learns_times: bool = False
+    learns_conditioning: bool = False
 
     @abstractmethod
     def numbers(self) -> Numbers:
@@ -129,12 +156,12 @@ class LearnedPlan(nn.Module, ABC):
     def plan(self, name: str = "") -> Plan:
         """Returns the present sampler as an ordinary plan."""
         with torch.no_grad():
-            found = self.numbers()
+            numbers = self.numbers()
         return Plan(
             self.structure,
-            found.values.detach().clone(),
-            found.times.detach().clone(),
-            found.knots.detach().clone(),
+            numbers.values.detach().clone(),
+            numbers.times.detach().clone(),
+            numbers.knots.detach().clone(),
             self.base.schedule,
             self.base.head,
             name or self.base.solver.name,
@@ -142,7 +169,7 @@ class LearnedPlan(nn.Module, ABC):
 
     @property
     def count(self) -> int:
-        """The number of learned numbers."""
+        """The number of parameters."""
         return sum(p.numel() for p in self.parameters())
 
     def vector(self) -> Tensor:
@@ -161,42 +188,42 @@ class LearnedPlan(nn.Module, ABC):
 
 def structure_of(
     prediction: Prediction,
-    calls: int,
+    evaluations: int,
     *,
     all_states: bool,
-    all_answers: bool,
+    all_outputs: bool,
     draws: Mapping[int, tuple[int, ...]],
     knots: bool = True,
 ) -> Structure:
-    """Returns the structure in which each state is a combination of states, answers and draws.
+    """Returns the structure in which each state is a combination of states, model outputs and draws.
 
-    The coefficients of the row of state n + 1 are in the order: states (all, or state n), answers
-    (all so far, or answer n), draws.
+    The coefficients of the row of state n + 1 are in the order: states (all, or state n), outputs
+    (all so far, or output n), draws.
 
     Arguments:
-        prediction: What the network is asked for.
-        calls: The number K of calls.
+        prediction: The prediction that the rows combine.
+        evaluations: The number K of network evaluations.
         all_states: Whether a row reads all states so far, or the last.
-        all_answers: Whether a row reads all answers so far, or the last.
-        draws: The draws that the row of each state n + 1 reads; each is made when first read.
+        all_outputs: Whether a row reads all model outputs so far, or the last.
+        draws: The draws that the row of each state n + 1 reads; each is drawn when first read.
         knots: Whether states are knots.
     """
     rows: list[Row] = []
-    states, answers, drawn = [0], list[int](), dict[int, int]()
+    states, outputs, drawn = [0], list[int](), dict[int, int]()
 
     def append(row: Row) -> int:
         rows.append(row)
         return len(rows)
 
     offset = 0
-    for n in range(calls):
-        answers.append(append(Eval(states[-1], n)))
+    for n in range(evaluations):
+        outputs.append(append(Eval(states[-1], n)))
         for draw in draws.get(n, ()):
             if draw not in drawn:
                 drawn[draw] = append(Noise(len(drawn)))
         terms = (
             *(states if all_states else states[-1:]),
-            *(answers if all_answers else answers[-1:]),
+            *(outputs if all_outputs else outputs[-1:]),
             *(drawn[draw] for draw in draws.get(n, ())),
         )
         states.append(append(Lin(terms, offset, n + 1 if knots else None)))

@@ -143,7 +143,7 @@ class Problem:
                 "the objective mmd compares with real data; give data= (--data): an embedded name, "
                 "a folder of images, an idx or npz file, or a tensor"
             )
-        if "trajectory" in named and (learned.moves_times or base.plan().nfe != base.grid.steps):
+        if "trajectory" in named and (learned.learns_times or base.plan().nfe != base.grid.steps):
             raise ValueError(
                 "the objective trajectory needs states at common times: a family that does not move "
                 "them (ggdm, ggdm+pred, vars, ddim-sigma; gs with times=False), one call a step"
@@ -266,12 +266,7 @@ class Problem:
         wanted = [("train", TRAIN, train)]
         if paired:
             wanted += [("heldout", HELDOUT, heldout), ("test", TEST, min(heldout, test))]
-        total, done = plan.nfe * sum(n for _, _, n in wanted), 0
-
-        def tick(calls: int) -> None:
-            nonlocal done
-            done += calls
-            tell(Event("teacher", done, total))
+        progress = _Events("teacher", plan.nfe * sum(n for _, _, n in wanted), tell)
 
         found = list[Pairs | None]()
         for name, offset, n in wanted:
@@ -286,7 +281,7 @@ class Problem:
                     keep=keep,
                     file=None if folder is None else folder / f"teacher-{name}.safetensors",
                     key=key,
-                    tick=tick,
+                    progress=progress,
                 )
             )
         train_pairs, heldout_pairs, test_pairs = (*found, None, None)[:3]
@@ -332,12 +327,7 @@ class Problem:
     ) -> dict[str, Any]:
         """Returns the scores before and after on the test noise."""
         plans = {"before": self.base.plan(), "after": plan}
-        total, done = 2 * n * plan.nfe, 0
-
-        def tick(calls: int) -> None:
-            nonlocal done
-            done += calls
-            tell(Event("scores", done, total))
+        progress = _Events("scores", 2 * n * plan.nfe, tell)
 
         scores: dict[str, Any] = {}
         for when, one in plans.items():
@@ -345,7 +335,11 @@ class Problem:
                 scores[when] = scores["before"]
                 continue
             x, _ = self.source.sampled(
-                one, self.seed + TEST, n, batch_size=self.settings.sampling_batch, tick=tick
+                one,
+                self.seed + TEST,
+                n,
+                batch_size=self.settings.sampling_batch,
+                progress=progress,
             )
             scores[when] = final_scores(
                 x,
@@ -354,6 +348,21 @@ class Problem:
                 judge=judge,
             )
         return scores
+
+
+class _Events:
+    """Progress of one phase as events."""
+
+    def __init__(self, phase: str, total: int, tell: Callable[[Event], None]) -> None:
+        self.phase, self.total, self.done, self.tell = phase, total, 0, tell
+
+    def stage(self, name: str, total: int | None = None, *, done: int = 0) -> None:
+        """Does nothing: the phase is known."""
+
+    def tick(self, amount: int = 1, note: str = "") -> None:
+        """Reports the units that are done."""
+        self.done += amount
+        self.tell(Event(self.phase, self.done, self.total))
 
 
 def _describe(values: Any) -> Any:

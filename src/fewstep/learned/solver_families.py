@@ -1,4 +1,4 @@
-r"""Families over a solver: learned times, told times and corrections of its coefficients."""
+r"""Families over a solver: learned times, conditioning timesteps and corrections of coefficients."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fewstep.plans.plan import Plan
 
 
 class SolverFamily(LearnedPlan):
-    r"""A solver with learned times, told times and corrections.
+    r"""A solver with learned times, shifts of the conditioning timesteps, and corrections.
 
     .. math:: y_{n+1} = (A_n(\tau) + dA_n) \, y_n + \sum_{j \le n} (C_{nj}(\tau) + dC_{nj}) \, m_j + \dots, \qquad
         m_j = D(y_j, \tau_j + \xi_j)
 
-    A and C are the solver's, computed anew from the times :math:`\tau`, so that the theory follows
-    them; everything else is zero at the start, where the sampler is the solver to rounding.
+    A and C are the solver's coefficients on the times :math:`\tau`, computed anew in each step of
+    the search; everything else is zero at the start, where the sampler equals the solver to rounding.
 
     References:
-        | Learning to Discretize Denoising Diffusion ODEs (Tong et al., 2024): times and told times (``ld3``)
+        | Learning to Discretize Denoising Diffusion ODEs (Tong et al., 2024): times and shifts (``ld3``)
         | https://arxiv.org/abs/2405.15506
         | GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver (2025): and corrections (``gs``)
         | https://arxiv.org/abs/2510.17699
@@ -30,11 +30,11 @@ class SolverFamily(LearnedPlan):
     Arguments:
         base: The solver and its grid.
         times: Whether the times are learned.
-        shifts: Whether the told times are.
-        corrections: Whether coefficients are.
+        shifts: Whether the shifts :math:`\xi` of the conditioning timesteps are.
+        corrections: Whether the corrections dA, dC are.
         theory: Whether the solver's coefficients follow the times; if not they are those of the
-            start (and the learned times are what the network is told).
-        coordinate: In what times are learned: ``"time"`` or ``"lambda"``.
+            start (and the learned times are conditioning timesteps alone).
+        coordinate: The coordinate in which times are learned: ``"time"`` or ``"lambda"``.
     """
 
     frozen: Tensor
@@ -52,13 +52,13 @@ class SolverFamily(LearnedPlan):
         super().__init__()
         if base.integer_times and (times or shifts):
             raise ValueError(
-                "this network knows whole times only, so times cannot be learned; take a family "
-                "that leaves them alone (ggdm, ggdm+pred, vars, ddim-sigma), or gs with "
+                "this network takes whole timesteps only, so times cannot be learned; take a family "
+                "without learned times (ggdm, ggdm+pred, vars, ddim-sigma), or gs with "
                 "times=false and shifts=false"
             )
         self.base, self.theory = base, theory
         plan = base.plan()
-        self.moves_times, self.tells_times = times, times or shifts
+        self.learns_times, self.learns_conditioning = times, times or shifts
         self.times = LearnedTimes(base.grid, coordinate) if times else None
         schedule = base.schedule
         self.shifts = Shifts(plan.nfe, schedule.t_max, schedule.t_min) if shifts else None
@@ -69,7 +69,7 @@ class SolverFamily(LearnedPlan):
                 plan.prediction,
                 plan.nfe,
                 all_states=False,
-                all_answers=True,
+                all_outputs=True,
                 draws=self._draws,
                 knots=plan.nfe == base.grid.steps,
             )
@@ -84,20 +84,20 @@ class SolverFamily(LearnedPlan):
 
     def numbers(self) -> Numbers:
         knots = self.base.grid.times if self.times is None else self.times()
-        told, values = knots[: self.structure.nfe], self.frozen
+        times, values = knots[: self.structure.nfe], self.frozen
         if self.theory or self.structure.nfe != self.base.grid.steps:
             plan = self.base.plan(knots)
-            told = plan.times
+            times = plan.times
             if self.theory:
                 values = plan.values if self._draws is None else stepwise(plan, self._draws)
         if self.shifts is not None:
-            told = told + self.shifts(told)
+            times = times + self.shifts(times)
         if self.corrections is not None:
             values = values + self._corrections(self.corrections)
-        return Numbers(values, told, knots)
+        return Numbers(values, times, knots)
 
     def _corrections(self, corrections: Tensor) -> Tensor:
-        """Puts zeros where the coefficients of draws are, which are not corrected."""
+        """Returns corrections in the structure's order, zero for the coefficients of draws."""
         assert self._draws is not None
         if not self._draws:
             return corrections
@@ -111,12 +111,12 @@ class SolverFamily(LearnedPlan):
 
 
 def _draws(plan: Plan) -> dict[int, tuple[int, ...]]:
-    """Returns the draws that enter each state n + 1 beyond those that come with state n."""
+    """Returns the draws that enter each state n + 1 beyond those in state n."""
     _, _, noise = _steps(plan)
     return {
-        n: tuple(found)
+        n: tuple(new)
         for n, row in enumerate(noise)
-        if (found := (row.detach().abs() > 1e-12).nonzero().flatten().tolist())
+        if (new := (row.detach().abs() > 1e-12).nonzero().flatten().tolist())
     }
 
 
@@ -126,28 +126,29 @@ def _steps(plan: Plan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     a = flat.a.detach()
     if float(a[0]) != 1 or bool(flat.C[0].detach().any()):
         raise ValueError(
-            f"{plan.name} changes the initial state before the first call; its coefficients cannot "
-            "be corrected; take the family schedule or ld3"
+            f"{plan.name} changes the initial state before the first evaluation, so its coefficients "
+            "cannot be corrected; take the family schedule or ld3"
         )
     if bool((a[:-1].abs() < 1e-12).any()):
         raise ValueError(
-            f"{plan.name} calls the network at a state in which the initial state has no weight"
+            f"{plan.name} evaluates the network at a state in which the initial state has no weight, "
+            "so its coefficients cannot be corrected; take the family schedule or ld3"
         )
-    scale, answers, noise = list[Tensor](), list[Tensor](), list[Tensor]()
+    scale, outputs, noise = list[Tensor](), list[Tensor](), list[Tensor]()
     for n in range(plan.nfe):
         ratio = flat.a[n + 1] / flat.a[n]
         scale.append(ratio)
-        answers.append(flat.B[n + 1] - ratio * flat.B[n])
+        outputs.append(flat.B[n + 1] - ratio * flat.B[n])
         noise.append(flat.C[n + 1] - ratio * flat.C[n])
-    return scale, answers, noise
+    return scale, outputs, noise
 
 
 def stepwise(plan: Plan, draws: dict[int, tuple[int, ...]]) -> Tensor:
-    """Returns the coefficients of a plan in the layout of one state and all answers."""
-    scale, answers, noise = _steps(plan)
+    """Returns a plan's coefficients in the order of a structure of one state and all outputs."""
+    scale, outputs, noise = _steps(plan)
     parts = list[Tensor]()
     for n in range(plan.nfe):
-        parts += [scale[n][None], answers[n][: n + 1]]
+        parts += [scale[n][None], outputs[n][: n + 1]]
         if n in draws:
             parts.append(noise[n][list(draws[n])])
     return torch.cat(parts)

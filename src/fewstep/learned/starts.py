@@ -1,4 +1,4 @@
-r"""From which training-free sampler a family starts."""
+r"""The training-free sampler from which a family starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.grids import grid as make_grid
 from fewstep.diffusion.schedules import NoiseSchedule
-from fewstep.learned.families import STARTS
+from fewstep.learned.families import FAMILIES
 from fewstep.learned.learned_plan import Base
 from fewstep.sampling.planning import choose
 from fewstep.solvers import Solver
@@ -25,29 +25,42 @@ def start_of(
     integer_times: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Base:
-    r"""Returns the sampler from which a family starts: what is given, and else what suits it.
+    r"""Returns the sampler from which a family starts: as requested, or as its class declares.
 
-    The families over a solver start from what ``auto`` chooses; those over GGDM from ``ddim`` or
-    ``ddpm`` on the same kind of grid, with a last step onto :math:`\sigma = 0`, as the paper has it,
-    unless the solver is said to be ``"auto"``.
+    A family declares a :class:`~fewstep.learned.learned_plan.Start`: the choice of ``auto``, or a
+    solver on the power grid whose last step goes on to :math:`\sigma = 0`. The solver ``"auto"``
+    asks for the choice of ``auto`` whatever the family declares.
+
+    Arguments:
+        name: A family in :data:`fewstep.learned.FAMILIES`.
+        schedule: The noise schedule.
+        nfe: The number of network evaluations.
+        solver: The solver, instead of the declared one.
+        grid: The grid, instead of the declared one.
+        head_start: The time of an analytic head start.
+        integer_times: Whether the grid is rounded to training timesteps.
+        options: Options of solver and grid.
+
+    Raises:
+        ValueError: If a name is unknown or the budget cannot be met.
     """
     options = dict(options or {})
-    own = next((s for prefix, s in STARTS.items() if name.startswith(prefix)), None)
+    declared = FAMILIES[name].start.solver
     if solver == "auto":
-        solver = own = None
+        solver = declared = None
     common: dict[str, Any] = {"nfe": nfe, "integer_times": integer_times}
-    if own is None and solver is None and grid is None:
+    if declared is None and solver is None and grid is None:
         choice = choose(schedule, nfe)
         options = {**choice.options, **options}
         start = choice.head_start if head_start is None else head_start
         return Base.of(
             choice.solver, schedule, grid=choice.grid, head_start=start, **common, **options
         )
-    if own is not None and grid is None and not options and head_start is None:
-        options = {"times": _onto_zero(schedule, nfe, rounded=integer_times)}
+    if declared is not None and grid is None and not options and head_start is None:
+        options = {"times": _power_to_zero(schedule, nfe, rounded=integer_times)}
         grid = "explicit"
     return Base.of(
-        solver or own or choose(schedule, nfe).solver,
+        solver or declared or choose(schedule, nfe).solver,
         schedule,
         grid=grid,
         head_start=head_start,
@@ -56,9 +69,10 @@ def start_of(
     )
 
 
-def _onto_zero(schedule: NoiseSchedule, nfe: int, *, rounded: bool) -> list[float]:
+def _power_to_zero(schedule: NoiseSchedule, nfe: int, *, rounded: bool) -> list[float]:
+    """Returns the times of the power grid with its last step going on to zero noise."""
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
-    made = make_grid("power", schedule, nfe, power=1.5 if schedule.discrete else 2.0)
-    times = (made.rounded() if rounded else made).times.tolist()
+    power = make_grid("power", schedule, nfe, power=1.5 if schedule.discrete else 2.0)
+    times = (power.rounded() if rounded else power).times.tolist()
     return [*times[:-1], schedule.t_zero]

@@ -2,12 +2,14 @@ r"""Families over GGDM: learned weights of states, step noises and variances."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import Prediction
 from fewstep.learned.ggdm import Table, ddim_table, marginals, matched_table, table_of, vars_table
-from fewstep.learned.learned_plan import Base, LearnedPlan, Numbers, structure_of
+from fewstep.learned.learned_plan import Base, LearnedPlan, Numbers, Start, structure_of
 from fewstep.learned.moving import LearnedTimes
 from fewstep.solvers.ddim import DDIM, DDPM
 
@@ -17,31 +19,35 @@ class StateFamily(LearnedPlan):
 
     .. math:: y_{n+1} = \mu_{n+1,0} (p_n y_n - q_n \varepsilon_n) + \sum_{u \le n} \mu_{n+1,u} y_u + s_{n+1} z
 
+    A subclass gives the table of its parameters, :meth:`table`.
+
     Arguments:
-        base: Where it starts.
-        time: Whether the told times are learned (the table does not follow them).
-        coordinate: In what times are learned.
-        noisy: The states with a step noise.
+        base: The training-free sampler at the start.
+        time: Whether the conditioning timesteps are learned (the table does not follow them).
+        coordinate: The coordinate in which times are learned, ``"time"`` or ``"lambda"``.
+        noisy: The indices of the states with a step noise.
     """
+
+    default_start: ClassVar[Start] = Start("ddim")
 
     def __init__(self, base: Base, *, time: bool, coordinate: str, noisy: list[int]) -> None:
         super().__init__()
         if base.integer_times and time:
             raise ValueError(
-                "this network knows whole times only, so times cannot be learned; take the "
+                "this network takes whole timesteps only, so times cannot be learned; take the "
                 "family without +time"
             )
         self.base = base
-        self.moves_times = self.tells_times = time
+        self.learns_times = self.learns_conditioning = time
         self.times = LearnedTimes(base.grid, coordinate) if time else None
         self.noisy = noisy
-        self.calls = base.grid.steps
+        self.evaluations = base.grid.steps
         self.structure = structure_of(
             Prediction.EPS,
-            self.calls,
+            self.evaluations,
             all_states=True,
-            all_answers=False,
-            draws={n - 1: (place,) for place, n in enumerate(noisy)},
+            all_outputs=False,
+            draws={n - 1: (index,) for index, n in enumerate(noisy)},
         )
 
     def table(self, knots: Tensor) -> Table:
@@ -49,7 +55,7 @@ class StateFamily(LearnedPlan):
         raise NotImplementedError
 
     def weights(self, table: Table) -> tuple[Tensor, Tensor]:
-        """Returns p and q, each (K): by Theorem 1."""
+        """Returns p and q, each (K); here by Theorem 1."""
         a, v = marginals(table)
         return 1 / a[:-1], v[:-1].sqrt() / a[:-1]
 
@@ -58,7 +64,7 @@ class StateFamily(LearnedPlan):
         table = self.table(knots)
         p, q = self.weights(table)
         parts = list[Tensor]()
-        for n in range(self.calls):
+        for n in range(self.evaluations):
             data = table.data[n + 1]
             row = torch.cat(
                 [table.states[n + 1, :n], (table.states[n + 1, n] + data * p[n])[None]]
@@ -66,7 +72,7 @@ class StateFamily(LearnedPlan):
             parts += [row, (-data * q[n])[None]]
             if n + 1 in self.noisy:
                 parts.append(table.noise[n + 1][None])
-        return Numbers(torch.cat(parts), knots[: self.calls], knots)
+        return Numbers(torch.cat(parts), knots[: self.evaluations], knots)
 
 
 def _is_variance_preserving(base: Base) -> bool:
@@ -94,10 +100,10 @@ class Variances(nn.Module):
         grid = base.grid
         self.ends_at_zero = grid.ends_at_zero
         v = grid.sigma.detach().square().flip(0)  # from the sample to the noise
-        # The last share is what the data keep: alpha^2, which 1 - v has only half the digits of.
-        kept = grid.alpha.detach()[:1].square()
+        # The last share is alpha^2; written as 1 - v it would have half the digits.
+        signal = grid.alpha.detach()[:1].square()
         inner = v.diff() if grid.ends_at_zero else torch.cat([v[:1], v.diff()])
-        self.register_buffer("shares", torch.cat([inner, kept]))
+        self.register_buffer("shares", torch.cat([inner, signal]))
         self.logits = nn.Parameter(torch.zeros(len(inner), dtype=torch.float64))
 
     def forward(self) -> Tensor:
@@ -108,15 +114,15 @@ class Variances(nn.Module):
 
 
 class DDIMSigma(StateFamily):
-    r"""DDIM with learned step noises, which keeps the marginals: :math:`s_n = \sigma_n \tanh w_n`.
+    r"""DDIM with learned step noises :math:`s_n = \sigma_n \tanh w_n`; the marginals are preserved.
 
     The hyperbolic tangent instead of a sigmoid, because DDIM itself (no noise) is then a point of
-    the family at which there is a gradient.
+    the family with a gradient.
 
     Arguments:
         base: A grid with ``ddim``, of any eta.
-        time: Whether the told times are learned.
-        coordinate: In what times are learned.
+        time: Whether the conditioning timesteps are learned.
+        coordinate: The coordinate in which times are learned.
     """
 
     def __init__(self, base: Base, *, time: bool = False, coordinate: str = "time") -> None:
@@ -130,7 +136,7 @@ class DDIMSigma(StateFamily):
     def table(self, knots: Tensor) -> Table:
         del knots
         grid = self.base.grid
-        noise = torch.zeros(self.calls, dtype=torch.float64)
+        noise = torch.zeros(self.evaluations, dtype=torch.float64)
         index = torch.tensor([n - 1 for n in self.noisy], dtype=torch.long)
         noise = noise.index_put((index,), grid.sigma[self.noisy] * torch.tanh(self.raw))
         return ddim_table(grid, noise)
@@ -141,9 +147,11 @@ class Vars(StateFamily):
 
     Arguments:
         base: A grid with ``ddpm``.
-        time: Whether the told times are learned.
-        coordinate: In what times are learned.
+        time: Whether the conditioning timesteps are learned.
+        coordinate: The coordinate in which times are learned.
     """
+
+    default_start: ClassVar[Start] = Start("ddpm")
 
     def __init__(self, base: Base, *, time: bool = False, coordinate: str = "time") -> None:
         if not isinstance(base.solver, DDPM) or base.solver.variance != "small":
@@ -165,17 +173,17 @@ def _from_variances(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _noisy(base: Base) -> list[int]:
-    """Returns the states that get a step noise: all between, and the sample if the base has it so."""
+    """Returns the states with a step noise: all between, and the sample if the base adds noise there."""
     between = list(range(1, base.grid.steps))
-    drawn = base.plan().n_noise == base.grid.steps
-    return [*between, base.grid.steps] if drawn else between
+    noisy_sample = base.plan().n_noise == base.grid.steps
+    return [*between, base.grid.steps] if noisy_sample else between
 
 
 class GGDM(StateFamily):
     r"""All weights of states free, and the step noises.
 
-    Stored as the table of the base plus a residual that is zero at the start. Without ``pred``, the
-    weights of :math:`\hat x_0` follow from the table by Theorem 1; with it they are learned instead:
+    The table is that of the base plus a residual that is zero at the start. Without ``pred`` the
+    weights of :math:`\hat x_0` follow from the table by Theorem 1; with it they are parameters:
 
     - ``"vars"``: :math:`p = (1 - v)^{-1/2}, \; q = (v / (1 - v))^{1/2}` with learned variances,
     - ``"free"``: :math:`p = p^0 (1 + d), \; q = q^0 (1 + e)`. Relative, because at the noisy end
@@ -184,14 +192,14 @@ class GGDM(StateFamily):
     Arguments:
         base: Any solver whose plan is a GGDM (see :func:`fewstep.learned.ggdm.table_of`).
         pred: ``None``, ``"vars"`` or ``"free"``.
-        time: Whether the told times are learned.
+        time: Whether the conditioning timesteps are learned.
         noise: Whether step noises are learned; if not they are the base's.
-        matched: Whether the marginals are kept those of the diffusion.
+        matched: Whether the marginals stay those of the diffusion.
         theory: Whether the table of the base is computed anew from the learned times.
         coordinate: In what times are learned.
     """
 
-    places: Tensor
+    lower: Tensor
     p: Tensor
     q: Tensor
     start_data: Tensor
@@ -212,12 +220,12 @@ class GGDM(StateFamily):
         plan = base.plan()
         if plan.nfe != base.grid.steps:
             raise ValueError(
-                f"{base.solver.name} makes {plan.nfe} calls in {base.grid.steps} steps; GGDM starts "
-                "from solvers with one call a step"
+                f"{base.solver.name} has {plan.nfe} evaluations in {base.grid.steps} steps; GGDM "
+                "starts from solvers with one evaluation a step"
             )
         if not base.solver.exact:
             raise ValueError(
-                f"{base.solver.name} does not keep the marginals, so its table is no GGDM; start "
+                f"{base.solver.name} does not preserve the marginals, so its table is no GGDM; start "
                 "from ddim, tab3, dpmpp-2m, unipc3 or another exact solver"
             )
         start = Table(*(part.detach() for part in table_of(plan)))
@@ -231,21 +239,20 @@ class GGDM(StateFamily):
         self.pred, self.matched, self.theory = pred, matched, theory
         if matched and pred is not None:
             raise ValueError(
-                "a GGDM that keeps the marginals predicts by Theorem 1; leave pred out"
+                "a GGDM that preserves the marginals predicts by Theorem 1; leave pred out"
             )
         for key, tensor in zip(Table._fields, start, strict=True):
             self.register_buffer(f"start_{key}", tensor)
         count = plan.nfe
         last = torch.cat([start.data[-1:] - 1, start.states[-1], start.noise[-1:]])
-        # A last row that only hands over the prediction stays as it is.
+        # A last row that is the prediction of x0 alone has no parameters.
         rows = count if not bool(last.any()) else count + 1
         lower = torch.tril_indices(rows, rows, -1)
-        self.register_buffer("places", lower, persistent=False)
+        self.register_buffer("lower", lower, persistent=False)
         self.d_states = nn.Parameter(torch.zeros(lower.shape[1], dtype=torch.float64))
         if not matched:
-            first = (
-                0 if pred is None else 1
-            )  # the weights of the first state matter to Theorem 1 only
+            # The weights of the first state matter to Theorem 1 only.
+            first = 0 if pred is None else 1
             self.d_data = nn.Parameter(torch.zeros(rows - first, dtype=torch.float64))
             learned = noisy if noise else []
             self.d_noise = nn.Parameter(torch.zeros(len(learned) + 1 - first, dtype=torch.float64))
@@ -259,10 +266,10 @@ class GGDM(StateFamily):
 
     def table(self, knots: Tensor) -> Table:
         start = Table(self.start_data, self.start_states, self.start_noise)
-        if self.theory and self.moves_times:
+        if self.theory and self.learns_times:
             start = table_of(self.base.plan(knots))
         states = start.states.index_put(
-            (self.places[0], self.places[1]),
+            (self.lower[0], self.lower[1]),
             self.d_states,
             accumulate=True,
         )
@@ -280,7 +287,7 @@ class GGDM(StateFamily):
         return Table(start.data + scale * data, states, noise)
 
     def _spread(self, values: Tensor, first: int) -> Tensor:
-        total = self.calls + 1
+        total = self.evaluations + 1
         parts = [values.new_zeros(first), values, values.new_zeros(total - first - len(values))]
         return torch.cat(parts)
 

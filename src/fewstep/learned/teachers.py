@@ -1,9 +1,9 @@
-r"""The teacher: the same model with many evaluations, from the same noise."""
+r"""The teacher: the same model sampled with many evaluations, from the same noise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import read_metadata, read_tensors, write_tensors
+from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.learned.learned_plan import Base
 from fewstep.learned.unrolled import Conditions
@@ -21,15 +22,13 @@ from fewstep.sampling.planning import choose
 from fewstep.sampling.planning import plan as make_plan
 from fewstep.sampling.protocol import Run
 
-Tick = Callable[[int], None]
-
 
 def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
-    """Returns the teacher of a base: from the same first time to the same end, many calls.
+    """Returns the teacher's plan for a base: from the same first time to the same end.
 
     Arguments:
-        base: The sampler to be taught.
-        nfe: About how many calls the teacher makes.
+        base: The sampler at the start of the search.
+        nfe: About how many evaluations the teacher has.
         through_knots: Whether its grid goes through all knots of the base.
     """
     times, zero = base.grid.times.detach(), base.grid.ends_at_zero
@@ -41,26 +40,26 @@ def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
         fine = (inner[:-1, None] + u * inner.diff()[:, None]).reshape(-1)
         knots = torch.cat([fine, inner[-1:]])
         if zero and float(knots[-1]) > schedule.t_min:
-            # The last call of the base is followed by finer ones too, where there is room.
+            # The last evaluation of the base is followed by finer ones too, where there is room.
             last = torch.linspace(float(knots[-1]), schedule.t_min, pieces + 1).double()
             knots = torch.cat([knots, last[1:].clamp(min=schedule.t_min)])
         if base.integer_times:
             knots = knots.round().unique().flip(0)
         if zero:
             knots = torch.cat([knots, times[-1:]])
-        made = make_plan("tab3", schedule, grid="explicit", times=knots.tolist())
+        plan = make_plan("tab3", schedule, grid="explicit", times=knots.tolist())
     else:
         choice = choose(schedule, nfe)
         ends = {"t_start": float(times[0])}
         ends |= {"to_zero": True} if zero else {"t_end": float(times[-1])}
         options = {"grid": choice.grid, "integer_times": base.integer_times, **choice.options}
-        made = make_plan(choice.solver, schedule, nfe=choice.nfe, **{**options, **ends})
-    return replace(made, head=base.head)
+        plan = make_plan(choice.solver, schedule, nfe=choice.nfe, **{**options, **ends})
+    return replace(plan, head=base.head)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    r"""Numbered initial noises and what the teacher makes of them.
+    r"""Numbered initial noises with the teacher's samples from them.
 
     Attributes:
         seed: The seed of the noises; sample i of it is that of :func:`fewstep.sample`.
@@ -78,15 +77,15 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Source:
-    """Where initial states of numbered samples come from.
+    """The source of initial states: numbered noises, and the sampler's first time.
 
     Attributes:
         denoiser: The model.
         plan: A plan with the first time and the head of the search.
         shape: The shape of a sample.
-        device: Where the model is.
+        device: The model's device.
         dtype: The type of states.
-        conditions: The conditions.
+        conditions: The conditions of numbered samples.
     """
 
     denoiser: Denoiser
@@ -101,7 +100,7 @@ class Source:
         """Returns the source for a model.
 
         Raises:
-            ValueError: If the model does not say the shape of a sample.
+            ValueError: If the model does not know the shape of a sample.
         """
         if denoiser.event_shape is None:
             raise ValueError(
@@ -120,7 +119,7 @@ class Source:
         return source.draw(INITIAL, self.shape, dtype=self.dtype, device=self.device)
 
     def start(self, noise: Tensor) -> Tensor:
-        """Returns the initial states that noises stand for."""
+        """Returns the initial states for noises: scaled to the prior, or after a head start."""
         return PlanSampler(self.plan, self.denoiser).start(noise)
 
     @torch.no_grad()
@@ -132,25 +131,27 @@ class Source:
         *,
         batch_size: int,
         keep: Sequence[float] = (),
-        tick: Tick | None = None,
+        progress: Progress = SILENT,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns samples 0 to n - 1 of a seed by a plan, and the states at the times in ``keep``."""
-        made = PlanSampler(plan, self.denoiser)
-        parts, kept = list[Tensor](), list[Tensor]()
+        """Returns samples 0 to n - 1 of a seed by a plan, and their states at the times in ``keep``.
+
+        Ticks once for each network evaluation of each sample.
+        """
+        sampler = PlanSampler(plan, self.denoiser)
+        samples, states = list[Tensor](), list[Tensor]()
         for first in range(0, n, batch_size):
             rows = range(first, min(first + batch_size, n))
             cond = self.denoiser.prepare(len(rows), self.conditions.at(rows))
             run = Run(NoiseSource(seed, rows), cond, bool(keep))
-            found = made.run(made.start(self.noise(seed, rows)), run)
-            parts.append(found.x.cpu())
+            trajectory = sampler.run(sampler.start(self.noise(seed, rows)), run)
+            samples.append(trajectory.x.cpu())
             if keep:
-                assert found.states is not None
-                times = found.times.tolist()
+                assert trajectory.states is not None
+                times = trajectory.times.tolist()
                 index = [min(range(len(times)), key=lambda i: abs(times[i] - t)) for t in keep]
-                kept.append(found.states[index].cpu())
-            if tick is not None:
-                tick(len(rows) * plan.nfe)
-        return torch.cat(parts), torch.cat(kept, 1) if keep else None
+                states.append(trajectory.states[index].cpu())
+            progress.tick(len(rows) * plan.nfe)
+        return torch.cat(samples), torch.cat(states, 1) if keep else None
 
 
 def make_pairs(
@@ -163,15 +164,28 @@ def make_pairs(
     keep: Sequence[float] = (),
     file: Path | None = None,
     key: str = "",
-    tick: Tick | None = None,
+    progress: Progress = SILENT,
 ) -> Pairs:
-    """Returns pairs, from a file if it holds just these, and else made and written there."""
+    """Returns the pairs of a seed: those of the file if it has the key, else sampled and written there.
+
+    Arguments:
+        source: The source of initial states.
+        plan: The teacher's plan.
+        seed: The seed of the noises.
+        n: The number of pairs.
+        batch_size: The samples drawn at a time.
+        keep: Times whose states are kept too.
+        file: The file, or ``None``.
+        key: A hash of everything that determines the pairs.
+        progress: Ticks once for each evaluation of each sample.
+    """
     if file is not None and file.exists() and read_metadata(file).get("key") == key:
-        found = read_tensors(file)
-        if tick is not None:
-            tick(n * plan.nfe)
-        return Pairs(seed, found["target"], found.get("states"))
-    target, states = source.sampled(plan, seed, n, batch_size=batch_size, keep=keep, tick=tick)
+        stored = read_tensors(file)
+        progress.tick(len(stored["target"]) * plan.nfe)
+        return Pairs(seed, stored["target"], stored.get("states"))
+    target, states = source.sampled(
+        plan, seed, n, batch_size=batch_size, keep=keep, progress=progress
+    )
     if file is not None:
         tensors = {"target": target} | ({} if states is None else {"states": states})
         write_tensors(file, tensors, {"key": key})
