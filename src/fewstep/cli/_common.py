@@ -148,15 +148,14 @@ def draw(
     They are those of :func:`fewstep.sample`: sample i depends on ``(seed, i)`` alone.
     """
     from fewstep.diffusion.noise import NoiseSource
-    from fewstep.sampling.protocol import Run
-    from fewstep.sampling.sample import initial
+    from fewstep.sampling.batches import run_batch
 
     model = made.denoiser
     event_shape(model)
     ready = model.prepare(len(numbers), cond)
-    source = NoiseSource(seed, numbers)
-    start = made.start(initial(model, source))
-    return made.run(start, Run(source, ready, False, progress.tick)).x.float().cpu()
+    return (
+        run_batch(made, NoiseSource(seed, numbers), ready, on_call=progress.tick).x.float().cpu()
+    )
 
 
 def event_shape(denoiser: Denoiser) -> tuple[int, ...]:

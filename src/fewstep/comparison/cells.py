@@ -16,11 +16,12 @@ from fewstep.base.files import write_tensors
 from fewstep.comparison.entries import Entry
 from fewstep.comparison.scores import RMS, denoised, root, same_place, score
 from fewstep.comparison.store import REFERENCE, Cell, Store, joined
-from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.diffusion.noise import NoiseSource
 from fewstep.metrics import Reference
 from fewstep.metrics.features import extractor
 from fewstep.models.denoiser import Denoiser
-from fewstep.sampling.protocol import Run, Sampler
+from fewstep.sampling.batches import device_of, initial_noise, run_batch
+from fewstep.sampling.protocol import Sampler
 
 ENDS = ("lowest level", "sigma = 0")
 POINTS = 1000
@@ -169,11 +170,11 @@ class Runner:
         source = Counting(self.setting.seed, rows)
         cond = model.prepare(len(rows), self.setting.part(rows))
         device = device_of(model)
-        noise = source.draw(INITIAL, model.event_shape or (), device=device)
+        noise = initial_noise(model, source)
         source.drawn = False
         _wait(device)
         begun = time.perf_counter()
-        x = job.made.run(job.made.start(noise), Run(source, cond, False, self.watcher.call)).x
+        x = run_batch(job.made, source, cond, noise=noise, on_call=self.watcher.call).x
         _wait(device)
         spent = (time.perf_counter() - begun) / len(rows)
         part = {
@@ -258,12 +259,6 @@ def _rows(value: Any, n: int, rows: range) -> Any:
     if isinstance(value, (list, Tensor)) and (not isinstance(value, Tensor) or value.ndim):
         return value[rows.start : rows.stop] if len(value) == n else value
     return value
-
-
-def device_of(denoiser: Denoiser) -> torch.device:
-    """Returns where a model is."""
-    tensors = [*denoiser.parameters(), *denoiser.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _wait(device: torch.device) -> None:

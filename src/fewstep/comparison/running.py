@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.comparison.cells import Job, Runner, Setting, Watcher, device_of
+from fewstep.comparison.cells import Job, Runner, Setting, Watcher
 from fewstep.comparison.entries import Build, Entry, identity, read_entries, read_entry
 from fewstep.comparison.scores import METRICS, check_metrics
 from fewstep.comparison.store import Cell, Store
@@ -18,6 +18,7 @@ from fewstep.diffusion.noise import NoiseSource
 from fewstep.metrics import Reference
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
+from fewstep.sampling.batches import device_of
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from fewstep.learned.learned_plan import Base
 from fewstep.learned.unrolled import Conditions
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.plan import Plan
+from fewstep.sampling.batches import run_batches
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.planning import choose
 from fewstep.sampling.planning import plan as make_plan
-from fewstep.sampling.protocol import Run
 
 
 def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
@@ -137,13 +137,16 @@ class Source:
 
         Ticks once for each network evaluation of each sample.
         """
-        sampler = PlanSampler(plan, self.denoiser)
         samples, states = list[Tensor](), list[Tensor]()
-        for first in range(0, n, batch_size):
-            rows = range(first, min(first + batch_size, n))
-            cond = self.denoiser.prepare(len(rows), self.conditions.at(rows))
-            run = Run(NoiseSource(seed, rows), cond, bool(keep))
-            trajectory = sampler.run(sampler.start(self.noise(seed, rows)), run)
+        for rows, trajectory in run_batches(
+            PlanSampler(plan, self.denoiser),
+            n,
+            seed=seed,
+            conditions=self.conditions,
+            batch_size=batch_size,
+            dtype=self.dtype,
+            save=bool(keep),
+        ):
             samples.append(trajectory.x.cpu())
             if keep:
                 assert trajectory.states is not None

@@ -54,7 +54,6 @@ class AdaptiveSampler:
         t_start: The time to start from; left out, the schedule's largest.
         t_end: The time to end at; left out, the schedule's smallest.
         max_steps: The most steps of a sample, accepted or not.
-        image: Where to start from instead of the prior: data, noised to ``t_start``.
 
     Raises:
         ValueError: If an option is out of range.
@@ -67,7 +66,6 @@ class AdaptiveSampler:
     t_start: float | None = None
     t_end: float | None = None
     max_steps: int = 1000
-    image: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_tolerances(self.rtol, self.atol, self.max_steps)
@@ -78,15 +76,16 @@ class AdaptiveSampler:
         """The number of network calls: not known beforehand."""
         return None
 
-    def start(self, noise: Tensor) -> Tensor:
+    def start(self, noise: Tensor, image: Tensor | None = None) -> Tensor:
         r"""Returns the initial state that standard normal noise stands for.
 
-        That is :math:`\sigma z` of the prior, or :math:`\alpha x_0 + \sigma z` of an image.
+        That is :math:`\sigma z` of the prior, or :math:`\alpha x_0 + \sigma z` of an image, noised
+        to ``t_start``.
         """
         schedule = self.denoiser.schedule
         t = time_span(schedule, self.t_start, self.t_end).times[0]
         x = float(schedule.sigma(t)) * noise
-        return x if self.image is None else float(schedule.alpha(t)) * self.image.to(noise) + x
+        return x if image is None else float(schedule.alpha(t)) * image.to(noise) + x
 
     def run(self, x: Tensor, run: Run) -> Trajectory:
         r"""Returns the samples that start at a state.

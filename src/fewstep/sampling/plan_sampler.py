@@ -24,12 +24,10 @@ class PlanSampler:
     Attributes:
         plan: The plan.
         denoiser: The denoiser; its schedule must be the plan's.
-        image: Where to start from instead of the prior: data, noised to the plan's first time.
     """
 
     plan: Plan
     denoiser: Denoiser
-    image: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.denoiser.built_in_sampler() is not None:
@@ -51,16 +49,20 @@ class PlanSampler:
         """The plan as it is run: asking for what the network predicts."""
         return plan_for(self.plan, self.denoiser.native)
 
-    def start(self, noise: Tensor) -> Tensor:
+    def start(self, noise: Tensor, image: Tensor | None = None) -> Tensor:
         r"""Returns the initial state that standard normal noise stands for.
 
         That is :math:`\sigma z` of the prior, :math:`\alpha x_0 + \sigma z` of an image, or
         :math:`\alpha m + \sqrt{\alpha^2 s^2 + \sigma^2} \, z` of a head start.
+
+        Arguments:
+            noise: Standard normal noise, with shape (B, \*).
+            image: Data to start from instead of the prior, with shape (B, \*).
         """
         t = self.plan.knots[0].detach()
         alpha, sigma = float(self.plan.schedule.alpha(t)), float(self.plan.schedule.sigma(t))
-        if self.image is not None:
-            return alpha * self.image.to(noise) + sigma * noise
+        if image is not None:
+            return alpha * image.to(noise) + sigma * noise
         if self.plan.head:
             mean = torch.as_tensor(self.denoiser.data_mean).to(noise)
             std = torch.as_tensor(self.denoiser.data_std).to(noise)

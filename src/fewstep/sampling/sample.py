@@ -3,21 +3,23 @@ r"""Sampling: ``sample`` and ``steps``."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.base.progress import Progress, progress_of
 from fewstep.diffusion.grids import TimeGrid
-from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.prediction import Prediction, convert
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
 from fewstep.plans.execute import Call
 from fewstep.plans.plan import Plan
+from fewstep.sampling.batches import initial_noise, run_batches
 from fewstep.sampling.fitted import is_fitted
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.planning import choose
@@ -113,7 +115,7 @@ def sampler(
         )
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
-    return PlanSampler(plan, denoiser, image)
+    return PlanSampler(plan, denoiser)
 
 
 def _recipe(recipe: Any) -> Any:
@@ -135,7 +137,7 @@ def _with_image(made: Sampler, image: Tensor | None) -> Sampler:
 
     if not isinstance(made, (PlanSampler, AdaptiveSampler)):
         raise ValueError(f"{type(made).__name__} cannot start from an image")
-    return replace(made, image=image)
+    return made
 
 
 def sample(
@@ -156,7 +158,7 @@ def sample(
     noise: Tensor | None = None,
     batch_size: int | None = None,
     save: str | None = None,
-    progress: bool = False,
+    progress: Progress | bool | None = None,
     guidance: float | None = None,
     **cond: Any,
 ) -> Any:
@@ -183,7 +185,7 @@ def sample(
             float64, is the state's.
         batch_size: How many samples go through the network at a time.
         save: ``"states"`` to get a :class:`Trajectory` with the states at all grid points.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, or what follows the run.
         guidance: The scale of classifier-free guidance; 1 is none.
         cond: The conditions, e.g. ``class_labels``; tensors and lists of n values are split
             among the batches.
@@ -219,15 +221,21 @@ def sample(
     NoiseSource(seed, ())  # checks the seed
 
     parts: list[Trajectory] = []
-    with _Progress(progress, made.nfe, -(-n // size)) as tick:
-        for start in range(0, n, size):
-            rows = range(start, min(start + size, n))
-            source = NoiseSource(seed, [first + i for i in rows])
-            z = initial(denoiser, source, None if noise is None else noise[start : rows.stop])
-            batch = _with_image(made, None if image is None else image[start : rows.stop])
-            part = {k: _split(v, n, rows) for k, v in cond.items()}
-            run = Run(source, part, save == "states", tick)
-            parts.append(batch.run(batch.start(z), run))
+    batches = -(-n // size)
+    with progress_of(progress) as shown:
+        shown.stage("sampling", None if made.nfe is None else made.nfe * batches)
+        for _, part in run_batches(
+            made,
+            range(first, first + n),
+            seed=seed,
+            conditions=_Rows(cond, n, first),
+            batch_size=size,
+            noise=noise,
+            image=image,
+            save=save == "states",
+            progress=shown,
+        ):
+            parts.append(part)
     if save is None:
         return torch.cat([p.x for p in parts])
     states = torch.cat([p.states for p in parts if p.states is not None], dim=1)
@@ -261,6 +269,7 @@ def steps(
         ValueError: If the sampler has no steps known beforehand.
     """
     n, noise, denoiser, cond = _checked(denoiser, n, noise, guidance, cond)
+    image = _image(image, n, denoiser, noise)
     made = sampler(
         denoiser,
         solver=solver,
@@ -270,14 +279,15 @@ def steps(
         force=force,
         grid=grid,
         head_start=head_start,
-        image=_image(image, n, denoiser, noise),
+        image=image,
         **(options or {}),
     )
     if not isinstance(made, PlanSampler):
         raise ValueError("only samplers with a plan can be followed step by step")
     source = NoiseSource(seed, range(n))
-    x = made.start(initial(denoiser, source, noise))
-    run = Run(source, {k: _split(v, n, range(n)) for k, v in cond.items()})
+    z = initial_noise(denoiser, source, noise)
+    x = made.start(z) if image is None else made.start(z, image)
+    run = Run(source, _Rows(cond, n, 0).at(range(n)))
     return _follow(made, x, run)
 
 
@@ -373,14 +383,18 @@ def _image(
     return image
 
 
-def initial(denoiser: Denoiser, source: NoiseSource, noise: Tensor | None = None) -> Tensor:
-    """Returns the initial draw, or the given one, on the device of the model."""
-    device = next((p.device for p in denoiser.parameters()), None)
-    device = device or next((b.device for b in denoiser.buffers()), torch.device("cpu"))
-    if noise is not None:
-        return noise.to(device)
-    assert denoiser.event_shape is not None
-    return source.draw(INITIAL, denoiser.event_shape, device=device)
+@dataclass(frozen=True)
+class _Rows:
+    """The conditions of n samples by their numbers, the first of which is ``first``."""
+
+    cond: Mapping[str, Any]
+    n: int
+    first: int
+
+    def at(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Returns the conditions of a batch."""
+        places = range(rows[0] - self.first, rows[-1] + 1 - self.first)
+        return {name: _split(value, self.n, places) for name, value in self.cond.items()}
 
 
 def _split(value: Any, n: int, rows: Sequence[int]) -> Any:
@@ -391,28 +405,3 @@ def _split(value: Any, n: int, rows: Sequence[int]) -> Any:
     if isinstance(value, Tensor) and len(value) == 1:
         return value.expand(len(rows), *value.shape[1:])
     return value
-
-
-class _Progress:
-    """A progress bar over network calls, if asked for."""
-
-    def __init__(self, shown: bool, nfe: int | None, batches: int) -> None:
-        self._bar = None
-        if shown:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-            self._bar = Progress(
-                "sampling", BarColumn(), MofNCompleteColumn(), "calls", TimeRemainingColumn()
-            )
-            self._task = self._bar.add_task("", total=None if nfe is None else nfe * batches)
-
-    def __enter__(self) -> Callable[[], None] | None:
-        if self._bar is None:
-            return None
-        bar = self._bar
-        bar.start()
-        return lambda: bar.advance(self._task)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -122,8 +122,6 @@ def _adaptive(
         made = AdaptiveSampler(denoiser, **options)
     except TypeError as error:
         raise TypeError(f"dopri5: {error}") from None
-    if made.image is not None:
-        raise ValueError("trajectories start from noise; leave image out")
     ends = make_grid(
         "log-rho", denoiser.schedule, 32, t_start=made.t_start, t_end=made.t_end
     ).times.tolist()

@@ -18,9 +18,9 @@ from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Clipped, Guided, Thresholded
-from fewstep.sampling.protocol import Run, Sampler
+from fewstep.sampling.batches import device_of, run_batch
+from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.recipe import SamplerRecipe
-from fewstep.sampling.sample import initial
 from fewstep.trajectories.claims import FOLDER as CLAIMS
 from fewstep.trajectories.claims import PATIENCE, Claim
 from fewstep.trajectories.conditions import Condition, from_json
@@ -150,13 +150,23 @@ class Writer:
         r"""Returns trajectories under given conditions, (B, S, \*), on the CPU."""
         dtype = DTYPES[self.manifest["dtype"]]
         model = self.sampler.denoiser
-        source = NoiseSource(self.manifest["seed"], rows)
-        # Rounded first: the trajectory of the rounded start is what is stored.
-        start = self.sampler.start(initial(model, source)).to(dtype).float()
-        self._check(start[None], rows)
-        cond = model.prepare(len(rows), {k: v.to(start.device) for k, v in values.items()})
-        run = Run(source, cond, save=True, times=self.manifest["times"])
-        done = self.sampler.run(start, run)
+        device = device_of(model)
+        cond = model.prepare(len(rows), {k: v.to(device) for k, v in values.items()})
+
+        def rounded(start: Tensor) -> Tensor:
+            # The trajectory of the rounded start is what is stored.
+            start = start.to(dtype).float()
+            self._check(start[None], rows)
+            return start
+
+        done = run_batch(
+            self.sampler,
+            NoiseSource(self.manifest["seed"], rows),
+            cond,
+            adjust=rounded,
+            save=True,
+            times=self.manifest["times"],
+        )
         assert done.states is not None
         states = done.states.to(dtype)
         self._check(states, rows)

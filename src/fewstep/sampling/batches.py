@@ -1,0 +1,148 @@
+r"""Numbered samples in batches: the one loop that ``sample``, ``record``, ``compare`` and ``tune`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.base.progress import SILENT, Progress
+from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.models.denoiser import Denoiser
+from fewstep.sampling.protocol import DEFAULT_BATCH, Run, Sampler, Trajectory
+
+
+class ConditionRows(Protocol):
+    """The conditions of numbered samples, as :class:`fewstep.models.conditions.Conditions`."""
+
+    def at(self, rows: Sequence[int], /) -> Mapping[str, Any]:
+        """Returns the conditions of these samples."""
+        ...
+
+
+def run_batches(
+    sampler: Sampler,
+    rows: int | Sequence[int],
+    *,
+    seed: int = 0,
+    conditions: ConditionRows | None = None,
+    batch_size: int | None = None,
+    noise: Tensor | None = None,
+    image: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    adjust: Callable[[Tensor], Tensor] | None = None,
+    save: bool = False,
+    times: Sequence[float] | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[tuple[Sequence[int], Trajectory]]:
+    r"""Draws numbered samples, batch by batch: yields the numbers of a batch and its trajectory.
+
+    Sample i depends on ``(seed, i)`` and its conditions alone, not on the batches. Nothing is held
+    from one batch to the next, so the memory needed is that of a batch.
+
+    Arguments:
+        sampler: The sampler.
+        rows: The numbers of the samples; an integer n stands for 0 to n - 1.
+        seed: The seed.
+        conditions: What has the conditions of numbered samples; left out, there are none.
+        batch_size: How many samples go through the network at a time; at most
+            :data:`~fewstep.sampling.protocol.DEFAULT_BATCH` if left out.
+        noise: The initial draws, with shape (n, \*), in the order of ``rows``; left out, those
+            that the seed has for each number.
+        image: Data to start from, with shape (n, \*), in the order of ``rows``.
+        dtype: The type of the initial draws, if they are not given.
+        adjust: Applied to the initial state of a batch, e.g. rounding to what a file can hold.
+        save: Whether the trajectories have their states.
+        times: The times of the states to keep; left out, all that the sampler has.
+        progress: Ticks once for each network evaluation of a batch.
+    """
+    numbers = range(rows) if isinstance(rows, int) else rows
+    size = min(len(numbers), DEFAULT_BATCH) if batch_size is None else batch_size
+    model = sampler.denoiser
+    on_call = None if progress is SILENT else progress.tick
+    for start in range(0, len(numbers), size):
+        batch = numbers[start : start + size]
+        part = slice(start, start + len(batch))
+        cond = {} if conditions is None else conditions.at(batch)
+        yield (
+            batch,
+            run_batch(
+                sampler,
+                NoiseSource(seed, batch),
+                model.prepare(len(batch), cond),
+                noise=None if noise is None else noise[part],
+                image=None if image is None else image[part],
+                dtype=dtype,
+                adjust=adjust,
+                save=save,
+                times=times,
+                on_call=on_call,
+            ),
+        )
+
+
+def run_batch(
+    sampler: Sampler,
+    source: NoiseSource,
+    cond: Mapping[str, Any],
+    *,
+    noise: Tensor | None = None,
+    image: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    adjust: Callable[[Tensor], Tensor] | None = None,
+    save: bool = False,
+    times: Sequence[float] | None = None,
+    on_call: Callable[[], None] | None = None,
+) -> Trajectory:
+    """Draws the samples of one batch; the arguments are those of :func:`run_batches`, for this batch.
+
+    Arguments:
+        sampler: The sampler.
+        source: The draws of the batch.
+        cond: Its conditions, ready for the network (see :meth:`Denoiser.prepare`).
+        noise: Its initial draws.
+        image: The data to start from.
+        dtype: The type of the initial draws, if they are not given.
+        adjust: Applied to the initial state.
+        save: Whether the trajectory has its states.
+        times: The times of the states to keep.
+        on_call: Called after each network evaluation.
+    """
+    z = initial_noise(sampler.denoiser, source, noise, dtype=dtype)
+    # Samplers without a state between noise and data have no start from an image.
+    x = sampler.start(z) if image is None else sampler.start(z, image)  # type: ignore[call-arg]
+    if adjust is not None:
+        x = adjust(x)
+    return sampler.run(x, Run(source, cond, save, on_call, times))
+
+
+def initial_noise(
+    denoiser: Denoiser,
+    source: NoiseSource,
+    noise: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    r"""Returns the initial draws of a batch, or the given ones, (B, \*), on the device of the model.
+
+    Raises:
+        ValueError: If the model does not know the shape of a sample, and no noise is given.
+    """
+    device = device_of(denoiser)
+    if noise is not None:
+        return noise.to(device)
+    if denoiser.event_shape is None:
+        raise ValueError(
+            "the shape of a sample is not known; give noise=, or Denoiser.wrap(..., event_shape=)"
+        )
+    return source.draw(INITIAL, denoiser.event_shape, dtype=dtype, device=device)
+
+
+def device_of(denoiser: Denoiser) -> torch.device:
+    """Returns the device of a model: that of its first parameter or buffer, or else the CPU."""
+    for tensors in (denoiser.parameters(), denoiser.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,82 @@
+"""The loop over numbered samples."""
+
+import torch
+
+import fewstep
+from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.models import exact
+from fewstep.sampling.batches import device_of, initial_noise, run_batches
+from fewstep.sampling.plan_sampler import PlanSampler
+
+SCHEDULE = fewstep.schedule("vp-linear")
+MODEL = exact.GaussianMixture([[1.0, -1.0], [-1.0, 1.0]], [0.3, 0.2], [0.4, 0.6], SCHEDULE)
+SAMPLER = PlanSampler(fewstep.plan("ddim", SCHEDULE, nfe=3), MODEL)
+
+
+class Counter:
+    def __init__(self):
+        self.count = 0
+
+    def stage(self, name, total=None, *, done=0):
+        pass
+
+    def tick(self, amount=1, note=""):
+        self.count += amount
+
+
+def joined(rows, **options):
+    return torch.cat([done.x for _, done in run_batches(SAMPLER, rows, **options)])
+
+
+def test_a_sample_depends_on_its_number_alone():
+    everything = joined(7, seed=3)
+    assert torch.equal(everything, fewstep.sample(MODEL, 7, plan=SAMPLER.plan, seed=3))
+    torch.testing.assert_close(joined(7, seed=3, batch_size=2), everything)
+    torch.testing.assert_close(joined([5, 0, 2], seed=3, batch_size=2), everything[[5, 0, 2]])
+
+
+def test_batches_carry_their_numbers_and_progress():
+    progress = Counter()
+    sizes = [list(rows) for rows, _ in run_batches(SAMPLER, 5, batch_size=2, progress=progress)]
+    assert sizes == [[0, 1], [2, 3], [4]]
+    assert progress.count == 3 * SAMPLER.nfe
+
+
+def test_noise_and_image_are_in_the_order_of_the_rows():
+    noise, image = torch.randn(4, 2), torch.randn(4, 2)
+    at_once = joined(range(10, 14), noise=noise, image=image)
+    torch.testing.assert_close(
+        joined(range(10, 14), noise=noise, image=image, batch_size=3), at_once
+    )
+    assert not torch.allclose(at_once, joined(range(10, 14), noise=noise))
+
+
+def test_conditions_are_asked_for_by_number():
+    class Labels:
+        def at(self, rows):
+            return {"label": torch.tensor([10.0 * i for i in rows])}
+
+    model = fewstep.Denoiser.wrap(
+        lambda x, t, label: label[:, None] + 0 * x,
+        schedule=SCHEDULE,
+        prediction="x0",
+        event_shape=(2,),
+    )
+    made = PlanSampler(fewstep.plan("ddim", SCHEDULE, nfe=2, grid="uniform", to_zero=True), model)
+    x = torch.cat([done.x for _, done in run_batches(made, [3, 1, 2], conditions=Labels())])
+    torch.testing.assert_close(x[:, 0], torch.tensor([30.0, 10.0, 20.0]))
+
+
+def test_the_initial_state_can_be_adjusted_and_states_kept():
+    times = SAMPLER.plan.knots[[0, -1]].tolist()
+    (_, done), *_ = run_batches(SAMPLER, 2, adjust=torch.zeros_like, save=True, times=times)
+    assert done.states is not None
+    assert done.states.shape == (2, 2, 2)
+    assert not done.states[0].any()
+
+
+def test_initial_noise_is_that_of_the_numbers():
+    source = NoiseSource(4, [2, 9])
+    assert torch.equal(initial_noise(MODEL, source), source.draw(INITIAL, (2,)))
+    assert initial_noise(MODEL, source, dtype=torch.float64).dtype == torch.float64
+    assert device_of(MODEL) == torch.device("cpu")
