@@ -5,7 +5,7 @@ import torch
 import fewstep
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.models import exact
-from fewstep.sampling.batches import device_of, initial_noise, run_batches
+from fewstep.sampling.batches import initial_noise, run_batches
 from fewstep.sampling.plan_sampler import PlanSampler
 
 SCHEDULE = fewstep.schedule("vp-linear")
@@ -79,4 +79,4 @@ def test_initial_noise_is_that_of_the_numbers():
     source = NoiseSource(4, [2, 9])
     assert torch.equal(initial_noise(MODEL, source), source.draw(INITIAL, (2,)))
     assert initial_noise(MODEL, source, dtype=torch.float64).dtype == torch.float64
-    assert device_of(MODEL) == torch.device("cpu")
+    assert MODEL.device == torch.device("cpu")

@@ -19,8 +19,9 @@ from fewstep.comparison.store import REFERENCE, Cell, Store, joined
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.metrics import Reference
 from fewstep.metrics.features import extractor
+from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
-from fewstep.sampling.batches import device_of, initial_noise, run_batch
+from fewstep.sampling.batches import initial_noise, run_batch
 from fewstep.sampling.protocol import Sampler
 
 ENDS = ("lowest level", "sigma = 0")
@@ -80,7 +81,7 @@ class Setting:
 
     def part(self, rows: range) -> dict[str, Any]:
         """Returns the conditions of a batch."""
-        return {name: _rows(value, self.n, rows) for name, value in self.cond.items()}
+        return select(self.cond, rows)
 
 
 class Runner:
@@ -169,7 +170,7 @@ class Runner:
         model = job.made.denoiser
         source = Counting(self.setting.seed, rows)
         cond = model.prepare(len(rows), self.setting.part(rows))
-        device = device_of(model)
+        device = model.device
         noise = initial_noise(model, source)
         source.drawn = False
         _wait(device)
@@ -253,12 +254,6 @@ def _about(job: Job) -> dict[str, Any]:
 def _look(data: Reference, x: Tensor) -> Tensor:
     with torch.no_grad():
         return extractor(data.extractor)(x.float()).flatten(1).float().cpu()
-
-
-def _rows(value: Any, n: int, rows: range) -> Any:
-    if isinstance(value, (list, Tensor)) and (not isinstance(value, Tensor) or value.ndim):
-        return value[rows.start : rows.stop] if len(value) == n else value
-    return value
 
 
 def _wait(device: torch.device) -> None:

@@ -18,7 +18,6 @@ from fewstep.diffusion.noise import NoiseSource
 from fewstep.metrics import Reference
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
-from fewstep.sampling.batches import device_of
 
 
 @dataclass(frozen=True)
@@ -194,5 +193,5 @@ def _question(setting: Setting, target: Job, guidance: float | None) -> dict[str
         "reference": target.entry.name,
         "reference_nfe": target.nfe,
         "batch_size": setting.batch_size,
-        "device": device_of(setting.denoiser).type,
+        "device": setting.denoiser.device.type,
     }

@@ -3,7 +3,6 @@ r"""Denoisers: any network in one coordinate system."""
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import Prediction, convert
 from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.conditions import AcceptedConditions, Conditions
 
 
 class Denoiser(nn.Module, ABC):
@@ -26,6 +26,7 @@ class Denoiser(nn.Module, ABC):
         null_condition: For each condition, the value that stands for none (for guidance).
         data_mean: The mean of the data, a number or of the event's shape (for a head start).
         data_std: The standard deviation of the data, likewise.
+        accepts: The conditions that the network takes.
         calls: The network calls of one evaluation (2 with guidance).
     """
 
@@ -33,6 +34,7 @@ class Denoiser(nn.Module, ABC):
     native: Prediction
     event_shape: tuple[int, ...] | None = None
     null_condition: Mapping[str, Any] = {}
+    accepts: AcceptedConditions = AcceptedConditions()
     data_mean: Tensor | float | None = None
     data_std: Tensor | float | None = None
     calls: int = 1
@@ -54,6 +56,8 @@ class Denoiser(nn.Module, ABC):
             cond: The conditions, e.g. ``class_labels``.
         """
         target = Prediction.of(prediction)
+        if any(not isinstance(v, Tensor) or not v.ndim for v in cond.values()):
+            cond = Conditions.of(self, len(x), cond).at(range(len(x)), x.device)
         times = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         value = self.raw(x, _times(times, x), **cond)
         if target is self.native:
@@ -67,29 +71,21 @@ class Denoiser(nn.Module, ABC):
             target=target,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter or buffer; the CPU if there is none."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    @final
     def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
-        """Checks the conditions for n samples before any network call, and spreads single values.
+        """Returns the conditions ready for one batch of n samples, on the model's device.
 
         Raises:
-            ValueError: If a condition does not fit; the message says which and how.
+            ValueError, TypeError: If a condition does not fit; see :meth:`Conditions.of`.
         """
-        ready: dict[str, Any] = {}
-        for name, value in cond.items():
-            many = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
-            if many and len(value) not in (1, n):
-                raise ValueError(
-                    f"the condition {name!r} has {len(value)} values for {n} samples; give 1 or {n}"
-                )
-            if name in self.null_condition and not isinstance(value, (Tensor, list)):
-                # One value a sample: guidance puts the null value beside each.
-                number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                value = torch.full((n,), value) if number else [value] * n
-            elif isinstance(value, Tensor) and name in self.null_condition and not value.ndim:
-                value = value.expand(n)
-            elif isinstance(value, list) and len(value) == 1:
-                value = value * n
-            ready[name] = value
-        return ready
+        return Conditions.of(self, n, cond).at(range(n))
 
     def built_in_sampler(self) -> Any:
         """Returns the sampler that this model brings, or ``None``: any solver samples it then."""
@@ -121,6 +117,7 @@ class Denoiser(nn.Module, ABC):
         to_model_time: Callable[[Tensor], Tensor] | None = None,
         integer_times: bool = False,
         null_condition: Mapping[str, Any] | None = None,
+        num_classes: int | None = None,
         data_mean: Tensor | float | None = None,
         data_std: Tensor | float | None = None,
     ) -> Denoiser:
@@ -136,6 +133,8 @@ class Denoiser(nn.Module, ABC):
             integer_times: Whether the network knows only whole indices: grids are then rounded
                 when they are made, and stages between grid points get the nearest index.
             null_condition: For each condition the value that stands for none, for guidance.
+            num_classes: The number of classes; labels outside are then refused. Left out, the
+                network's attribute of that name, if it has one.
             data_mean: The mean of the data, for a head start.
             data_std: The standard deviation of the data, for a head start.
 
@@ -160,6 +159,7 @@ class Denoiser(nn.Module, ABC):
             to_model_time=to_model_time,
             integer_times=integer_times,
             null_condition=null_condition,
+            num_classes=num_classes,
             data_mean=data_mean,
             data_std=data_std,
         )
@@ -184,6 +184,7 @@ class WrappedNetwork(Denoiser):
         to_model_time: Callable[[Tensor], Tensor] | None = None,
         integer_times: bool = False,
         null_condition: Mapping[str, Any] | None = None,
+        num_classes: int | None = None,
         data_mean: Tensor | float | None = None,
         data_std: Tensor | float | None = None,
     ) -> None:
@@ -196,7 +197,7 @@ class WrappedNetwork(Denoiser):
         self.null_condition = dict(null_condition or {})
         self.data_mean, self.data_std = data_mean, data_std
         self._to_model_time = to_model_time
-        self._names = _condition_names(network)
+        self.accepts = AcceptedConditions.of(network, num_classes=num_classes)
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         if self.integer_times:
@@ -211,23 +212,3 @@ class WrappedNetwork(Denoiser):
                 "(of a network with learned variances take the first half of the channels)"
             )
         return value
-
-    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
-        if self._names is not None and (unknown := sorted(set(cond) - self._names)):
-            known = ", ".join(sorted(self._names)) or "none"
-            raise ValueError(
-                f"the network takes no condition {unknown[0]!r}; its conditions: {known}"
-            )
-        return super().prepare(n, cond)
-
-
-def _condition_names(network: Callable[..., Tensor]) -> set[str] | None:
-    """Returns the names of the conditions, or ``None`` if any name is accepted."""
-    target = network.forward if isinstance(network, nn.Module) else network
-    try:
-        parameters = list(inspect.signature(target).parameters.values())
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters[2:]}

@@ -6,7 +6,7 @@ They know the truth, so a solver's error on them is the solver's alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,23 +15,16 @@ from torch import Tensor
 from fewstep.diffusion.noise import generator_at
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.conditions import AcceptedConditions
 from fewstep.models.denoiser import Denoiser
 
 Numbers = Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 
-class _Exact(Denoiser):
-    """What the exact denoisers share: they know no conditions."""
-
-    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
-        if cond:
-            raise ValueError(
-                f"an exact model takes no conditions, got {', '.join(sorted(cond))}; leave them out"
-            )
-        return super().prepare(n, cond)
+NO_CONDITIONS = AcceptedConditions(frozenset(), owner="an exact model")
 
 
-class GaussianMixture(_Exact):
+class GaussianMixture(Denoiser):
     r"""The exact denoiser of a mixture of isotropic Gaussians.
 
     .. math:: \varepsilon(x, t) = \sigma \sum_k r_k \frac{x - \alpha m_k}{\alpha^2 s_k^2 + \sigma^2}, \qquad
@@ -44,6 +37,7 @@ class GaussianMixture(_Exact):
         schedule: The noise schedule.
     """
 
+    accepts = NO_CONDITIONS
     means: Tensor
     stds: Tensor
     weights: Tensor
@@ -108,7 +102,7 @@ class GaussianMixture(_Exact):
         return self.schedule.alpha(time) * x0 + self.schedule.sigma(time) * noise
 
 
-class DataSet(_Exact):
+class DataSet(Denoiser):
     r"""The optimal denoiser of a finite data set: what a network of unlimited size would learn.
 
     .. math:: x_0(x, t) = \sum_i r_i \, x^{(i)}, \qquad r_i \propto \exp\left( -\frac{\|x - \alpha x^{(i)}\|^2}{2 \sigma^2} \right)
@@ -121,6 +115,7 @@ class DataSet(_Exact):
         chunk: How many points are compared at a time.
     """
 
+    accepts = NO_CONDITIONS
     points: Tensor
 
     def __init__(self, points: Tensor, schedule: NoiseSchedule, *, chunk: int = 16_384) -> None:

@@ -75,33 +75,6 @@ class FolderModel(WrappedNetwork):
         weights = next(self.parameters())
         return super().raw(x.to(weights.dtype), t, **cond).to(x.dtype)
 
-    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
-        ready = super().prepare(n, cond)
-        labels = ready.get("class_labels")
-        if labels is None:
-            return {}
-        classes = self.network.num_classes  # type: ignore[attr-defined]
-        if classes is None:
-            raise ValueError("this model has no classes; leave class_labels out")
-        try:
-            labels = torch.as_tensor(labels)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"class_labels must be integers, got {labels!r:.60}") from None
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"class_labels must be integers, got {labels.dtype}")
-        labels = labels.expand(n) if labels.ndim == 0 or len(labels) == 1 else labels
-        if tuple(labels.shape) != (n,):
-            raise ValueError(
-                f"class_labels must be one integer or {n}, got shape {tuple(labels.shape)}"
-            )
-        if int(labels.min()) < 0 or int(labels.max()) > classes:
-            raise ValueError(
-                f"class_labels must be from 0 to {classes - 1} ({classes} is no class), got "
-                f"{int(labels.min())} to {int(labels.max())}"
-            )
-        device = next(self.parameters()).device
-        return {"class_labels": labels.to(device=device, dtype=torch.int64)}
-
 
 def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
     """Reads the model that :func:`write_model` wrote.
@@ -149,6 +122,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
             prediction=Prediction.of(about["prediction"]),
             event_shape=shape,
             null_condition={"class_labels": classes} if classes else {},
+            num_classes=classes,
             data_mean=mean,
             data_std=std,
         )

@@ -3,13 +3,14 @@ r"""What wraps a denoiser: guidance, clipping, thresholds."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction
+from fewstep.models.conditions import joined
 from fewstep.models.denoiser import Denoiser
 
 
@@ -29,15 +30,12 @@ class _Wrapper(Denoiser):
         self.schedule, self.native = inner.schedule, inner.native
         self.event_shape, self.null_condition = inner.event_shape, inner.null_condition
         self.data_mean, self.data_std = inner.data_mean, inner.data_std
-        self.calls = inner.calls
+        self.calls, self.accepts = inner.calls, inner.accepts
         self.integer_times = getattr(inner, "integer_times", False)
 
     def fingerprint(self) -> str:
         """Returns that of the model inside."""
         return self.inner.fingerprint()
-
-    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
-        return self.inner.prepare(n, cond)
 
 
 class Guided(_Wrapper):
@@ -64,37 +62,28 @@ class Guided(_Wrapper):
             raise ValueError(f"the scale of guidance is a finite number, got {scale!r}")
         self.scale = float(scale)
         self.calls = 2 * inner.calls
+        self.accepts = replace(inner.accepts, any_of=frozenset(inner.null_condition))
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        self._check_conditions(cond)
-        both: dict[str, Any] = {}
-        for name, value in cond.items():
-            guided = name in self.null_condition
-            null = self.null_condition.get(name)
-            if isinstance(value, Tensor) and value.ndim:
-                other = torch.as_tensor(null).to(value).expand_as(value) if guided else value
-                both[name] = torch.cat([value, other])
-            elif isinstance(value, list):
-                both[name] = value + ([null] * len(value) if guided else value)
-            elif guided:
-                raise ValueError(
-                    f"guidance needs one value of {name!r} a sample, got {value!r:.60}"
-                )
-            else:
-                both[name] = value
+        empty = {
+            name: _no_condition(self.null_condition[name], value, name)
+            if name in self.null_condition
+            else value
+            for name, value in cond.items()
+        }
+        both = joined(cond, empty)
         value = self.inner.raw(torch.cat([x, x]), torch.cat([t, t]), **both)
         conditional, unconditional = value.chunk(2)
         return torch.lerp(unconditional, conditional, self.scale)
 
-    def prepare(self, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
-        self._check_conditions(cond)
-        return super().prepare(n, cond)
 
-    def _check_conditions(self, cond: Mapping[str, Any]) -> None:
-        if not any(name in self.null_condition for name in cond):
-            raise ValueError(
-                f"guidance needs a condition, one of: {', '.join(self.null_condition)}"
-            )
+def _no_condition(null: Any, value: Any, name: str) -> Any:
+    """Returns the null value once for each row of a condition."""
+    if isinstance(value, Tensor) and value.ndim:
+        return torch.as_tensor(null).to(value).expand_as(value)
+    if isinstance(value, list):
+        return [null] * len(value)
+    raise ValueError(f"guidance needs one value of {name!r} for each sample, got {value!r:.60}")
 
 
 class Clipped(_Wrapper):

@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep.diffusion.grids import TimeGrid, grid
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
 from fewstep.solvers.base import check_number
 
@@ -106,12 +107,11 @@ class Field:
         self.probes: Tensor | None = None
         self._shape = x.shape[1:]
         self._all, self._cond = cond, cond
-        self._batch = len(x)
         self._on_call = on_call
 
     def keep(self, index: Tensor, kept: Tensor) -> None:
         """Continues with the samples ``index`` of the batch, which are the rows ``kept``."""
-        self._cond = select_conditions(self._all, self._batch, index)
+        self._cond = select(self._all, index)
         if self.probes is not None:
             self.probes = self.probes[:, kept.to(self.probes.device)]
 
@@ -202,23 +202,6 @@ def exact_type(x: Tensor) -> torch.dtype:
     """Returns the type in which sums over the dimensions of a state are made."""
     # Sums over thousands of dimensions need float64; one kind of device has none.
     return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def select_conditions(cond: Mapping[str, Any], batch: int, index: Tensor) -> dict[str, Any]:
-    """Returns the conditions of some samples of a batch."""
-    if len(index) == batch:
-        return dict(cond)
-    chosen: dict[str, Any] = {}
-    for name, value in cond.items():
-        if isinstance(value, Tensor) and value.ndim and len(value) == batch:
-            chosen[name] = value[index.to(value.device)]
-        elif isinstance(value, list) and len(value) == batch:
-            chosen[name] = [value[i] for i in index.tolist()]
-        elif isinstance(value, Tensor) and value.ndim and len(value) == 1:
-            chosen[name] = value.expand(len(index), *value.shape[1:])
-        else:
-            chosen[name] = value
-    return chosen
 
 
 def time_span(schedule: NoiseSchedule, t_start: float | None, t_end: float | None) -> TimeGrid:

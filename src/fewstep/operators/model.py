@@ -36,6 +36,7 @@ class OperatorModel(Denoiser):
         inner = operator.model
         self.schedule, self.native = inner.schedule, Prediction.X0
         self.event_shape = inner.event_shape
+        self.accepts, self.null_condition = inner.accepts, inner.null_condition
         self.class_names = getattr(inner, "class_names", None)
         self.about = about or {}
 
@@ -46,9 +47,6 @@ class OperatorModel(Denoiser):
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         raise ValueError(ONE_CALL)
-
-    def prepare(self, n: int, cond: Any) -> dict[str, Any]:
-        return self.operator.model.prepare(n, cond)
 
     def built_in_sampler(self) -> OperatorSampler:
         """Returns the sampler of one evaluation."""

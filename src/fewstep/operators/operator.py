@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.conditions import repeat
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.capacity import Deeper, Pointwise
 from fewstep.operators.insertion import Site, Sites, TimeAxis, attach, blocks, detach, is_known
@@ -130,7 +131,7 @@ class TrajectoryOperator(nn.Module):
         column = (-1, *[1] * (x.ndim - 1))
         rows = x.repeat_interleave(frames, 0) if frames > 1 else x
         scale = self.scale.to(x.dtype).repeat(batch).reshape(column)
-        repeated = {k: _repeat(v, batch, frames) for k, v in cond.items()}
+        repeated = repeat(cond, frames)
         value = self.model.raw(rows * scale, self.labels.repeat(batch), **repeated)
         keep = self.keep.to(x.dtype).repeat(batch).reshape(column)
         gain = self.gain.to(x.dtype).repeat(batch).reshape(column)
@@ -176,13 +177,3 @@ def _block(site: Site, layout: Layout) -> nn.Module:
     # A residual block of two convolutions costs as much as a hidden width of nine channels.
     hidden = layout.size * site.channels * (9 if layout.extra == "deeper" else 1)
     return Pointwise(site.channels, max(1, round(hidden)), tokens=site.tokens)
-
-
-def _repeat(value: Any, batch: int, frames: int) -> Any:
-    if frames == 1:
-        return value
-    if isinstance(value, Tensor) and value.ndim and len(value) == batch:
-        return value.repeat_interleave(frames, 0)
-    if isinstance(value, list) and len(value) == batch:
-        return [item for item in value for _ in range(frames)]
-    return value

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.protocol import DEFAULT_BATCH, Run, Sampler, Trajectory
 
@@ -66,12 +67,14 @@ def run_batches(
         batch = numbers[start : start + size]
         part = slice(start, start + len(batch))
         cond = {} if conditions is None else conditions.at(batch)
+        if not isinstance(conditions, Conditions):
+            cond = model.prepare(len(batch), cond)
         yield (
             batch,
             run_batch(
                 sampler,
                 NoiseSource(seed, batch),
-                model.prepare(len(batch), cond),
+                cond,
                 noise=None if noise is None else noise[part],
                 image=None if image is None else image[part],
                 dtype=dtype,
@@ -130,7 +133,7 @@ def initial_noise(
     Raises:
         ValueError: If the model does not know the shape of a sample, and no noise is given.
     """
-    device = device_of(denoiser)
+    device = denoiser.device
     if noise is not None:
         return noise.to(device)
     if denoiser.event_shape is None:
@@ -138,11 +141,3 @@ def initial_noise(
             "the shape of a sample is not known; give noise=, or Denoiser.wrap(..., event_shape=)"
         )
     return source.draw(INITIAL, denoiser.event_shape, dtype=dtype, device=device)
-
-
-def device_of(denoiser: Denoiser) -> torch.device:
-    """Returns the device of a model: that of its first parameter or buffer, or else the CPU."""
-    for tensors in (denoiser.parameters(), denoiser.buffers()):
-        for tensor in tensors:
-            return tensor.device
-    return torch.device("cpu")

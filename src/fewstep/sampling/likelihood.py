@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.diffusion.grids import grid
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
 from fewstep.ode.dormand_prince import Integration, Solution
@@ -26,7 +27,6 @@ from fewstep.ode.field import (
     exact_type,
     finite_rows,
     not_finite,
-    select_conditions,
     stage_weights,
     volume_change,
 )
@@ -127,7 +127,7 @@ def log_likelihood(
         raise ValueError(f"probe must be 'rademacher' or 'normal', got {probe!r}")
     check_tolerances(rtol, atol, max_steps)
     method = _method(solver, steps)
-    ready = denoiser.prepare(len(x), cond)
+    conditions = Conditions.of(denoiser, len(x), cond)
     if guidance is not None and guidance != 1:
         denoiser = Guided(denoiser, guidance)
     schedule = denoiser.schedule
@@ -139,7 +139,7 @@ def log_likelihood(
         part = x.detach()[rows.to(x.device)]
         samples = [first + i for i in rows.tolist()]
         probed = None if exact else _probes(NoiseSource(seed, samples), part, probes, probe)
-        network = Field(denoiser, part, select_conditions(ready, len(x), rows), divergence=True)
+        network = Field(denoiser, part, conditions.at(rows.tolist(), part.device), divergence=True)
         network.probes = probed
         if method is None:
             done = Integration(network, times[[0, -1]], rtol, atol, max_steps, samples).run(part)

@@ -3,7 +3,7 @@ r"""Sampling: ``sample`` and ``steps``."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from fewstep.base.progress import Progress, progress_of
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.prediction import Prediction, convert
+from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
 from fewstep.plans.execute import Call
@@ -199,7 +200,7 @@ def sample(
     """
     if save not in (None, "states"):
         raise ValueError(f"save must be None or 'states', got {save!r}")
-    n, noise, denoiser, cond = _checked(denoiser, n, noise, guidance, cond)
+    n, noise, denoiser, conditions = _checked(denoiser, n, noise, guidance, cond, first)
     image = _image(image, n, denoiser, noise)
     made = sampler(
         denoiser,
@@ -228,7 +229,7 @@ def sample(
             made,
             range(first, first + n),
             seed=seed,
-            conditions=_Rows(cond, n, first),
+            conditions=conditions,
             batch_size=size,
             noise=noise,
             image=image,
@@ -268,7 +269,7 @@ def steps(
     Raises:
         ValueError: If the sampler has no steps known beforehand.
     """
-    n, noise, denoiser, cond = _checked(denoiser, n, noise, guidance, cond)
+    n, noise, denoiser, conditions = _checked(denoiser, n, noise, guidance, cond)
     image = _image(image, n, denoiser, noise)
     made = sampler(
         denoiser,
@@ -287,7 +288,7 @@ def steps(
     source = NoiseSource(seed, range(n))
     z = initial_noise(denoiser, source, noise)
     x = made.start(z) if image is None else made.start(z, image)
-    run = Run(source, _Rows(cond, n, 0).at(range(n)))
+    run = Run(source, conditions.at(range(n), x.device))
     return _follow(made, x, run)
 
 
@@ -323,7 +324,8 @@ def _checked(
     noise: Tensor | None,
     guidance: float | None,
     cond: Mapping[str, Any],
-) -> tuple[int, Tensor | None, Denoiser, dict[str, Any]]:
+    first: int = 0,
+) -> tuple[int, Tensor | None, Denoiser, Conditions]:
     if not isinstance(denoiser, Denoiser):
         raise TypeError(
             f"a Denoiser is needed, got {type(denoiser).__name__}; "
@@ -351,14 +353,9 @@ def _checked(
         raise ValueError("give n, the number of samples, or noise")
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"n must be a positive integer, got {n!r}")
-    ready = denoiser.prepare(n, cond)
     if guidance is not None and guidance != 1:
         denoiser = Guided(denoiser, guidance)
-        if not ready:
-            raise ValueError(
-                f"guidance needs a condition, one of: {', '.join(denoiser.null_condition)}"
-            )
-    return n, noise, denoiser, ready
+    return n, noise, denoiser, Conditions.of(denoiser, n, cond, first=first)
 
 
 def _image(
@@ -381,27 +378,3 @@ def _image(
             f"image must have shape {tuple(shape or ())} or ({n}, ...), got {tuple(image.shape)}"
         )
     return image
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The conditions of n samples by their numbers, the first of which is ``first``."""
-
-    cond: Mapping[str, Any]
-    n: int
-    first: int
-
-    def at(self, rows: Sequence[int]) -> dict[str, Any]:
-        """Returns the conditions of a batch."""
-        places = range(rows[0] - self.first, rows[-1] + 1 - self.first)
-        return {name: _split(value, self.n, places) for name, value in self.cond.items()}
-
-
-def _split(value: Any, n: int, rows: Sequence[int]) -> Any:
-    if isinstance(value, Tensor) and not value.ndim:
-        return value
-    if isinstance(value, (Tensor, list)) and len(value) == n:
-        return value[rows[0] : rows[-1] + 1]
-    if isinstance(value, Tensor) and len(value) == 1:
-        return value.expand(len(rows), *value.shape[1:])
-    return value

@@ -18,7 +18,7 @@ from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Clipped, Guided, Thresholded
-from fewstep.sampling.batches import device_of, run_batch
+from fewstep.sampling.batches import run_batch
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.trajectories.claims import FOLDER as CLAIMS
@@ -150,7 +150,7 @@ class Writer:
         r"""Returns trajectories under given conditions, (B, S, \*), on the CPU."""
         dtype = DTYPES[self.manifest["dtype"]]
         model = self.sampler.denoiser
-        device = device_of(model)
+        device = model.device
         cond = model.prepare(len(rows), {k: v.to(device) for k, v in values.items()})
 
         def rounded(start: Tensor) -> Tensor:
