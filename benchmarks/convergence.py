@@ -26,7 +26,8 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.exact import GaussianMixture
 from fewstep.plans.checks import gaussian_moments
-from fewstep.plans.plan import Lin, Plan
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Lin
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.protocol import Run
 from fewstep.solvers import SOLVERS

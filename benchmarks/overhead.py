@@ -32,7 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fewstep
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.plans.execute import Execution
-from fewstep.plans.plan import Lin, Plan
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Lin
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.protocol import Run
 

@@ -15,7 +15,8 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.schedules import SCHEDULES, NoiseSchedule, schedule
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.exact import GaussianMixture
-from fewstep.plans.plan import Lin, Plan
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Lin
 
 GRID_KINDS = ("uniform", "quadratic", "log-rho", "karras")
 """The grids that place any number of steps by themselves, without further options."""

@@ -14,7 +14,8 @@ from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.prediction import Prediction
 from fewstep.models import exact
 from fewstep.plans.execute import Execution, execute, functional
-from fewstep.plans.plan import Eval, Lin, Plan, Structure
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin, Structure
 from fewstep.sampling.binding import bind
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.protocol import Run

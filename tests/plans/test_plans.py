@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import fewstep
 from fewstep.base.files import MOST_NESTED
 from fewstep.diffusion.prediction import Prediction
-from fewstep.plans.plan import Eval, Lin, Noise, Plan, Structure
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin, Noise, Structure
 
 SCHEDULE = fewstep.schedule("vp-linear")
 FUZZ = settings(

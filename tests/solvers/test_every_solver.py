@@ -16,8 +16,9 @@ from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.exact import GaussianMixture, smooth
 from fewstep.plans.checks import Moments, gaussian_moments, point_mass_defect
-from fewstep.plans.plan import Plan, reads
+from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import convert_plan
+from fewstep.plans.structure import reads
 from fewstep.solvers import SOLVERS, Solver
 from reference import (
     GRID_KINDS,

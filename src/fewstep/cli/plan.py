@@ -214,11 +214,7 @@ def _weights(plan: Plan) -> list[str]:
 
 def _end(plan: Plan) -> tuple[float, float]:
     """Returns the scales of data and noise at the last knot."""
-    from fewstep.diffusion.grids import TimeGrid
-
-    zero = float(plan.knots[-1]) == plan.schedule.t_zero
-    grid = TimeGrid(plan.schedule, plan.knots.detach(), zero)
-    return float(grid.alpha[-1]), float(grid.sigma[-1])
+    return float(plan.grid.alpha[-1].detach()), float(plan.grid.sigma[-1].detach())
 
 
 def _point_defect(plan: Plan) -> float:

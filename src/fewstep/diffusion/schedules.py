@@ -82,6 +82,14 @@ class NoiseSchedule(ABC):
         return (-self.lam(t)).exp()
 
     @final
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns :math:`\alpha` and :math:`\sigma` at the points of a grid, 1 and 0 at the label ``t_zero``."""
+        end = t <= self.t_zero
+        inside = torch.where(end, torch.full_like(t, self.t_min), t)
+        alpha = torch.where(end, torch.ones_like(t), self.alpha(inside))
+        return alpha, torch.where(end, torch.zeros_like(t), self.sigma(inside))
+
+    @final
     def drift(self, t: Tensor) -> Tensor:
         r"""Returns :math:`f(t) = d \log \alpha / dt` of the forward SDE :math:`dx = f x dt + g dw`."""
         return _derivative(self.log_alpha, t)

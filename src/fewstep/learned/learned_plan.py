@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
-from fewstep.plans.plan import Eval, Lin, Noise, Plan, Row, Structure
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin, Noise, Row, Structure
 from fewstep.plans.tape import Tape
 from fewstep.sampling.planning import GRID_OPTIONS
 from fewstep.sampling.planning import plan as make_plan
@@ -78,10 +79,7 @@ class Base:
             integer_times=integer_times,
             **options,
         )
-        end = float(plan.knots[-1])
-        zero = end == schedule.t_zero and end < schedule.t_min
-        knots = TimeGrid(schedule, plan.knots, zero)
-        return cls(method, knots, plan.head, integer_times)
+        return cls(method, plan.grid, plan.head, integer_times)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -165,6 +163,7 @@ class LearnedPlan(nn.Module, ABC):
             self.base.schedule,
             self.base.head,
             name or self.base.solver.name,
+            self.base.grid.ends_at_zero,
         )
 
     @property

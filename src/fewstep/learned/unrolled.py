@@ -15,7 +15,7 @@ from fewstep.learned.learned_plan import LearnedPlan, Numbers
 from fewstep.learned.objectives import Outcome
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.execute import functional
-from fewstep.plans.plan import Structure
+from fewstep.plans.structure import Structure
 
 GRADIENTS = ("full", "cut")
 

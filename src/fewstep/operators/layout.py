@@ -98,8 +98,8 @@ def output_map(
         layout: How labels and outputs are taken.
     """
     t = torch.tensor(times, dtype=torch.float64)
-    alpha, sigma = scales(schedule, t)
-    (alpha_0,), (sigma_0,) = scales(schedule, torch.tensor([start], dtype=torch.float64))
+    alpha, sigma = schedule.scales(t)
+    (alpha_0,), (sigma_0,) = schedule.scales(torch.tensor([start], dtype=torch.float64))
     told = t if layout.labels == "target" else torch.full_like(t, start)
     told = told.clamp(schedule.t_min, schedule.t_max)
     alpha_l, sigma_l = schedule.alpha(told), schedule.sigma(told)
@@ -147,11 +147,3 @@ def well_posed_output(
     )
     size = factor.abs()
     return "convert" if bool(((size > 0.1) & (size < 10)).all()) else "direct"
-
-
-def scales(schedule: NoiseSchedule, times: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns :math:`\alpha, \sigma` at times, 1 and 0 where a grid has ended at :math:`\sigma = 0`."""
-    end = times <= schedule.t_zero
-    inside = torch.where(end, torch.full_like(times, schedule.t_min), times)
-    alpha = torch.where(end, torch.ones_like(times), schedule.alpha(inside))
-    return alpha, torch.where(end, torch.zeros_like(times), schedule.sigma(inside))

@@ -13,7 +13,6 @@ from fewstep.base.registry import unknown
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.networks.unet import SmallUNet
-from fewstep.operators.layout import scales
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 r"""Takes two batches of states (N, \*) and returns their distances (N); differentiable."""
@@ -188,7 +187,7 @@ def loss_weights(
             return torch.ones(len(times), dtype=torch.float64)
         if not 1 <= lambda_max < float("inf"):
             raise ValueError(f"lambda_max must be at least 1, got {lambda_max!r}")
-        alpha, sigma = scales(schedule, torch.tensor(list(times), dtype=torch.float64))
+        alpha, sigma = schedule.scales(torch.tensor(list(times), dtype=torch.float64))
         return (alpha / sigma).clamp(1, lambda_max)
     table = torch.tensor([float(w) for w in weights], dtype=torch.float64)
     if len(table) != len(times):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.plans.plan import Eval, Lin, Plan, Structure
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin, Structure
 
 NOTHING = -1
 """Stands for no register."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction, coefficients, mixture
-from fewstep.plans.plan import Eval, Lin, Noise, Plan
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin, Noise
 
 
 class Moments(NamedTuple):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fewstep.plans.buffers import NOTHING, Ask, Sum, lay_out
-from fewstep.plans.plan import Eval, Lin, Noise, Plan, Row, Structure
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin, Noise, Row, Structure
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """Takes a state (B, *) and a time (), returns the plan's prediction (B, *)."""

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 
 from fewstep.diffusion.prediction import Prediction, coefficients
-from fewstep.plans.plan import Eval, Lin, Plan
-from fewstep.plans.tape import Form
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin
+from fewstep.plans.tape import Form, Tape
 
 SMALL_ALPHA = 1e-3
 """Below it an eps-plan and a network that predicts something else are merged in float64."""
@@ -30,13 +31,9 @@ def convert_plan(plan: Plan, prediction: Prediction | str, *, shared: bool = Fal
     target = Prediction.of(prediction)
     if target is plan.prediction:
         return plan
-    from fewstep.diffusion.grids import TimeGrid
-    from fewstep.plans.tape import Form, Tape
-
     a, b = coefficients(target, plan.prediction, alpha=plan.scales[:, 0], sigma=plan.scales[:, 1])
     by_state = (a.detach().abs() >= b.detach().abs()).tolist()
-    zero = float(plan.knots[-1].detach()) == plan.schedule.t_zero
-    tape = Tape(TimeGrid(plan.schedule, plan.knots, zero), target)
+    tape = Tape(plan.grid, target)
     registers: list[Form] = [tape.x]
     for row in plan.structure.rows:
         if isinstance(row, Lin):

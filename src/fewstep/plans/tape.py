@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
-from fewstep.plans.plan import Eval, Lin, Noise, Plan, Row, Structure
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin, Noise, Row, Structure
 
 Scalar = Tensor | float
 
@@ -105,4 +106,5 @@ class Tape:
             self.grid.times,
             self.grid.schedule,
             name=name,
+            ends_at_zero=self.grid.ends_at_zero,
         )

@@ -12,8 +12,8 @@ from fewstep.base.files import loads_json, write_atomic
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
-from fewstep.plans.plan import FORMAT as PLAN_FORMAT
 from fewstep.plans.plan import Plan
+from fewstep.plans.serial import FORMAT as PLAN_FORMAT
 from fewstep.sampling.fitted import PREFIX, FittedGrids, is_fitted
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.planning import plan as make_plan

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction, coefficients
 from fewstep.models.denoiser import Denoiser
-from fewstep.plans.plan import Eval, Lin, Plan
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin
 from fewstep.studies.reference import Reference, coordinate, grid_of, run_plan
 from fewstep.studies.spline import spline_matrix
 
@@ -192,7 +193,7 @@ def step_errors(plan: Plan, path: Path) -> StepErrors:
     if plan.stochastic:
         raise ValueError("a plan that draws noise follows no trajectory")
     knots = plan.knots.detach()
-    zero = float(knots[-1]) < float(path.times[-1])
+    zero = plan.ends_at_zero
     states, _, gains = path.at(knots)
     if zero:  # a last step onto the data: measured against the reference's end
         states = torch.cat([states[:-1], path.x[-1:]])

@@ -16,7 +16,8 @@ from fewstep.diffusion.grids import GRIDS, TimeGrid
 from fewstep.diffusion.grids import grid as make_grid
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.denoiser import Denoiser
-from fewstep.plans.plan import Lin, Plan
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Lin
 from fewstep.sampling.adaptive import AdaptiveSampler
 from fewstep.sampling.planning import GRID_OPTIONS, choose
 from fewstep.sampling.planning import plan as make_plan
@@ -97,22 +98,9 @@ def kept(
             "the plan has an analytic head start: its first state is not that of the noise, from "
             "which an operator starts; take a plan without one"
         )
-    knots = _knots(plan, _wanted(keep, schedule, plan.knots.tolist(), integer))
+    knots = _knots(plan, _wanted(keep, plan.grid, integer))
     made = SamplerRecipe(kind="plan", name=plan.name, plan=plan, guidance=guidance)
     return Kept(made, [float(plan.knots[k]) for k in knots], knots)
-
-
-def scales(schedule: NoiseSchedule, times: Sequence[float]) -> tuple[list[float], list[float]]:
-    r"""Returns :math:`\alpha` and :math:`\sigma` at kept times; at ``t_zero`` they are 1 and 0."""
-    points = torch.tensor(times, dtype=torch.float64)
-    if not _at_zero(schedule, times[-1]):
-        return schedule.alpha(points).tolist(), schedule.sigma(points).tolist()
-    alpha, sigma = schedule.alpha(points[:-1]), schedule.sigma(points[:-1])
-    return [*alpha.tolist(), 1.0], [*sigma.tolist(), 0.0]
-
-
-def _at_zero(schedule: NoiseSchedule, t: float) -> bool:
-    return t == schedule.t_zero and schedule.t_zero < schedule.t_min
 
 
 def _adaptive(
@@ -122,9 +110,7 @@ def _adaptive(
         made = AdaptiveSampler(denoiser, **options)
     except TypeError as error:
         raise TypeError(f"dopri5: {error}") from None
-    ends = make_grid(
-        "log-rho", denoiser.schedule, 32, t_start=made.t_start, t_end=made.t_end
-    ).times.tolist()
+    ends = make_grid("log-rho", denoiser.schedule, 32, t_start=made.t_start, t_end=made.t_end)
     if isinstance(keep, (list, tuple)) and keep and all(isinstance(k, int) for k in keep):
         raise ValueError(
             f"dopri5 has no knots that could be numbered, got keep = {keep}; give times as "
@@ -133,7 +119,7 @@ def _adaptive(
     recipe = SamplerRecipe(
         kind="adaptive", name="dopri5", options=dict(options), guidance=guidance
     )
-    times = _wanted(keep, denoiser.schedule, ends, False)
+    times = _wanted(keep, ends, False)
     return Kept(recipe, [float(t) for t in times], None)
 
 
@@ -155,20 +141,18 @@ def _plan(
         grid = choice.grid if grid is None else grid
     calls = None if isinstance(grid, TimeGrid) or grid == "explicit" else nfe
     first = make_plan(solver, schedule, nfe=calls, grid=grid, integer_times=integer, **options)
-    knots = first.knots.tolist()
-    times = _wanted(keep, schedule, knots, integer)
-    if not spaced or all(isinstance(t, int) for t in times) or set(times) <= set(knots):
+    times = _wanted(keep, first.grid, integer)
+    known = set(first.knots.tolist())
+    if not spaced or all(isinstance(t, int) for t in times) or set(times) <= known:
         return first
-    bent = _bent(schedule, knots, [float(t) for t in times], integer)
+    bent = _bent(first.grid, [float(t) for t in times], integer)
     own = {name: value for name, value in options.items() if name not in GRID_OPTIONS}
-    zero = _at_zero(schedule, knots[-1])
-    return make_plan(solver, schedule, grid=TimeGrid(schedule, bent, zero), **own)
+    return make_plan(solver, schedule, grid=TimeGrid(schedule, bent, first.ends_at_zero), **own)
 
 
-def _wanted(
-    keep: Keep, schedule: NoiseSchedule, knots: Sequence[float], integer: bool
-) -> list[int] | list[float]:
+def _wanted(keep: Keep, grid: TimeGrid, integer: bool) -> list[int] | list[float]:
     """Returns the kept knots by number (integers) or the kept times (floats), both ends among them."""
+    schedule, knots = grid.schedule, grid.times.tolist()
     if isinstance(keep, bool) or keep is None:
         raise TypeError(f"keep must be a number of states, a grid, knots or times, got {keep!r}")
     if isinstance(keep, (list, tuple)):
@@ -184,7 +168,7 @@ def _wanted(
         if name == ALL:
             return list(range(len(knots)))
         # No grid reaches sigma = 0 evenly; the last of its times is then moved there.
-        end = None if _at_zero(schedule, knots[-1]) else knots[-1]
+        end = None if grid.ends_at_zero else knots[-1]
         times = make_grid(name, schedule, frames, t_start=knots[0], t_end=end).times.tolist()
         times[-1] = knots[-1]
     if integer:
@@ -253,18 +237,14 @@ def _knots(plan: Plan, wanted: list[int] | list[float]) -> list[int]:
     return found
 
 
-def _bent(
-    schedule: NoiseSchedule, knots: Sequence[float], times: Sequence[float], integer: bool
-) -> Tensor:
+def _bent(grid: TimeGrid, times: Sequence[float], integer: bool) -> Tensor:
     r"""Returns a grid of as many steps in which all kept times are knots.
 
     Each kept time has a place between two knots, a fraction in :math:`\lambda`. It gets the nearest
     knot, and the knots between two kept times are moved along evenly.
     """
-    steps = len(knots) - 1
-    zero = _at_zero(schedule, knots[-1])
-    points = torch.tensor(knots[:-1] if zero else knots, dtype=torch.float64)
-    lam = schedule.lam(points)
+    schedule, steps = grid.schedule, grid.steps
+    lam = schedule.lam(grid.times[:-1] if grid.ends_at_zero else grid.times)
     inner = torch.tensor(times[1:-1], dtype=torch.float64)
     wanted = schedule.lam(inner)
     above = torch.searchsorted(lam, wanted).clamp(1, len(lam) - 1)

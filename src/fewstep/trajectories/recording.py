@@ -19,7 +19,7 @@ from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.solvers import Solver
 from fewstep.trajectories.conditions import Condition, condition
-from fewstep.trajectories.keeping import Keep, Kept, kept, scales
+from fewstep.trajectories.keeping import Keep, Kept, kept
 from fewstep.trajectories.manifest import (
     DTYPES,
     FORMAT,
@@ -183,7 +183,8 @@ def _about_model(denoiser: Denoiser) -> dict[str, Any]:
 
 
 def _about_sampler(denoiser: Denoiser, chosen: Kept) -> dict[str, Any]:
-    alpha, sigma = scales(denoiser.schedule, chosen.times)
+    times = torch.tensor(chosen.times, dtype=torch.float64)
+    alpha, sigma = (scale.tolist() for scale in denoiser.schedule.scales(times))
     return {
         "sampler": json.loads(chosen.recipe.to_json()),
         "guidance": chosen.recipe.guidance,

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from fewstep.adapters.diffusers.spacing import FLOW_START, levels
 from fewstep.diffusion.prediction import Prediction, mixture
 from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule, Tabulated
-from fewstep.plans.plan import Eval, Lin, Noise, Plan, Row, Structure
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin, Noise, Row, Structure
 
 NOT_AFFINE = {
     "clip_sample": "clips the predicted sample",
@@ -324,13 +325,16 @@ def _plan(
         writer.state(rows, k)
         if k < len(times):
             writer.evaluate(writer.last)
+    end = _end(rows, times, schedule, prediction)
+    last = torch.tensor(schedule.t_zero, dtype=torch.float64) if end is None else end
     return Plan(
         Structure(prediction, tuple(writer.rows), writer.last),
         torch.tensor(writer.values, dtype=torch.float64),
         times,
-        torch.stack([times[0], _end(rows, times, schedule, prediction)]),
+        torch.stack([times[0], last]),
         schedule,
         name=name,
+        ends_at_zero=end is None,
     )
 
 
@@ -395,15 +399,16 @@ class _Writer:
         return self.states[k]
 
 
-def _end(rows: Tensor, times: Tensor, schedule: NoiseSchedule, prediction: Prediction) -> Tensor:
-    """Returns the time of the sample: what is left of the data and of the noise says it."""
+def _end(
+    rows: Tensor, times: Tensor, schedule: NoiseSchedule, prediction: Prediction
+) -> Tensor | None:
+    r"""Returns the time of the sample, from what is left of the data; ``None`` at :math:`\sigma = 0`."""
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     p, _ = mixture(prediction, alpha, sigma)
     calls = len(times)
     left = float(rows[-1, 0] * alpha[0] + rows[-1, 1 : 1 + calls] @ p)
-    zero = torch.tensor(schedule.t_zero, dtype=torch.float64)
     if isinstance(schedule, EDM) or not left < 1 - 1e-5 or left <= 0:
-        return zero
+        return None
     if isinstance(schedule, Flow):
         return torch.tensor(1 - left, dtype=torch.float64)
     lam = torch.tensor(math.log(left) - 0.5 * math.log1p(-(left**2)), dtype=torch.float64)

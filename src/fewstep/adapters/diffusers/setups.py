@@ -18,8 +18,9 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction, coefficients
 from fewstep.diffusion.schedules import Flow, NoiseSchedule
 from fewstep.plans.buffers import lay_out
-from fewstep.plans.plan import Eval, Lin, Plan, Structure
+from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import convert_plan, plan_for
+from fewstep.plans.structure import Eval, Lin, Structure
 from fewstep.sampling.fitted import is_fitted, read_fitted
 from fewstep.sampling.planning import GRID_OPTIONS, choose
 from fewstep.sampling.recipe import SamplerRecipe

@@ -107,7 +107,7 @@ class Stepping:
     def _levels(self, setup: Setup) -> Tensor:
         ends = setup.plan.knots[-1:]
         times = torch.cat([setup.plan.times, ends])
-        zero = float(ends) <= self.schedule.t_zero
+        zero = setup.plan.ends_at_zero
         inner = times[:-1] if zero else times
         levels = inner if isinstance(self.schedule, Flow) else self.schedule.rho(inner)
         if zero:
