@@ -88,7 +88,7 @@ FIRST = (
 def names() -> list[str]:
     """Returns the samplers that there are, the most telling first."""
     peers = [*DIFFUSERS, *_azula()]
-    rest = [name for name in fewstep.SOLVERS if name not in FIRST]
+    rest = [n for n, build in fewstep.SOLVERS.items() if n not in FIRST and not build().adaptive]
     return [REFERENCE, *FIRST, *peers, *rest]
 
 

@@ -202,7 +202,7 @@ NAMES = (
     "rhoab3 logrhoab0 logrhoab1 logrhoab2 logrhoab3 rho-midpoint rho-heun rho-kutta3 rho-rk4 "
     "ipndm pndm analytic-ddim accelerated-ddim accelerated-ddim-theory accelerated-ddim-lagged "
     "ddim-theory accelerated-ddpm ddpm-theory heun edm-stochastic dpm2 dpm3 dpmpp-2m dpmpp-3m "
-    "dpmpp-2m-sde unipc2 unipc3"
+    "dpmpp-2m-sde unipc2 unipc3 dopri5"
 ).split()
 
 

@@ -43,6 +43,8 @@ HAND = {
 t = torch.tensor(HAND["times"], dtype=torch.float64)
 HAND["scales"] = torch.stack([SCHEDULE.alpha(t), SCHEDULE.sigma(t)], 1).tolist()
 
+WITH_PLANS = [name for name, build in fewstep.SOLVERS.items() if not build().adaptive]
+
 
 def changed(**entries):
     return json.dumps({**HAND, **entries})
@@ -64,7 +66,7 @@ def test_properties():
     assert "2 calls, 1 draws" in repr(plan)
 
 
-@pytest.mark.parametrize("name", list(fewstep.SOLVERS))
+@pytest.mark.parametrize("name", WITH_PLANS)
 @pytest.mark.parametrize("schedule", ["vp-linear", "ddpm-linear", "edm"])
 def test_round_trip_bit_for_bit(name, schedule, tmp_path):
     try:

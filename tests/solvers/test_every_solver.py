@@ -20,6 +20,7 @@ from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import convert_plan
 from fewstep.plans.structure import reads
 from fewstep.solvers import SOLVERS, Solver
+from fewstep.solvers.base import NO_PLAN
 from reference import (
     GRID_KINDS,
     SCHEDULE_NAMES,
@@ -34,9 +35,26 @@ from reference import (
 
 STEPS = (1, 2, 3, 5, 10, 20)
 EULER = ("euler", "euler-maruyama")
-DETERMINISTIC = [name for name, build in SOLVERS.items() if not build().stochastic]
-STOCHASTIC = [name for name, build in SOLVERS.items() if build().stochastic]
+WITH_PLANS = [name for name, build in SOLVERS.items() if not build().adaptive]
+DETERMINISTIC = [name for name in WITH_PLANS if not SOLVERS[name]().stochastic]
+STOCHASTIC = [name for name in WITH_PLANS if SOLVERS[name]().stochastic]
+EXACT = [name for name in WITH_PLANS if SOLVERS[name]().exact]
 EXACT_ODE = [name for name in DETERMINISTIC if SOLVERS[name]().exact]
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in WITH_PLANS])
+def test_an_adaptive_solver_refuses_to_make_a_plan(name: str, vp: NoiseSchedule) -> None:
+    solver = SOLVERS[name]()
+    refused = NO_PLAN.format(name)
+    for make in (
+        lambda: fewstep.plan(name, vp, nfe=10),
+        lambda: fewstep.plan(solver, vp),
+        lambda: solver.plan(fewstep.grid("uniform", vp, 5)),
+        lambda: solver.steps_for(10),
+    ):
+        with pytest.raises(ValueError, match="no plan beforehand") as raised:
+            make()
+        assert str(raised.value) == refused
 
 
 def _refused(name: str, noise: NoiseSchedule, to_zero: bool) -> bool:
@@ -50,7 +68,7 @@ def _grid(where: str, kind: str, steps: int, to_zero: bool) -> TimeGrid:
 
 
 @pytest.mark.parametrize("where", SCHEDULE_NAMES)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", WITH_PLANS)
 def test_builds_on_every_grid_with_the_declared_cost(name: str, where: str) -> None:
     """Building audits causality, finiteness and, where declared, exactness on a point mass."""
     noise, solver = schedule_of(where), SOLVERS[name]()
@@ -68,7 +86,7 @@ def test_builds_on_every_grid_with_the_declared_cost(name: str, where: str) -> N
 
 
 @pytest.mark.parametrize("where", SCHEDULE_NAMES)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", WITH_PLANS)
 def test_plans_are_causal_and_come_back_from_json_bit_for_bit(name: str, where: str) -> None:
     noise, solver = schedule_of(where), SOLVERS[name]()
     for steps, to_zero in ((1, False), (5, False), (5, True)):
@@ -87,7 +105,7 @@ def test_plans_are_causal_and_come_back_from_json_bit_for_bit(name: str, where: 
         assert (back.schedule, back.name, back.head) == (plan.schedule, plan.name, plan.head)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", WITH_PLANS)
 def test_a_budget_is_met_exactly_or_refused_with_the_nearest(name: str) -> None:
     solver = SOLVERS[name]()
     for to_zero, nfe in itertools.product((False, True), range(1, 24)):
@@ -125,7 +143,7 @@ def _mixtures(where: str) -> tuple[GaussianMixture, dict[Prediction, Denoiser]]:
 
 
 @pytest.mark.parametrize("where", SCHEDULE_NAMES)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", WITH_PLANS)
 def test_the_samples_do_not_depend_on_what_the_network_predicts(name: str, where: str) -> None:
     exact, networks = _mixtures(where)
     grid = fewstep.grid("log-rho", exact.schedule, 5, t_start=_start(exact.schedule))
@@ -139,7 +157,7 @@ def test_the_samples_do_not_depend_on_what_the_network_predicts(name: str, where
 
 
 @pytest.mark.parametrize("kind", Prediction)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", WITH_PLANS)
 def test_a_plan_rewritten_for_another_prediction_is_the_same_sampler(
     name: str, kind: Prediction, vp: NoiseSchedule
 ) -> None:
@@ -251,7 +269,7 @@ def test_a_stochastic_solver_has_the_law_that_the_moments_say(
 
 # Exactness on a point, by running the sampler on a network that knows the point.
 @pytest.mark.parametrize("where", SCHEDULE_NAMES)
-@pytest.mark.parametrize("name", [n for n, build in SOLVERS.items() if build().exact])
+@pytest.mark.parametrize("name", EXACT)
 def test_exact_on_a_point(name: str, where: str) -> None:
     noise, solver = schedule_of(where), SOLVERS[name]()
     size, point = (2000 if solver.stochastic else 3), 1.5
@@ -278,7 +296,7 @@ def _at(noise: NoiseSchedule, rho: float) -> float:
     return min(noise.t_max, float(noise.time(torch.tensor(rho, dtype=torch.float64).log().neg())))
 
 
-@pytest.mark.parametrize("name", [n for n, build in SOLVERS.items() if not build().exact])
+@pytest.mark.parametrize("name", [n for n in WITH_PLANS if n not in EXACT])
 def test_what_does_not_declare_exactness_does_not_have_it(name: str, vp: NoiseSchedule) -> None:
     """Otherwise the declaration is forgotten, and the audit with it."""
     grid = fewstep.grid("uniform", vp, 3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from fewstep.base.registry import unknown
 from fewstep.cli._common import console, say
 
 
@@ -15,13 +14,10 @@ def solvers(name: str | None = None) -> None:
     Args:
         name: A solver.
     """
-    from fewstep.sampling.adaptive import AdaptiveSampler
     from fewstep.solvers import SOLVERS
 
     if name is not None:
-        if name not in SOLVERS and name != "dopri5":
-            raise ValueError(unknown("solver", name, [*SOLVERS, "dopri5"]))
-        say(inspect.getdoc(_class(SOLVERS[name] if name in SOLVERS else AdaptiveSampler)) or "")
+        say(inspect.getdoc(_class(SOLVERS[name])) or "")
         say(f"\nnext: fewstep sample fashion --solver {name} --out samples")
         return
 
@@ -38,18 +34,18 @@ def solvers(name: str | None = None) -> None:
     ):
         table.add_column(column, justify=justify, no_wrap=column == "solver")  # type: ignore[arg-type]
     for key, build in SOLVERS.items():
-        made = build()
-        grid, options = made.default_grid
-        told = ", ".join(f"{k}={v}" for k, v in options.items() if k != "to_zero")
+        solver = build()
+        grid, options = solver.default_grid
+        shown = ", ".join(f"{k}={v}" for k, v in options.items() if k != "to_zero")
+        to_zero = bool(options.get("to_zero", False))
         table.add_row(
             key,
-            str(made.order),
-            "yes" if made.stochastic else "",
-            str(made.nfe(10, ends_at_zero=bool(options.get("to_zero", False)))),
-            f"{grid} ({told})" if told else grid,
+            str(solver.order),
+            "yes" if solver.stochastic else "",
+            "adaptive" if solver.adaptive else str(solver.nfe(10, ends_at_zero=to_zero)),
+            "its own" if solver.adaptive else f"{grid} ({shown})" if shown else grid,
             _sentence(_class(build)),
         )
-    table.add_row("dopri5", "5", "", "adaptive", "its own", _sentence(AdaptiveSampler))
     console().print(table)
     say("\nnext: fewstep solvers NAME, or fewstep sample fashion --solver NAME --out samples")
 

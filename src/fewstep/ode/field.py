@@ -19,7 +19,6 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
-from fewstep.solvers.base import check_number
 
 STATES = 32
 """The number of intervals, even in log rho, between the states that ``save="states"`` keeps."""
@@ -231,18 +230,3 @@ def check_state(denoiser: Denoiser, x: Tensor) -> None:
         raise ValueError(f"x must have shape {wanted} with n >= 1, got {tuple(x.shape)}")
     if not bool(x.isfinite().all()):
         raise ValueError("x has NaN or infinity in it")
-
-
-def check_tolerances(rtol: object, atol: object, max_steps: object) -> None:
-    """Raises unless a tolerance is positive, none negative, and the number of steps positive."""
-    check_number("rtol", rtol)
-    check_number("atol", atol)
-    if rtol == 0 and atol == 0:
-        raise ValueError("rtol and atol cannot both be 0; the defaults are 1e-5")
-    check_positive("max_steps", max_steps)
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raises unless a value is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")

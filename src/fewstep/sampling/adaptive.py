@@ -20,10 +20,11 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.denoiser import Denoiser
 from fewstep.ode.dormand_prince import NODES, STAGES, Integration, Solution
-from fewstep.ode.field import Field, Place, Weights, check_tolerances, stage_weights, time_span
+from fewstep.ode.field import Field, Place, Weights, stage_weights, time_span
 from fewstep.plans.plan import Plan
 from fewstep.plans.tape import Form, Tape
 from fewstep.sampling.protocol import Run, Trajectory
+from fewstep.solvers.adaptive import check_tolerances
 
 
 @dataclass(frozen=True)

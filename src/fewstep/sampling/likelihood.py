@@ -21,9 +21,7 @@ from fewstep.ode.field import (
     Field,
     Place,
     Slope,
-    check_positive,
     check_state,
-    check_tolerances,
     exact_type,
     finite_rows,
     not_finite,
@@ -31,6 +29,7 @@ from fewstep.ode.field import (
     volume_change,
 )
 from fewstep.sampling.protocol import DEFAULT_BATCH
+from fewstep.solvers.adaptive import check_positive, check_tolerances
 from fewstep.solvers.rk import RhoHeun, RhoKutta3, RhoMidpoint, RhoRK4
 
 PROBE = -2

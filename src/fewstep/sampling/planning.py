@@ -12,6 +12,7 @@ from fewstep.plans.plan import Plan
 from fewstep.sampling.fitted import is_fitted, read_fitted
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
+from fewstep.solvers.base import NO_PLAN
 
 GRID_OPTIONS = frozenset({"t_start", "t_end", "to_zero", "power", "rho", "times"})
 """The options of a plan that belong to its grid; all others are the solver's."""
@@ -75,12 +76,9 @@ def plan(
             )
         method = solver
     else:
-        if solver == "dopri5":
-            raise ValueError(
-                "dopri5 chooses its steps while it runs, so it has no plan beforehand; sample "
-                "with it, or freeze one of its runs with fewstep.sampling.adaptive.freeze"
-            )
         method = make_solver(solver, **solver_options)
+    if method.adaptive:
+        raise ValueError(NO_PLAN.format(method.name))
     if head_start is not None:
         if grid == "explicit":
             _check_head(head_start, grid_options.get("times"))

@@ -16,6 +16,7 @@ from fewstep.solvers.accelerated import (
     DDPMTheory,
 )
 from fewstep.solvers.adams import IPNDM, PNDM, TAB, LogRhoAB, RhoAB
+from fewstep.solvers.adaptive import Dopri5
 from fewstep.solvers.base import Solver
 from fewstep.solvers.ddim import DDIM, DDPM, GDDIM, AnalyticDDIM, EIScore, Euler, EulerMaruyama
 from fewstep.solvers.dpm import DPMpp2M, DPMpp2MSDE, DPMpp3M
@@ -74,6 +75,7 @@ SOLVERS: Registry[Callable[..., Solver]] = Registry(
         "dpmpp-2m-sde": DPMpp2MSDE,
         "unipc2": partial(UniPC, 2),
         "unipc3": partial(UniPC, 3),
+        "dopri5": Dopri5,
     },
 )
 

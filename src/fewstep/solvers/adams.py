@@ -28,6 +28,7 @@ class _ExponentialAdams(Solver):
     lower_final: bool = False
 
     default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = ("quadratic", {})
+    ends_above_zero: ClassVar[bool] = True
     _prefix: ClassVar[str]
     _reaches_zero: ClassVar[bool] = False
 
@@ -197,6 +198,7 @@ class LogRhoAB(_ExponentialAdams):
     """
 
     _prefix = "logrhoab"
+    lowers_final: ClassVar[bool] = True
     default_grid = ("log-rho", {})
 
     def _variable(self, grid: TimeGrid, log_rho: Tensor) -> Tensor:
@@ -239,6 +241,7 @@ class IPNDM(Solver):
     answers: int = 4
 
     name = "ipndm"
+    ends_above_zero: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_order("ipndm (answers)", self.answers, 1, 4)
@@ -287,6 +290,9 @@ class PNDM(Solver):
     """
 
     name = "pndm"
+    spacing: ClassVar[str] = "leading"
+    spaces_points: ClassVar[bool] = True
+    ends_above_zero: ClassVar[bool] = True
 
     @property
     def order(self) -> int:

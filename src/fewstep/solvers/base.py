@@ -16,6 +16,12 @@ from fewstep.plans.checks import point_mass_defect
 from fewstep.plans.plan import Plan
 from fewstep.plans.tape import Form, Tape
 
+NO_PLAN = (
+    "{} chooses its steps while it runs, so it has no plan beforehand; sample "
+    "with it, or freeze one of its runs with fewstep.sampling.adaptive.freeze"
+)
+"""What is said where an adaptive solver is asked for a plan, by name."""
+
 
 class Solver(ABC):
     r"""A training-free sampler: a frozen dataclass whose fields are its options.
@@ -29,16 +35,33 @@ class Solver(ABC):
         stochastic: Whether it draws noise after the initial state.
         exact: Whether the plan is exact on a point mass, i.e. whether it integrates a constant
             :math:`\varepsilon` exactly; checked whenever a plan is made.
+        adaptive: Whether it chooses its steps while it runs. Then it has no plan, no number of
+            evaluations beforehand and no grid: :meth:`plan` and :meth:`nfe` raise.
         default_grid: The grid used when none is given: its name and options.
-        twin: The implementation of a peer that has the same table, for the tests.
+        twin: The scheduler of diffusers that has the same table, if there is one; what follows
+            says how that scheduler, or the family that it belongs to, behaves there.
+        spacing: Its ``timestep_spacing``.
+        spaces_points: Whether it spaces N points; else N steps, of which the last point is left out.
+        ends_above_zero: Whether it ends at the lowest trained level and not at :math:`\sigma = 0`.
+        lowers_final: Whether it obeys ``lower_order_final``: the option is ``lower_final`` here.
+        always_lowers_final: Whether at any number of steps; else below 15.
+        starts_flows_at_noise: Whether it starts at pure noise with ``use_flow_sigmas``; else at the
+            noisiest trained level.
     """
 
     name: str
     prediction: ClassVar[Prediction] = Prediction.EPS
     stochastic: ClassVar[bool] = False
     exact: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = False
     default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = ("uniform", {})
     twin: ClassVar[str | None] = None
+    spacing: ClassVar[str] = "linspace"
+    spaces_points: ClassVar[bool] = False
+    ends_above_zero: ClassVar[bool] = False
+    lowers_final: ClassVar[bool] = False
+    always_lowers_final: ClassVar[bool] = False
+    starts_flows_at_noise: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -44,6 +44,8 @@ class DDIM(Solver):
     eta: float = 0.0
 
     name = "ddim"
+    spacing: ClassVar[str] = "leading"
+    spaces_points: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("eta", self.eta)
@@ -101,6 +103,7 @@ class GDDIM(Solver):
     lam: float = 1.0
 
     name = "gddim"
+    spaces_points: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("lam", self.lam)
@@ -154,6 +157,8 @@ class DDPM(Solver):
     variance: str = "small"
 
     name = "ddpm"
+    spacing: ClassVar[str] = "leading"
+    spaces_points: ClassVar[bool] = True
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -262,6 +267,8 @@ class Euler(Solver):
     """
 
     name = "euler"
+    spaces_points: ClassVar[bool] = True
+    ends_above_zero: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 
     @property
@@ -294,6 +301,8 @@ class EulerMaruyama(Solver):
     lam: float = 1.0
 
     name = "euler-maruyama"
+    spaces_points: ClassVar[bool] = True
+    ends_above_zero: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -353,6 +362,7 @@ class EIScore(Solver):
     """
 
     name = "ei-score"
+    ends_above_zero: ClassVar[bool] = True
     prediction: ClassVar[Prediction] = Prediction.SCORE
     exact: ClassVar[bool] = False
 

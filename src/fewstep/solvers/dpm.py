@@ -41,6 +41,7 @@ class _DPMpp(Solver):
     prediction: ClassVar[Prediction] = Prediction.X0
     default_grid = ("log-rho", {})
     _most: ClassVar[int]
+    lowers_final: ClassVar[bool] = True
 
     @property
     def order(self) -> int:
@@ -176,6 +177,7 @@ class DPMpp2MSDE(Solver):
     lower_final: bool = False
 
     name = "dpmpp-2m-sde"
+    lowers_final: ClassVar[bool] = True
     prediction: ClassVar[Prediction] = Prediction.X0
     stochastic: ClassVar[bool] = True
     default_grid = ("log-rho", {})

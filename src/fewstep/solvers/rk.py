@@ -99,6 +99,7 @@ class RhoMidpoint(_RhoRK):
     """
 
     name = "rho-midpoint"
+    ends_above_zero: ClassVar[bool] = True
     default_grid = ("quadratic", {})
     _matrix = ((), (0.5,))
     _weights = (0.0, 1.0)
@@ -121,6 +122,7 @@ class RhoHeun(_RhoRK):
     """
 
     name = "rho-heun"
+    ends_above_zero: ClassVar[bool] = True
     default_grid = ("quadratic", {})
     _matrix = ((), (1.0,))
     _weights = (0.5, 0.5)
@@ -143,6 +145,7 @@ class RhoKutta3(_RhoRK):
     """
 
     name = "rho-kutta3"
+    ends_above_zero: ClassVar[bool] = True
     default_grid = ("quadratic", {})
     _matrix = ((), (0.5,), (-1.0, 2.0))
     _weights = (1 / 6, 4 / 6, 1 / 6)
@@ -165,6 +168,7 @@ class RhoRK4(_RhoRK):
     """
 
     name = "rho-rk4"
+    ends_above_zero: ClassVar[bool] = True
     default_grid = ("quadratic", {})
     _matrix = ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0))
     _weights = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
@@ -187,6 +191,7 @@ class Heun(_RhoRK):
     """
 
     name = "heun"
+    spaces_points: ClassVar[bool] = True
     default_grid = ("karras", {"to_zero": True})
     _matrix = RhoHeun._matrix
     _weights = RhoHeun._weights
@@ -225,6 +230,7 @@ class EDMStochastic(_RhoRK):
     s_noise: float = 1.0
 
     name = "edm-stochastic"
+    spaces_points: ClassVar[bool] = True
     default_grid: ClassVar[tuple[str, Any]] = ("karras", {"to_zero": True})
     _matrix = RhoHeun._matrix
     _weights = RhoHeun._weights

@@ -55,6 +55,9 @@ class UniPC(Solver):
     prediction: ClassVar[Prediction] = Prediction.X0
     default_grid = ("log-rho", {})
     twin = "diffusers:UniPCMultistepScheduler"
+    lowers_final: ClassVar[bool] = True
+    always_lowers_final: ClassVar[bool] = True
+    starts_flows_at_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_order("unipc", self.degree, 1, 3)

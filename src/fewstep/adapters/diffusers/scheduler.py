@@ -26,10 +26,9 @@ from fewstep.diffusion.grids import GRIDS
 from fewstep.diffusion.schedules import Flow
 from fewstep.sampling.fitted import is_fitted
 from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
-
-ENDS_ABOVE_ZERO = ("tab", "rhoab", "logrhoab", "ipndm", "pndm", "rho-", "ei-score", "euler")
-"""Solvers that end at the lowest trained level unless told otherwise, as DEIS and PNDM there."""
+from fewstep.solvers.base import NO_PLAN
 
 OF_THE_MODEL = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 """What a configuration says about the noise levels."""
@@ -193,8 +192,13 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
                 "use_lu_lambdas can be on"
             )
         name = solver_name(solver, solver_order)
+        method = None
         if name != "auto":
-            make_solver(name, **(solver_options or {}))  # wrong names and options end here
+            method = make_solver(
+                name, **(solver_options or {})
+            )  # wrong names and options end here
+            if method.adaptive:
+                raise ValueError(NO_PLAN.format(name))
         self.betas = spacing.betas(self.config)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = spacing.levels(torch.cumprod(self.alphas, dim=0), prediction_type)
@@ -205,7 +209,7 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
             self.register_to_config(recipe=text)
             if self._recipe.plan is not None:
                 self._recipe.plan.check_schedule(self.schedule)
-        self._settle(name, timestep_spacing, final_sigmas_type, set_alpha_to_one)
+        self._settle(method, timestep_spacing, final_sigmas_type, set_alpha_to_one)
         self.order = 1
         if count == "steps" and name not in ("auto", "pndm") and self._recipe is None:
             method = make_solver(name)
@@ -218,14 +222,15 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         self._reset(*self._initial_tensors())
 
     def _settle(
-        self, name: str, spaces: str | None, final: str | None, to_one: bool | None
+        self, method: Solver | None, spaces: str | None, final: str | None, to_one: bool | None
     ) -> None:
         """Writes what was left to the solver's twin into the configuration."""
         if spaces is None:
-            spaces = "leading" if name in ("ddim", "ddpm", "pndm") else "linspace"
+            spaces = "linspace" if method is None else method.spacing
         _one_of("timestep_spacing", spaces, ["linspace", "leading", "trailing"])
         if final is None:
-            above = name.startswith(ENDS_ABOVE_ZERO) if to_one is None else not to_one
+            own = method is not None and method.ends_above_zero
+            above = own if to_one is None else not to_one
             final = "sigma_min" if above else "zero"
         _one_of("final_sigmas_type", final, ["zero", "sigma_min"])
         self.register_to_config(

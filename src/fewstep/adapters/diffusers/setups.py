@@ -30,9 +30,6 @@ from fewstep.solvers import solver as make_solver
 LOWERED_BELOW = 15
 """Below so many steps diffusers lowers the order of the last ones (``lower_order_final``)."""
 
-LOWERS_FINAL = ("logrhoab", "dpmpp", "unipc")
-"""Solvers whose twins obey ``lower_order_final``."""
-
 LARGEST_JUMP = 200.0
 """The most by which one step of several stages may divide sigma / alpha: that is its amplification."""
 
@@ -160,12 +157,13 @@ class Planner:
         if self.recipe is not None and asked.steps is not None:
             ends = bool({**method.default_grid[1], **grid_options}.get("to_zero", False))
             count = method.steps_for(asked.steps, ends_at_zero=ends)
-        if name.startswith(LOWERS_FINAL) and "lower_final" not in options:
-            lowered = config["lower_order_final"] and (count < LOWERED_BELOW or "unipc" in name)
+        if method.lowers_final and "lower_final" not in options:
+            few = count < LOWERED_BELOW or method.always_lowers_final
+            lowered = config["lower_order_final"] and few
             method = replace(method, lower_final=bool(lowered))  # type: ignore[type-var,call-arg]
         grid = self._given_grid(asked, to_zero)
         if grid is None and own_grid is None:
-            grid = spacing.spaced(schedule, config, name, count, asked.mu, to_zero)
+            grid = spacing.spaced(schedule, config, method, count, asked.mu, to_zero)
         elif grid is None and fitted is not None:
             grid, head = fitted.fit(method.name, count)
             if head:

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from fewstep.diffusion.grids import TimeGrid, explicit, karras, log_rho
 from fewstep.diffusion.schedules import Flow, NoiseSchedule, Tabulated
+from fewstep.solvers import Solver
 
 FLOW_START = 1 - 1e-6
 """The largest time of a flow schedule here; at 1 nothing of the data is left (see PlanScheduler)."""
 
 SMALLEST_ALPHA = 1 - FLOW_START
 """What stands for an alpha of zero, in models with a zero terminal signal-to-noise ratio."""
-
-POINTS = ("ddim", "ddpm", "gddim", "euler", "euler-maruyama", "heun", "edm-stochastic", "pndm")
-"""Solvers whose twins in diffusers space N points; the others' space N steps and leave out the last point."""
 
 
 def betas(config: Mapping[str, Any]) -> Tensor:
@@ -89,7 +87,7 @@ def shift_factor(config: Mapping[str, Any], mu: float | None) -> float:
 def spaced(
     schedule: NoiseSchedule,
     config: Mapping[str, Any],
-    solver: str,
+    solver: Solver,
     steps: int,
     mu: float | None,
     to_zero: bool,
@@ -107,7 +105,9 @@ def spaced(
         count = steps if to_zero else steps + 1
         sigmas = rho[1] + _beta_quantiles(count) * (rho[0] - rho[1])
         return from_sigmas(schedule, sigmas, to_zero=to_zero)
-    times = _timesteps(schedule.levels, config, solver in POINTS, steps, exact=solver == "heun")
+    times = _timesteps(
+        schedule.levels, config, solver.spaces_points, steps, exact=solver.name == "heun"
+    )
     return from_times(schedule, times, to_zero=to_zero)
 
 
@@ -178,9 +178,11 @@ def from_sigmas(
     return from_times(schedule, times, to_zero=to_zero)
 
 
-def _flow_sigmas(config: Mapping[str, Any], solver: str, steps: int, mu: float | None) -> Tensor:
+def _flow_sigmas(
+    config: Mapping[str, Any], solver: Solver, steps: int, mu: float | None
+) -> Tensor:
     levels, factor = config["num_train_timesteps"], shift_factor(config, mu)
-    if config["use_flow_sigmas"] and solver.startswith("unipc"):
+    if config["use_flow_sigmas"] and solver.starts_flows_at_noise:
         # Its twin starts at pure noise, the others at the last trained level.
         sigmas = shift(torch.linspace(1, 1 / levels, steps + 1, dtype=torch.float64)[:-1], factor)
     elif config["use_flow_sigmas"]:
