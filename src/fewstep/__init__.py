@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fewstep.sampling.sample import steps as steps
     from fewstep.solvers import SOLVERS as SOLVERS
     from fewstep.solvers import Solver as Solver
+    from fewstep.training.train import train as train
     from fewstep.trajectories import TrajectoryStore as TrajectoryStore
     from fewstep.trajectories import record as record
 
@@ -76,6 +77,7 @@ _HOMES = {
     "TimeGrid": "diffusion.grids",
     "Trajectory": "sampling.protocol",
     "TrajectoryStore": "trajectories",
+    "train": "training.train",
     "tune": "learned.tuning",
     "TunedSampler": "learned.tuning",
 }

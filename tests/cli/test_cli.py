@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import fewstep
 from fewstep.cli import _common, run
 from fewstep.cli import sample as sample_command
+from fewstep.training.batches import Batches
 from tiny_models import write_tiny
 
 
@@ -502,26 +503,23 @@ def test_train_resumes_and_its_model_samples(told, tmp_path, small_recipe, monke
     data = _images(tmp_path / "data")
     command = ["train", str(data), "--recipe", str(small_recipe), "--checkpoint-every", "2"]
     text = told(*command, "--out", tmp_path / "whole")
-    assert "64 images of 1x8x8, 2 classes; 6 steps" in text
+    assert "64 images of 1x8x8, 2 classes; v, ddpm-linear; 6 steps" in text
     assert "next: fewstep sample" in text
 
-    import fewstep.training.train as training
+    original = Batches.__call__
 
-    original, calls = training._batch, []
-
-    def interrupted(data, noise_schedule, recipe, step, **options):
-        calls.append(step)
+    def interrupted(self, step):
         if step == 3:
             raise KeyboardInterrupt
-        return original(data, noise_schedule, recipe, step, **options)
+        return original(self, step)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(training, "_batch", interrupted)
+    monkeypatch.setattr(Batches, "__call__", interrupted)
     assert run([*command, "--out", str(out)]) == 130
     assert "to go on, give it again: fewstep train" in capsys.readouterr().err
     assert not (out / "model.json").exists()
-    monkeypatch.setattr(training, "_batch", original)
-    assert "going on at step 2" in told(*command, "--out", out)
+    monkeypatch.setattr(Batches, "__call__", original)
+    assert "resumed at step 2" in told(*command, "--out", out)
     for name in ("model.safetensors", "samples.png"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -538,22 +536,20 @@ def test_train_resumes_and_its_model_samples(told, tmp_path, small_recipe, monke
     assert torch.equal(samples, expected)
 
 
-def test_default_recipe_suits_the_images():
-    from fewstep.cli.train import default_recipe
-    from fewstep.training.data import ImageData
-
-    def made(*shape: int, labels: bool = False):
-        images = torch.zeros(4, *shape, dtype=torch.uint8)
-        return default_recipe(
-            ImageData(images, torch.tensor([0, 1, 2, 3]) if labels else None), device="cpu"
-        ).network
-
-    fashion = json.loads(Path("recipes/fashion.json").read_text())["network"]
-    ours = made(1, 28, 28, labels=True)
-    assert ours == {**fashion, "num_classes": 4}
-    assert made(3, 27, 27)["patch"] == 1
-    assert made(3, 64, 64)["channels"] == [64, 128, 128]
-    assert made(3, 64, 64)["num_classes"] is None
+def test_train_options_replace_what_the_recipe_says(told, tmp_path, small_recipe):
+    data, out = _images(tmp_path / "data"), tmp_path / "out"
+    text = told(
+        *("train", data, "--recipe", small_recipe, "--steps", 1, "--out", out),
+        *("--schedule", "edm", "--option", "sigma_max=20", "--range", "-0.5", "0.5"),
+        *("--flip", "--unconditional"),
+    )
+    assert "no classes; x0, edm; 1 steps" in text
+    model = fewstep.load(out)
+    assert (model.schedule.t_max, model.data_range) == (20.0, (-0.5, 0.5))
+    assert model.null_condition == {}
+    assert model.about["training"]["recipe"]["flip"] is True
+    err = told("train", data, "--option", "levels=9", "--out", tmp_path / "x", code=2)
+    assert "give --schedule too" in err
 
 
 def test_a_wrong_training_recipe_is_one_line(told, tmp_path):

@@ -1,4 +1,4 @@
-"""What the commands that train have in common: runs that go on, and the picture at their end."""
+"""What the commands that train have in common: runs that are resumed, and the picture at their end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = 40
 
 
 def begin(out: Path, recipe: Any, names: Sequence[str], *, finished: bool, overwrite: bool) -> int:
-    """Returns the step at which a run goes on, 0 if it is new.
+    """Returns the step at which a run is resumed, 0 if it is new.
 
     With ``overwrite`` the files of a finished run, or of another recipe's, are deleted first.
     """
@@ -44,5 +44,7 @@ def picture_of(sampler: Any, *, classes: int | None, seed: int, title: str) -> b
 
     cond = {"class_labels": [i % classes for i in range(SHOWN)]} if classes else {}
     buffer = io.BytesIO()
-    picture(draw(sampler, range(SHOWN), seed=seed, cond=cond), title=title).save(buffer, "PNG")
+    samples = draw(sampler, range(SHOWN), seed=seed, cond=cond)
+    low, high = getattr(sampler.denoiser, "data_range", (-1.0, 1.0))
+    picture((samples - low) * (2 / (high - low)) - 1, title=title).save(buffer, "PNG")
     return buffer.getvalue()

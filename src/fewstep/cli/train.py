@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from fewstep.base.files import read_json, write_atomic
-from fewstep.base.progress import progress_of
-from fewstep.cli._common import Flag, check_device, exists, output_folder, positive, say
+from fewstep.cli._common import (
+    Flag,
+    Options,
+    check_device,
+    exists,
+    output_folder,
+    parse_options,
+    positive,
+    say,
+)
 from fewstep.cli._training import PICTURE, begin, picture_of
 
 if TYPE_CHECKING:
-    from fewstep.training.data import ImageData
-    from fewstep.training.train import TrainRecipe
+    from fewstep.training.recipe import TrainRecipe
 
 OURS = ("model.json", "model.safetensors", "checkpoint.json", "checkpoint.safetensors", PICTURE)
-DEFAULT_STEPS = 4000
 
 
 def train(
@@ -23,6 +31,12 @@ def train(
     *,
     out: Path,
     recipe: Path | None = None,
+    prediction: str | None = None,
+    schedule: str | None = None,
+    option: Options = None,
+    unconditional: Flag = False,
+    flip: Flag = False,
+    data_range: Annotated[tuple[float, float] | None, Parameter(name="--range")] = None,
     size: int | None = None,
     steps: int | None = None,
     checkpoint_every: int = 250,
@@ -32,12 +46,20 @@ def train(
 ) -> None:
     """Train a small diffusion model on images; OUT is then a MODEL for the other commands.
 
-    A run that was interrupted goes on when the same command is given again.
+    A run that was interrupted is resumed when the same command is given again.
 
     Args:
         data: A folder of images (with a sub-folder for each class, or without), or an idx or npz file.
         out: The folder to write.
-        recipe: A training recipe (JSON); left out, one that suits the images.
+        recipe: A training recipe (JSON); left out, one that suits the images. The options below
+            replace what it says.
+        prediction: What the network predicts: eps, x0, v or flow.
+        schedule: The noise schedule; edm and ve train a raw network in EDM's preconditioning, unless
+            another prediction than x0 is given; flow predicts flow.
+        option: An option of the schedule, key=value, for example levels=300; may be repeated.
+        unconditional: Leave the classes of the images aside.
+        flip: Mirror images left to right at random.
+        data_range: The values that black and white have, for example -0.5 0.5; left out, -1 1.
         size: The height and width to which images are cropped and resized.
         steps: The number of training steps.
         checkpoint_every: The steps between two checkpoints.
@@ -48,7 +70,7 @@ def train(
     from dataclasses import replace
 
     from fewstep.training.data import read_images
-    from fewstep.training.train import TrainEvent, TrainRecipe
+    from fewstep.training.recipe import TrainRecipe, default_recipe, with_schedule
     from fewstep.training.train import train as run
 
     for name, value in (
@@ -57,6 +79,9 @@ def train(
         ("--checkpoint-every", checkpoint_every),
     ):
         positive(name, value)
+    options = parse_options(option)
+    if options and schedule is None:
+        raise ValueError("--option is an option of the schedule; give --schedule too")
     check_device(device)
     output_folder(out)
     finished = (out / "model.json").exists() and (
@@ -66,31 +91,47 @@ def train(
         raise exists(out)
     given = None
     if recipe is not None:
-        given = TrainRecipe.from_json(read_json(recipe, what="the training recipe"))
+        given = TrainRecipe.from_record(read_json(recipe, what="the training recipe"))
         size = size or given.size
     images = read_images(data, size=size)
-    made = given or default_recipe(images, device=device)
+    chosen = given or default_recipe(images, device=device)
     changes: dict[str, Any] = {"size": size}
+    if unconditional:
+        changes["network"] = {**chosen.network, "num_classes": None}
+    if flip:
+        changes["flip"] = True
+    if data_range is not None:
+        changes["range"] = list(data_range)
     if steps is not None:
         changes["steps"] = steps
     if seed is not None:
         changes["seed"] = seed
-    made = replace(made, **changes)
+    chosen = replace(chosen, **changes)
+    if schedule is not None:
+        chosen = with_schedule(chosen, {"name": schedule, **options}, prediction=prediction)
+    elif prediction is not None:
+        chosen = replace(chosen, prediction=prediction)
 
-    before = begin(out, made, OURS, finished=finished, overwrite=overwrite)
-    classes = "no classes" if images.num_classes is None else f"{images.num_classes} classes"
+    before = begin(out, chosen, OURS, finished=finished, overwrite=overwrite)
+    classes = images.num_classes
+    if "num_classes" in chosen.network and chosen.network["num_classes"] is None:
+        classes = None
     shape = "x".join(map(str, images.event_shape))
-    say(f"{len(images)} images of {shape}, {classes}; {made.steps} steps on {device}")
+    say(
+        f"{len(images)} images of {shape}, {'no' if classes is None else classes} classes; "
+        f"{chosen.prediction}, {chosen.schedule['name']}; {chosen.steps} steps on {device}"
+    )
     if before:
-        say(f"going on at step {before}")
-    with progress_of(True) as progress:
-        progress.stage("training", made.steps, done=before)
+        say(f"resumed at step {before}")
+    run(images, out, chosen, device=device, checkpoint_every=checkpoint_every, progress=True)
+    _draw(out, chosen, classes, device=device)
+    say(f"wrote the model {out} and the picture {out / PICTURE}")
+    labels = " --class-labels all" if classes else ""
+    say(f"next: fewstep sample {out}{labels} --out {out}-samples")
 
-        def told(event: TrainEvent) -> None:
-            progress.tick(1, f"loss {event.loss:.4f}")
 
-        run(images, out, made, device=device, checkpoint_every=checkpoint_every, on_step=told)
-
+def _draw(out: Path, recipe: TrainRecipe, classes: int | None, *, device: str) -> None:
+    """Draws samples of the finished model."""
     from fewstep.cli.sample import DEFAULT_NFE
     from fewstep.loading import load
     from fewstep.sampling.planning import choose
@@ -100,39 +141,8 @@ def train(
     name = choose(model.schedule, nfe).solver
     picture = picture_of(
         SamplerRecipe(name="auto", nfe=nfe).build(model),
-        classes=images.num_classes,
-        seed=made.seed,
-        title=f"after {made.steps} steps · {name} · {nfe} evaluations",
+        classes=classes,
+        seed=recipe.seed,
+        title=f"after {recipe.steps} steps · {name} · {nfe} evaluations",
     )
     write_atomic(out / PICTURE, picture)
-    say(f"wrote the model {out} and the picture {out / PICTURE}")
-    labels = " --class-labels all" if images.num_classes else ""
-    say(f"next: fewstep sample {out}{labels} --out {out}-samples")
-
-
-def default_recipe(images: ImageData, *, device: str) -> TrainRecipe:
-    """Returns a recipe that suits the images: a small U-Net, v-prediction, ddpm-linear."""
-    from fewstep.training.train import TrainRecipe
-
-    _, height, width = images.event_shape
-    patch = 2 if height % 2 == 0 and width % 2 == 0 and min(height, width) >= 16 else 1
-    inside = min(height, width) // patch
-    # A level for each halving down to about 8 pixels, at least 2, with attention on the last.
-    levels = 2 if inside < 32 else 3
-    channels = [64, 128, 128][:levels]
-    network: dict[str, Any] = {
-        "channels": channels,
-        "blocks": [2] * levels,
-        "attention": [levels - 1],
-        "patch": patch,
-        "num_classes": images.num_classes,
-    }
-    # Without hardware for it, bfloat16 is slower than float32 on a CPU.
-    precision = "float32" if device.startswith("cpu") else "bfloat16"
-    return TrainRecipe(
-        network=network,
-        schedule={"name": "ddpm-linear"},
-        steps=DEFAULT_STEPS,
-        batch_size=min(64, len(images)),
-        precision=precision,
-    )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.models.denoiser import WrappedNetwork
 from fewstep.models.networks.unet import SmallUNet, lay_out
+from fewstep.models.preconditioning import Preconditioned
 
 FORMAT, VERSION = "fewstep.model", 1
 
@@ -27,6 +29,8 @@ def write_model(
     prediction: str,
     event_shape: Sequence[int],
     class_names: Sequence[str] | None = None,
+    preconditioning: Mapping[str, Any] | None = None,
+    data_range: Sequence[float] = (-1.0, 1.0),
     training: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a model as a folder that :func:`fewstep.load` reads; returns the folder.
@@ -40,6 +44,9 @@ def write_model(
         prediction: What it predicts.
         event_shape: The shape of one sample.
         class_names: The names of the classes.
+        preconditioning: ``{"kind": "edm", "sigma_data": s}`` if the network is the raw network of
+            EDM's preconditioning, which predicts ``"x0"``.
+        data_range: The values that black and white have.
         training: How it was trained; for the reader, not for the code.
     """
     folder = Path(folder)
@@ -54,6 +61,8 @@ def write_model(
             "prediction": prediction,
             "event_shape": list(event_shape),
             "class_names": None if class_names is None else list(class_names),
+            **({"preconditioning": dict(preconditioning)} if preconditioning else {}),
+            "data_range": [float(v) for v in data_range],
             "sha256": sha256(file),
             "training": dict(training or {}),
         },
@@ -65,10 +74,29 @@ MOST_PIXELS = 4096
 """The largest height and width of an image of a folder's model; a guard against hostile files."""
 
 
+class PreconditionedUNet(Preconditioned):
+    """A raw U-Net in EDM's preconditioning, which takes the same conditions as the U-Net."""
+
+    network: SmallUNet
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, or ``None``."""
+        return self.network.num_classes
+
+    # The conditions are named: unknown ones are refused by the signature.
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None
+    ) -> Tensor:
+        r"""Returns the predicted data, (B, C, H, W), at states and noise levels (B)."""
+        return super().forward(x, sigma, class_labels=class_labels)
+
+
 class FolderModel(WrappedNetwork):
     """A network from a folder written by fewstep, class-conditional or not."""
 
     class_names: tuple[str, ...] | None = None
+    data_range: tuple[float, float] = (-1.0, 1.0)
     about: Mapping[str, Any] = {}
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
@@ -114,12 +142,19 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
             isinstance(names, list) and all(isinstance(name, str) for name in names)
         ):
             raise ValueError(f"class_names must be a list of texts, got {names!r:.60}")
+        low, high = (float(v) for v in about.get("data_range", (-1.0, 1.0)))
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"data_range must be two numbers, low below high, got {low}, {high}")
         classes = network.num_classes
         lay_out(network.to(dtype))
+        schedule = schedule_from_record(about["schedule"])
+        prediction = Prediction.of(about["prediction"])
+        module, to_model_time = _precondition(network, about, schedule, prediction)
         model = FolderModel(
-            network.eval().requires_grad_(False),
-            schedule=schedule_from_record(about["schedule"]),
-            prediction=Prediction.of(about["prediction"]),
+            module.eval().requires_grad_(False),
+            schedule=schedule,
+            prediction=prediction,
+            to_model_time=to_model_time,
             event_shape=shape,
             null_condition={"class_labels": classes} if classes else {},
             num_classes=classes,
@@ -129,8 +164,29 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the model {str(folder)!r} is damaged: {error}") from None
     model.class_names = tuple(names) if names else None
+    model.data_range = low, high
     model.about = about
     return model
+
+
+def _precondition(
+    network: SmallUNet, about: Mapping[str, Any], schedule: NoiseSchedule, prediction: Prediction
+) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
+    """Returns the network in the preconditioning that a file names, and what it is conditioned on."""
+    record = about.get("preconditioning")
+    if record is None:
+        return network, None
+    if record.get("kind") != "edm" or prediction is not Prediction.X0:
+        raise ValueError(
+            "preconditioning must be of kind 'edm' with prediction 'x0', got "
+            f"{record.get('kind')!r:.40} with {prediction.value!r}"
+        )
+    if schedule.name not in ("edm", "ve"):
+        raise ValueError(
+            f"EDM's preconditioning needs the schedule 'edm' or 've', got {schedule.name!r}"
+        )
+    module = PreconditionedUNet(network, sigma_data=record["sigma_data"])
+    return module, None if schedule.name == "edm" else schedule.sigma
 
 
 def model_shape(value: object, network: SmallUNet) -> tuple[int, ...]:

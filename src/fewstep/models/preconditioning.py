@@ -45,16 +45,21 @@ class Preconditioned(nn.Module):
         self.network, self.sigma_data, self.sign = network, float(sigma_data), float(sign)
         self._to_noise = to_noise or (lambda sigma: sigma.log() / 4)
 
-    def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-        r"""Returns the predicted data, (B, \*), at states (B, \*) and noise levels (B)."""
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""Returns :math:`c_\text{skip}, c_\text{out}, c_\text{in}, c_\text{noise}` at noise levels, each (B)."""
         s = self.sigma_data
         size = (sigma.square() + s**2).sqrt()
+        return (s / size).square(), self.sign * sigma * s / size, 1 / size, self._to_noise(sigma)
+
+    def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+        r"""Returns the predicted data, (B, \*), at states (B, \*) and noise levels (B)."""
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
 
         def spread(c: Tensor) -> Tensor:
             return c.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
-        value = self.network(x * spread(1 / size), self._to_noise(sigma), **cond)
-        return x * spread((s / size).square()) + value * spread(self.sign * sigma * s / size)
+        value = self.network(x * spread(c_in), c_noise, **cond)
+        return x * spread(c_skip) + value * spread(c_out)
 
 
 def preconditioned(
