@@ -41,7 +41,7 @@ def test_the_files(done):
     ]
     results = json.loads((done / "results.json").read_text())
     assert results["format"] == "fewstep.analysis"
-    assert results["check"]["ok"]
+    assert results["check"]["outcome"] == "passed"
     assert [item["nfe"] for item in results["advice"]] == [3, 4]
     for item in results["advice"]:
         assert not item["polished"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fewstep
+from fewstep.base.progress import Silent
 from fewstep.models.exact import DataSet, sharp, smooth
 from fewstep.solvers import solver
 from fewstep.studies import (
@@ -27,7 +29,7 @@ from fewstep.studies import (
     study,
 )
 from fewstep.studies.fitting import Optimal, _hat_integrals
-from fewstep.studies.recommend import candidates, enough_calls
+from fewstep.studies.recommend import candidates, enough_nfe
 from fewstep.studies.reference import draw_noise, run_plan
 
 VP = fewstep.schedule("vp-linear")
@@ -55,6 +57,15 @@ def path(fit):
     return path_of(reference, MODEL, measure_gain(MODEL, reference))
 
 
+class Counted(Silent):
+    """Counts ticks."""
+
+    ticks = 0
+
+    def tick(self, amount=1, note=""):
+        self.ticks += amount
+
+
 def distance(plan, on, model=MODEL):
     return float((run_plan(model, plan, on.noise, on.cond) - on.end).square().mean().sqrt())
 
@@ -78,13 +89,13 @@ def test_polished_times_are_better_on_other_samples_too(name, fit, held_out):
     assert (float(times[0]), float(times[-1])) == (1.0, VP.t_min)
 
 
-def test_polishing_shares_the_first_calls(fit):
-    counted = []
-    made = polish(MODEL, start(), fit.noise, fit.end, fit.cond, iterations=1, tick=counted.append)
+def test_polishing_shares_the_first_evaluations(fit):
+    counted = Counted()
+    made = polish(MODEL, start(), fit.noise, fit.end, fit.cond, iterations=1, progress=counted)
     # A first run, one run for each of 5 times from its step on, and the tries of a step.
     slopes = sum(6 - k for k in range(1, 6))
-    assert sum(counted) == made.calls
-    assert 6 + slopes + 6 <= made.calls <= 6 + slopes + 8 * 6
+    assert counted.ticks == made.evaluations
+    assert 6 + slopes + 6 <= made.evaluations <= 6 + slopes + 8 * 6
 
 
 def test_starts_and_ends_move_only_if_they_are_free(fit):
@@ -112,7 +123,7 @@ def test_whole_indices_are_not_polished():
     before = Candidate(solver("tab2"), fewstep.plan("tab2", ddpm, nfe=4).knots)
     made = polish(model, before, torch.zeros(2, 2), torch.zeros(2, 2), {})
     assert made.candidate is before
-    assert made.calls == 0
+    assert made.evaluations == 0
     assert torch.equal(before.plan(model).knots, before.times.round())
 
 
@@ -162,13 +173,13 @@ def test_no_time_to_polish(path, fit, held_out):
     assert all("polished" not in item.grid for item in late.tried)
 
 
-def test_enough_calls(path, fit, held_out):
+def test_enough_nfe(path, fit, held_out):
     item = advise(MODEL, path, 4, fit, held_out, {}, solvers=("tab2",), deadline=0.0)
     error = item.best.held_out
     finer = replace(item, nfe=8, best=replace(item.best, held_out=error / 4))
-    assert enough_calls([item, finer], 21 * error) == 4
-    assert enough_calls([finer, item], 6 * error) == 8
-    assert enough_calls([item, finer], error) is None
+    assert enough_nfe([item, finer], 21 * error) == 4
+    assert enough_nfe([finer, item], 6 * error) == 8
+    assert enough_nfe([item, finer], error) is None
 
 
 POINTS = torch.randn((30, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -267,13 +278,77 @@ def test_a_network_of_whole_indices_is_studied(tmp_path):
     model = fewstep.Denoiser.wrap(
         network, schedule=ddpm, prediction="eps", integer_times=True, event_shape=(2,)
     )
-    subject = Subject(model, None, None, lambda n: {}, {})
+    subject = Subject(model, None, None, {}, {})
     results, advice = study(subject, tmp_path, nfe=(4,), n=6, solvers=("tab2",))
-    assert results["check"]["ok"]
+    assert results["check"]["wrong"] == []
     for item in advice:
         times = torch.tensor(item.best.times)
         assert torch.equal(times, times.round())
         assert item.best.score <= item.default.score
     assert results["fitting"] is None
+    # A second run reads what the first wrote; a damaged stage is computed again.
+    before = model.network
+    (tmp_path / "parts" / "check.json").write_text("{")
+    model.network = lambda x, t: pytest.fail("evaluated again")
+    with pytest.raises(pytest.fail.Exception):
+        study(subject, tmp_path, nfe=(4,), n=6, solvers=("tab2",))
+    model.network = before
     again, _ = study(subject, tmp_path, nfe=(4,), n=6, solvers=("tab2",))
-    assert again["advice"] == results["advice"]
+    assert (again["advice"], again["check"]) == (results["advice"], results["check"])
+    model.network = lambda x, t: pytest.fail("evaluated again")
+    study(subject, tmp_path, nfe=(4,), n=6, solvers=("tab2",))
+
+
+class Scaled(torch.nn.Module):
+    """A network with a weight and a label."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor([scale]))
+
+    def forward(self, x, t, label):
+        return self.scale * MODEL.raw(x, t) + 0 * label[:, None]
+
+
+def subject(*, scale=1.0, schedule=VP, guidance=None, label=1, data=None):
+    model = fewstep.Denoiser.wrap(
+        Scaled(scale),
+        schedule=schedule,
+        prediction="eps",
+        event_shape=(2,),
+        null_condition={"label": 0},
+    )
+    if guidance is not None:
+        model = fewstep.Guided(model, guidance)
+    return Subject(model, data, None, {"label": label}, {})
+
+
+def test_stages_of_another_study_are_refused(tmp_path, monkeypatch):
+    from fewstep.studies import stages
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "follow", interrupt)
+    monkeypatch.setattr(stages, "model_check", lambda *a, **o: SimpleNamespace(to_record=dict))
+    options = {"nfe": (4,), "n": 6, "solvers": ("tab2",)}
+    with pytest.raises(KeyboardInterrupt):
+        study(subject(), tmp_path, **options)
+    points = torch.zeros(4, 2)
+    for other, more, word in (
+        (subject(scale=2.0), {}, "model"),
+        (subject(schedule=fewstep.schedule("vp-cosine")), {}, "model"),
+        (subject(guidance=2.0), {}, "guidance"),
+        (subject(label=2), {}, "conditions"),
+        (subject(data=points), {}, "data"),
+        (subject(), {"seed": 1}, "seed"),
+        (subject(), {"n": 8}, "conditions|n"),
+        (subject(), {"solvers": ("tab3",)}, "solvers"),
+    ):
+        with pytest.raises(ValueError, match=f"stages of a study with another ({word});"):
+            study(other, tmp_path, **{**options, **more})
+    with pytest.raises(KeyboardInterrupt):
+        study(subject(), tmp_path, **options)
+    (tmp_path / "parts" / "identity.json").unlink()
+    with pytest.raises(ValueError, match="cannot be identified"):
+        study(subject(), tmp_path, **options)

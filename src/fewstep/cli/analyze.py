@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.base.files import sha256, write_json
-from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
     console,
@@ -91,15 +90,13 @@ def analyze(
 
     from fewstep.diffusion.noise import NoiseSource
     from fewstep.studies import fitted_grids
-    from fewstep.studies.stages import Subject, Watcher, finish_folder, prepare_folder, study
+    from fewstep.studies.stages import Subject, finish_folder, prepare_folder, study
 
     NoiseSource(seed, ())
 
-    def cond(count: int) -> dict[str, Any]:
-        chosen = parse_labels(class_labels, denoiser, count)
-        return denoiser.prepare(count, {} if chosen is None else {"class_labels": chosen})
-
-    cond(2 * n)
+    chosen = parse_labels(class_labels, denoiser, 2 * n)
+    cond = {} if chosen is None else {"class_labels": chosen}
+    denoiser.prepare(2 * n, cond)
     fingerprint = denoiser.fingerprint()
     settings = {
         "model": model,
@@ -116,16 +113,15 @@ def analyze(
     }
     outputs = [REPORT, RESULTS, GRID, *(f"recipe-{k}.json" for k in budgets)]
     prepare_folder(out, settings, outputs, overwrite=overwrite)
-    with progress_of(True) as progress:
-        results, advice = study(
-            Subject(denoiser, points, labels, cond, settings),
-            out,
-            nfe=budgets,
-            n=n,
-            seed=seed,
-            minutes=budget,
-            watcher=Watcher(progress.stage, progress.tick),
-        )
+    results, advice = study(
+        Subject(denoiser, points, labels, cond, settings),
+        out,
+        nfe=budgets,
+        n=n,
+        seed=seed,
+        minutes=budget,
+        progress=True,
+    )
     from fewstep.studies.page import write_page
 
     grids = fitted_grids(denoiser, advice, fingerprint=fingerprint)
@@ -140,7 +136,9 @@ def analyze(
     say(results["check"]["verdict"])
     _table(advice)
     if results["enough"] is not None:
-        say(f"{results['enough']} calls come within 5 % of the data's deviation of the reference")
+        say(
+            f"{results['enough']} evaluations come within 5 % of the data's deviation of the reference"
+        )
     say(f"wrote {out / REPORT}, {out / RESULTS}, {out / GRID} and {len(recipes)} recipes")
     shown = results["enough"] or results["shown"]
     words = ["fewstep", "sample", model, "--recipe", str(out / f"recipe-{shown}.json")]

@@ -1,7 +1,9 @@
 """Studies of one model: is it what it says, where its error comes from, which sampler suits it."""
 
 from fewstep.studies.checking import ModelCheck as ModelCheck
+from fewstep.studies.checking import Tested as Tested
 from fewstep.studies.checking import model_check as model_check
+from fewstep.studies.conventions import Hypothesis as Hypothesis
 from fewstep.studies.curves import anatomy as anatomy
 from fewstep.studies.fitting import fitting_error as fitting_error
 from fewstep.studies.local_errors import Path as Path
@@ -22,5 +24,4 @@ from fewstep.studies.spectrum import Basis as Basis
 from fewstep.studies.spectrum import Spectrum as Spectrum
 from fewstep.studies.spectrum import time_spectrum as time_spectrum
 from fewstep.studies.stages import Subject as Subject
-from fewstep.studies.stages import Watcher as Watcher
 from fewstep.studies.stages import study as study

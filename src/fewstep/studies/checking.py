@@ -1,4 +1,4 @@
-r"""Is a model what it is said to be? Its denoising error tells, beside that of every other reading."""
+r"""Is a model what it is said to be? Its denoising error tells, beside that under other hypotheses."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.denoiser import Denoiser
 from fewstep.studies.conventions import (
     AS_CLAIMED,
+    NEGATED,
     RANGES,
-    Claim,
+    Hypothesis,
     Probe,
     between,
     conventions_for,
@@ -27,55 +28,63 @@ from fewstep.studies.conventions import (
 )
 
 LEVELS = (-2.5, -1.25, 0.0, 1.25, 2.5)
-r"""The half log-SNR :math:`\lambda` at which models are asked; the same for every schedule."""
+r"""The half log-SNR :math:`\lambda` at which models are evaluated; the same for every schedule."""
 
 CLEAR = 0.02
-"""A reading must be better by this share, and by three standard errors, to contradict the claim."""
+"""A hypothesis must be better by this share, and by three standard errors, to contradict the claim."""
 
 SETTLED = 0.5
-"""A change of one aspect that brings the merit below this, and to half, is not looked behind."""
+"""After a change of one aspect that brings the error below this, and to half, no others are tried."""
 
 MOST = 4.0
-"""Errors are cut off here: beyond, a reading is just wrong."""
+"""Errors are cut off here: beyond, a hypothesis is just wrong."""
 
 NUMBERS = 8192
 """The least number of coordinates of a batch, all samples together."""
 
-ASPECTS = ("prediction", "schedule", "time", "range")
+SHOWN = 3
+"""The most undecided hypotheses that the verdict names."""
+
+NEAR = 0.005
+"""Conditioning times that differ by less than this share of their range are the same."""
+
+ASPECTS = ("prediction", "negated", "schedule", "time", "range")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One way to read a model, with how well it denoises then.
+class Tested:
+    """A hypothesis about a network, with how well the network denoises under it.
 
     Attributes:
-        claim: The way.
-        merit: The error of its velocity relative to that of the best Gaussian denoiser of the
-            same data: below 1 it knows more of the data than mean and variance, above 1 less.
+        hypothesis: The hypothesis.
+        relative_error: The squared error of its velocity relative to that of the best Gaussian
+            denoiser of the same data: below 1 it knows more of the data than mean and variance.
         errors: The same for each sample and level, (B, L), for comparisons in pairs.
     """
 
-    claim: Claim
-    merit: float
+    hypothesis: Hypothesis
+    relative_error: float
     errors: Tensor
 
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What :func:`model_check` found.
+    """The result of :func:`model_check`.
 
     Attributes:
-        claimed: The reading that the user gave.
+        claimed: The hypothesis that the user gave.
         best: The likely right one: the claimed one unless another is clearly better.
-        readings: All that were tried, the best first.
-        source: On what: ``"data"`` or ``"samples"``.
+        hypotheses: All that were tested, the best first.
+        undecided: Those that differ from the best and cannot be told apart from it on these data.
+        source: What it was tested on: ``"data"`` or ``"samples"``.
         low: The 0.5 % quantile of the data or samples, in the model's own range.
         high: The 99.5 % quantile.
     """
 
-    claimed: Reading
-    best: Reading
-    readings: tuple[Reading, ...]
+    claimed: Tested
+    best: Tested
+    hypotheses: tuple[Tested, ...]
+    undecided: tuple[Tested, ...]
     source: str
     low: float
     high: float
@@ -83,54 +92,74 @@ class ModelCheck:
     @property
     def wrong(self) -> tuple[str, ...]:
         """The aspects in which the model is not what it is said to be."""
-        one, two = self.claimed.claim, self.best.claim
-        return tuple(a for a in ASPECTS if getattr(one, a) != getattr(two, a))
+        return _changed(self.claimed.hypothesis, self.best.hypothesis)
 
     @property
     def ok(self) -> bool:
-        """Whether the claim stands and the model denoises better than a Gaussian would."""
-        return not self.wrong and self.claimed.merit < 1
+        """Whether the claim stands alone and the model denoises better than a Gaussian would."""
+        return self.outcome == "passed"
+
+    @property
+    def outcome(self) -> str:
+        """``"passed"``, ``"undecided"`` (several hypotheses are as good) or ``"failed"``."""
+        if self.wrong or not self.claimed.relative_error < 1:
+            return "failed"
+        return "undecided" if self.undecided else "passed"
 
     def say(self) -> str:
         """Returns the verdict in words."""
         on = "real data" if self.source == "data" else "its own samples"
-        merit = f"its denoising error on {on} is {self.claimed.merit:.3g} of a Gaussian's"
-        if self.ok:
-            return f"The model is what it is said to be: {merit}, and no other reading is better."
+        error = f"its denoising error on {on} is {self.claimed.relative_error:.3g} of a Gaussian's"
+        claim, best = self.claimed.hypothesis, self.best.hypothesis
+        if not self.wrong and not self.claimed.relative_error < 1:
+            return (
+                f"The model denoises no better than mean and variance alone would ({error}), and no "
+                "other hypothesis is better: it may be untrained, or the data are not what it was trained on."
+            )
+        if not self.wrong and not self.undecided:
+            return (
+                f"The model is what it is said to be: {error}, and no other hypothesis is better."
+            )
         if not self.wrong:
             return (
-                f"The model denoises no better than mean and variance alone would ({merit}), and no "
-                "other reading is better: it may be untrained, or the data are not what it was trained on."
+                f"The model may be what it is said to be: {error}; but {self._rivals(claim)} cannot "
+                f"be told apart from it on {on}."
             )
-        claim = self.best.claim
-        mends = {
-            "prediction": f"prediction={claim.prediction.value!r}",
-            "schedule": f"schedule=fewstep.schedule({claim.schedule.name!r})",
-            "time": "" if claim.time == AS_CLAIMED else f"to_model_time={claim.to_model_time()}",
-            "range": f"data in {claim.range}",
-        }
-        named = ", ".join(mends[a] for a in self.wrong)
-        return (
-            f"The model is probably not what it is said to be: {merit}; "
-            f"with {named} it is {self.best.merit:.3g}."
+        verdict = (
+            f"The model is probably not what it is said to be: {error}; "
+            f"with {best.describe(claim)} it is {self.best.relative_error:.3g}"
         )
+        if self.undecided:
+            verdict += f", and {self._rivals(claim)} cannot be told apart from that"
+        return f"{verdict}."
+
+    def _rivals(self, claim: Hypothesis) -> str:
+        """Returns the hypotheses that are as good, in words."""
+        named = [
+            item.hypothesis.describe(claim) or "the claimed hypothesis"
+            for item in self.undecided[:SHOWN]
+        ]
+        more = len(self.undecided) - len(named)
+        return " or ".join(named) + (f" (and {more} more)" if more else "")
 
     def to_record(self) -> dict[str, Any]:
         """Returns the numbers as JSON has them."""
 
-        def reading(item: Reading) -> dict[str, Any]:
-            return {**item.claim.to_record(), "merit": item.merit}
+        def record(item: Tested) -> dict[str, Any]:
+            return {**item.hypothesis.to_record(), "relative_error": item.relative_error}
 
         return {
             "ok": self.ok,
+            "outcome": self.outcome,
             "wrong": list(self.wrong),
             "verdict": self.say(),
             "source": self.source,
             "low": self.low,
             "high": self.high,
-            "claimed": reading(self.claimed),
-            "best": reading(self.best),
-            "readings": [reading(item) for item in self.readings],
+            "claimed": record(self.claimed),
+            "best": record(self.best),
+            "undecided": [record(item) for item in self.undecided],
+            "hypotheses": [record(item) for item in self.hypotheses],
         }
 
 
@@ -142,24 +171,25 @@ def model_check(
     seed: int = 0,
     cond: Mapping[str, Any] | None = None,
 ) -> ModelCheck:
-    r"""Checks prediction, schedule, time convention and data range of a model on a batch.
+    r"""Checks prediction, its sign, schedule, conditioning times and data range of a model on a batch.
 
-    Data are noised at five levels :math:`\lambda`, the same for every schedule; the network's answer
-    is read in each way and compared with the truth in the velocity of unit scale,
+    Data are noised at five levels :math:`\lambda`, the same for every schedule; the network's output
+    is converted under each hypothesis and compared with the truth in the velocity of unit scale,
 
-    .. math:: m = \frac{\sum_\lambda E \, \| \hat v - v \|^2}{\sum_\lambda E \, \| v_G - v \|^2}, \qquad
+    .. math:: e = \frac{\sum_\lambda E \, \| \hat v - v \|^2}{\sum_\lambda E \, \| v_G - v \|^2}, \qquad
         v = \frac{\alpha \varepsilon - \sigma x_0}{\sqrt{\alpha^2 + \sigma^2}}
 
-    with the optimal denoiser :math:`v_G` of Gaussian data of the same mean and variance. A wrong
-    reading denoises worse, whatever its prediction. First each aspect is changed alone; if that
-    leaves doubt, schedules and times are tried together, then the ranges.
+    with the optimal denoiser :math:`v_G` of Gaussian data of the same mean and variance. Under a wrong
+    hypothesis the network denoises worse, whatever it predicts. First each aspect is changed alone; if
+    that leaves doubt, schedules and times are tried together, then the ranges. Hypotheses whose errors
+    do not differ by more than chance from the best one's are listed as undecided.
 
-    Without data the same is done with samples that each reading draws itself (10 calls of DDIM),
-    which a wrong one mostly does not find likely afterwards. That is weaker evidence: the claim then
-    stands if its merit is below 1, and else the reading below 1 that changes least is named.
-    The range is then told, not tested.
+    Without data the same is done with samples that the network draws under each hypothesis (10
+    evaluations of DDIM), which under a wrong one mostly are not likely data afterwards. That is weaker
+    evidence: the claim then stands if its relative error is below 1, and else the hypothesis below 1
+    that changes least is named. The range is then reported, not tested.
 
-    Cost: some 20 network calls for each of n samples and 5 levels; in case of doubt 5 times that.
+    Cost: some 20 evaluations for each of n samples and 5 levels; in case of doubt 5 times that.
 
     Arguments:
         denoiser: The model.
@@ -182,12 +212,12 @@ def model_check(
     if shape is None:
         raise ValueError("the shape of a sample is not known; give data")
     if n is None:
-        # Without data no two readings are weighed against each other, so less will do.
+        # Without data no two hypotheses are weighed against each other, so less will do.
         enough = NUMBERS if data is not None else NUMBERS // 16
         n = max(8, math.ceil(enough / math.prod(shape)))
     if data is not None:
         rows = torch.arange(n) % len(data)
-        data = data[rows]
+        data = data[rows.to(data.device)]
     bench = _Bench(denoiser, data, n, shape, seed, denoiser.prepare(n, cond or {}))
     return bench.check()
 
@@ -205,169 +235,224 @@ class _Bench:
         cond: Mapping[str, Any],
     ) -> None:
         self.probe = Probe(denoiser, cond)
-        self.data = data
+        device = denoiser.device
         tensors = [*denoiser.parameters(), *denoiser.buffers()]
-        device = tensors[0].device if tensors else torch.device("cpu")
         double = any(t.dtype == torch.float64 for t in tensors)
         dtype = torch.float64 if double else torch.float32
         source = NoiseSource(seed, range(n))
         self.noise = [
             source.draw(k, shape, dtype=dtype, device=device) for k in range(len(LEVELS))
         ]
-        if data is not None:
-            self.data = data.to(device=device, dtype=dtype)
-        self.start = Claim(self.probe.claimed.native, self.probe.claimed.schedule)
-        self.found: dict[tuple[Any, ...], list[Reading]] = {}
-        self.readings: list[Reading] = []
+        self.data = None if data is None else data.to(device=device, dtype=dtype)
+        self.claim = Hypothesis(self.probe.claimed.native, self.probe.claimed.schedule)
+        self.measured = set[tuple[Any, ...]]()
+        self.tested: list[Tested] = []
 
     def check(self) -> ModelCheck:
-        schedules = schedules_to_try(self.start.schedule)
+        schedules = schedules_to_try(self.claim.schedule)
         self.range = None if self.data is None else range_of(self.data)
         others = [name for name in RANGES if name != self.range] if self.range else []
-        self.measure(replace(self.start, schedule=s) for s in schedules)
-        self.measure(replace(self.start, time=t) for t in conventions_for(self.start.schedule))
-        self.measure(replace(self.start, range=r) for r in others)
-        claimed = next(r for r in self.readings if r.claim == self.start)
+        self.measure(replace(self.claim, schedule=s) for s in schedules)
+        self.measure(replace(self.claim, time=t) for t in conventions_for(self.claim.schedule))
+        self.measure(replace(self.claim, range=r) for r in others)
+        claimed = next(r for r in self.tested if r.hypothesis == self.claim)
         if self.data is None:
-            return self._result(claimed, _least_change(claimed, self.readings))
-        best = _likely(claimed, self.readings)
-        if (best is not claimed or best.merit >= 1) and best.merit > min(
-            SETTLED, claimed.merit / 2
+            return self._result(claimed, _least_change(claimed, self.tested))
+        best = _likely(claimed, self.tested)
+        if (best is not claimed or best.relative_error >= 1) and best.relative_error > min(
+            SETTLED, claimed.relative_error / 2
         ):
             self.measure(
-                replace(self.start, schedule=s, time=t)
+                replace(self.claim, schedule=s, time=t)
                 for s in schedules
                 for t in conventions_for(s)
             )
-            best = _likely(claimed, self.readings)
-            self.measure(replace(best.claim, range=r) for r in others)
-            if _likely(claimed, self.readings).merit >= 1:
+            best = _likely(claimed, self.tested)
+            self.measure(replace(best.hypothesis, range=r) for r in others)
+            if _likely(claimed, self.tested).relative_error >= 1:
                 self.measure(
-                    replace(self.start, schedule=s, time=t, range=r)
+                    replace(self.claim, schedule=s, time=t, range=r)
                     for s in schedules
                     for t in conventions_for(s)[1:3]
                     for r in others
                 )
-        return self._result(claimed, _likely(claimed, self.readings))
+        return self._result(claimed, _likely(claimed, self.tested))
 
-    def _result(self, claimed: Reading, likely: Reading) -> ModelCheck:
-        shown = self.data if self.data is not None else self._samples(self.start)
+    def _result(self, claimed: Tested, best: Tested) -> ModelCheck:
+        shown = self.data if self.data is not None else self._samples(self.claim)
         ends = torch.tensor([0.005, 0.995], dtype=torch.float64)
         sorted_values = shown.detach().cpu().double().flatten().sort().values
         low, high = sorted_values[(ends * (len(sorted_values) - 1)).round().long()].tolist()
-        self.readings.sort(key=lambda r: r.merit)
+        self.tested.sort(key=lambda item: item.relative_error)
+        undecided = self._undecided(best)
         source = "data" if self.data is not None else "samples"
-        return ModelCheck(claimed, likely, tuple(self.readings), source, low, high)
+        return ModelCheck(claimed, best, tuple(self.tested), undecided, source, low, high)
 
-    def measure(self, claims: Iterable[Claim]) -> None:
-        """Measures readings that were not measured before, each with all predictions."""
-        for claim in claims:
-            key = (claim.schedule, claim.time, claim.range)
-            if key not in self.found:
-                self.found[key] = list(self._read(claim))
-                self.readings += self.found[key]
+    def _undecided(self, best: Tested) -> tuple[Tested, ...]:
+        """Returns hypotheses that are as good as the best as far as can be told, one of each kind."""
+        if not best.relative_error < 1:
+            return ()
+        known, rivals = [self._signature(best.hypothesis)], []
+        for item in self.tested:
+            if self.data is None:
+                # Each drew samples of its own, so there are no pairs to compare.
+                rival = item.relative_error <= (1 + CLEAR) * best.relative_error
+            else:
+                rival = not _clearly_better(best, item)
+            if rival and item is not best:
+                signature = self._signature(item.hypothesis)
+                if not any(_same(signature, other) for other in known):
+                    known.append(signature)
+                    rivals.append(item)
+        return tuple(rivals)
 
-    def _read(self, claim: Claim) -> Iterable[Reading]:
+    def _signature(self, hypothesis: Hypothesis) -> tuple[Any, Tensor, Tensor]:
+        """Returns what the network computes under a hypothesis: kind, conditioning times, scales."""
+        schedule = hypothesis.schedule
+        times = schedule.time(torch.tensor(LEVELS, dtype=torch.float64))
+        data_range = hypothesis.range if hypothesis.range != self.range else AS_CLAIMED
+        kind = (hypothesis.prediction, hypothesis.negated, data_range)
+        conditioning = self.probe.conditioning(hypothesis, times).cpu()
+        return kind, conditioning, schedule.alpha(times)
+
+    def measure(self, hypotheses: Iterable[Hypothesis]) -> None:
+        """Measures hypotheses that were not measured before, each with all predictions."""
+        for hypothesis in hypotheses:
+            key = (hypothesis.schedule, hypothesis.time, hypothesis.range)
+            if key not in self.measured and not self._as_claimed(hypothesis):
+                self.measured.add(key)
+                self.tested += self._test(hypothesis)
+
+    def _as_claimed(self, hypothesis: Hypothesis) -> bool:
+        """Whether a convention of times is the claimed one under another name."""
+        if hypothesis.time == AS_CLAIMED or hypothesis.schedule != self.claim.schedule:
+            return False
+        claimed = replace(hypothesis, time=AS_CLAIMED)
+        return _same(self._signature(hypothesis), self._signature(claimed))
+
+    def _test(self, hypothesis: Hypothesis) -> Iterable[Tested]:
+        kinds = [(p, False) for p in Prediction]
+        # With data the other sign costs no evaluation; without, runs of its own.
+        if self.data is not None or hypothesis.schedule == self.claim.schedule:
+            kinds += [(p, True) for p in NEGATED]
         if self.data is not None:
             scale, shift = (1.0, 0.0)
-            if self.range is not None and claim.range != AS_CLAIMED:
-                scale, shift = between(self.range, claim.range)
-            yield from self._errors(claim, self.data * scale + shift, tuple(Prediction))
+            if self.range is not None and hypothesis.range != AS_CLAIMED:
+                scale, shift = between(self.range, hypothesis.range)
+            yield from self._errors(hypothesis, self.data * scale + shift, kinds)
             return
-        for prediction in Prediction:
-            own = replace(claim, prediction=prediction)
+        for prediction, negated in kinds:
+            own = replace(hypothesis, prediction=prediction, negated=negated)
             samples = self._samples(own)
             if bool(samples.isfinite().all()):
-                yield from self._errors(own, samples, (prediction,))
+                yield from self._errors(own, samples, [(prediction, negated)])
 
     def _errors(
-        self, claim: Claim, x0: Tensor, predictions: tuple[Prediction, ...]
-    ) -> Iterable[Reading]:
+        self, hypothesis: Hypothesis, x0: Tensor, kinds: list[tuple[Prediction, bool]]
+    ) -> Iterable[Tested]:
         mean, var = _moments(x0)
-        errors: dict[Prediction, list[Tensor]] = {p: [] for p in predictions}
+        every = [replace(hypothesis, prediction=p, negated=negated) for p, negated in kinds]
+        errors: list[list[Tensor]] = [[] for _ in every]
         baseline = 0.0
         for lam, z in zip(LEVELS, self.noise, strict=True):
-            t = float(claim.schedule.time(torch.tensor(lam, dtype=torch.float64)))
-            alpha, sigma = _scales(claim.schedule, t)
+            t = float(hypothesis.schedule.time(torch.tensor(lam, dtype=torch.float64)))
+            alpha, sigma = _scales(hypothesis.schedule, t)
             size = math.hypot(alpha, sigma)
             x = alpha * x0 + sigma * z
             # v is a function of x and x0 alone, so all errors are those of x0 in these units.
             unit = size / sigma
             shrunk = mean + alpha * var / (alpha**2 * var + sigma**2) * (x - alpha * mean)
             baseline += float(((shrunk - x0) * unit).square().mean())
-            answer = self.probe.answer(claim, x, t)
-            for p in predictions:
-                if answer is None:
-                    errors[p].append(torch.full((len(x),), math.inf, dtype=torch.float64))
+            output = self.probe.output(hypothesis, x, t)
+            for own, parts in zip(every, errors, strict=True):
+                if output is None:
+                    parts.append(torch.full((len(x),), math.inf, dtype=torch.float64))
                     continue
                 a, b = coefficients(
-                    p,
+                    own.prediction,
                     Prediction.X0,
                     alpha=torch.tensor(alpha, dtype=torch.float64),
                     sigma=torch.tensor(sigma, dtype=torch.float64),
                 )
-                wrong = ((a * x + b * answer - x0) * unit).square().flatten(1).mean(1)
-                errors[p].append(wrong.double().cpu())
+                difference = (a * x + own.sign * b * output - x0) * unit
+                parts.append(difference.square().flatten(1).mean(1).cpu().double())
         if not baseline > 0:  # all samples are alike: nothing to compare with
             return
-        for p, parts in errors.items():
+        for own, parts in zip(every, errors, strict=True):
             relative = torch.stack(parts, 1) * len(LEVELS) / baseline
             relative = relative.nan_to_num(math.inf).clamp(max=MOST)
-            yield Reading(replace(claim, prediction=p), float(relative.mean()), relative)
+            yield Tested(own, float(relative.mean()), relative)
 
-    def _samples(self, claim: Claim) -> Tensor:
-        """Returns samples that the model draws if it is read so: 10 steps of DDIM."""
-        s = claim.schedule
+    def _samples(self, hypothesis: Hypothesis) -> Tensor:
+        """Returns samples that the network draws under a hypothesis: 10 steps of DDIM."""
+        s = hypothesis.schedule
         steps = torch.linspace(s.t_max, s.t_min, 11, dtype=torch.float64).tolist()
         alpha, sigma = _scales(s, steps[0])
         x = sigma * self.noise[0]
         for now, then in itertools.pairwise(steps):
-            answer = self.probe.answer(claim, x, now)
-            if answer is None:
+            output = self.probe.output(hypothesis, x, now)
+            if output is None:
                 return torch.full_like(x, math.nan)
             a, b = coefficients(
-                claim.prediction,
+                hypothesis.prediction,
                 Prediction.EPS,
                 alpha=torch.tensor(alpha, dtype=torch.float64),
                 sigma=torch.tensor(sigma, dtype=torch.float64),
             )
-            eps = a * x + b * answer
+            eps = a * x + hypothesis.sign * b * output
             next_alpha, next_sigma = _scales(s, then)
             x = next_alpha / alpha * x + (next_sigma - next_alpha / alpha * sigma) * eps
             alpha, sigma = next_alpha, next_sigma
         return x / alpha
 
 
-def _likely(claimed: Reading, readings: Iterable[Reading]) -> Reading:
-    """Returns the best reading if it is clearly better than the claimed one, which else stands."""
-    best = min(readings, key=lambda r: r.merit)
-    gain = (claimed.errors - best.errors).mean(1)
+def _clearly_better(one: Tested, two: Tested) -> bool:
+    """Whether the first error is lower by more than a share of it and than chance, in pairs."""
+    gain = (two.errors - one.errors).mean(1)
     doubt = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    clear = best.merit < (1 - CLEAR) * claimed.merit and float(gain.mean()) > 3 * doubt
-    if not clear:
-        return claimed
-    # Of readings that are as good, the one that changes least.
-    near = [r for r in readings if r.merit <= (1 + CLEAR / 2) * best.merit]
-    return min(near, key=lambda r: (_changes(claimed.claim, r.claim), r.merit))
+    lower = one.relative_error < (1 - CLEAR) * two.relative_error
+    return lower and float(gain.mean()) > 3 * doubt
 
 
-def _least_change(claimed: Reading, readings: Iterable[Reading]) -> Reading:
-    """Returns the claimed reading if it denoises its own samples, or the nearest that does."""
-    if claimed.merit < 1:
+def _likely(claimed: Tested, tested: Iterable[Tested]) -> Tested:
+    """Returns the best hypothesis if it is clearly better than the claimed one, which else stands."""
+    best = min(tested, key=lambda item: item.relative_error)
+    if not _clearly_better(best, claimed):
         return claimed
-    consistent = [r for r in readings if r.merit < 1]
+    # Of hypotheses that are as good, the one that changes least.
+    near = [r for r in tested if r.relative_error <= (1 + CLEAR / 2) * best.relative_error]
+    return min(
+        near,
+        key=lambda r: (len(_changed(claimed.hypothesis, r.hypothesis)), r.relative_error),
+    )
+
+
+def _least_change(claimed: Tested, tested: Iterable[Tested]) -> Tested:
+    """Returns the claimed hypothesis if it denoises its own samples, or the nearest that does."""
+    if claimed.relative_error < 1:
+        return claimed
+    consistent = [r for r in tested if r.relative_error < 1]
     # A wrong prediction is the commonest slip, and the one that samples tell best.
     order = {a: k for k, a in enumerate(ASPECTS)}
 
-    def rank(r: Reading) -> tuple[int, int, float]:
-        changed = [a for a in ASPECTS if getattr(r.claim, a) != getattr(claimed.claim, a)]
-        return len(changed), sum(order[a] for a in changed), r.merit
+    def rank(r: Tested) -> tuple[int, int, float]:
+        changed = _changed(claimed.hypothesis, r.hypothesis)
+        return len(changed), sum(order[a] for a in changed), r.relative_error
 
     return min(consistent, key=rank, default=claimed)
 
 
-def _changes(one: Claim, two: Claim) -> int:
-    return sum(getattr(one, a) != getattr(two, a) for a in ASPECTS)
+def _changed(one: Hypothesis, two: Hypothesis) -> tuple[str, ...]:
+    return tuple(a for a in ASPECTS if getattr(one, a) != getattr(two, a))
+
+
+def _same(one: tuple[Any, Tensor, Tensor], two: tuple[Any, Tensor, Tensor]) -> bool:
+    """Whether two hypotheses are one function of the state and the noise level, nearly."""
+    if one[0] != two[0]:
+        return False
+    span = float(one[1].max() - one[1].min())
+    times = float((one[1] - two[1]).abs().max()) <= NEAR * max(span, 1e-12)
+    return times and bool(torch.allclose(one[2], two[2], rtol=NEAR, atol=1e-6))
 
 
 def _scales(s: NoiseSchedule, t: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What a model may be by mistake: its prediction, its schedule, its times, the range of its data."""
+"""Hypotheses about a network: its prediction, schedule, conditioning times, and the range of its data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from fewstep.models.denoiser import Denoiser, WrappedNetwork
 
 AS_CLAIMED = "as claimed"
 
+NEGATED = (Prediction.V, Prediction.FLOW)
+"""The predictions that networks exist of with the other sign: velocities from noise to data."""
+
 Convention = Callable[[NoiseSchedule, Tensor], Tensor]
-"""Takes a schedule and its times (B), float64, returns what the network is given."""
+"""Takes a schedule and its times (B), float64, returns the conditioning times of the network."""
 
 
 def _span(s: NoiseSchedule) -> float:
@@ -39,9 +42,9 @@ CONVENTIONS: Mapping[str, tuple[Convention, str]] = {
     "sigma": (lambda s, t: s.rho(t), "lambda t: schedule.rho(t.double()).to(t)"),
     "lambda": (lambda s, t: s.lam(t), "lambda t: schedule.lam(t.double()).to(t)"),
 }
-"""Times that networks are given, with the ``to_model_time`` that makes them."""
+"""Conditioning times of networks, with the ``to_model_time`` that makes them."""
 
-_OF_LEVELS = ("t / t_max", "1 - t / t_max")
+_OF_INDICES = ("t / t_max", "1 - t / t_max")
 _OF_FRACTIONS = ("1000 t", "999 t", "999 (1 - t)")
 
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -55,7 +58,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
 
 def conventions_for(s: NoiseSchedule) -> list[str]:
     """Returns the conventions that make sense for a schedule's times, each only once."""
-    left_out = _OF_FRACTIONS if s.discrete else _OF_LEVELS
+    left_out = _OF_FRACTIONS if s.discrete else _OF_INDICES
     return [AS_CLAIMED, *(name for name in CONVENTIONS if name not in left_out)]
 
 
@@ -76,33 +79,56 @@ def between(one: str, two: str) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What a model is said to be.
+class Hypothesis:
+    """What a network may be.
 
     Attributes:
         prediction: What the network predicts.
         schedule: Its schedule.
         time: A name in :data:`CONVENTIONS`, or ``"as claimed"``.
         range: A name in :data:`RANGES`, or ``"as claimed"``.
+        negated: Whether the network predicts the negative of it: a velocity from noise to data.
     """
 
     prediction: Prediction
     schedule: NoiseSchedule
     time: str = AS_CLAIMED
     range: str = AS_CLAIMED
+    negated: bool = False
+
+    @property
+    def sign(self) -> float:
+        """-1 if the output is the negative of the prediction, else 1."""
+        return -1.0 if self.negated else 1.0
 
     def model_time(self, t: Tensor) -> Tensor:
-        """Returns what the network is given at times (B), float64."""
+        """Returns the conditioning times of the network at schedule times (B), float64."""
         return CONVENTIONS[self.time][0](self.schedule, t)
 
     def to_model_time(self) -> str:
-        """Returns the argument ``to_model_time`` that says so."""
+        """Returns the argument ``to_model_time`` that makes these conditioning times."""
         return CONVENTIONS[self.time][1].format(top=_span(self.schedule))
+
+    def describe(self, other: Hypothesis) -> str:
+        """Returns in what it differs from another hypothesis, as somebody would write it."""
+        parts = []
+        if (self.prediction, self.negated) != (other.prediction, other.negated):
+            sign = "the negative of " if self.negated else ""
+            parts.append(f"{sign}prediction={self.prediction.value!r}")
+        if self.schedule != other.schedule:
+            parts.append(f"schedule=fewstep.schedule({self.schedule.name!r})")
+        if self.time != other.time:
+            same = self.time == AS_CLAIMED
+            parts.append("the claimed times" if same else f"to_model_time={self.to_model_time()}")
+        if self.range != other.range:
+            parts.append(f"data in {self.range}")
+        return ", ".join(parts)
 
     def to_record(self) -> dict[str, Any]:
         """Returns it as JSON has it."""
         return {
             "prediction": self.prediction.value,
+            "negated": self.negated,
             "schedule": self.schedule.name,
             "time": self.time,
             "range": self.range,
@@ -121,7 +147,7 @@ def schedules_to_try(claimed: NoiseSchedule) -> list[NoiseSchedule]:
 
 
 class Probe:
-    """A denoiser's network, asked as somebody else would ask it.
+    """A denoiser's network, evaluated under hypotheses other than the claimed one.
 
     Arguments:
         denoiser: The denoiser; guidance and clipping around it are taken off.
@@ -140,15 +166,15 @@ class Probe:
             self.network.integer_times = False
         self.whole = getattr(denoiser, "integer_times", False)
 
-    def answer(self, claim: Claim, x: Tensor, t: float) -> Tensor | None:
-        r"""Returns what the network says to a state (B, \*) at a time, or ``None`` if it refuses."""
+    def output(self, hypothesis: Hypothesis, x: Tensor, t: float) -> Tensor | None:
+        r"""Returns the network's output at a state (B, \*) and a time, or ``None`` if it refuses."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         times = torch.full((len(x),), t, dtype=torch.float64)
         with torch.no_grad():
-            if claim.time == AS_CLAIMED:
+            if hypothesis.time == AS_CLAIMED:
                 return self.claimed.raw(x, times.to(x.device, dtype), **self.cond)
-            given = claim.model_time(times)
-            if self.whole and claim.time in ("t", "t_max - t"):
+            given = hypothesis.model_time(times)
+            if self.whole and hypothesis.time in ("t", "t_max - t"):
                 given = given.round().long()
             else:
                 given = given.to(dtype)
@@ -157,3 +183,17 @@ class Probe:
             except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
                 return None  # a network of whole indices, say, that is given fractions
         return value if bool(value.isfinite().all()) else None
+
+    def conditioning(self, hypothesis: Hypothesis, t: Tensor) -> Tensor:
+        """Returns the conditioning times of the network at schedule times (B), float64.
+
+        Two hypotheses with the same ones are one, whatever the names of their conventions.
+        """
+        if hypothesis.time != AS_CLAIMED:
+            given = hypothesis.model_time(t)
+            return given.round() if self.whole and hypothesis.time in ("t", "t_max - t") else given
+        if not isinstance(self.claimed, WrappedNetwork):
+            return t
+        given = t.round() if self.whole else t
+        convert = self.claimed._to_model_time
+        return given if convert is None else torch.as_tensor(convert(given)).double()

@@ -38,7 +38,7 @@ def relative_change(path: Path, *, share: float = 0.01) -> tuple[Tensor, Tensor]
 
 
 def freezing(path: Path, *, share: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Returns times t, and what freezing the score or the noise from t loses at :math:`\tau = t - \delta`.
+    r"""Returns times t, and the error of freezing the score or the noise from t at :math:`\tau = t - \delta`.
 
     In units of the score: :math:`\| s_\tau - s_t \|` and :math:`\| \varepsilon_\tau - \varepsilon_t \| / \sigma_\tau`,
     root mean squares over coordinates.
@@ -59,7 +59,7 @@ def _curve(path: Path, share: float) -> tuple[Tensor, float]:
 def extrapolation(path: Path, times: Tensor, degree: int) -> Tensor:
     r"""Returns :math:`\| \varepsilon_{t_n} - P_r(t_n) \|` at the points of a grid.
 
-    The polynomial in t of degree r goes through the answers at the r + 1 points before (fewer at the
+    The polynomial in t of degree r goes through the predictions at the r + 1 points before (fewer at the
     start: there the degree is lower); root mean squares over coordinates, shape (K), for n = 1, ..., K.
 
     Arguments:
@@ -67,12 +67,12 @@ def extrapolation(path: Path, times: Tensor, degree: int) -> Tensor:
         times: The grid, decreasing, shape (K + 1).
         degree: The degree r.
     """
-    answers = path.at(times)[1]
+    eps = path.at(times)[1]
     errors = []
     for n in range(1, len(times)):
         first = max(0, n - 1 - degree)
         weights = lagrange(list(times[first:n].unbind()), times[n : n + 1])[:, 0]
-        errors.append((answers[n] - weights @ answers[first:n]).norm())
+        errors.append((eps[n] - weights @ eps[first:n]).norm())
     return torch.stack(errors)
 
 
@@ -88,7 +88,7 @@ def anatomy(
     Arguments:
         path: The reference path, with gains.
         schedule: The schedule.
-        plans: Plans whose steps are looked at, by name.
+        plans: Plans whose steps are measured, by name.
         steps: The numbers of steps of the grids on which extrapolation is measured.
     """
     at, change = relative_change(path)
@@ -110,15 +110,15 @@ def anatomy(
             )
     local = []
     for label, plan in plans.items():
-        found = step_errors(plan, path)
+        errors = step_errors(plan, path)
         local.append(
             {
                 "plan": label,
-                "times": found.times.tolist(),
-                "local": found.local.tolist(),
-                "left": found.left.tolist(),
-                "start": found.start,
-                "predicted": found.predicted,
+                "times": errors.times.tolist(),
+                "local": errors.local.tolist(),
+                "left": errors.left.tolist(),
+                "start": errors.start,
+                "predicted": errors.predicted,
             }
         )
     return {

@@ -14,7 +14,7 @@ from fewstep.studies.local_errors import Path
 
 @dataclass(frozen=True)
 class BestGrid:
-    """A grid that dynamic programming found.
+    """The result of dynamic programming.
 
     Attributes:
         times: Its times, from the start to the end, float64, shape (K + 1).
@@ -50,7 +50,7 @@ class StepCosts:
         self.weight = (alpha * path.gain).square()
         self.moments = _moments(path, self.t)
         y = path.x / alpha[:, None]
-        # [i, j, R]: what the step of degree 0 loses
+        # [i, j, R]: the error of the step of degree 0
         self.base = y[None] - y[:, None] - self.moments[..., 0, None] * path.eps[:, None]
         gaps = self.t[:, None] - self.t[None]
         gaps = torch.where(gaps == 0, torch.ones_like(gaps), gaps)
@@ -101,12 +101,12 @@ def _moments(path: Path, t: Tensor) -> Tensor:
     time = s.time(-points.flatten()).reshape(points.shape) / path.times[0]
     weights = half * w * points.exp()
     size = len(t)
-    found = torch.zeros((size, size, 3), dtype=torch.float64)
+    moments = torch.zeros((size, size, 3), dtype=torch.float64)
     for i in range(size - 1):
         away = time[i:] - t[i]
         for p in range(3):
-            found[i, i + 1 :, p] = (weights[i:] * away**p).sum(1).cumsum(0)
-    return found
+            moments[i, i + 1 :, p] = (weights[i:] * away**p).sum(1).cumsum(0)
+    return moments
 
 
 def best_grids(
@@ -136,16 +136,16 @@ def best_grids(
     if not free_end:
         ends[:-1] = math.inf
     tables = _Tables(costs)
-    found: dict[int, BestGrid] = {}
+    best: dict[int, BestGrid] = {}
     layers = [tables.begin(starts)]
     for steps in range(1, most + 1):
         if steps > 1:
             layers.append(tables.extend(layers[-1]))
         nodes, cost = tables.read(layers, ends)
-        found[steps] = BestGrid(
+        best[steps] = BestGrid(
             path.times[nodes].clone(), bool(nodes[0] != 0) and head, math.sqrt(cost)
         )
-    return found
+    return best
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@ r"""Fitting error: how far a network is from the optimal denoiser of the data, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.exact import DataSet
@@ -67,7 +68,7 @@ def fitting_error(
     seed: int = 0,
     samples: int = 32,
     every: int = 2,
-    tick: Callable[[], None] | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     r"""Returns the network's distance to the optimal denoiser of the data.
 
@@ -80,7 +81,7 @@ def fitting_error(
     from it where few data are near, so this difference is no defect by itself; it is what the model
     adds, and the measure beside which the discretisation error is small or not.
 
-    Cost: one network call for each noised sample and time, and a pass over the data for each sample,
+    Cost: one evaluation for each noised sample and time, and a pass over the data for each sample,
     place and time.
 
     Arguments:
@@ -91,9 +92,9 @@ def fitting_error(
         labels: The classes of the data, or ``None``.
         plan: A plan of the model, for the split.
         seed: The seed of the noise.
-        samples: How many noised data are looked at.
-        every: Which of the nodes are looked at: every one, every other.
-        tick: Called after each time.
+        samples: How many noised data are used.
+        every: Which of the nodes are used: every one, every other.
+        progress: Follows the times.
     """
     data = data.to(reference.noise)
     usable = labels if _takes_labels(denoiser, labels) else None
@@ -116,11 +117,10 @@ def fitting_error(
             sizes, difference = _compare(reference.eps[i], best, reference.x[i], t, reference.cond)
             along.append(sizes)
             differences.append(difference.cpu())
-            if tick is not None:
-                tick()
+            progress.tick()
         ideal = follow(best, reference.noise, reference.cond, intervals=24, substeps=1)
-    distance = (ideal.end - reference.end).double().square().mean().sqrt()
-    found: dict[str, Any] = {
+    distance = (ideal.end - reference.end).cpu().double().square().mean().sqrt()
+    record: dict[str, Any] = {
         "points": len(best.whole.points),
         "classes": len(best.classes),
         "times": reference.times[nodes].tolist(),
@@ -130,8 +130,8 @@ def fitting_error(
         "steps": None,
     }
     if plan is not None:
-        found["steps"] = _split(plan, path, reference.times[nodes], torch.stack(differences))
-    return found
+        record["steps"] = _split(plan, path, reference.times[nodes], torch.stack(differences))
+    return record
 
 
 def _takes_labels(denoiser: Denoiser, labels: Tensor | None) -> bool:
@@ -146,19 +146,19 @@ def _compare(
 ) -> tuple[tuple[float, float], Tensor]:
     ideal = best(x, t, prediction="eps", **cond)
     difference = (eps - ideal).float()
-    rms = float(difference.double().square().mean().sqrt())
-    size = float(ideal.double().square().mean().sqrt())
+    rms = float(difference.cpu().double().square().mean().sqrt())
+    size = float(ideal.cpu().double().square().mean().sqrt())
     return (rms, rms / max(size, 1e-30)), difference
 
 
 def _split(plan: Plan, path: Path, times: Tensor, differences: Tensor) -> dict[str, Any]:
-    """Returns for each step of a plan what fitting and discretisation move the state by."""
+    """Returns for each step of a plan how far fitting and discretisation move the state."""
     s, knots = path.schedule, plan.knots.detach()
     flat = differences.flatten(1)
     gram = (flat @ flat.T).double() / flat.shape[1]
     rho = s.rho(times)
     # The trapezoidal rule on the nodes, as weights; partial steps by the hat functions' integral.
-    moved = []
+    fitting = []
     for start, end in zip(knots[:-1].tolist(), knots[1:].tolist(), strict=True):
         last = max(end, float(times[-1]))
         weights = _hat_integrals(
@@ -167,11 +167,11 @@ def _split(plan: Plan, path: Path, times: Tensor, differences: Tensor) -> dict[s
             float(s.rho(torch.tensor(last).double())),
         )
         alpha = float(s.alpha(torch.tensor(last, dtype=torch.float64)))
-        moved.append(alpha * math.sqrt(max(0.0, float(weights @ gram @ weights))))
+        fitting.append(alpha * math.sqrt(max(0.0, float(weights @ gram @ weights))))
     errors = step_errors(plan, path)
     return {
         "times": knots[1:].tolist(),
-        "fitting": moved,
+        "fitting": fitting,
         "discretisation": errors.local.tolist(),
     }
 

@@ -1,19 +1,22 @@
-r"""Local errors: what one step of a method loses if all before it was exact, for any plan."""
+r"""Local errors: the error of one step of a method if all before it was exact, for any plan."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.prediction import Prediction, coefficients
+from fewstep.models.conditions import joined, select
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Eval, Lin
+from fewstep.sampling.planning import plan as make_plan
 from fewstep.studies.reference import Reference, coordinate, grid_of, run_plan
 from fewstep.studies.spline import spline_matrix
 
@@ -24,13 +27,13 @@ CHUNK = 1 << 20
 class Path:
     r"""Reference trajectories in coordinates of their own span, so that anything linear is cheap.
 
-    All states and answers at S nodes are at most 2 S vectors; their inner products (means over
-    samples and coordinates) are kept, so a norm here is a root mean square there.
+    All states and predictions at S nodes are at most 2 S vectors; only their inner products (means
+    over samples and coordinates) are stored, so a norm here is a root mean square there.
 
     Attributes:
         times: The times of the nodes, float64, shape (S).
         x: The states, float64, shape (S, R).
-        eps: The answers, float64, shape (S, R).
+        eps: The predictions of the noise, float64, shape (S, R).
         gain: How much of a small error at each node is left at the end, float64, shape (S).
         head: The root mean square error of an analytic head start at each node, or ``None``.
         schedule: The schedule.
@@ -44,7 +47,7 @@ class Path:
     schedule: Any
 
     def at(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns states, answers and gains at any times between the nodes, by splines."""
+        """Returns states, predictions and gains at any times between the nodes, by splines."""
         inside = times.clamp(float(self.times[-1]), float(self.times[0]))
         matrix = spline_matrix(
             coordinate(self.schedule, self.times), coordinate(self.schedule, inside)
@@ -70,8 +73,8 @@ def path_of(
         block = part.cpu().double()
         gram += block @ block.T
     values, vectors = torch.linalg.eigh(gram / rows.shape[1])
-    kept = values > 1e-16 * values[-1]
-    basis = vectors[:, kept] * values[kept].sqrt()
+    large = values > 1e-16 * values[-1]
+    basis = vectors[:, large] * values[large].sqrt()
     head = None
     if denoiser is not None and denoiser.data_mean is not None and denoiser.data_std is not None:
         mean = torch.as_tensor(denoiser.data_mean).to(reference.noise)
@@ -80,7 +83,7 @@ def path_of(
         for t, x in zip(reference.times, reference.x, strict=True):
             alpha, sigma = float(s.alpha(t)), float(s.sigma(t))
             start = alpha * mean + (alpha**2 * std**2 + sigma**2).sqrt() * reference.noise
-            errors.append((start - x).double().square().mean().sqrt().cpu())
+            errors.append((start - x).cpu().double().square().mean().sqrt())
         head = torch.stack(errors)
     ones = torch.ones(size, dtype=torch.float64)
     return Path(
@@ -95,20 +98,21 @@ def measure_gain(
     places: int = 7,
     samples: int = 16,
     size: float = 0.05,
-    tick: Callable[[], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Tensor:
     r"""Returns how much of an error at each node is left at the end, float64, shape (S).
 
-    At some nodes the reference state is moved by what a DDIM step to there loses, made small, and
+    At some nodes the reference state is moved by the error of a DDIM step to there, made small, and
     both are run to the end on the nodes; between the places the logarithm is interpolated. Errors
     at high noise are mostly forgotten, since the flow contracts towards the data.
 
-    Cost: about ``places * S / 2`` network calls for each of 2 ``samples``.
+    Cost: about ``places * S / 2`` evaluations for each of 2 ``samples``.
     """
     s, nodes = reference.schedule, reference.times
     b = min(samples, len(reference.noise))
     picked = torch.linspace(1, len(nodes) - 1, places + 1).round().long()[:-1].unique()
-    cond = _first(reference.cond, len(reference.noise), b, twice=True)
+    part = select(reference.cond, range(b))
+    cond = joined(part, part)
     logs = []
     for i in picked.tolist():
         x, before = reference.x[i, :b], max(0, i - 4)
@@ -117,12 +121,11 @@ def measure_gain(
         step = ratio * reference.x[before, :b]
         step = step + (sigma[1] - ratio * sigma[0]) * reference.eps[before, :b]
         defect = step - x
-        scale = size / float(defect.double().square().mean().sqrt().clamp_min(1e-12))
+        scale = size / float(defect.cpu().double().square().mean().sqrt().clamp_min(1e-12))
         both = torch.cat([x, x + scale * defect.to(x)])
         end = _run_on(denoiser, nodes[i:], both, cond)
-        if tick is not None:
-            tick()
-        left = (end[b:] - end[:b]).double().square().mean().sqrt() / size
+        progress.tick()
+        left = (end[b:] - end[:b]).cpu().double().square().mean().sqrt() / size
         logs.append(float(left.clamp_min(1e-6).log()))
     places_at = torch.cat([picked, torch.tensor([len(nodes) - 1])]).double()
     values = torch.tensor([*logs, 0.0], dtype=torch.float64)
@@ -131,25 +134,12 @@ def measure_gain(
 
 def _run_on(denoiser: Denoiser, times: Tensor, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
     """Runs from a state to the end, on every other node: both runs have the same solver error."""
-    from fewstep.sampling.planning import plan
-
     last = len(times) - 1
-    kept = sorted({*range(0, last, 2), last})
-    made = plan("tab2", denoiser.schedule, grid=grid_of(denoiser.schedule, times[kept]))
+    every_other = sorted({*range(0, last, 2), last})
+    grid = grid_of(denoiser.schedule, times[every_other])
+    plan = make_plan("tab2", denoiser.schedule, grid=grid)
     sigma = float(denoiser.schedule.sigma(times[0]))
-    return run_plan(denoiser, made, x / sigma, cond)
-
-
-def _first(cond: Mapping[str, Any], n: int, b: int, *, twice: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in cond.items():
-        if isinstance(value, (Tensor, list)) and getattr(value, "ndim", 1) and len(value) == n:
-            part = value[:b]
-            if twice:
-                part = torch.cat([part, part]) if isinstance(part, Tensor) else part + part
-            value = part
-        found[name] = value
-    return found
+    return run_plan(denoiser, plan, x / sigma, cond)
 
 
 def _linear(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
@@ -160,7 +150,7 @@ def _linear(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepErrors:
-    """What the steps of a plan lose.
+    """The errors of the steps of a plan.
 
     Attributes:
         times: The time at the end of each step, shape (K).
@@ -180,8 +170,8 @@ class StepErrors:
 def step_errors(plan: Plan, path: Path) -> StepErrors:
     r"""Returns the local error of each step of a plan along the reference.
 
-    Each row is computed with the exact states and answers in the registers that it reads. For a
-    stage of a Runge–Kutta method the answer is that on the path, not at the stage.
+    Each row is computed with the exact states and predictions in the registers that it reads. For a
+    stage of a Runge–Kutta method the prediction is that on the path, not at the stage.
 
     Arguments:
         plan: A deterministic plan of the path's schedule.
@@ -197,11 +187,11 @@ def step_errors(plan: Plan, path: Path) -> StepErrors:
     states, _, gains = path.at(knots)
     if zero:  # a last step onto the data: measured against the reference's end
         states = torch.cat([states[:-1], path.x[-1:]])
-    at_calls, answers, _ = path.at(plan.times.detach())
+    inputs, predictions, _ = path.at(plan.times.detach())
     a, b = coefficients(
         Prediction.EPS, plan.prediction, alpha=plan.scales[:, 0], sigma=plan.scales[:, 1]
     )
-    answers = a[:, None] * at_calls + b[:, None] * answers
+    predictions = a[:, None] * inputs + b[:, None] * predictions
     registers: list[Tensor] = [states[0]]
     values, local = plan.values.detach(), torch.zeros(len(knots), dtype=torch.float64)
     for row in plan.structure.rows:
@@ -214,7 +204,7 @@ def step_errors(plan: Plan, path: Path) -> StepErrors:
             registers.append(value)
         else:
             assert isinstance(row, Eval)
-            registers.append(answers[row.at])
+            registers.append(predictions[row.at])
     left = local * gains
     start = 0.0
     if plan.head and path.head is not None:

@@ -1,27 +1,27 @@
-"""The report of ``fewstep analyze``: figures, tables and what they say."""
+"""The page of a study: figures, tables, and sentences about them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fewstep.reporting.page import Page
+from fewstep import __version__
+from fewstep.reporting.figures import Series, line_plot
+from fewstep.reporting.page import Cell, Page, number
 
-SHOWN_READINGS = 12
+SHOWN_HYPOTHESES = 12
+OUTCOMES = {"passed": "passed", "undecided": "undecided", "failed": "doubtful"}
 
 
-def write_page(results: dict[str, Any], path: Path, *, command: str) -> Path:
+def write_page(results: Mapping[str, Any], path: Path, *, command: str) -> Path:
     """Writes the report; returns its path.
 
     Arguments:
-        results: What :func:`fewstep.studies.study` found.
+        results: The record that :func:`fewstep.studies.study` returns.
         path: The file.
         command: The command that makes it again.
     """
-    from fewstep import __version__
-    from fewstep.reporting.page import Page
-
     settings = results["settings"]
     page = Page(
         f"Analysis of {Path(settings['model']).name}",
@@ -37,9 +37,7 @@ def write_page(results: dict[str, Any], path: Path, *, command: str) -> Path:
     return page.write(path)
 
 
-def _summary(page: Page, results: dict[str, Any]) -> None:
-    from fewstep.reporting.page import number
-
+def _summary(page: Page, results: Mapping[str, Any]) -> None:
     check, advice = results["check"], results["advice"]
     nfe = results["enough"] or results["shown"]
     best = next(item for item in advice if item["nfe"] == nfe)["best"]
@@ -52,10 +50,10 @@ def _summary(page: Page, results: dict[str, Any]) -> None:
         [
             (
                 "Model check",
-                "passed" if check["ok"] else "doubtful",
-                f"merit {number(check['claimed']['merit'], 3)}",
+                OUTCOMES[check["outcome"]],
+                f"relative error {number(check['claimed']['relative_error'], 3)}",
             ),
-            ("Recommended", f"{best['solver']}, {nfe} calls", note),
+            ("Recommended", f"{best['solver']}, {nfe} evaluations", note),
             (
                 "Its distance",
                 number(best["held_out"], 3),
@@ -67,9 +65,7 @@ def _summary(page: Page, results: dict[str, Any]) -> None:
     page.paragraph(check["verdict"])
 
 
-def _advice(page: Page, results: dict[str, Any]) -> None:
-    from fewstep.reporting.figures import Series, line_plot
-
+def _advice(page: Page, results: Mapping[str, Any]) -> None:
     advice = results["advice"]
     page.heading("What is recommended")
     page.paragraph(
@@ -94,7 +90,7 @@ def _advice(page: Page, results: dict[str, Any]) -> None:
         )
     page.table(
         "The recommended sampler at each budget, beside the default (`auto`), on held-out samples",
-        ["calls", "solver", "grid", "distance", "distance of the default", "the default", "less"],
+        ["NFE", "solver", "grid", "distance", "distance of the default", "the default", "less"],
         rows,
     )
     ticks = [item["nfe"] for item in advice]
@@ -108,7 +104,7 @@ def _advice(page: Page, results: dict[str, Any]) -> None:
                 Series("default (auto)", ticks, default),
                 Series("recommended, predicted", ticks, predicted),
             ],
-            x_label="network calls",
+            x_label="network evaluations",
             y_label="distance to the reference",
             log_x=True,
             log_y=True,
@@ -116,7 +112,7 @@ def _advice(page: Page, results: dict[str, Any]) -> None:
         ),
         "Root mean square distance to the reference from the same noise, held-out samples. The prediction adds "
         "up squares of local errors; polishing makes errors cancel, which it does not know of.",
-        alt="Distance to the reference against the number of network calls.",
+        alt="Distance to the reference against the number of network evaluations.",
     )
     page.figure(
         line_plot(
@@ -132,13 +128,13 @@ def _advice(page: Page, results: dict[str, Any]) -> None:
             y_label="time",
             x_ticks=list(range(0, max(item["nfe"] for item in advice) + 1, 5)),
         ),
-        "The recommended times, by number of calls.",
+        "The recommended times, by number of evaluations.",
         alt="The times of the recommended grids.",
     )
     for item in advice:
-        with page.details(f"Everything that was tried with {item['nfe']} calls"):
+        with page.details(f"Everything that was tried with {item['nfe']} evaluations"):
             page.table(
-                f"Samplers at {item['nfe']} calls; the predicted best first",
+                f"Samplers at {item['nfe']} evaluations; the predicted best first",
                 ["solver", "grid", "predicted", "on fitted samples", "held out"],
                 [
                     [t["solver"], t["grid"], t["predicted"], t["measured"], t["held_out"]]
@@ -148,39 +144,46 @@ def _advice(page: Page, results: dict[str, Any]) -> None:
             )
 
 
-def _percent(share: float) -> Any:
-    from fewstep.reporting.page import Cell
-
+def _percent(share: float) -> Cell:
     return Cell(f"{share:.0%}".replace("-", "\N{MINUS SIGN}"), share)
 
 
-def _check(page: Page, check: dict[str, Any]) -> None:
+def _check(page: Page, check: Mapping[str, Any]) -> None:
     page.heading("Is the model what it says it is")
     on = "real data" if check["source"] == "data" else "its own samples"
     page.paragraph(
-        f"Each way to read the network is asked to denoise {on}, at five levels of noise. The merit is "
-        "its squared error relative to that of the best Gaussian denoiser: below 1 it knows more than mean "
-        f"and variance. 99 % of the values are between {check['low']:.3g} and {check['high']:.3g}."
+        f"Under each hypothesis (prediction, its sign, schedule, conditioning times, range of the data) the "
+        f"network denoises {on}, at five levels of noise. The relative error is its squared error divided by "
+        "that of the best Gaussian denoiser: below 1 it knows more than mean and variance. "
+        f"99 % of the values are between {check['low']:.3g} and {check['high']:.3g}."
     )
-    readings = check["readings"][:SHOWN_READINGS]
+    shown = check["hypotheses"][:SHOWN_HYPOTHESES]
     page.table(
-        f"The best {len(readings)} of {len(check['readings'])} readings",
-        ["prediction", "schedule", "time", "range", "merit"],
-        [[r["prediction"], r["schedule"], r["time"], r["range"], r["merit"]] for r in readings],
-        marked=[k for k, r in enumerate(readings) if r == check["claimed"]],
+        f"The best {len(shown)} of {len(check['hypotheses'])} hypotheses; the claimed one is marked",
+        ["prediction", "schedule", "time", "range", "relative error", ""],
+        [
+            [
+                ("\N{MINUS SIGN}" if item["negated"] else "") + item["prediction"],
+                item["schedule"],
+                item["time"],
+                item["range"],
+                item["relative_error"],
+                "cannot be told apart from the best" if item in check["undecided"] else "",
+            ]
+            for item in shown
+        ],
+        marked=[k for k, item in enumerate(shown) if item == check["claimed"]],
     )
 
 
-def _anatomy(page: Page, results: dict[str, Any]) -> None:
-    from fewstep.reporting.figures import Series, line_plot
-
-    found = results["anatomy"]
+def _anatomy(page: Page, results: Mapping[str, Any]) -> None:
+    anatomy = results["anatomy"]
     page.heading("Anatomy of the error")
     page.paragraph(
-        f"Along reference trajectories ({results['reference']['nfe']} calls each). All sizes are root mean "
+        f"Along reference trajectories ({results['reference']['nfe']} evaluations each). All sizes are root mean "
         "squares over coordinates and samples."
     )
-    change = found["relative_change"]
+    change = anatomy["relative_change"]
     page.figure(
         line_plot(
             [Series("", change["times"], change["values"])],
@@ -193,7 +196,7 @@ def _anatomy(page: Page, results: dict[str, Any]) -> None:
         "large, steps must be small.",
         alt="Relative change of the predicted noise over time.",
     )
-    freezing = found["freezing"]
+    freezing = anatomy["freezing"]
     page.figure(
         line_plot(
             [
@@ -205,10 +208,10 @@ def _anatomy(page: Page, results: dict[str, Any]) -> None:
             log_y=True,
             markers=False,
         ),
-        "What freezing the score, or the predicted noise, over 1 % of the time range loses.",
+        "The error of freezing the score, or the predicted noise, over 1 % of the time range.",
         alt="Errors of freezing the score and of freezing the noise, over time.",
     )
-    gain = found["gain"]
+    gain = anatomy["gain"]
     page.figure(
         line_plot(
             [Series("", gain["times"], gain["values"])],
@@ -217,17 +220,17 @@ def _anatomy(page: Page, results: dict[str, Any]) -> None:
             log_y=max(gain["values"]) > 5 * min(gain["values"]),
             markers=False,
         ),
-        "What is left at the end of a small error made at a time: the weight of a local error.",
+        "How much of a small error at a time is left at the end: the weight of a local error.",
         alt="The gain of errors over time.",
     )
     page.table(
         "Error of extrapolating the predicted noise to the next point of a grid by a polynomial in time, "
         "means from the fourth step on",
         ["grid", "steps", "degree 0", "degree 1", "degree 2", "degree 3"],
-        [[e["grid"], e["steps"], *e["means"]] for e in found["extrapolation"]],
+        [[e["grid"], e["steps"], *e["means"]] for e in anatomy["extrapolation"]],
     )
     series = []
-    for style, item in enumerate(found["steps"]):
+    for style, item in enumerate(anatomy["steps"]):
         series.append(Series(item["plan"], item["times"], item["left"], style=style))
     page.figure(
         line_plot(
@@ -236,35 +239,32 @@ def _anatomy(page: Page, results: dict[str, Any]) -> None:
             y_label="left at the end",
             log_y=True,
         ),
-        f"The local error of each step at {results['shown']} calls, as it is left at the end.",
+        f"The local error of each step at {results['shown']} evaluations, as it is left at the end.",
         alt="Local errors of the steps of the recommended and the default sampler.",
     )
 
 
-def _fitting(page: Page, results: dict[str, Any]) -> None:
-    from fewstep.reporting.figures import Series, line_plot
-    from fewstep.reporting.page import number
-
-    found = results["fitting"]
+def _fitting(page: Page, results: Mapping[str, Any]) -> None:
+    fitting = results["fitting"]
     page.heading("Fitting and discretisation")
-    if found is None:
+    if fitting is None:
         page.paragraph(
             "Without `--data` the network cannot be compared with the optimal denoiser of its data: this part "
             "is left out."
         )
         return
-    by_class = f", each class by itself ({found['classes']})" if found["classes"] else ""
+    by_class = f", each class by itself ({fitting['classes']})" if fitting["classes"] else ""
     page.paragraph(
-        f"The optimal denoiser of the {number(found['points'])} data{by_class} returns the data themselves: a "
+        f"The optimal denoiser of the {number(fitting['points'])} data{by_class} returns the data themselves: a "
         "network that makes new ones must differ from it along its own trajectories. The size of that difference "
-        "is what the model adds; the discretisation error matters where it is not small beside it."
+        "is the model's own part; the discretisation error matters where it is not small beside it."
     )
-    times = found["times"]
+    times = fitting["times"]
     page.figure(
         line_plot(
             [
-                Series("on noised data", times, found["noised"]["rms"]),
-                Series("along trajectories", times, found["trajectories"]["rms"]),
+                Series("on noised data", times, fitting["noised"]["rms"]),
+                Series("along trajectories", times, fitting["trajectories"]["rms"]),
             ],
             x_label="time",
             y_label="difference of the noise",
@@ -273,7 +273,7 @@ def _fitting(page: Page, results: dict[str, Any]) -> None:
         "The network's distance to the optimal denoiser of the data, in the predicted noise.",
         alt="Fitting error over time, on noised data and along trajectories.",
     )
-    steps = found["steps"]
+    steps = fitting["steps"]
     if steps is not None:
         page.figure(
             line_plot(
@@ -285,7 +285,7 @@ def _fitting(page: Page, results: dict[str, Any]) -> None:
                 y_label="movement of the state",
                 log_y=True,
             ),
-            f"What each step of the recommended sampler at {results['shown']} calls moves the state by because the "
+            f"What each step of the recommended sampler at {results['shown']} evaluations moves the state by because the "
             "network is not the optimal denoiser, and because the step is finite.",
             alt="Fitting and discretisation error of each step.",
         )
@@ -294,9 +294,9 @@ def _fitting(page: Page, results: dict[str, Any]) -> None:
         "From the same noise",
         ["between", "distance"],
         [
-            ["the model's trajectory and the optimal denoiser's, at their ends", found["end"]],
+            ["the model's trajectory and the optimal denoiser's, at their ends", fitting["end"]],
             [
-                f"{best['solver']} at {results['shown']} calls and the model's trajectory",
+                f"{best['solver']} at {results['shown']} evaluations and the model's trajectory",
                 best["held_out"],
             ],
         ],
@@ -304,9 +304,7 @@ def _fitting(page: Page, results: dict[str, Any]) -> None:
     )
 
 
-def _spectrum(page: Page, found: dict[str, Any]) -> None:
-    from fewstep.reporting.figures import Series, line_plot
-
+def _spectrum(page: Page, spectrum: Mapping[str, Any]) -> None:
     page.heading("Spectrum over time")
     page.paragraph(
         "How compact trajectories are in time: what a temporal operator needs (`fewstep distill`). The plain "
@@ -316,8 +314,8 @@ def _spectrum(page: Page, found: dict[str, Any]) -> None:
     series = [
         Series(name, list(range(1, 1 + len(energy))), energy)
         for name, energy in (
-            ("periodic", found["dft"]["energy"][:most]),
-            ("cosine", found["dct"]["energy"][:most]),
+            ("periodic", spectrum["dft"]["energy"][:most]),
+            ("cosine", spectrum["dct"]["energy"][:most]),
         )
     ]
     page.figure(
@@ -336,14 +334,14 @@ def _spectrum(page: Page, found: dict[str, Any]) -> None:
         "Modes and frames that hold 99.9 % of the energy",
         ["basis", "modes for 99 %", "modes (J)", "frames (M)"],
         [
-            [name, found[key]["modes_99"], found[key]["modes"], found[key]["frames"]]
+            [name, spectrum[key]["modes_99"], spectrum[key]["modes"], spectrum[key]["frames"]]
             for name, key in (("periodic", "dft"), ("cosine", "dct"))
         ],
         sortable=False,
     )
-    enough = found["spline_frames"]
-    told = f"From {enough} frames on" if enough else "With no number of frames that was tried"
+    enough = spectrum["spline_frames"]
+    reach = f"From {enough} frames on" if enough else "With no number of frames that was tried"
     page.paragraph(
-        f"{told} a cubic spline through them leaves less than 0.1 % of the energy; the best fit by the schedule's "
-        f"own two curves leaves {found['schedule_residual']:.2%}."
+        f"{reach} a cubic spline through them leaves less than 0.1 % of the energy; the best fit by the schedule's "
+        f"own two curves leaves {spectrum['schedule_residual']:.2%}."
     )

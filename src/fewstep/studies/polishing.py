@@ -2,17 +2,18 @@ r"""Times of a plan made better by running it: Gauss–Newton on the distance to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.base.progress import SILENT, Progress
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.plan import Plan
 from fewstep.solvers import Solver
-from fewstep.studies.reference import grid_of, run_plan
+from fewstep.studies.reference import Evaluation, grid_of, run_plan
 
 POWER = 1.5
 """Times are moved in :math:`t^{1 / 1.5}`, in which good grids are nearly even."""
@@ -22,8 +23,6 @@ ENOUGH = 0.01
 
 TRIES = 8
 """How often a step is tried with more damping."""
-
-Calls = list[tuple[float, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Polished:
-    """What :func:`polish` made.
+    """The result of :func:`polish`.
 
     Attributes:
         candidate: The candidate with its new times.
         history: The root mean square distance before, and after each iteration.
-        calls: The network calls that it took, for each sample.
+        evaluations: The evaluations that it took, for each sample.
     """
 
     candidate: Candidate
     history: tuple[float, ...]
-    calls: int
+    evaluations: int
 
 
 def polish(
@@ -73,7 +72,7 @@ def polish(
     cond: Mapping[str, Any],
     *,
     iterations: int = 3,
-    tick: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Polished:
     r"""Moves the times of a plan towards the least distance to the reference.
 
@@ -86,8 +85,9 @@ def polish(
     whose trajectory turned into another basin would rule a plain mean of squares, and moving times for
     them does not carry over to others.
 
-    Cost: an iteration takes K + 1 runs of which the first calls are shared, hence about
-    :math:`K^2 / 2 + 2 K` calls for each sample.
+    Cost: an iteration takes K + 1 runs of which the first evaluations are shared, hence about
+    :math:`K^2 / 2 + 2 K` evaluations for each sample. The residuals leave the model's device; the
+    small linear system is solved on the CPU in float64.
 
     Arguments:
         denoiser: The model.
@@ -96,27 +96,27 @@ def polish(
         end: The reference samples from them, with shape (B, \*).
         cond: The conditions, ready for this batch.
         iterations: The most iterations.
-        tick: Called with the number of network calls as they are made.
+        progress: Follows the evaluations.
     """
     if getattr(denoiser, "integer_times", False):
         return Polished(candidate, (), 0)  # whole indices have no derivatives
-    work = _Work(denoiser, candidate, noise, end, cond, tick)
+    work = _Work(denoiser, candidate, noise, end, cond, progress)
     place = candidate.times.clamp_min(0).pow(1 / POWER)
-    residual, calls = work.run(place, None)
+    residual, log = work.run(place, ())
     errors = _each(residual)
     middle = errors.square().median().clamp_min(1e-24)
     loss, history, damping = _loss(errors, middle), [_rms(errors)], 1e-3
     for _ in range(iterations):
         weight = (1 + errors.square() / middle).pow(-0.25)[:, None]
-        slopes = work.slopes(place, residual, calls)
+        slopes = work.slopes(place, residual, log)
         columns = torch.stack([(slope * weight).flatten() for slope in slopes])
-        matrix = (columns @ columns.T).double()
-        gradient = (columns @ (residual * weight).flatten()).double()
+        matrix = columns @ columns.T
+        gradient = columns @ (residual * weight).flatten()
         step = work.descend(place, matrix, gradient, loss, middle, damping)
         if step is None:
             break
         gain = 1 - step.loss / loss
-        place, residual, calls, loss = step.place, step.residual, step.calls, step.loss
+        place, residual, log, loss = step.place, step.residual, step.log, step.loss
         errors, damping = _each(residual), step.damping / 4
         history.append(_rms(errors))
         if gain < ENOUGH:
@@ -128,13 +128,13 @@ def polish(
 class _Step:
     place: Tensor
     residual: Tensor
-    calls: Calls
+    log: list[Evaluation]
     loss: float
     damping: float
 
 
 class _Work:
-    """Runs of a candidate with its times moved, counting network calls."""
+    """Runs of a candidate with its times moved, counting evaluations."""
 
     def __init__(
         self,
@@ -143,10 +143,10 @@ class _Work:
         noise: Tensor,
         end: Tensor,
         cond: Mapping[str, Any],
-        tick: Callable[[int], None] | None,
+        progress: Progress,
     ) -> None:
         self.denoiser, self.start = denoiser, candidate
-        self.noise, self.end, self.cond, self.tick = noise, end, cond, tick
+        self.noise, self.end, self.cond, self.progress = noise, end, cond, progress
         s = denoiser.schedule
         self.low, self.high = s.t_min ** (1 / POWER), s.t_max ** (1 / POWER)
         self.zero = float(candidate.times[-1]) < s.t_min
@@ -163,27 +163,26 @@ class _Work:
         times[fixed] = self.start.times[fixed]
         return replace(self.start, times=times)
 
-    def run(self, place: Tensor, memory: Calls | None) -> tuple[Tensor, Calls]:
-        """Returns the difference to the reference, (B, D), and the calls."""
-        told: Calls = []
+    def run(self, place: Tensor, known: Sequence[Evaluation]) -> tuple[Tensor, list[Evaluation]]:
+        """Returns the difference to the reference, (B, D), float64 on the CPU, and the evaluations."""
+        log: list[Evaluation] = []
         plan = self.candidate(place).plan(self.denoiser)
-        x = run_plan(self.denoiser, plan, self.noise, self.cond, memory=memory, told=told)
-        known = {id(answer) for _, _, answer in memory or ()}
-        made = sum(id(answer) not in known for _, _, answer in told)
-        self.count += made
-        if self.tick is not None:
-            self.tick(made)
-        return (x - self.end).flatten(1), told
+        x = run_plan(self.denoiser, plan, self.noise, self.cond, known=known, log=log)
+        shared = {id(output) for _, _, output in known}
+        new = sum(id(output) not in shared for _, _, output in log)
+        self.count += new
+        self.progress.tick(new)
+        return (x - self.end).flatten(1).cpu().double(), log
 
-    def slopes(self, place: Tensor, residual: Tensor, calls: Calls) -> list[Tensor]:
-        gaps, found = -place.diff(), []
+    def slopes(self, place: Tensor, residual: Tensor, log: Sequence[Evaluation]) -> list[Tensor]:
+        gaps, slopes = -place.diff(), []
         for k in self.free:
             room = min(float(gaps[max(k - 1, 0)]), float(gaps[min(k, len(gaps) - 1)]))
             away = -0.01 * room if k == 0 else 0.01 * room
             moved = place.clone()
             moved[k] += away
-            found.append((self.run(moved, calls)[0] - residual) / away)
-        return found
+            slopes.append((self.run(moved, log)[0] - residual) / away)
+        return slopes
 
     def descend(
         self,
@@ -200,10 +199,10 @@ class _Work:
             moved = place.clone()
             moved[self.free] -= torch.linalg.solve(damped, gradient)
             if self.fits(place, moved):
-                residual, calls = self.run(moved, None)
+                residual, log = self.run(moved, ())
                 new = _loss(_each(residual), middle)
                 if new < loss:
-                    return _Step(moved, residual, calls, new, damping)
+                    return _Step(moved, residual, log, new, damping)
             damping = max(6 * damping, 1e-3)
         return None
 
@@ -218,7 +217,7 @@ class _Work:
 
 
 def _each(residual: Tensor) -> Tensor:
-    return residual.double().square().mean(1).sqrt().cpu()
+    return residual.square().mean(1).sqrt()
 
 
 def _rms(errors: Tensor) -> float:

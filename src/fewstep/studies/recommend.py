@@ -1,15 +1,17 @@
-r"""Which solver, grid and number of calls suit a model: predicted, then run, then polished."""
+r"""Which solver, grid and number of evaluations suit a model: predicted, then run, then polished."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.base.progress import SILENT, Progress
+from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.fitted import FittedGrid, FittedGrids
 from fewstep.sampling.planning import choose
@@ -21,7 +23,7 @@ from fewstep.studies.polishing import Candidate, polish
 from fewstep.studies.reference import run_plan
 
 SOLVERS = ("tab2", "tab3", "unipc2", "unipc3", "ipndm", "dpmpp-2m", "dpmpp-3m", "ddim")
-"""The solvers that are tried: one network call a step, deterministic."""
+"""The solvers that are tried: one evaluation a step, deterministic."""
 
 GRIDS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("power 1.5", "power", {"power": 1.5}),
@@ -31,10 +33,10 @@ GRIDS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
 )
 
 FRONT = 4
-"""How many of those that were run are looked at on held-out samples too."""
+"""How many of those that were run are run on held-out samples too."""
 
 FINE = 0.05
-"""The number of calls that is recommended brings the error below this share of the data's deviation."""
+"""The number of evaluations that is recommended brings the error below this share of the data's deviation."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,16 @@ class Batch:
 
     def first(self, n: int) -> Batch:
         """Returns the first n samples."""
-        size = len(self.noise)
-        cond = {
-            k: v[:n] if isinstance(v, (Tensor, list)) and len(v) == size else v
-            for k, v in self.cond.items()
-        }
-        return Batch(self.noise[:n], self.end[:n], cond)
+        return Batch(self.noise[:n], self.end[:n], select(self.cond, range(n)))
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A solver on a grid, with what was predicted and measured; distances are root mean squares.
+    """A solver on a grid, with predicted and measured errors; distances are root mean squares.
 
     Attributes:
         solver: The solver.
-        grid: What the grid is.
+        grid: The name of the grid.
         times: Its times.
         head: Whether it has an analytic head start.
         predicted: The error that local errors predict.
@@ -97,20 +94,20 @@ class Tried:
 
     @classmethod
     def from_record(cls, content: Mapping[str, Any]) -> Tried:
-        """Returns what :meth:`to_record` wrote."""
+        """Returns the same from its record."""
         return cls(**{**content, "times": tuple(content["times"])})
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What is recommended at one number of calls.
+    """The recommendation at one number of evaluations.
 
     Attributes:
-        nfe: The number of calls.
-        best: The recommended one.
-        default: What ``auto`` is without a fitted grid.
+        nfe: The number of evaluations.
+        best: The recommended sampler.
+        default: The sampler that ``auto`` is without a fitted grid.
         tried: All that were tried, the predicted best first.
-        polished: Whether there was time to polish.
+        polished: Whether there was time to polish times.
     """
 
     nfe: int
@@ -131,7 +128,7 @@ class Advice:
 
     @classmethod
     def from_record(cls, content: Mapping[str, Any]) -> Advice:
-        """Returns what :meth:`to_record` wrote."""
+        """Returns the same from its record."""
         return cls(
             content["nfe"],
             Tried.from_record(content["best"]),
@@ -145,13 +142,13 @@ def dynamic_grids(path: Path, most: int) -> dict[str, dict[int, BestGrid]]:
     """Returns the grids of dynamic programming, by name: without and, if it pays, with a head start.
 
     They end where the schedule does. An earlier end can be nearer in the mean of squares, but it
-    leaves noise in the samples, which eyes and feature extractors see and that mean does not.
+    leaves noise in the samples, which people and feature extractors see and that mean does not.
     """
     costs = StepCosts(path, 2 if most > 1 else 0)
-    found = {"dynamic": best_grids(costs, most, free_end=False)}
+    grids = {"dynamic": best_grids(costs, most, free_end=False)}
     if path.head is not None:
-        found["dynamic, head start"] = best_grids(costs, most, head=True, free_end=False)
-    return found
+        grids["dynamic, head start"] = best_grids(costs, most, head=True, free_end=False)
+    return grids
 
 
 def candidates(
@@ -169,14 +166,14 @@ def candidates(
             plan = make_plan(
                 "ddim", denoiser.schedule, nfe=nfe, grid=name, integer_times=integer, **options
             )
-        except ValueError:  # more steps than trained levels near one end
+        except ValueError:  # more steps than training timesteps near one end
             continue
         grids.append((label, plan.knots, False))
     for label, by_steps in dynamic.items():
         best = by_steps.get(nfe)
         if best is not None and (best.head or label == "dynamic"):
             grids.append((label, best.times, best.head))
-    found = []
+    tested = []
     for solver in solvers:
         for label, times, head in grids:
             tried = Tried(solver, label, tuple(times.tolist()), head)
@@ -184,8 +181,8 @@ def candidates(
                 plan = tried.candidate.plan(denoiser)
             except ValueError:  # this solver is not defined on this grid
                 continue
-            found.append(replace(tried, predicted=step_errors(plan, path).predicted))
-    return sorted(found, key=lambda item: item.predicted or 0.0)
+            tested.append(replace(tried, predicted=step_errors(plan, path).predicted))
+    return sorted(tested, key=lambda item: item.predicted or 0.0)
 
 
 def advise(
@@ -199,32 +196,32 @@ def advise(
     solvers: Sequence[str] = SOLVERS,
     deadline: float | None = None,
     iterations: int = 3,
-    tick: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Advice:
-    r"""Returns what suits a model at a number of network calls.
+    r"""Returns the sampler that suits a model at a number of evaluations.
 
-    All solvers on all grids are predicted from local errors along the reference (no network calls);
+    All solvers on all grids are predicted from local errors along the reference (no evaluations);
     of each solver the grid with the least prediction is run, and so is the default; of the best two of
-    these (one above 10 calls) the times are polished (:func:`polish`); what is best on held-out samples
+    these (one above 10 evaluations) the times are polished (:func:`polish`); what is best on held-out samples
     is recommended.
 
-    Cost: some ``(solvers + 2) * nfe`` calls for each sample, and of polishing about ``2 * nfe ** 2``.
+    Cost: some ``(solvers + 2) * nfe`` evaluations for each sample, and of polishing about ``2 * nfe ** 2``.
 
     Arguments:
         denoiser: The model.
         path: The reference path, with gains.
-        nfe: The number of calls.
+        nfe: The number of evaluations.
         fit: Samples to fit to.
         held_out: Other samples, to choose by.
         dynamic: See :func:`dynamic_grids`.
-        solvers: The names of the solvers to try; each makes one call a step.
+        solvers: The names of the solvers to try; each makes one evaluation a step.
         deadline: The value of :func:`time.monotonic` after which nothing is polished any more.
         iterations: The most iterations of polishing.
-        tick: Called with the number of network calls as they are made.
+        progress: Follows the evaluations.
     """
     tried = candidates(denoiser, path, nfe, dynamic, solvers)
     some = fit.first(min(16, len(fit.noise)))
-    middle = _middle(denoiser, tried[0], some, tick)
+    middle = _middle(denoiser, tried[0], some, progress)
     default = _default(denoiser, path, nfe)
     leaders, seen = [default], set[str]()
     for item in tried:
@@ -232,10 +229,10 @@ def advise(
             seen.add(item.solver)
             if (item.solver, item.grid) != (default.solver, default.grid):
                 leaders.append(item)
-    measured = [_measure(denoiser, item, some, middle, tick) for item in leaders]
+    measured = [_measure(denoiser, item, some, middle, progress) for item in leaders]
     by_score = sorted(measured, key=lambda item: item.score or 0.0)
     front = [measured[0], *(item for item in by_score[:FRONT] if item is not measured[0])]
-    finals = [_hold_out(denoiser, path, item, held_out, middle, tick) for item in front]
+    finals = [_hold_out(denoiser, path, item, held_out, middle, progress) for item in front]
     late = deadline is not None and time.monotonic() > deadline
     if not late:
         # Both sets of samples decide which are worth polishing: one alone is too few to tell.
@@ -244,28 +241,28 @@ def advise(
         ]
         order = sorted(range(len(front)), key=both.__getitem__)
         for k in order[: 2 if nfe <= 10 else 1]:
-            made = polish(
+            polished = polish(
                 denoiser,
                 front[k].candidate,
                 fit.noise,
                 fit.end,
                 fit.cond,
                 iterations=iterations if nfe <= 10 else max(1, iterations - 1),
-                tick=tick,
+                progress=progress,
             )
-            if made.history:
+            if polished.history:
                 name = f"{front[k].grid}, polished"
-                times = tuple(made.candidate.times.tolist())
-                item = replace(front[k], grid=name, times=times, measured=made.history[-1])
-                finals.append(_hold_out(denoiser, path, item, held_out, middle, tick))
+                times = tuple(polished.candidate.times.tolist())
+                item = replace(front[k], grid=name, times=times, measured=polished.history[-1])
+                finals.append(_hold_out(denoiser, path, item, held_out, middle, progress))
     best = min(finals, key=lambda item: item.score or 0.0)
     default = finals[0]
     rest = [replace(item, score=None) for item in measured]
     known = {(item.solver, item.grid) for item in [*finals, *rest]}
-    kept = [item for item in tried if (item.solver, item.grid) not in known]
+    unrun = [item for item in tried if (item.solver, item.grid) not in known]
     final_names = {(item.solver, item.grid) for item in finals}
     rest = [item for item in rest if (item.solver, item.grid) not in final_names]
-    everything = sorted([*finals, *rest, *kept], key=lambda item: item.predicted or 0.0)
+    everything = sorted([*finals, *rest, *unrun], key=lambda item: item.predicted or 0.0)
     return Advice(nfe, best, default, tuple(everything), not late)
 
 
@@ -283,20 +280,15 @@ def _default(denoiser: Denoiser, path: Path, nfe: int) -> Tried:
     )
 
 
-def _errors(
-    denoiser: Denoiser, item: Tried, batch: Batch, tick: Callable[[int], None] | None
-) -> Tensor:
+def _errors(denoiser: Denoiser, item: Tried, batch: Batch, progress: Progress) -> Tensor:
     plan = item.candidate.plan(denoiser)
     x = run_plan(denoiser, plan, batch.noise, batch.cond)
-    if tick is not None:
-        tick(plan.nfe)
-    return (x - batch.end).double().flatten(1).square().mean(1).cpu()
+    progress.tick(plan.nfe)
+    return (x - batch.end).cpu().double().flatten(1).square().mean(1)
 
 
-def _middle(
-    denoiser: Denoiser, item: Tried, batch: Batch, tick: Callable[[int], None] | None
-) -> float:
-    return float(_errors(denoiser, item, batch, tick).median().clamp_min(1e-24))
+def _middle(denoiser: Denoiser, item: Tried, batch: Batch, progress: Progress) -> float:
+    return float(_errors(denoiser, item, batch, progress).median().clamp_min(1e-24))
 
 
 def _robust(squares: Tensor, middle: float) -> float:
@@ -309,9 +301,9 @@ def _measure(
     item: Tried,
     batch: Batch,
     middle: float,
-    tick: Callable[[int], None] | None,
+    progress: Progress,
 ) -> Tried:
-    squares = _errors(denoiser, item, batch, tick)
+    squares = _errors(denoiser, item, batch, progress)
     return replace(item, measured=float(squares.mean().sqrt()), score=_robust(squares, middle))
 
 
@@ -321,9 +313,9 @@ def _hold_out(
     item: Tried,
     batch: Batch,
     middle: float,
-    tick: Callable[[int], None] | None,
+    progress: Progress,
 ) -> Tried:
-    squares = _errors(denoiser, item, batch, tick)
+    squares = _errors(denoiser, item, batch, progress)
     return replace(
         item,
         predicted=step_errors(item.candidate.plan(denoiser), path).predicted,
@@ -335,7 +327,7 @@ def _hold_out(
 def fitted_grids(
     denoiser: Denoiser, advice: Sequence[Advice], *, fingerprint: str | None = None
 ) -> FittedGrids:
-    """Returns the grids for a file: of each number of calls the recommended one, and each solver's best."""
+    """Returns the grids for a file: of each number of evaluations the recommended one, and each solver's best."""
     grids: dict[tuple[str, int], FittedGrid] = {}
     for item in advice:
         order = sorted(
@@ -358,8 +350,8 @@ def fitted_grids(
     )
 
 
-def enough_calls(advice: Sequence[Advice], deviation: float) -> int | None:
-    """Returns the least number of calls whose error is below 5 % of the data's deviation, or ``None``."""
+def enough_nfe(advice: Sequence[Advice], deviation: float) -> int | None:
+    """Returns the least number of evaluations whose error is below 5 % of the data's deviation, or ``None``."""
     for item in sorted(advice, key=lambda a: a.nfe):
         if item.best.held_out is not None and item.best.held_out <= FINE * deviation:
             return item.nfe

@@ -2,13 +2,14 @@ r"""Reference trajectories: what the probability-flow ODE does, with very small 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.grids import TimeGrid, explicit
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.diffusion.prediction import Prediction, convert
@@ -17,13 +18,18 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
 from fewstep.sampling.binding import bind
+from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.planning import plan as make_plan
 
 NODES = 48
-"""The number of intervals between kept times."""
+"""The number of intervals between nodes."""
 
 SUBSTEPS = 2
 """The steps of the reference in each interval."""
+
+
+Evaluation = tuple[float, Tensor, Tensor]
+"""The time, the input and the output of a network evaluation."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,10 @@ class Reference:
         schedule: The schedule.
         times: The times of the nodes, decreasing, float64, shape (S).
         x: The states, with shape (S, B, \*).
-        eps: The network's answers there, as noise, with shape (S, B, \*).
+        eps: The model's predictions of the noise there, with shape (S, B, \*).
         noise: The initial draws, with shape (B, \*).
         cond: The conditions, ready.
-        nfe: The number of network calls for each sample.
+        nfe: The number of evaluations for each sample.
     """
 
     schedule: NoiseSchedule
@@ -62,14 +68,14 @@ def coordinate(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     r"""Returns a coordinate of time in which nodes are even: from 0 at the start to 1 at the end.
 
     The mean of one that is even in :math:`t^{2/3}` and one that is even in :math:`\log\rho`; states and
-    answers are smooth in it at both ends.
+    predictions are smooth in it at both ends.
     """
     ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
-    found = torch.zeros_like(t)
+    place = torch.zeros_like(t)
     for function in (lambda u: u.pow(2 / 3), schedule.lam):
         first, last = function(ends)
-        found = found + (function(t) - first) / (last - first) / 2
-    return found
+        place = place + (function(t) - first) / (last - first) / 2
+    return place
 
 
 def place_nodes(
@@ -104,10 +110,8 @@ def draw_noise(
     r"""Returns the initial draws of samples ``first`` to ``first + n - 1`` of a seed, (n, \*)."""
     if denoiser.event_shape is None:
         raise ValueError("the shape of a sample is not known; Denoiser.wrap(..., event_shape=)")
-    tensors = [*denoiser.parameters(), *denoiser.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
     source = NoiseSource(seed, range(first, first + n))
-    return source.draw(INITIAL, denoiser.event_shape, dtype=dtype, device=device)
+    return source.draw(INITIAL, denoiser.event_shape, dtype=dtype, device=denoiser.device)
 
 
 def follow(
@@ -117,13 +121,13 @@ def follow(
     *,
     intervals: int = NODES,
     substeps: int = SUBSTEPS,
-    tick: Callable[[], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Reference:
     r"""Returns reference trajectories from unit noise (B, \*).
 
     By tAB3 with ``substeps`` steps in each interval.
 
-    Cost: ``intervals * substeps + 1`` network calls.
+    Cost: ``intervals * substeps + 1`` evaluations.
 
     Arguments:
         denoiser: The model.
@@ -131,19 +135,19 @@ def follow(
         cond: The conditions, ready for this batch.
         intervals: The number of intervals between nodes.
         substeps: The steps in each.
-        tick: Called after each network call.
+        progress: Follows the evaluations.
     """
     schedule = denoiser.schedule
     integer = getattr(denoiser, "integer_times", False)
     fine = place_nodes(schedule, intervals * substeps, integer=integer)
     plan = make_plan("tab3", schedule, grid=TimeGrid(schedule, fine))
-    kept = torch.arange(0, len(fine), substeps)
-    if kept[-1] != len(fine) - 1:
-        kept = torch.cat([kept, torch.tensor([len(fine) - 1])])
-    wanted = set(kept.tolist())
+    nodes = torch.arange(0, len(fine), substeps)
+    if nodes[-1] != len(fine) - 1:
+        nodes = torch.cat([nodes, torch.tensor([len(fine) - 1])])
+    wanted = set(nodes.tolist())
     states: dict[int, Tensor] = {0: noise * schedule.prior_std()}
-    answers: dict[int, Tensor] = {}
-    call = bind(denoiser, plan, len(noise), cond, noise)
+    predictions: dict[int, Tensor] = {}
+    evaluate = bind(denoiser, plan, len(noise), cond, noise)
 
     def on_state(knot: int, state: Tensor) -> None:
         if knot in wanted:
@@ -152,19 +156,18 @@ def follow(
     with torch.no_grad():
         run = Execution(plan, states[0], on_state=on_state)
         while run.call is not None:
-            answer = call(run.call.x, run.call.at)
+            prediction = evaluate(run.call.x, run.call.at)
             if run.call.at in wanted:
-                answers[run.call.at] = answer.clone()
-            run.advance(answer)
-            if tick is not None:
-                tick()
+                predictions[run.call.at] = prediction.clone()
+            run.advance(prediction)
+            progress.tick()
         last = len(fine) - 1
-        answers[last] = denoiser(run.result, float(fine[-1]), prediction="eps", **cond)
+        predictions[last] = denoiser(run.result, float(fine[-1]), prediction="eps", **cond)
     return Reference(
         schedule,
-        fine[kept],
-        torch.stack([states[k] for k in kept.tolist()]),
-        torch.stack([answers[k] for k in kept.tolist()]),
+        fine[nodes],
+        torch.stack([states[k] for k in nodes.tolist()]),
+        torch.stack([predictions[k] for k in nodes.tolist()]),
         noise,
         cond,
         plan.nfe + 1,
@@ -177,8 +180,8 @@ def run_plan(
     noise: Tensor,
     cond: Mapping[str, Any],
     *,
-    memory: list[tuple[float, Tensor, Tensor]] | None = None,
-    told: list[tuple[float, Tensor, Tensor]] | None = None,
+    known: Sequence[Evaluation] = (),
+    log: list[Evaluation] | None = None,
 ) -> Tensor:
     r"""Returns the samples of a deterministic plan from unit noise, (B, \*).
 
@@ -187,31 +190,29 @@ def run_plan(
         plan: The plan.
         noise: The initial draws, of unit variance.
         cond: The conditions, ready.
-        memory: Calls (time, input, answer) of a plan that is nearly the same: where time and
-            input are the same, the answer is taken from there.
-        told: Filled with this run's calls.
+        known: Evaluations of a plan that is nearly the same: where time and input are the same,
+            the model's output is taken from there.
+        log: This run's evaluations are added to it.
     """
-    from fewstep.sampling.plan_sampler import PlanSampler
-
-    call = bind(denoiser, plan, len(noise), cond, noise)
+    evaluate = bind(denoiser, plan, len(noise), cond, noise)
     times = plan.times.tolist()
     with torch.no_grad():
         run = Execution(plan, PlanSampler(plan, denoiser).start(noise), keep_inputs=True)
         while run.call is not None:
             x, k = run.call
-            known = memory[k] if memory is not None and k < len(memory) else None
-            if known is not None and known[0] == times[k] and torch.equal(known[1], x):
-                answer = known[2]
+            before = known[k] if k < len(known) else None
+            if before is not None and before[0] == times[k] and torch.equal(before[1], x):
+                output = before[2]
             else:
-                answer = call(x, k)
-            if told is not None:
-                told.append((times[k], x, answer))
-            run.advance(answer)
+                output = evaluate(x, k)
+            if log is not None:
+                log.append((times[k], x, output))
+            run.advance(output)
     return run.result
 
 
 def x0_at_end(reference: Reference) -> Tensor:
-    r"""Returns the data that the network sees in the last states, (B, \*)."""
+    r"""Returns the data that the network predicts from the last states, (B, \*)."""
     t = reference.times[-1]
     schedule = reference.schedule
     return convert(

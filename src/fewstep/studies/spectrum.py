@@ -44,7 +44,7 @@ class Basis:
 
 @dataclass(frozen=True)
 class Spectrum:
-    r"""What :func:`time_spectrum` found.
+    r"""The result of :func:`time_spectrum`.
 
     Attributes:
         variable: The variable in which the frames are even: ``"t"`` or ``"sqrt"``.
@@ -157,7 +157,7 @@ def time_spectrum(
 def _gram(states: Tensor, onto: Tensor | None) -> Tensor:
     """Returns the sum over samples and coordinates of the products of two times, (K, K).
 
-    All that is asked for below is quadratic in the trajectories, so this holds all of it.
+    Everything below is quadratic in the trajectories, so this is all that is needed of them.
     """
     size = states.shape[1]
     gram = torch.zeros((size, size), dtype=torch.float64)

@@ -1,11 +1,12 @@
-"""The whole study of a model, stage by stage; each stage is kept in a folder and not repeated."""
+"""The whole study of a model, stage by stage; each stage is written to a folder and not repeated."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +14,41 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.base.progress import Progress, progress_of
+from fewstep.models.conditions import Conditions, select
 from fewstep.models.denoiser import Denoiser
 from fewstep.studies.checking import model_check
 from fewstep.studies.curves import anatomy
 from fewstep.studies.fitting import fitting_error
 from fewstep.studies.local_errors import Path as Route
 from fewstep.studies.local_errors import measure_gain, path_of
-from fewstep.studies.recommend import SOLVERS, Advice, Batch, advise, dynamic_grids, enough_calls
+from fewstep.studies.recommend import SOLVERS, Advice, Batch, advise, dynamic_grids, enough_nfe
 from fewstep.studies.reference import Reference, draw_noise, follow
 from fewstep.studies.spectrum import time_spectrum
 
-FORMAT, VERSION = "fewstep.analysis", 1
-STATE, PARTS = "unfinished.json", "parts"
+FORMAT, VERSION = "fewstep.analysis", 2
+STATE, PARTS, IDENTITY = "unfinished.json", "parts", "identity.json"
 EVEN = 129
 """The even times at which the spectrum is taken."""
-
-Tick = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Subject:
-    r"""What is studied.
+    r"""The model that is studied, with its data and conditions.
 
     Attributes:
         denoiser: The model, with its guidance.
         data: Real data in the model's range, with shape (N, \*), or ``None``.
         labels: Their classes, or ``None``.
-        cond: Returns the conditions of n samples, ready.
-        settings: What determines the result, as JSON has it; a folder with others is not gone on with.
+        cond: The conditions of the trajectories and of the held-out samples, 2 n together.
+        settings: The settings as JSON has them, for the results.
     """
 
     denoiser: Denoiser
     data: Tensor | None
     labels: Tensor | None
-    cond: Callable[[int], dict[str, Any]]
+    cond: Mapping[str, Any]
     settings: Mapping[str, Any]
-
-
-@dataclass
-class Watcher:
-    """Told of the stages; the default tells nobody."""
-
-    begin: Callable[[str, int], None] = field(default=lambda stage, calls: None)
-    tick: Tick = field(default=lambda calls: None)
 
 
 def study(
@@ -67,25 +60,39 @@ def study(
     seed: int = 0,
     minutes: float = 15.0,
     solvers: Sequence[str] = SOLVERS,
-    watcher: Watcher | None = None,
+    progress: Progress | bool | None = None,
 ) -> tuple[dict[str, Any], list[Advice]]:
     """Studies a model; returns all numbers as JSON has them, and the advice.
 
-    What was done before in this folder with the same settings is not done again.
+    Stages that are in the folder already are read from there. They belong to one model (its weights,
+    schedule and guidance), data, conditions, number of trajectories and seed.
 
     Arguments:
         subject: What is studied.
-        folder: Where stages are kept; see :func:`prepare_folder`.
-        nfe: The numbers of calls that advice is given for.
+        folder: Where stages are written; see :func:`prepare_folder`.
+        nfe: The numbers of evaluations that advice is given for.
         n: How many trajectories are studied, and how many others advice is chosen by.
         seed: The seed of their noise.
         minutes: After so many minutes of advice nothing is polished any more.
         solvers: The solvers that are tried.
-        watcher: Told of the stages.
+        progress: Follows the stages: ``True`` for a bar, or an object that is called.
+
+    Raises:
+        ValueError: Before the first evaluation, if the folder has stages of another study; the message
+            says what differs.
     """
-    work = _Work(subject, folder / PARTS, n, seed, watcher or Watcher())
+    with progress_of(progress) as shown:
+        _check_identity(folder / PARTS, _identity(subject, n, seed, solvers))
+        work = _Work(subject, folder / PARTS, n, seed, shown)
+        return _study(work, nfe=nfe, minutes=minutes, solvers=solvers)
+
+
+def _study(
+    work: _Work, *, nfe: Sequence[int], minutes: float, solvers: Sequence[str]
+) -> tuple[dict[str, Any], list[Advice]]:
+    subject = work.subject
     began = time.monotonic()
-    check = work.kept("check", work.check)
+    check = work.cached("check", work.check)
     reference, held_out = work.references()
     path = work.path(reference)
     budgets = sorted(set(nfe))
@@ -94,8 +101,8 @@ def study(
     shown = advice[min(range(len(advice)), key=lambda k: abs(budgets[k] - 10))]
     fitting = None
     if subject.data is not None:
-        fitting = work.kept("fitting", lambda: work.fitting(reference, path, shown))
-    deviation = float(reference.end.double().std())
+        fitting = work.cached("fitting", lambda: work.fitting(reference, path, shown))
+    deviation = float(reference.end.cpu().double().std())
     results = {
         "format": FORMAT,
         "version": VERSION,
@@ -107,17 +114,73 @@ def study(
         "spectrum": work.spectrum(path),
         "fitting": fitting,
         "advice": [item.to_record() for item in advice],
-        "enough": enough_calls(advice, deviation),
+        "enough": enough_nfe(advice, deviation),
         "shown": shown.nfe,
         "seconds": time.monotonic() - began,
     }
     return results, advice
 
 
+def _identity(subject: Subject, n: int, seed: int, solvers: Sequence[str]) -> dict[str, Any]:
+    """Returns all inputs of the stages, as JSON has them."""
+    denoiser = subject.denoiser
+    conditions = Conditions.of(denoiser, 2 * n, subject.cond).values
+    return {
+        "model": denoiser.fingerprint(),
+        "schedule": denoiser.schedule.to_record(),
+        "guidance": getattr(denoiser, "scale", None),
+        "data": _digest(subject.data),
+        "labels": _digest(subject.labels),
+        "conditions": {name: _digest(v) for name, v in sorted(conditions.items())},
+        "n": n,
+        "seed": seed,
+        "solvers": list(solvers),
+    }
+
+
+def _digest(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return hashlib.sha256(repr(value).encode()).hexdigest()
+    plain = value.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
+    digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_identity(parts: Path, identity: Mapping[str, Any]) -> None:
+    """Notes whose stages a folder has.
+
+    Raises:
+        ValueError: If it has those of another study.
+    """
+    file = parts / IDENTITY
+    if file.exists():
+        try:
+            before = read_json(file, what="the identity of a study")
+        except ValueError:
+            before = {}
+        if before == identity:
+            return
+        known = before if isinstance(before, dict) else {}
+        other = next((key for key in identity if known.get(key) != identity[key]), "model")
+        raise ValueError(
+            f"{str(parts.parent)!r} has stages of a study with another {other}; give another folder, "
+            f"or remove {str(parts)!r}"
+        )
+    if any(parts.glob("*")):
+        raise ValueError(
+            f"{str(parts)!r} has stages of a study that cannot be identified; remove it, or give "
+            "another folder"
+        )
+    write_json(file, dict(identity))
+
+
 def prepare_folder(
     folder: Path, settings: Mapping[str, Any], outputs: Sequence[str], *, overwrite: bool
 ) -> None:
-    """Leaves a folder in which a study starts or goes on.
+    """Prepares a folder in which a study starts or is resumed.
 
     Raises:
         ValueError: If there are results, or an unfinished study with other settings.
@@ -151,24 +214,26 @@ def finish_folder(folder: Path) -> None:
 
 
 class _Work:
-    def __init__(self, subject: Subject, parts: Path, n: int, seed: int, watcher: Watcher) -> None:
+    def __init__(
+        self, subject: Subject, parts: Path, n: int, seed: int, progress: Progress
+    ) -> None:
         self.subject, self.denoiser = subject, subject.denoiser
-        self.parts, self.n, self.seed, self.watcher = parts, n, seed, watcher
+        self.parts, self.n, self.seed, self.progress = parts, n, seed, progress
 
-    def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """Returns what a stage made, from its file if it was made before."""
+    def cached(self, name: str, make: Callable[[], Any]) -> Any:
+        """Returns the result of a stage, from its file if there is one."""
         path = self.parts / f"{name}.json"
         if path.exists():
             try:
                 return read_json(path, what="a stage")
             except ValueError:
-                pass  # damaged: made again
-        made = make()
-        write_json(path, made)
-        return made
+                pass  # damaged: computed again
+        result = make()
+        write_json(path, result)
+        return result
 
     def check(self) -> dict[str, Any]:
-        self.watcher.begin("is the model what it says", 0)
+        self.progress.stage("checking the model")
         data, labels = self.subject.data, self.subject.labels
         cond: dict[str, Any] = {}
         size = 8
@@ -182,40 +247,38 @@ class _Work:
         small = self.denoiser.event_shape is not None and len(self.denoiser.event_shape) == 1
         n = None if small and not cond else min(size, 16)
         if cond and n is not None:
-            cond = {k: v[:n] for k, v in cond.items()}
+            cond = select(cond, range(n))
         return model_check(self.denoiser, data, n=n, seed=self.seed, cond=cond).to_record()
 
     def references(self) -> tuple[Reference, Batch]:
         """Returns the trajectories that are studied, and held-out samples."""
-        cond = self.subject.cond(2 * self.n)
-        first, second = _halves(cond, self.n)
+        conditions = Conditions.of(self.denoiser, 2 * self.n, self.subject.cond)
+        first, second = (conditions.at(range(k, k + self.n)) for k in (0, self.n))
         noise = draw_noise(self.denoiser, 2 * self.n, self.seed)
         schedule = self.denoiser.schedule
         file = self.parts / "reference.safetensors"
         try:
-            kept = read_tensors(file) if file.exists() else {}
+            cached = read_tensors(file) if file.exists() else {}
         except ValueError:
-            kept = {}
-        if not kept:
-            self.watcher.begin("reference trajectories", 2 * 97)
-            tick = _each(self.watcher)
-            made = follow(self.denoiser, noise[: self.n], first, tick=tick)
-            other = follow(self.denoiser, noise[self.n :], second, tick=tick)
-            kept = {**made.tensors(), "held_out": other.end}
-            write_tensors(file, kept, {"nfe": str(made.nfe)})
+            cached = {}
+        if not cached:
+            self.progress.stage("reference trajectories", 2 * 97)
+            reference = follow(self.denoiser, noise[: self.n], first, progress=self.progress)
+            other = follow(self.denoiser, noise[self.n :], second, progress=self.progress)
+            cached = {**reference.tensors(), "held_out": other.end}
+            write_tensors(file, cached, {"nfe": str(reference.nfe)})
         device = noise.device
-        times, x, eps = kept["times"], kept["x"].to(device), kept["eps"].to(device)
-        calls = 2 * (len(times) - 1) + 1
-        reference = Reference(schedule, times, x, eps, noise[: self.n], first, calls)
-        return reference, Batch(noise[self.n :], kept["held_out"].to(device), second)
+        times, x, eps = cached["times"], cached["x"].to(device), cached["eps"].to(device)
+        nfe = 2 * (len(times) - 1) + 1
+        reference = Reference(schedule, times, x, eps, noise[: self.n], first, nfe)
+        return reference, Batch(noise[self.n :], cached["held_out"].to(device), second)
 
     def path(self, reference: Reference) -> Route:
         def gain() -> list[float]:
-            self.watcher.begin("what is left of errors", 7)
-            tick = _each(self.watcher)
-            return measure_gain(self.denoiser, reference, tick=tick).tolist()
+            self.progress.stage("how errors carry over", 7)
+            return measure_gain(self.denoiser, reference, progress=self.progress).tolist()
 
-        values = torch.tensor(self.kept("gain", gain), dtype=torch.float64)
+        values = torch.tensor(self.cached("gain", gain), dtype=torch.float64)
         return path_of(reference, self.denoiser, values)
 
     def advice(
@@ -229,18 +292,18 @@ class _Work:
     ) -> list[Advice]:
         fit = Batch(reference.noise, reference.end, reference.cond)
         dynamic: dict[str, Any] = {}
-        found = []
+        advice = []
         for nfe in budgets:
 
             def make(nfe: int = nfe) -> dict[str, Any]:
                 if not dynamic:
-                    self.watcher.begin("grids by dynamic programming", 0)
+                    self.progress.stage("grids by dynamic programming")
                     most = min(max(budgets), len(path.times) - 1)
                     dynamic.update(dynamic_grids(path, most))
                 rounds = 3 if nfe <= 10 else 2
                 polished = 2 if nfe <= 10 else 1
                 total = (len(solvers) + 6) * nfe + polished * rounds * (nfe**2 // 2 + 3 * nfe)
-                self.watcher.begin(f"solver and grid, {nfe} calls", total)
+                self.progress.stage(f"solver and grid, {nfe} evaluations", total)
                 return advise(
                     self.denoiser,
                     path,
@@ -250,15 +313,15 @@ class _Work:
                     dynamic,
                     solvers=solvers,
                     deadline=deadline,
-                    tick=self.watcher.tick,
+                    progress=self.progress,
                 ).to_record()
 
-            found.append(Advice.from_record(self.kept(f"advice-{nfe}", make)))
-        return found
+            advice.append(Advice.from_record(self.cached(f"advice-{nfe}", make)))
+        return advice
 
     def fitting(self, reference: Reference, path: Route, shown: Advice) -> dict[str, Any]:
         assert self.subject.data is not None
-        self.watcher.begin("fitting error", 25)
+        self.progress.stage("fitting error", 25)
         return fitting_error(
             self.denoiser,
             reference,
@@ -267,7 +330,7 @@ class _Work:
             self.subject.labels,
             plan=shown.best.candidate.plan(self.denoiser),
             seed=self.seed,
-            tick=_each(self.watcher),
+            progress=self.progress,
         )
 
     def anatomy(self, path: Route, shown: Advice) -> dict[str, Any]:
@@ -280,18 +343,5 @@ class _Work:
     def spectrum(self, path: Route) -> dict[str, Any]:
         ends = float(path.times[0]), float(path.times[-1])
         even = torch.linspace(*ends, EVEN, dtype=torch.float64)
-        found = time_spectrum(path.at(even)[0][None], even, schedule=self.denoiser.schedule)
-        return replace(found, trajectories=self.n).to_record()
-
-
-def _each(watcher: Watcher) -> Callable[[], None]:
-    return lambda: watcher.tick(1)
-
-
-def _halves(cond: Mapping[str, Any], n: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    one: dict[str, Any] = {}
-    two: dict[str, Any] = {}
-    for name, value in cond.items():
-        many = isinstance(value, (Tensor, list)) and len(value) == 2 * n
-        one[name], two[name] = (value[:n], value[n:]) if many else (value, value)
-    return one, two
+        spectrum = time_spectrum(path.at(even)[0][None], even, schedule=self.denoiser.schedule)
+        return replace(spectrum, trajectories=self.n).to_record()
