@@ -73,7 +73,7 @@ def executions(plan: Plan) -> Loop:
 
     def loop(x: Tensor) -> None:
         run = Execution(plan, x)
-        while (call := run.call) is not None:
+        while (call := run.request) is not None:
             run.advance(network(call.x))
 
     return loop

@@ -142,7 +142,7 @@ def test_answer_after_the_end_is_refused():
     plan = plan_of("ddim", 1)
     run = Execution(plan, start())
     run.advance(start())
-    assert run.call is None
+    assert run.request is None
     with pytest.raises(RuntimeError, match="over"):
         run.advance(start())
 
@@ -206,7 +206,7 @@ def test_operations_of_a_step(name, nfe):
         with Tracker() as tracker:
             run.advance(answer)
         most, total = max(most, tracker.count), total + tracker.count
-    assert run.call is None
+    assert run.request is None
     assert most <= OPERATIONS[name]
     assert total >= nfe  # something was counted
 
@@ -246,8 +246,8 @@ def test_tensors_alive(name, most):
     with torch.no_grad(), Memory(x.numel()) as memory:
         memory.follow(x)
         run = Execution(plan, x)
-        while run.call is not None:
-            run.advance(run.call.x * 0.5)
+        while run.request is not None:
+            run.advance(run.request.x * 0.5)
     assert memory.most == most
     denoiser = fewstep.Denoiser.wrap(
         lambda x, t: x * 0.5, schedule=SCHEDULE, prediction=plan.prediction
@@ -289,8 +289,8 @@ def test_no_device_read_in_the_loop(name, monkeypatch):
         forbid_reads(patched)
         with pytest.raises(AssertionError, match="reads"):
             bool(x.sum() > 0)  # the alarm works
-        while run.call is not None:
-            run.advance(call(run.call.x, run.call.at))
+        while run.request is not None:
+            run.advance(call(run.request.x, run.request.at))
             calls += 1
     assert calls == plan.nfe
     assert bool(run.result.isfinite().all())

@@ -62,7 +62,7 @@ def test_properties():
     plan = Plan.from_json(json.dumps(HAND))
     assert (plan.nfe, plan.n_noise, plan.stochastic) == (2, 1, True)
     assert plan.prediction is Prediction.EPS
-    assert plan.structure.dies == ((), (0, 1), (), (), (2, 3, 4))
+    assert plan.structure.last_reads == ((), (0, 1), (), (), (2, 3, 4))
     assert "2 calls, 1 draws" in repr(plan)
 
 
@@ -289,7 +289,7 @@ def test_structure_refuses_a_wrong_offset():
 
 def test_a_register_nobody_reads_dies_where_it_is_made():
     structure = Structure(Prediction.EPS, (Eval(0, 0), Noise(0), Lin((1,), 0)), 3)
-    assert structure.dies == ((0,), (2,), (1,))
+    assert structure.last_reads == ((0,), (2,), (1,))
 
 
 @pytest.mark.parametrize(

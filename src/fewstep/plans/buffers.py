@@ -1,4 +1,7 @@
-"""What a run can know of each row before it begins: numbers beside registers, and what may be overwritten."""
+"""The buffer reuse schedule: what a run can know of each row before it begins.
+
+Numbers beside registers, when a register is read for the last time, and whose memory a result may take.
+"""
 
 from __future__ import annotations
 
@@ -14,91 +17,94 @@ NOTHING = -1
 """Stands for no register."""
 
 
-class Sum(NamedTuple):
-    """A linear row with its numbers.
+class LinearOp(NamedTuple):
+    """A linear combination of registers, with its numbers.
 
     Attributes:
-        first: The register that the sum starts with.
+        first: The register that it starts with.
         scale: Its coefficient, on the CPU without dimensions: cheaper than a number, which torch
             would make into just that at every use; and it is read from no device. ``None`` for 1.
         others: The other registers and their coefficients.
-        spare: The register ``first`` if the sum may be written into its memory, or ``NOTHING``.
-        suspects: The registers that might share that memory; to be looked at when it happens.
+        in_place: The register ``first`` if the result may be written into its memory, or ``NOTHING``.
+        suspects: The registers that might share that memory; checked when the row runs.
         state: Which knot's state this is, or ``None``.
-        dying: The registers that nobody reads afterwards.
+        last_reads: The registers that nobody reads afterwards.
     """
 
     first: int
     scale: Tensor | None
     others: tuple[tuple[int, float], ...]
-    spare: int
+    in_place: int
     suspects: tuple[int, ...]
     state: int | None
-    dying: tuple[int, ...]
+    last_reads: tuple[int, ...]
 
 
-class Ask(NamedTuple):
-    """A network call: of which register, which of the calls; what nobody reads afterwards."""
+class EvaluationOp(NamedTuple):
+    """A network evaluation: of which register, the number of the evaluation, registers read for the last time."""
 
     of: int
     at: int
-    dying: tuple[int, ...]
+    last_reads: tuple[int, ...]
 
 
-class Drawn(NamedTuple):
-    """A normal draw: which one; what nobody reads afterwards."""
+class NoiseOp(NamedTuple):
+    """A normal draw: its number, registers read for the last time."""
 
     draw: int
-    dying: tuple[int, ...]
+    last_reads: tuple[int, ...]
 
 
-Line = Sum | Ask | Drawn
+Op = LinearOp | EvaluationOp | NoiseOp
 
 
-def lay_out(
+def buffer_schedule(
     plan: Plan, dtype: torch.dtype, *, keep_inputs: bool, keep_states: bool
-) -> tuple[Line, ...]:
-    """Returns the rows as a run needs them; remembered with the plan.
+) -> tuple[Op, ...]:
+    """Returns the rows as a run needs them; worked out once a plan.
 
-    A sum may be written into a register that a sum of ours made and that dies here. If the network
-    has seen it, an answer that is still alive may be a view of it: that is for the run to find out.
+    A linear combination may be written into a register that one of ours made and that is read here
+    for the last time. If the network has seen that register, a model output that is still needed may
+    be a view of it: that is for the run to find out.
 
     Arguments:
         plan: The plan.
         dtype: The type of the state.
-        keep_inputs: Whether inputs of calls must not be overwritten.
+        keep_inputs: Whether inputs of evaluations must not be overwritten.
         keep_states: Whether states must not be overwritten.
     """
     # A product with a float32 state is formed in float32 whatever the number's own type is.
     kind = torch.float64 if dtype == torch.float64 else torch.float32
-    key = (kind, keep_inputs, keep_states)
-    known = plan.layouts.get(key)
-    if known is None:
+    key = ("buffers", kind, keep_inputs, keep_states)
+    schedule = plan.derived.get(key)
+    if schedule is None:
         with torch.inference_mode(False):  # for later runs with gradients too
             numbers = torch.tensor(plan.numbers, dtype=kind, device="cpu").unbind()
-        known = _lines(plan.structure, plan.numbers, numbers, keep_inputs, keep_states)
-        plan.layouts[key] = known
-    return known
+        schedule = _schedule(plan.structure, plan.numbers, numbers, keep_inputs, keep_states)
+        plan.derived[key] = schedule
+    return schedule
 
 
-def _lines(
+def _schedule(
     structure: Structure,
     numbers: tuple[float, ...],
     scales: tuple[Tensor, ...],
     keep_inputs: bool,
     keep_states: bool,
-) -> tuple[Line, ...]:
-    lines: list[Line] = []
-    made: set[int] = set()  # by a sum: memory that we asked for
+) -> tuple[Op, ...]:
+    ops: list[Op] = []
+    own: set[int] = set()  # results of linear rows: memory that we asked for
     kept: set[int] = set()  # of these, those that others hold
     seen: set[int] = set()  # those whose memory a network saw
-    foreign: set[int] = set()  # alive, with memory that we did not ask for
-    for i, (row, dying) in enumerate(zip(structure.rows, structure.dies, strict=True), start=1):
+    foreign: set[int] = set()  # still needed, with memory that we did not ask for
+    for i, (row, last) in enumerate(
+        zip(structure.rows, structure.last_reads, strict=True), start=1
+    ):
         if isinstance(row, Lin):
             weights = numbers[row.offset : row.offset + len(row.terms)]
             pairs = dict(zip(row.terms, weights, strict=True))
             # What comes first must not depend on what is kept, or rounding would.
-            spare = next((r for r in row.terms if r in made and r in dying), NOTHING)
+            spare = next((r for r in row.terms if r in own and r in last), NOTHING)
             one = next((r for r, c in pairs.items() if c == 1), row.terms[0])
             first = one if spare == NOTHING else spare
             unit = pairs.pop(first) == 1
@@ -107,8 +113,8 @@ def _lines(
                 spare = NOTHING
             suspects = tuple(sorted(foreign)) if spare in seen else ()
             others = tuple(pairs.items())
-            lines.append(Sum(first, scale, others, spare, suspects, row.state, dying))
-            made.add(i)
+            ops.append(LinearOp(first, scale, others, spare, suspects, row.state, last))
+            own.add(i)
             if row.state is not None and keep_states:
                 kept.add(i)
             if spare in seen:
@@ -118,9 +124,9 @@ def _lines(
             if keep_inputs:
                 kept.add(row.of)
             foreign.add(i)
-            lines.append(Ask(row.of, row.at, dying))
+            ops.append(EvaluationOp(row.of, row.at, last))
         else:
             foreign.add(i)
-            lines.append(Drawn(row.draw, dying))
-        foreign.difference_update(dying)
-    return tuple(lines)
+            ops.append(NoiseOp(row.draw, last))
+        foreign.difference_update(last)
+    return tuple(ops)

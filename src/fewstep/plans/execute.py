@@ -2,7 +2,7 @@ r"""The one loop: runs a plan against a network.
 
 Two executors, because they want opposite things of memory:
 
-- :class:`Execution` advances from one network call to the next, overwriting states that nobody
+- :class:`Execution` advances from one network evaluation to the next, overwriting states that nobody
   will read again, with coefficients as Python floats: no device reads, 2 to 5 tensor operations a
   step. Iterators, adapters and plain sampling use it.
 - :func:`functional` never overwrites, and takes the coefficients as tensors: for gradients with
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.plans.buffers import NOTHING, Ask, Sum, lay_out
+from fewstep.plans.buffers import NOTHING, EvaluationOp, LinearOp, buffer_schedule
 from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Eval, Lin, Noise, Row, Structure
 
@@ -28,8 +28,8 @@ Draw = Callable[[int], Tensor]
 """Takes the index of a draw, returns it, with the shape of the state."""
 
 
-class Call(NamedTuple):
-    """What the network is asked: the state, and the number of the call in the plan."""
+class Evaluation(NamedTuple):
+    """What the network is asked for: the prediction at a state, and the number of the evaluation in the plan."""
 
     x: Tensor
     at: int
@@ -38,8 +38,8 @@ class Call(NamedTuple):
 class Execution:
     r"""One run of a plan, advanced from outside.
 
-    ``call`` is the next request to the network, or ``None`` when the run is over; ``advance``
-    takes the answer. All state of a run is in this object, so runs share nothing.
+    ``request`` is the evaluation that the run waits for, or ``None`` when it is over; ``advance``
+    takes the model output. All state of a run is in this object, so runs share nothing.
 
     Arguments:
         plan: The plan.
@@ -47,7 +47,11 @@ class Execution:
         draw: The source of normal draws; needed if the plan has any.
         on_state: Called with the knot and the state whenever one is reached; such states are
             never overwritten afterwards.
-        keep_inputs: Whether inputs of calls are never overwritten either, because others hold them.
+        keep_inputs: Whether inputs of evaluations are never overwritten either, because others hold
+            them.
+
+    Raises:
+        ValueError: If the plan draws noise and there is no source of it.
     """
 
     def __init__(
@@ -61,74 +65,78 @@ class Execution:
     ) -> None:
         if plan.n_noise and draw is None:
             raise ValueError(f"the plan draws noise {plan.n_noise} times; give a source of draws")
-        self._lines = lay_out(
+        self._ops = buffer_schedule(
             plan, x.dtype, keep_inputs=keep_inputs, keep_states=on_state is not None
         )
         self._result = plan.structure.result
         self._keeps_inputs = keep_inputs
         self._draw = draw
         self._on_state = on_state
-        # None where a register is not made yet, or dead.
-        self._registers: list[Any] = [None] * (len(self._lines) + 1)
+        # None where a register is not computed yet, or not needed any more.
+        self._registers: list[Any] = [None] * (len(self._ops) + 1)
         self._registers[0] = x
         self._row = 0
-        self.call: Call | None = None
+        self.request: Evaluation | None = None
         self._run()
 
     @property
     def result(self) -> Tensor:
-        """The sample, once ``call`` is ``None``."""
+        """The sample, once ``request`` is ``None``."""
         return self._registers[self._result]
 
-    def advance(self, answer: Tensor) -> None:
-        """Takes the network's answer to ``call`` and runs up to the next call."""
-        if self.call is None:
-            raise RuntimeError("the run is over: there is no call to answer")
-        self.call = None  # it holds a state, which may die now
+    def advance(self, output: Tensor) -> None:
+        """Takes the model output for ``request`` and runs up to the next evaluation.
+
+        Raises:
+            RuntimeError: If the run is over.
+        """
+        if self.request is None:
+            raise RuntimeError("the run is over: it waits for no model output")
+        self.request = None  # it holds a state, whose memory may be taken now
         registers = self._registers
-        dying = self._lines[self._row].dying
+        last_reads = self._ops[self._row].last_reads
         self._row += 1
-        registers[self._row] = answer
-        for r in dying:
+        registers[self._row] = output
+        for r in last_reads:
             registers[r] = None
         self._run()
 
-    def replace(self, x: Tensor) -> None:
-        """Gives the waiting call another input: the state was edited between two calls."""
-        line = self._lines[self._row] if self.call is not None else None
-        if not isinstance(line, Ask):
-            raise RuntimeError("the run is over: there is no call whose input could be replaced")
-        # The memory is not ours: the layout says so for inputs that are kept; else it is copied.
-        self._registers[line.of] = x if self._keeps_inputs else x.clone()
-        self.call = Call(self._registers[line.of], line.at)
+    def replace_input(self, x: Tensor) -> None:
+        """Gives the waiting evaluation another input: the state was edited between two evaluations."""
+        op = self._ops[self._row] if self.request is not None else None
+        if not isinstance(op, EvaluationOp):
+            raise RuntimeError("the run is over: it waits for no evaluation")
+        # The memory is not ours: the schedule says so for inputs that are kept; else it is copied.
+        self._registers[op.of] = x if self._keeps_inputs else x.clone()
+        self.request = Evaluation(self._registers[op.of], op.at)
 
     def _run(self) -> None:
-        lines, registers, row = self._lines, self._registers, self._row
-        count = len(lines)
+        ops, registers, row = self._ops, self._registers, self._row
+        count = len(ops)
         while row < count:
-            line = lines[row]
-            if isinstance(line, Sum):
-                made = self._sum(line)
-                if line.state is not None and self._on_state is not None:
-                    self._on_state(line.state, made)
-            elif isinstance(line, Ask):
+            op = ops[row]
+            if isinstance(op, LinearOp):
+                value = self._combine(op)
+                if op.state is not None and self._on_state is not None:
+                    self._on_state(op.state, value)
+            elif isinstance(op, EvaluationOp):
                 self._row = row
-                self.call = Call(registers[line.of], line.at)
+                self.request = Evaluation(registers[op.of], op.at)
                 return
             else:
                 assert self._draw is not None
-                made = self._draw(line.draw)
+                value = self._draw(op.draw)
             row += 1
-            registers[row] = made
-            for r in line.dying:
+            registers[row] = value
+            for r in op.last_reads:
                 registers[r] = None
         self._row = row
 
-    def _sum(self, line: Sum) -> Tensor:
+    def _combine(self, op: LinearOp) -> Tensor:
         registers = self._registers
-        first, scale, others, spare, suspects, _, _ = line
+        first, scale, others, in_place, suspects, _, _ = op
         total, rest = registers[first], others
-        if spare != NOTHING and not self._shared(spare, suspects):
+        if in_place != NOTHING and not self._shared(in_place, suspects):
             if scale is not None:
                 total.mul_(scale)
         elif scale is not None:
@@ -142,12 +150,12 @@ class Execution:
             total.add_(registers[r], alpha=c)
         return total
 
-    def _shared(self, spare: int, suspects: tuple[int, ...]) -> bool:
+    def _shared(self, register: int, suspects: tuple[int, ...]) -> bool:
         """Returns whether another register has the memory of this one."""
         if torch.compiler.is_compiling():
             return True  # a compiled run has its memory planned for it
         registers = self._registers
-        memory = registers[spare].untyped_storage().data_ptr() if suspects else 0
+        memory = registers[register].untyped_storage().data_ptr() if suspects else 0
         return any(registers[r].untyped_storage().data_ptr() == memory for r in suspects)
 
 
@@ -171,8 +179,8 @@ def execute(
     times = plan.times.to(device=x.device, dtype=_time_dtype(x))
     with torch.no_grad():
         run = Execution(plan, x, draw=draw, on_state=on_state)
-        while run.call is not None:  # no name for the call: it would keep its state alive
-            run.advance(network(run.call.x, times[run.call.at]))
+        while run.request is not None:  # no name for it: that would keep its state alive
+            run.advance(network(run.request.x, times[run.request.at]))
         return run.result
 
 
@@ -191,25 +199,25 @@ def functional(
     Arguments:
         structure: The rows.
         values: The coefficients, float64, shape (C), on the CPU or on the device of ``x``.
-        times: The times of the calls, float64, shape (K).
+        times: The times of the evaluations, float64, shape (K).
         network: The network, in the structure's prediction.
         x: The initial state, with shape (B, \*).
         draw: The source of normal draws.
-        checkpoint: Whether to recompute each network call in the backward pass instead of
-            storing its activations: memory stays flat in the number of calls.
+        checkpoint: Whether to recompute each network evaluation in the backward pass instead of
+            storing its activations: memory stays flat in the number of evaluations.
     """
     if checkpoint:
         from torch.utils.checkpoint import checkpoint as rematerialise
 
-        def call(y: Tensor, t: Tensor, /) -> Tensor:
+        def evaluate(y: Tensor, t: Tensor, /) -> Tensor:
             return rematerialise(network, y, t, use_reentrant=False)  # type: ignore[return-value]
     else:
-        call = network
+        evaluate = network
     coefficients = values.unbind()
     registers: dict[int, Tensor] = {0: x}
     for i, row in enumerate(structure.rows):
-        registers[i + 1] = _row(row, registers, coefficients, times, call, draw)
-        for r in structure.dies[i]:
+        registers[i + 1] = _row(row, registers, coefficients, times, evaluate, draw)
+        for r in structure.last_reads[i]:
             del registers[r]
     return registers[structure.result]
 

@@ -134,8 +134,8 @@ class Plan:
         return torch.stack([self.schedule.alpha(self.times), self.schedule.sigma(self.times)], 1)
 
     @functools.cached_property
-    def layouts(self) -> dict[Any, Any]:
-        """What runs have worked out of the rows beforehand; see :mod:`fewstep.plans.buffers`."""
+    def derived(self) -> dict[Any, Any]:
+        """What was worked out of this plan once: buffer schedules, and the plan in other predictions."""
         return {}
 
     def flat(self) -> FlatPlan:

@@ -59,16 +59,24 @@ def convert_plan(plan: Plan, prediction: Prediction | str, *, shared: bool = Fal
 def plan_for(plan: Plan, prediction: Prediction) -> Plan:
     r"""Returns the same sampler in the prediction that a network makes, at the fewest operations.
 
-    The conversions are written into the rows or are rows of their own, whichever costs less; where
+    Rewritten once for each plan and prediction; numbers only, without gradients. The conversions are written into the rows or are rows of their own, whichever costs less; where
     :math:`\alpha` is nearly zero into the rows, so that no large terms cancel in float32.
     """
     if prediction is plan.prediction:
         return plan
-    with torch.no_grad():
-        merged = convert_plan(plan, prediction)
-        if float(plan.scales[:, 0].min()) < SMALL_ALPHA:
-            return merged
-        apart = convert_plan(plan, prediction, shared=True)
+    native = plan.derived.get(prediction)
+    if native is None:
+        with torch.no_grad():
+            native = _cheapest(plan, prediction)
+        plan.derived[prediction] = native
+    return native
+
+
+def _cheapest(plan: Plan, prediction: Prediction) -> Plan:
+    merged = convert_plan(plan, prediction)
+    if float(plan.scales[:, 0].min()) < SMALL_ALPHA:
+        return merged
+    apart = convert_plan(plan, prediction, shared=True)
     return apart if operations(apart) < operations(merged) else merged
 
 

@@ -48,14 +48,14 @@ class Structure:
         prediction: What the network is asked for.
         rows: The rows, defining registers 1, 2, ...
         result: The register that is the sample.
-        dies: For each row, the registers that nobody reads after it.
+        last_reads: For each row, the registers that nobody reads after it.
     """
 
     prediction: Prediction
     rows: tuple[Row, ...]
     result: int
     # Not a cached property: their lock (Python 3.11) cannot be traced by torch.compile.
-    dies: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    last_reads: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
 
     @functools.cached_property
     def nfe(self) -> int:
@@ -72,7 +72,7 @@ class Structure:
         """The number of coefficients."""
         return sum(len(row.terms) for row in self.rows if isinstance(row, Lin))
 
-    def _deaths(self) -> tuple[tuple[int, ...], ...]:
+    def _last_reads(self) -> tuple[tuple[int, ...], ...]:
         last = {self.result: len(self.rows)}
         for i, row in reversed(list(enumerate(self.rows))):
             for register in reads(row):
@@ -118,7 +118,7 @@ class Structure:
                     noises += 1
         if not 0 <= self.result <= len(self.rows):
             raise ValueError(f"the result is register {self.result} of {len(self.rows) + 1}")
-        object.__setattr__(self, "dies", self._deaths())
+        object.__setattr__(self, "last_reads", self._last_reads())
 
 
 def reads(row: Row) -> tuple[int, ...]:

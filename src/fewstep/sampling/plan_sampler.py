@@ -81,8 +81,8 @@ class PlanSampler:
 
         with torch.no_grad():
             execution, call = self._begin(x, run, keep if run.save else None)
-            while execution.call is not None:  # no name for it: that would keep its state alive
-                execution.advance(call(*execution.call))
+            while execution.request is not None:  # no name for it: that would keep its state alive
+                execution.advance(call(*execution.request))
                 if run.on_call is not None:
                     run.on_call()
         x = execution.result
@@ -107,7 +107,7 @@ class PlanSampler:
         """Runs again, looking at each answer: the usual run reads nothing back from the device."""
         with torch.no_grad():
             execution, call = self._begin(x, run, None)
-            while (request := execution.call) is not None:
+            while (request := execution.request) is not None:
                 answer = call(request.x, request.at)
                 if not bool(torch.isfinite(answer).all()):
                     wrong = ~torch.isfinite(answer.flatten(1)).all(1)

@@ -18,7 +18,7 @@ from fewstep.diffusion.prediction import Prediction, convert
 from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
-from fewstep.plans.execute import Call
+from fewstep.plans.execute import Evaluation
 from fewstep.plans.plan import Plan
 from fewstep.sampling.batches import initial_noise, run_batches
 from fewstep.sampling.fitted import is_fitted
@@ -297,7 +297,7 @@ def _follow(made: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
     knots = plan.knots.tolist()
     with torch.no_grad():
         execution, call = made._begin(x, run, lambda k, state: reached.append((k, state)))
-    while (request := execution.call) is not None:
+    while (request := execution.request) is not None:
         with torch.no_grad():
             # The state may be overwritten when the run goes on, so predictions come first.
             answer = call(request.x, request.at)
@@ -308,7 +308,7 @@ def _follow(made: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
         reached.clear()
 
 
-def _told(plan: Plan, request: Call, answer: Tensor) -> tuple[Tensor, Tensor]:
+def _told(plan: Plan, request: Evaluation, answer: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the data and the noise that an answer of the network predicts."""
     alpha, sigma = plan.scales[request.at].detach()
     x0, eps = (

@@ -155,10 +155,10 @@ def follow(
 
     with torch.no_grad():
         run = Execution(plan, states[0], on_state=on_state)
-        while run.call is not None:
-            prediction = evaluate(run.call.x, run.call.at)
-            if run.call.at in wanted:
-                predictions[run.call.at] = prediction.clone()
+        while run.request is not None:
+            prediction = evaluate(run.request.x, run.request.at)
+            if run.request.at in wanted:
+                predictions[run.request.at] = prediction.clone()
             run.advance(prediction)
             progress.tick()
         last = len(fine) - 1
@@ -198,8 +198,8 @@ def run_plan(
     times = plan.times.tolist()
     with torch.no_grad():
         run = Execution(plan, PlanSampler(plan, denoiser).start(noise), keep_inputs=True)
-        while run.call is not None:
-            x, k = run.call
+        while run.request is not None:
+            x, k = run.request
             before = known[k] if k < len(known) else None
             if before is not None and before[0] == times[k] and torch.equal(before[1], x):
                 output = before[2]

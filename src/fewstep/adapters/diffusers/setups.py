@@ -17,7 +17,7 @@ from fewstep.adapters.diffusers.runs import Setup
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction, coefficients
 from fewstep.diffusion.schedules import Flow, NoiseSchedule
-from fewstep.plans.buffers import lay_out
+from fewstep.plans.buffers import buffer_schedule
 from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import convert_plan, plan_for
 from fewstep.plans.structure import Eval, Lin, Structure
@@ -246,7 +246,7 @@ class Planner:
         else:
             plan = plan_for(plan, native)
         for dtype in (torch.float32, torch.float64):  # a compiled step finds them made
-            lay_out(plan, dtype, keep_inputs=True, keep_states=False)
+            buffer_schedule(plan, dtype, keep_inputs=True, keep_states=False)
         return Setup(plan, grid, method, told, to_data)
 
 

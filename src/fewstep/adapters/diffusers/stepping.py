@@ -226,21 +226,21 @@ class Stepping:
         """
         run = self._runs.run or self._run()
         execution = run.execution
-        if execution is None or execution.call is None:
+        if execution is None or execution.request is None:
             execution = self._begin(run, timestep, sample, eta)
         else:
             if torch.compiler.is_compiling() or not run.expects(timestep):
                 self._check_next(run, timestep)
             if sample is not run.sample:
-                execution.replace(sample.to(run.dtype))
+                execution.replace_input(sample.to(run.dtype))
         if not run.plain or model_output.numel() != run.size or model_output.dtype != run.dtype:
-            answer = self._answer(run, execution.call.x, model_output)  # type: ignore[union-attr]
+            answer = self._answer(run, execution.request.x, model_output)  # type: ignore[union-attr]
             run.generator, run.variance_noise, run.like = generator, variance_noise, model_output
             execution.advance(answer)
         else:
             execution.advance(model_output)
         run.step_index += 1  # type: ignore[operator]
-        call = execution.call
+        call = execution.request
         previous = execution.result if call is None else call.x
         if sample.dtype != run.dtype:
             previous = previous.to(sample.dtype)
