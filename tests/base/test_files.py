@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 
@@ -16,7 +17,9 @@ from fewstep.base.files import (
     read_json,
     read_metadata,
     read_tensors,
+    read_tensors_and_metadata,
     sha256,
+    sweep,
     write_atomic,
     write_json,
     write_tensors,
@@ -151,3 +154,76 @@ def test_damaged_tensors(tmp_path, place, byte, cut):
     except ValueError:
         return
     assert sum(t.numel() for t in found.values()) <= 32
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_every_flipped_bit_is_found(tmp_path, suffix):
+    path = tmp_path / f"file.{suffix}"
+    tensors = {
+        "b": torch.arange(5.0),
+        "a": torch.zeros(0, 3),
+        "c": torch.ones(3, dtype=torch.bool),
+    }
+    value = {"b": [1, 0.1], "a": {"text": "é"}}
+
+    def read():
+        if suffix == "json":
+            return read_json(path, checksum=True)
+        return read_tensors_and_metadata(path, checksum=True)
+
+    if suffix == "json":
+        write_json(path, value)
+        assert read() == read_json(path) == value
+    else:
+        write_tensors(path, tensors, {"y": "1", "x": "2"})
+        assert read()[1] == read_metadata(path) == {"y": "1", "x": "2"}
+        assert all(torch.equal(read()[0][k], v) for k, v in tensors.items())
+    content = path.read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        if suffix == "json" and json.loads(content) == _lenient(flipped):
+            continue  # white space
+        with pytest.raises(ValueError, match=f"file.{suffix}"):
+            read()
+
+
+def _lenient(content):
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_an_edited_file_says_what_to_do(tmp_path):
+    path = write_json(tmp_path / "recipe.json", {"nfe": 5})
+    path.write_text(path.read_text().replace("5,", "6,", 1))
+    with pytest.raises(ValueError, match=r"recipe.json' is damaged.*delete its 'content_sha256'"):
+        read_json(path)
+    path.write_text(json.dumps({"nfe": 6}))
+    assert read_json(path) == {"nfe": 6}
+    with pytest.raises(ValueError, match="it has no checksum"):
+        read_json(path, checksum=True)
+
+
+def test_the_layout_of_a_file_may_change(tmp_path):
+    path = write_json(tmp_path / "file.json", {"a": 1, "b": [2.5]})
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    assert read_json(path, checksum=True) == {"a": 1, "b": [2.5]}
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path):
+    tensors = {"b": torch.arange(3), "a": torch.ones(2)}
+    one = write_tensors(tmp_path / "one", tensors, {"x": "1", "y": "2"})
+    two = write_tensors(tmp_path / "two", dict(reversed(tensors.items())), {"y": "2", "x": "1"})
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_litter_is_swept_and_nothing_else(tmp_path):
+    (tmp_path / ".a.json.0123456789abcdef.tmp").write_text("")
+    for name in ("a.json", ".a.tmp", ".b.0123.tmp"):
+        (tmp_path / name).write_text("")
+    sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".a.tmp", ".b.0123.tmp", "a.json"]
+    sweep(tmp_path / "absent")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 
@@ -12,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fewstep
-from fewstep.base.files import sha256
+from fewstep.base.files import read_json, sha256, write_json
 from fewstep.models.folder import write_model
 from fewstep.models.networks.unet import SmallUNet
 
@@ -54,7 +53,7 @@ def folder(original, tmp_path):
 
 def edit(folder, **entries):
     path = folder / "model.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    write_json(path, {**read_json(path), **entries})
 
 
 def test_round_trip(network, folder):
@@ -205,10 +204,10 @@ JSON = st.recursive(
 def test_fuzzed_descriptions(original, tmp_path, data):
     target = tmp_path / "fuzzed"
     shutil.copytree(original, target, dirs_exist_ok=True)
-    content = json.loads((original / "model.json").read_text())
+    content = read_json(original / "model.json")
     part = content["network"] if data.draw(st.booleans()) else content
     part[data.draw(st.sampled_from(sorted(part)))] = data.draw(JSON)
-    (target / "model.json").write_text(json.dumps(content))
+    write_json(target / "model.json", content)
     try:
         model = fewstep.load(target)
     except ValueError:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fewstep
-from fewstep.base.files import sha256
+from fewstep.base.files import read_json, sha256, write_json
 from fewstep.operators import (
     Layout,
     OperatorModel,
@@ -642,7 +642,7 @@ def test_the_folder(extra, tmp_path):
 def test_damaged_folders_are_refused(change, message, tmp_path):
     write_operator(tmp_path, trained())
     path = tmp_path / "operator.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    write_json(path, {**read_json(path), **change})
     with pytest.raises(ValueError, match=message):
         fewstep.load(tmp_path)
 
@@ -673,7 +673,6 @@ def test_the_embedded_operator():
     """It loads by name, samples by default arguments, was made by the recipe, and is of use."""
     from pathlib import Path
 
-    from fewstep.base.files import read_json
     from fewstep.metrics import Features
 
     student = fewstep.load("fashion-1step")

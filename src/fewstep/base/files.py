@@ -1,4 +1,9 @@
-"""Files written whole or not at all, with checksums; no pickle anywhere."""
+"""Atomic writes of JSON and safetensors files, each with a checksum inside; no pickle anywhere.
+
+A JSON object has the key :data:`CHECKSUM` last, a safetensors file has it in its metadata. Reading
+checks it and takes it away; files without one (written by hand, by others, or by an earlier version)
+are read as they are.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,12 +22,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+CHECKSUM = "content_sha256"
+"""The key of the checksum in the files that we write."""
+
+LITTER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+"""The names of temporary files; they are left behind where a process was killed."""
+
 MOST_NESTED = 64
 """The most levels of nesting that a JSON file may have."""
 
 
-def write_atomic(path: str | Path, content: bytes | str, *, new: bool = False) -> Path:
-    """Writes a file so that it is there whole or not at all: temporary file, fsync, rename.
+def write_atomic(
+    path: str | Path, content: bytes | str | Iterable[bytes | memoryview], *, new: bool = False
+) -> Path:
+    """Writes a file atomically: temporary file, fsync, rename.
 
     Raises:
         FileExistsError: If it should be ``new`` and is there: of many writers one succeeds.
@@ -31,9 +45,11 @@ def write_atomic(path: str | Path, content: bytes | str, *, new: bool = False) -
     # Not the process id: on a shared folder another machine may have the same.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     data = content.encode() if isinstance(content, str) else content
+    pieces = [data] if isinstance(data, bytes) else data
     try:
         with open(temporary, "wb") as stream:
-            stream.write(data)
+            for piece in pieces:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
         if new:
@@ -57,25 +73,56 @@ def _link(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
+def sweep(folder: Path) -> None:
+    """Removes temporary files that killed processes left; only the one writer of a folder may."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if LITTER.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, value: Any, *, new: bool = False) -> Path:
-    """Writes a JSON file whole; floats round-trip, NaN and infinity are refused."""
-    return write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n", new=new)
+    """Writes a JSON file atomically; floats round-trip, NaN and infinity are refused.
+
+    An object gets a checksum, which :func:`read_json` checks and takes away.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False)
+    plain = json.loads(text)
+    if isinstance(plain, dict) and CHECKSUM not in plain:
+        text = json.dumps({**plain, CHECKSUM: _json_digest(plain)}, indent=1)
+    return write_atomic(path, text + "\n", new=new)
 
 
-def read_json(path: str | Path, *, what: str = "file") -> Any:
+def _json_digest(value: Any) -> str:
+    """Returns the SHA-256 of a JSON value: of what it says, not of how it is laid out."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(path: str | Path, *, what: str = "file", checksum: bool = False) -> Any:
     """Reads a JSON file.
 
+    Arguments:
+        path: The file.
+        what: What it is, for messages.
+        checksum: Whether it must have a checksum, as files have that only fewstep writes.
+
     Raises:
-        ValueError: If it is missing, unreadable or not JSON; the message names the file.
+        ValueError: If it is missing, unreadable, not JSON, or not what its checksum says; the
+            message names the file.
     """
     try:
-        return loads_json(Path(path).read_bytes(), what=f"{what} {str(path)!r}")
+        return loads_json(Path(path).read_bytes(), what=f"{what} {str(path)!r}", checksum=checksum)
     except OSError as error:
         raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from None
 
 
-def loads_json(text: str | bytes, *, what: str) -> Any:
-    """Parses JSON, refusing NaN, infinity, repeated keys and absurd nesting with a clear error."""
+def loads_json(text: str | bytes, *, what: str, checksum: bool = False) -> Any:
+    """Parses JSON, refusing NaN, infinity, repeated keys and absurd nesting with a clear error.
+
+    Raises:
+        ValueError: Also if the text has a checksum (see :func:`write_json`) that is not its own.
+    """
     try:
         value = json.loads(
             text,
@@ -91,9 +138,23 @@ def loads_json(text: str | bytes, *, what: str) -> Any:
     for _ in range(MOST_NESTED):
         layer = [child for node in layer for child in _children(node)]
         if not layer:
-            return value
+            return _checked(value, what, checksum)
     # Deeper values would overflow the stack of whoever prints or compares them.
     raise ValueError(f"{what} is not valid JSON: it is nested too deeply")
+
+
+def _checked(value: Any, what: str, required: bool) -> Any:
+    if not isinstance(value, dict) or CHECKSUM not in value:
+        if required:
+            raise ValueError(f"{what} is damaged: it has no checksum")
+        return value
+    written = value.pop(CHECKSUM)
+    if written != _json_digest(value):
+        raise ValueError(
+            f"{what} is damaged: its checksum does not match; if you edited it, delete its "
+            f"{CHECKSUM!r}"
+        )
+    return value
 
 
 def _children(node: Any) -> Iterable[Any]:
@@ -123,34 +184,78 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    checksum: bool = True,
 ) -> Path:
-    """Writes a safetensors file whole."""
+    """Writes a safetensors file atomically; the same tensors and metadata are the same bytes.
+
+    Arguments:
+        path: The file.
+        tensors: The tensors, on any device.
+        metadata: Texts by name.
+        checksum: Whether it gets a checksum, which :func:`read_tensors` checks.
+    """
     from safetensors.torch import save
 
     ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    return write_atomic(path, save(ready, metadata=dict(metadata or {})))
+    header, data = _split(save(ready))
+    header["__metadata__"] = dict(sorted((metadata or {}).items()))
+    if checksum:
+        header["__metadata__"][CHECKSUM] = _tensors_digest(header, data)
+    elif not metadata:
+        del header["__metadata__"]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data so
+    return write_atomic(path, (len(text).to_bytes(8, "little"), text, data))
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Reads a safetensors file.
 
     Raises:
-        ValueError: If the file is missing or is not safetensors; the message names it.
+        ValueError: If the file is missing, is not safetensors, or is not what its checksum says;
+            the message names it.
+    """
+    return read_tensors_and_metadata(path)[0]
+
+
+def read_tensors_and_metadata(
+    path: str | Path, *, checksum: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file with its metadata.
+
+    Arguments:
+        path: The file.
+        checksum: Whether it must have a checksum, as files have that only fewstep writes.
+
+    Raises:
+        ValueError: As :func:`read_tensors`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        return load(Path(path).read_bytes())
+        raw = Path(path).read_bytes()
+        tensors = load(raw)
+        header, data = _split(raw)
+        metadata = {str(k): str(v) for k, v in (header.get("__metadata__") or {}).items()}
     except OSError as error:
         raise ValueError(f"file {str(path)!r} cannot be read: {error.strerror}") from None
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"file {str(path)!r} is not a safetensors file: {error}") from None
+    written = metadata.pop(CHECKSUM, None)
+    if written is None and checksum:
+        raise ValueError(f"file {str(path)!r} is damaged: it has no checksum")
+    if written is not None and written != _tensors_digest(header, data):
+        raise ValueError(f"file {str(path)!r} is damaged: its checksum does not match")
+    return tensors, metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Reads the metadata of a safetensors file.
+    """Reads the metadata of a safetensors file without its tensors; no checksum is looked at.
 
     Raises:
         ValueError: If the file is missing or is not safetensors; the message names it.
@@ -159,9 +264,25 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise ValueError(f"file {str(path)!r} is not a safetensors file: {error}") from None
+    metadata.pop(CHECKSUM, None)
+    return metadata
+
+
+def _split(raw: bytes) -> tuple[dict[str, Any], memoryview]:
+    """Returns the header of a safetensors file and its data."""
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), memoryview(raw)[8 + length :]
+
+
+def _tensors_digest(header: Mapping[str, Any], data: memoryview) -> str:
+    """Returns the SHA-256 of names, types, shapes, metadata and data."""
+    metadata = {k: v for k, v in header["__metadata__"].items() if k != CHECKSUM}
+    digest = hashlib.sha256(_json_digest({**header, "__metadata__": metadata}).encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def sha256(path: str | Path) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.diffusion.noise import generator_at
 from fewstep.trajectories.conditions import TYPES
 from fewstep.trajectories.manifest import DTYPES, read_manifest, shard_count
-from fewstep.trajectories.shards import Shard, open_shard, shard_file
+from fewstep.trajectories.shards import Shard, check_shard, open_shard, shard_file
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TrajectoryStore:
 
         Raises:
             IndexError: If there is no such trajectory or state.
-            ValueError: If a shard does not fit the manifest.
+            ValueError: If a shard is damaged; the whole of it is checked when it is first read.
         """
         numbers = torch.as_tensor(indices).tolist()
         if not all(type(i) is int and 0 <= i < len(self) for i in numbers):
@@ -138,6 +138,13 @@ class TrajectoryStore:
 
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:
+            # Once a file and process: reading it whole also brings it into memory's cache.
+            problem = check_shard(self.folder, self.manifest, number)
+            if problem is not None:
+                path = shard_file(self.folder, number)
+                raise ValueError(
+                    f"{str(path)!r} is damaged ({problem}); give the command that recorded it again"
+                )
             self._shards[number] = open_shard(self.folder, self.manifest, number)
         return self._shards[number]
 

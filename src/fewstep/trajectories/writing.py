@@ -2,6 +2,7 @@ r"""The writer of a store: makes the shards that are missing, beside other write
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.base.files import LITTER
+from fewstep.base.locks import PATIENCE, Lock
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.denoiser import Denoiser
@@ -22,7 +25,7 @@ from fewstep.sampling.batches import run_batch
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.trajectories.claims import FOLDER as CLAIMS
-from fewstep.trajectories.claims import PATIENCE, Claim
+from fewstep.trajectories.claims import Claim
 from fewstep.trajectories.conditions import Condition, from_json
 from fewstep.trajectories.manifest import DTYPES, shard_count, shard_rows
 from fewstep.trajectories.shards import check_shard, shard_file, write_shard
@@ -30,6 +33,9 @@ from fewstep.trajectories.store import missing_shards
 
 POLL = 0.2
 """Seconds between looks at shards that other writers are at."""
+
+SOON = 5.0
+"""Seconds after which a writer that waits says for whom."""
 
 
 class _Count:
@@ -76,12 +82,23 @@ class Writer:
         self._sweep()
         count = _Count(progress)
         progress.stage("recording", self.manifest["n"], done=count.set(self._recorded()))
+        idle, notified = 0.0, False
         while missing := missing_shards(self.folder, self.manifest):
             count.set(self._recorded())
             # Each writer in an order of its own, so that two seldom want the same.
             random.Random(f"{os.getpid()} {time.time_ns()}").shuffle(missing)
-            if not any([self._take(shard, count) for shard in missing]):
-                time.sleep(POLL)  # all that is missing is under way elsewhere
+            if any([self._take(shard, count) for shard in missing]):
+                idle = 0.0
+                continue
+            # All that is missing is under way elsewhere.
+            time.sleep(POLL)
+            idle += POLL
+            if idle > SOON and not notified:
+                notified = True
+                owner = Claim(self.folder, missing[0]).owner()
+                who = f"process {owner.get('pid')} on {owner.get('host')}" if owner else "a writer"
+                name = f"waiting for {who}, which records shard {missing[0]}"
+                progress.stage(name, self.manifest["n"], done=self._recorded())
         count.set(self.manifest["n"])
         self._sweep()
 
@@ -100,20 +117,13 @@ class Writer:
         claim = Claim(self.folder, shard)
         if not claim.take():
             return False
-        try:
+        with claim.held():
             if not shard_file(self.folder, shard).exists():
                 before = self._recorded()
-
-                def batch_done(rows: int) -> None:
-                    claim.renew()
-                    count.set(before + rows)
-
-                self.make(shard, batch_done)
-        finally:
-            claim.drop()
+                self.make(shard, lambda rows: count.set(before + rows))
         return True
 
-    def make(self, shard: int, on_batch: Callable[[int], None] = lambda rows: None) -> Path:
+    def make(self, shard: int, on_batch: Callable[[int], object] = lambda rows: None) -> Path:
         """Integrates the trajectories of a shard and writes it, whether it is there or not.
 
         Arguments:
@@ -184,16 +194,22 @@ class Writer:
             )
 
     def _sweep(self) -> None:
-        """Removes what writers that were killed left behind."""
-        for path in self.folder.glob(".shard-*.tmp"):
+        """Removes what writers that were killed left behind; others may be writing now."""
+        claims = self.folder / CLAIMS
+        for path in [*self.folder.glob(".*.tmp"), *claims.glob(".*.tmp")]:
+            if not LITTER.fullmatch(path.name):
+                continue
             try:
-                if time.time() - path.stat().st_mtime > PATIENCE:
+                old = time.time() - path.stat().st_mtime > PATIENCE
+                if old or (path.parent == claims and Lock(path).is_alive() is False):
                     path.unlink()
             except OSError:
                 continue  # somebody else was faster
-        for path in (self.folder / CLAIMS).glob("*"):
-            if path.name.isdigit() and Claim(self.folder, int(path.name)).is_abandoned():
-                Claim(self.folder, int(path.name)).drop()
+        for path in claims.glob("*"):
+            if path.name.isdigit():
+                Claim(self.folder, int(path.name)).sweep()
+        with contextlib.suppress(OSError):
+            claims.rmdir()  # if nobody has a claim
 
 
 def writer_of(denoiser: Denoiser, folder: Path, manifest: Mapping[str, Any]) -> Writer:

@@ -1,0 +1,302 @@
+"""Folders of runs that can be interrupted and resumed: identity, lock, parts, finish.
+
+A run that is not finished is a folder with
+
+- ``unfinished.json``: the *inputs*, a JSON object of everything that determines the result (the
+  fingerprint of the model, digests of the data, settings). With other inputs a run is refused, and
+  the message names the first that changed;
+- ``parts/``: what is done, each file with a checksum and with the digest of the inputs. A part that is
+  damaged or of other inputs is made again;
+- ``.lock``: the process that works on it. A second run waits for an owner whose machine cannot be
+  asked, and is refused if it is alive.
+
+Use::
+
+    folder = RunFolder(out, "run of fewstep sample", outputs=["samples.safetensors"])
+    with folder.running({"model": denoiser.fingerprint(), "seed": seed}, overwrite=overwrite):
+        tensors = folder.read_tensors("000")
+        if tensors is None:
+            folder.write_tensors("000", {"samples": ...})
+        ...
+        folder.finish()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.base.files import (
+    LITTER,
+    read_json,
+    read_tensors_and_metadata,
+    sha256,
+    sweep,
+    write_json,
+    write_tensors,
+)
+from fewstep.base.locks import Lock
+from fewstep.base.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT, VERSION = "fewstep.run", 1
+STATE, PARTS, LOCK = "unfinished.json", "parts", ".lock"
+
+MOST_LISTED = 10_000
+"""The most files whose digests are kept one by one; of more, the digest of all of them."""
+
+PLEASE_OVERWRITE = "give its command again, --overwrite or another --out"
+
+
+def hash_inputs(path: str | Path | None) -> dict[str, Any] | None:
+    """Returns what tells a file or a folder from another: size and SHA-256 of each file.
+
+    Reads everything once; ``None`` for ``None`` and for what is no path (an embedded name).
+    """
+    if path is None or not Path(path).exists():
+        return None
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    ours = [file for file in files if not LITTER.fullmatch(file.name)]
+    each = {
+        file.name if file == root else file.relative_to(root).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256(file),
+        }
+        for file in ours
+    }
+    digest = digest_of(each)
+    if len(each) > MOST_LISTED:
+        return {"count": len(each), "sha256": digest}
+    return {"count": len(each), "sha256": digest, "files": each}
+
+
+def digest_of(value: Any) -> str:
+    """Returns the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def difference(before: Any, after: Mapping[str, Any]) -> str | None:
+    """Returns in words the first input that is not what it was, in the order of ``after``.
+
+    Short values are named ("seed 0, now 1"), digests are not ("another model"); of files the name.
+    """
+    plain = json.loads(json.dumps(after))
+    if not isinstance(before, dict):
+        return "settings that cannot be read"
+    simple = [k for k in plain if not _is_large(before.get(k)) and not _is_large(plain[k])]
+    for key in [*simple, *(k for k in plain if k not in simple), *before]:
+        old, new = before.get(key), plain.get(key)
+        if old == new:
+            continue
+        name = key.replace("_", " ")
+        files = _files(old), _files(new)
+        if files[0] is not None and files[1] is not None:
+            return f"{name}: {_file_difference(files[0], files[1])}"
+        if key in simple:
+            return f"{name} {_short(old)}, now {_short(new)}"
+        return f"another {name}"
+    return None
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+    )
+
+
+def _files(value: Any) -> dict[str, Any] | None:
+    files = value.get("files") if isinstance(value, dict) else None
+    return files if isinstance(files, dict) else None
+
+
+def _file_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    name = next((k for k in sorted({*old, *new}) if old.get(k) != new.get(k)), "")
+    what = "is new" if name not in old else "is gone" if name not in new else "has changed"
+    return f"the file {name!r:.80} {what}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+class RunFolder:
+    """A folder in which a run is begun, resumed and finished; see the module.
+
+    Arguments:
+        folder: The folder; it need not be there yet.
+        what: What is run, for messages: "run of fewstep sample".
+        outputs: The names of the files that are the result, or patterns ("recipe-*.json").
+        state: The name of the file with the inputs.
+        parts: The name of the folder of parts.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        what: str,
+        *,
+        outputs: Sequence[str],
+        state: str = STATE,
+        parts: str = PARTS,
+    ) -> None:
+        self.folder, self.what = Path(folder), what
+        self.outputs = list(outputs)
+        self.state, self.parts = self.folder / state, self.folder / parts
+        self._digest = ""
+
+    @contextmanager
+    def running(
+        self, inputs: Mapping[str, Any], *, overwrite: bool = False, progress: Progress = SILENT
+    ) -> Iterator[None]:
+        """Locks the folder and begins the run, or resumes it if its inputs are these.
+
+        Arguments:
+            inputs: Everything that determines the result, as JSON has it.
+            overwrite: Whether results, or a run with other inputs, are thrown away.
+            progress: Shows for whom the run waits.
+
+        Raises:
+            ValueError: If the folder has results, a run with other inputs, or a run that is alive.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{str(self.folder)!r} is a file; it must be a folder")
+        with locked(self.folder, progress=progress):
+            self._begin(inputs, overwrite=overwrite)
+            yield
+
+    def _begin(self, inputs: Mapping[str, Any], *, overwrite: bool) -> None:
+        self._digest = digest_of(inputs)
+        if self.state.exists():
+            try:
+                before = self._read_state()
+                changed = difference(before, inputs)
+            except ValueError as error:
+                if not overwrite:
+                    raise ValueError(f"{error}; give --overwrite or another --out") from None
+                changed = "damaged"
+            if changed is None:
+                sweep(self.folder)
+                sweep(self.parts)
+                return
+            if not overwrite:
+                raise ValueError(
+                    f"{str(self.folder)!r} has an unfinished run with other settings ({changed}); "
+                    f"{PLEASE_OVERWRITE}"
+                )
+        elif not overwrite and (self._results() or self.parts.exists()):
+            raise ValueError(f"{str(self.folder)!r} exists; give --overwrite or another --out")
+        sweep(self.folder)
+        shutil.rmtree(self.parts, ignore_errors=True)
+        for path in self._results():
+            path.unlink(missing_ok=True)
+        content = {"format": FORMAT, "version": VERSION, "what": self.what, "inputs": dict(inputs)}
+        write_json(self.state, content)
+
+    def _read_state(self) -> Any:
+        content = read_json(self.state, what="the state of an unfinished run")
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(
+                f"{str(self.folder)!r} has an unfinished run of another version of fewstep, which "
+                "this one cannot resume"
+            )
+        if content.get("version") != VERSION or content.get("what") != self.what:
+            raise ValueError(
+                f"{str(self.folder)!r} has an unfinished {content.get('what')!s:.60} of version "
+                f"{content.get('version')!r:.20}; this is a {self.what} of version {VERSION}"
+            )
+        return content.get("inputs")
+
+    def _results(self) -> list[Path]:
+        return [path for name in self.outputs for path in self.folder.glob(name)]
+
+    def finish(self) -> None:
+        """Removes state and parts: what is left are the results."""
+        # The state goes first: without it a folder with results is finished, parts or not.
+        self.state.unlink(missing_ok=True)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a part of tensors."""
+        write_tensors(self.parts / f"{name}.safetensors", tensors, {"inputs": self._digest})
+
+    def read_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Returns a part, or ``None`` if it is missing, damaged, or of other inputs."""
+        try:
+            path = self.parts / f"{name}.safetensors"
+            tensors, metadata = read_tensors_and_metadata(path, checksum=True)
+        except ValueError:
+            return None
+        return tensors if metadata.get("inputs") == self._digest else None
+
+    def write_record(self, name: str, value: Any) -> None:
+        """Writes a part of JSON."""
+        write_json(self.parts / f"{name}.json", {"inputs": self._digest, "value": value})
+
+    def read_record(self, name: str) -> Any:
+        """Returns a part of JSON, or ``None`` if it is missing, damaged, or of other inputs."""
+        try:
+            content = read_json(self.parts / f"{name}.json", what="a part", checksum=True)
+        except ValueError:
+            return None
+        fits = isinstance(content, dict) and content.get("inputs") == self._digest
+        return content.get("value") if fits else None
+
+    def record(self, name: str, make: Callable[[], Any]) -> Any:
+        """Returns a part of JSON, made and written if it is not there."""
+        value = self.read_record(name)
+        if value is None:
+            value = make()
+            self.write_record(name, value)
+        return value
+
+
+@contextmanager
+def locked(folder: Path, *, progress: Progress = SILENT) -> Iterator[None]:
+    """Holds the lock of a folder, which is made if it is not there.
+
+    Raises:
+        ValueError: If a process that is alive has it; at once on the same machine, and on another
+            after its next heartbeat. A lock without heartbeats is taken over after two minutes.
+    """
+    lock = Lock(folder / LOCK)
+    made = not folder.exists()
+    first, begun, shown = None, time.monotonic(), False
+    while not lock.take():
+        owner = lock.owner()
+        who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
+        try:
+            beat = lock.path.stat().st_mtime_ns
+        except OSError:
+            continue  # just given up
+        first = first or beat
+        if owner and (lock.is_alive() or beat != first):
+            raise ValueError(
+                f"{str(folder)!r} is being written by another run ({who}); wait until it has "
+                "finished, or give another --out"
+            )
+        if not shown and time.monotonic() - begun > SOON:
+            progress.stage(f"waiting for a sign of life of {who}")
+            shown = True
+        time.sleep(POLL)
+    try:
+        with lock.held():
+            yield
+    finally:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # if nothing was written
+
+
+POLL, SOON = 0.2, 5.0
+"""Seconds between two looks at a lock, and until it is said for whom a run waits."""
