@@ -23,6 +23,7 @@ from fewstep.operators import (
 )
 from fewstep.operators.layout import output_map, well_posed_output
 from fewstep.operators.published import PublishedOperator
+from tiny_models import write_tiny
 from tiny_trajectories import teacher
 
 TIMES = (0.5625, 0.25, 0.0625, 0.001)
@@ -402,6 +403,20 @@ def test_an_operator_of_diffusers_comes_back(tmp_path):
         found = fewstep.sample(again, 2, seed=3, save="states", **cond)
         torch.testing.assert_close(found.states, expected.states, rtol=1e-4, atol=1e-4)
         assert found.times.tolist() == [999.0, 500.0, 100.0, 0.0]
+
+
+def test_an_operator_of_a_preconditioned_network_is_read_back(tmp_path):
+    folder = write_tiny(tmp_path / "teacher", classes=None)
+    about = json.loads((folder / "model.json").read_text())
+    about |= {"schedule": {"name": "edm"}, "prediction": "x0"}
+    about["preconditioning"] = {"kind": "edm", "sigma_data": 0.5}
+    (folder / "model.json").write_text(json.dumps(about))
+    layout = Layout(times=(10.0, 0.002), start=80.0)
+    operator = TrajectoryOperator(fewstep.load(folder), layout)
+    write_operator(tmp_path / "operator", operator, dtype=torch.float32)
+    again = fewstep.load(tmp_path / "operator")
+    one, two = (fewstep.sample(m, 2, save="states") for m in (OperatorModel(operator), again))
+    assert torch.equal(one.states, two.states)
 
 
 class Own(nn.Module):

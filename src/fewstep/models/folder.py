@@ -149,7 +149,9 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
         lay_out(network.to(dtype))
         schedule = schedule_from_record(about["schedule"])
         prediction = Prediction.of(about["prediction"])
-        module, to_model_time = _precondition(network, about, schedule, prediction)
+        module, to_model_time = precondition(
+            network, about.get("preconditioning"), schedule, prediction
+        )
         model = FolderModel(
             module.eval().requires_grad_(False),
             schedule=schedule,
@@ -169,11 +171,23 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
     return model
 
 
-def _precondition(
-    network: SmallUNet, about: Mapping[str, Any], schedule: NoiseSchedule, prediction: Prediction
+def precondition(
+    network: SmallUNet,
+    record: Mapping[str, Any] | None,
+    schedule: NoiseSchedule,
+    prediction: Prediction,
 ) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
-    """Returns the network in the preconditioning that a file names, and what it is conditioned on."""
-    record = about.get("preconditioning")
+    """Returns the network in the preconditioning that a file names, and its ``to_model_time``.
+
+    Arguments:
+        network: The network; the raw one if there is a preconditioning.
+        record: What :func:`write_model` was given as ``preconditioning``.
+        schedule: The schedule.
+        prediction: What the preconditioned network predicts.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
     if record is None:
         return network, None
     if record.get("kind") != "edm" or prediction is not Prediction.X0:

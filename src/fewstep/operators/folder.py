@@ -14,7 +14,7 @@ from fewstep.base.files import read_json, read_tensors, sha256, write_json, writ
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import schedule_from_record
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.folder import FolderModel, model_shape
+from fewstep.models.folder import FolderModel, PreconditionedUNet, model_shape, precondition
 from fewstep.models.networks.unet import SmallUNet, lay_out
 from fewstep.operators.layout import Layout
 from fewstep.operators.model import OperatorModel
@@ -72,6 +72,10 @@ def describe(model: Denoiser) -> dict[str, Any]:
     network = getattr(model, "network", None)
     if isinstance(network, SmallUNet):
         return {"kind": "small-unet", **network.config}
+    if isinstance(network, PreconditionedUNet):
+        preconditioning = {"kind": "edm", "sigma_data": network.sigma_data}
+        raw = network.network
+        return {"kind": "small-unet", "preconditioning": preconditioning, **raw.config}
     inner = getattr(network, "network", None)
     name = type(inner).__name__
     if name in CALLS and type(network).__name__ == CALLS[name]:
@@ -115,7 +119,7 @@ def read_operator(
         operator = TrajectoryOperator(model, layout)
         operator.network.load_state_dict(read_tensors(file), assign=True)
         operator = operator.to(dtype)
-        if isinstance(operator.network, SmallUNet):
+        if isinstance(operator.network, (SmallUNet, PreconditionedUNet)):
             lay_out(operator.network)
         operator.set_times(layout.times)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -130,11 +134,14 @@ def _rebuild(about: Mapping[str, Any]) -> Denoiser:
     schedule = schedule_from_record(about["schedule"])
     prediction = Prediction.of(about["prediction"])
     if kind == "small-unet":
+        preconditioning = config.pop("preconditioning", None)
         # On the meta device an absurd size costs nothing; the weights must then have it.
         with torch.device("meta"):
             network = SmallUNet(**config)
+        module, to_model_time = precondition(network, preconditioning, schedule, prediction)
         made = FolderModel(
-            network,
+            module,
+            to_model_time=to_model_time,
             schedule=schedule,
             prediction=prediction,
             event_shape=model_shape(about["event_shape"], network),

@@ -251,7 +251,7 @@ def build(config: dict[str, Any]) -> SmallUNet:
     return SmallUNet(**config)
 
 
-def lay_out(network: SmallUNet) -> SmallUNet:
+def lay_out(network: nn.Module) -> nn.Module:
     """Brings the weights into the order in memory in which the network is fastest; returns it.
 
     channels_last: a fifth faster on a CPU, attention too, and what tensor cores want.
