@@ -39,12 +39,13 @@ import fewstep
 from _common import print_table, say_what_runs
 from fewstep.base.files import read_json, read_tensors, write_json
 from fewstep.learned import Base
+from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.families import family
 from fewstep.learned.judges import random_features
 from fewstep.learned.objectives import Outcome
 from fewstep.learned.starts import start_of
 from fewstep.learned.teachers import Source
-from fewstep.learned.unrolled import Conditions, Unrolled, backpropagate
+from fewstep.learned.unrolled import Unrolled, backpropagate
 from fewstep.metrics import Reference, fid, kid, precision_recall
 from fewstep.plans.execute import execute
 from fewstep.plans.plan import Plan
@@ -99,7 +100,7 @@ def judged(model: Any, plan: Plan) -> float:
     """Returns the discrepancy of a plan's samples on the common noises."""
     generator = torch.Generator().manual_seed(4242)
     z = torch.randn((plan.n_noise + 1, JUDGED, 2), generator=generator, dtype=torch.float64)
-    source = Source.of(model, plan, Conditions())
+    source = Source.of(model, plan, ConditionPool())
 
     def network(y: Tensor, t: Tensor) -> Tensor:
         return model(y, t, prediction=plan.prediction)
@@ -381,7 +382,7 @@ def memory_one(steps: int, remat: bool) -> None:
     """Prints the peak of memory of one gradient of 16 samples, and the seconds of the second."""
     model = fewstep.load("fashion")
     learned = family("gs", start_of("gs", model.schedule, steps))
-    source = Source.of(model, learned.base.plan(), Conditions.of(model, {}))
+    source = Source.of(model, learned.base.plan(), ConditionPool.of(model, {}))
     run = Unrolled(model, learned.structure, remat=remat)
     x, cond = source.start(source.noise(5, range(16))), source.conditions.at(range(16))
 

@@ -11,11 +11,15 @@ from torch import nn
 import fewstep
 from fewstep.base.files import read_json
 from fewstep.cli import run
+from fewstep.learned import problem
+from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.real_data import references
 from fewstep.learned.search_state import STATE
 from fewstep.learned.teachers import Source
-from fewstep.learned.unrolled import Conditions
+from fewstep.learned.verdict import DATA as DATA_KIND
+from fewstep.learned.verdict import Score
 from fewstep.metrics import Reference
+from fewstep.metrics.intervals import Estimate
 from fewstep.models import exact
 from fewstep.sampling.recipe import SamplerRecipe
 from tiny_searches import RING
@@ -25,10 +29,13 @@ TINY = {
     "evaluate_every": 3, "real_batch": 50,
 }  # fmt: skip
 
+DATA = RING.draw(400)
+
 
 @pytest.fixture(scope="module")
 def made():
-    return fewstep.tune(RING, nfe=3, objective="endpoint", search={**TINY, "steps": 30}, seed=3)
+    search = {**TINY, "steps": 30, "test": 400}
+    return fewstep.tune(RING, nfe=3, objective="endpoint", data=DATA, search=search, seed=3)
 
 
 def test_the_recipe_says_everything(made):
@@ -93,14 +100,26 @@ def test_interrupted_runs_end_as_whole_ones(tmp_path):
     class Stop(Exception):
         pass
 
-    def tune(stop: tuple[str, int] | None):
-        def tell(event):
-            if stop is not None and (event.phase, event.done) == stop:
+    class StopAt:
+        """A progress that stops the run when a stage has come to so many units."""
+
+        def __init__(self, name, units):
+            self.at, self.now = (name, units), ("", 0)
+
+        def stage(self, name, total=None, *, done=0):
+            self.now = (name, done)
+
+        def tick(self, amount=1, note=""):
+            self.now = (self.now[0], self.now[1] + amount)
+            if self.now == self.at:
                 raise Stop
 
-        return fewstep.tune(RING, **arguments, out=tmp_path / "a.json", on_event=tell)
+    def tune(stop: tuple[str, int] | None):
+        progress = None if stop is None else StopAt(*stop)
+        return fewstep.tune(RING, **arguments, out=tmp_path / "a.json", progress=progress)
 
-    for stop in (("teacher", 24 * 8), ("search", 4), ("search", 9), ("search", 12)):
+    one, two = "search 1 of 2", "search 2 of 2"
+    for stop in (("teacher", 24 * 8), (one, 4), (two, 3), (two, 6)):
         with pytest.raises(Stop):
             tune(stop)
         assert not (tmp_path / "a.json").exists()
@@ -113,7 +132,7 @@ def test_interrupted_runs_end_as_whole_ones(tmp_path):
 
 
 def test_checkpoints_of_another_search_are_refused(tmp_path):
-    arguments = {"nfe": 2, "objective": "endpoint", "out": tmp_path / "a.json"}
+    arguments = {"nfe": 2, "objective": "endpoint", "data": DATA, "out": tmp_path / "a.json"}
     fewstep.tune(RING, **arguments, search=TINY)
     (tmp_path / "a.json").unlink()
     with pytest.raises(ValueError, match="another search"):
@@ -233,14 +252,14 @@ def test_networks_of_whole_times():
 
 
 def test_one_call():
-    tuned = fewstep.tune(RING, nfe=1, objective="endpoint", search=TINY)
+    tuned = fewstep.tune(RING, nfe=1, objective="endpoint", data=DATA, search=TINY)
     assert tuned.plan.nfe == 1
-    assert tuned.improved
+    assert tuned.verdict.state != "worse"
 
 
 def test_the_held_out_samples_are_those_that_users_draw(labelled):
     source = Source.of(labelled, fewstep.plan("ddim", labelled.schedule, nfe=3),
-                       Conditions.of(labelled, {}))  # fmt: skip
+                       ConditionPool.of(labelled, {}))  # fmt: skip
     x, _ = source.sampled(source.plan, 8, 5, batch_size=2)
     labels = torch.arange(5) % 2
     wanted = fewstep.sample(labelled, 5, plan=source.plan, seed=8, class_labels=labels)
@@ -291,9 +310,10 @@ def test_a_tuned_sampler_runs_as_a_scheduler_of_diffusers(tmp_path, family):
     model = exact.smooth(fewstep.schedule("ddpm-linear"))
     tuned = fewstep.tune(
         model, nfe=3, family=family, objective="endpoint", search={**TINY, "steps": 20},
+        data=model.draw(100),
         family_options={} if family == "gs" else {"noise": False},
     )  # fmt: skip
-    assert tuned.improved
+    assert tuned.verdict.state != "start"
     scheduler = PlanScheduler(recipe=str(tuned.save(tmp_path / "tuned.json")))
     scheduler.set_timesteps(3)
     noise = torch.randn((4, 2), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -333,6 +353,30 @@ def test_the_command(tmp_path, capsys):
     assert run(["sample", "mixture-sharp", *sample[2:], str(tmp_path / "b")]) == 2
     assert "another model" in capsys.readouterr().err
     assert run(["sample", "mixture-sharp", *sample[2:], str(tmp_path / "b"), "--force"]) == 0
+
+
+def test_a_worse_result_is_not_written_unless_asked(tmp_path, capsys, monkeypatch):
+    """The case that was seen: FID 24 before, 54.6 after."""
+    values = iter([24.0, 54.6] * 2)
+
+    def planted(x, **_):
+        fid = next(values)
+        estimate = Estimate(fid, fid - 1, fid + 1, 0.95, "planted", (30, 30))
+        return [Score("FID (planted)", DATA_KIND, estimate)]
+
+    monkeypatch.setattr(problem, "final_scores", planted)
+    out = tmp_path / "tuned.json"
+    assert run([*COMMAND, "--out", str(out)]) == 3
+    said = capsys.readouterr().out
+    assert "the result is worse than the start: FID (planted) 24 (23 to 25) before, 54.6" in said
+    assert "better" not in said
+    assert "was not written" in said
+    assert "--keep-worse" in said
+    assert not out.exists()
+    assert "worse than the start" in (tmp_path / "tuned.search" / "report.html").read_text()
+    assert run([*COMMAND, "--out", str(out), "--keep-worse"]) == 0
+    assert "the result is worse than the start" in capsys.readouterr().out
+    assert read_json(out)["about"]["verdict"].startswith("the result is worse than the start")
 
 
 def test_mistakes_at_the_command_line(tmp_path, capsys):

@@ -8,23 +8,21 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.learned.condition_pool import ConditionPool
+from fewstep.learned.distances import feature_distance, pseudo_huber
 from fewstep.learned.families import family
 from fewstep.learned.judges import Judge, random_features
-from fewstep.learned.objectives import (
-    MMD,
-    Batch,
-    Endpoint,
-    Outcome,
-    Trajectory,
-    feature_distance,
-    named_kernel,
-    pseudo_huber,
-)
+from fewstep.learned.kernels import named_kernel
+from fewstep.learned.objectives import MMD, Batch, Endpoint, Outcome, Trajectory
 from fewstep.learned.settings import Search
 from fewstep.learned.stages import stages_of
 from fewstep.learned.teachers import Source, make_pairs, teacher_plan
 from fewstep.learned.tuning import tune
-from fewstep.learned.unrolled import Conditions, Unrolled, backpropagate, frozen
+from fewstep.learned.unrolled import Unrolled, backpropagate, frozen
+from fewstep.learned.verdict import DATA as DATA_KIND
+from fewstep.learned.verdict import JUDGE, RECALL, TEACHER, Score, verdict_of
+from fewstep.metrics import Reference
+from fewstep.metrics.intervals import Estimate
 from fewstep.metrics.kernel import mmd2
 from fewstep.plans.execute import execute
 from tiny_searches import RING, VP, base_of
@@ -47,9 +45,9 @@ def exact_mmd2(x: torch.Tensor) -> float:
     """The squared discrepancy of samples from RING, with the terms of RING in closed form."""
     means, weights = RING.means, RING.weights
     variance, total = 0.08**2, 0.0
+    squares = torch.pdist(x).square()  # each pair once
     for w in WIDTHS:
-        inside = (torch.cdist(x, x).square() / (-2 * w**2)).exp()
-        xx = (inside.sum() - len(x)) / (len(x) * (len(x) - 1))
+        xx = (squares / (-2 * w**2)).exp().mean()
         one, two = w**2 + variance, w**2 + 2 * variance
         # In the plane a kernel of variance w^2 against N(m, v) has the factor w^2 / (w^2 + v).
         xy = (w**2 / one * (torch.cdist(x, means).square() / (-2 * one)).exp() @ weights).mean()
@@ -62,11 +60,13 @@ def exact_mmd2(x: torch.Tensor) -> float:
     return total / len(WIDTHS)
 
 
-NOISE = normal(3000, 2, seed=77)
+SIZE = 2000
+NOISE = normal(SIZE, 2, seed=77)
+DATA = RING.draw(1000)
 
 
 def score(plan) -> float:
-    z = normal(max(1, plan.n_noise), 3000, 2, seed=78)
+    z = normal(max(1, plan.n_noise), SIZE, 2, seed=78)
 
     def network(y, t):
         return RING(y, t, prediction=plan.prediction)
@@ -75,7 +75,7 @@ def score(plan) -> float:
 
 
 def test_the_closed_form_agrees_with_samples_of_the_mixture():
-    assert abs(exact_mmd2(RING.draw(3000, seed=5))) < 3e-4
+    assert abs(exact_mmd2(RING.draw(SIZE, seed=5))) < 4e-4
 
 
 # Objectives
@@ -84,12 +84,12 @@ def test_the_closed_form_agrees_with_samples_of_the_mixture():
 def test_the_discrepancy_is_unbiased_and_equals_the_double_loop():
     generator = torch.Generator().manual_seed(0)
     values = []
-    for _ in range(2000):
+    for _ in range(1000):
         x = torch.randn((7, 2), generator=generator, dtype=torch.float64)
         y = torch.randn((5, 2), generator=generator, dtype=torch.float64)
         values.append(mmd2(gaussians(x, x), gaussians(y, y), gaussians(x, y)))
     values = torch.stack(values)
-    assert abs(float(values.mean())) < 3 * float(values.std()) / 2000**0.5
+    assert abs(float(values.mean())) < 3 * float(values.std()) / 1000**0.5
 
     def k(a, b):
         return float(gaussians(a[None], b[None]))
@@ -104,7 +104,7 @@ def test_mmd_scales_features_and_compares_with_a_choice_of_the_real_ones():
     real, x = 5 * normal(40, 3), normal(9, 3, seed=1)
     loss = MMD(real, lambda a: 10 * a, kernel="cubic", real_batch=25)
     scale = 1 / real.square().mean().sqrt()
-    got = [float(loss.loss(Outcome(x), Batch(step, 0))) for step in (0, 0, 1)]
+    got = [float(loss.loss(Outcome(x), Batch((0, step), 0))) for step in (0, 0, 1)]
     assert got[0] == got[1] != got[2]
     whole = MMD(real, lambda a: 10 * a, kernel="cubic", real_batch=10**6).value(
         10 * x, real * scale
@@ -133,7 +133,7 @@ def test_distances():
     )
     look = random_features((1, 6, 6))
     torch.testing.assert_close(feature_distance(look)(x, y), (look(x) - look(y)).square().mean(1))
-    batch = Batch(0, 2, y[:2], (y[:2], y[:2]))
+    batch = Batch((0, 0), 2, y[:2], (y[:2], y[:2]))
     assert float(Endpoint().loss(Outcome(x), batch)) == pytest.approx(
         float((x - y)[:2].square().mean())
     )
@@ -179,8 +179,8 @@ def gradient(run, learned, *, microbatch=None, n=12):
     def value(outcome):
         states = sum((s[:4] - target).square().mean() for s in outcome.states)
         return (
-            loss.loss(outcome, Batch(0, 4, target))
-            + Endpoint().loss(outcome, Batch(0, 4, target))
+            loss.loss(outcome, Batch((0, 0), 4, target))
+            + Endpoint().loss(outcome, Batch((0, 0), 4, target))
             + states
         )
 
@@ -232,11 +232,11 @@ def test_a_network_is_frozen_for_the_search_alone():
 
     model = fewstep.Denoiser.wrap(Network(), schedule=VP, prediction="eps", event_shape=(2,))
     model.train()
-    made = tune(
+    tuned = tune(
         model, nfe=2, objective="endpoint",
         search={"steps": 2, "pairs": 8, "heldout": 8, "test": 16, "batch_size": 4, "teacher_nfe": 4},
     )  # fmt: skip
-    assert made.plan.nfe == 2
+    assert tuned.plan.nfe == 2
     assert model.training
     assert model.network.scale.requires_grad
     assert model.network.scale.grad is None
@@ -257,14 +257,14 @@ def test_the_teacher_goes_the_same_way():
     for plan in (through, teacher_plan(base, 60)):
         assert plan.knots[0] == base.grid.times[0]
         assert plan.knots[-1] == base.grid.times[-1]
-        assert score(plan) < 3e-4
+        assert score(plan) < 4e-4
     short = teacher_plan(fewstep.learned.Base.of("tab3", VP, nfe=4, grid="quadratic"), 60)
     assert float(short.knots[-1]) == VP.t_min
 
 
 def test_pairs_are_the_samples_of_their_seed_and_come_back_from_a_file(tmp_path, monkeypatch):
     base = base_of("tab3", 3)
-    source = Source.of(RING, base.plan(), Conditions())
+    source = Source.of(RING, base.plan(), ConditionPool())
     plan = teacher_plan(base, 12, through_knots=True)
     keep = base.grid.times.tolist()[1:3]
     arguments = {"batch_size": 4, "keep": keep, "file": tmp_path / "pairs.safetensors", "key": "k"}
@@ -284,113 +284,186 @@ def test_pairs_are_the_samples_of_their_seed_and_come_back_from_a_file(tmp_path,
 
 
 def test_conditions_are_taken_in_turn_and_at_random():
-    conditions = Conditions.of(RING, {"label": [3, 1], "text": ["a", "b", "c"], "w": 2.0})
-    assert conditions.at(range(3))["label"].tolist() == [3, 1, 3]
-    assert conditions.at([4])["text"] == ["b"]
-    drawn = conditions.drawn(50, 1, 2)
+    model = fewstep.Denoiser.wrap(
+        lambda x, t, **cond: x, schedule=VP, prediction="eps", event_shape=(2,)
+    )
+    given = {"label": [3, 1], "text": ["a", "b", "c"], "w": 2.0}
+    pool = ConditionPool.of(model, given)
+    assert pool.at(range(3))["label"].tolist() == [3, 1, 3]
+    assert pool.at([4])["text"] == ["b"]
+    drawn = pool.drawn(50, "test", 2)
     assert set(drawn["label"].tolist()) == {1, 3}
     assert set(drawn["text"]) == {"a", "b", "c"}
-    assert drawn["w"] == [2.0] * 50
-    assert conditions.drawn(50, 1, 2)["text"] == drawn["text"]
-    assert conditions.drawn(50, 1, 3)["text"] != drawn["text"]
+    assert drawn["w"] == 2.0  # shared by all samples
+    assert pool.drawn(50, "test", 2)["text"] == drawn["text"]
+    assert pool.drawn(50, "test", 3)["text"] != drawn["text"]
+    assert pool.record() == {"label": [3, 1], "text": ["a", "b", "c"], "w": [2.0]}
     with pytest.raises(ValueError, match="no values"):
-        Conditions.of(RING, {"label": []})
+        ConditionPool.of(model, {"label": []})
 
 
 # Whole searches; bounds from the experiments that the method was specified with
-
-QUICK = {"pairs": 1000, "heldout": 500, "test": 200, "teacher_nfe": 60, "evaluate_every": 100}
 
 
 def quad(steps: int = 5) -> dict:
     return {"times": [(1 - i / steps) ** 2 for i in range(steps)] + [0.0]}
 
 
-def test_gs_by_endpoint_is_near_exact_at_five_calls():
-    """Measured there: 1.91e-3 at the start, 0.1e-3 after; the bound is 0.3e-3."""
-    made = tune(
+def test_gs_by_endpoint_is_near_exact_at_five_evaluations():
+    """Measured there: 1.91e-3 at the start, 0.1e-3 after 600 steps; here a fifth of them."""
+    tuned = tune(
         RING, nfe=5, family="gs", objective="endpoint", solver="tab3", grid="explicit",
-        options=quad(), search={**QUICK, "steps": 300, "batch_size": 64},
+        options=quad(), data=DATA,
+        search={"steps": 120, "batch_size": 64, "learning_rate": 2e-2, "pairs": 400, "heldout": 200,
+                "test": 100, "teacher_nfe": 40, "evaluate_every": 40},
     )  # fmt: skip
     start = score(base_of("tab3", 5).plan())
     assert start > 1e-3
-    assert score(made.plan) <= 0.3e-3
-    assert made.improved
-    rms = [made.scores[when]["rms to the teacher"]["value"] for when in ("before", "after")]
+    assert score(tuned.plan) <= 0.4e-3
+    assert tuned.verdict.state != "worse"
+    rms = [tuned.scores[when]["rms to the teacher"]["value"] for when in ("before", "after")]
     assert rms[1] < 0.5 * rms[0]
 
 
 def test_ggdm_by_its_own_loss_beats_ddim_and_multistep_solvers():
-    """Measured there: 6.51e-3 at the start (DDIM), 0.5e-3 to 0.8e-3 after; the bound is 1e-3."""
-    made = tune(
-        RING, nfe=5, family="ggdm+pred-free+time", objective="mmd", data=RING.draw(6000),
+    """Measured there: 6.51e-3 at the start (DDIM), 0.5e-3 to 0.8e-3 after; tAB3 has 1.9e-3."""
+    tuned = tune(
+        RING, nfe=5, family="ggdm+pred-free+time", objective="mmd", data=RING.draw(2000),
         solver="ddim", grid="explicit", options=quad(),
-        search={**QUICK, "steps": 200, "batch_size": 256, "kernel": gaussians, "real_batch": 500, "test": 50},
+        search={"steps": 100, "batch_size": 128, "learning_rate": 1e-2, "kernel": gaussians,
+                "real_batch": 300, "heldout": 300, "test": 50, "evaluate_every": 50},
     )  # fmt: skip
     assert score(base_of("ddim", 5).plan()) > 4e-3
-    assert score(made.plan) <= 1e-3
+    assert score(tuned.plan) <= 1.2e-3
 
 
 def test_the_guard_against_a_loss_that_does_not_see():
     """A linear kernel sees the mean alone: its statistic is met at once, the law gets far worse."""
-    made = tune(
-        RING, nfe=5, family="gs", objective="mmd", data=RING.draw(4000), solver="tab3",
+    tuned = tune(
+        RING, nfe=5, family="gs", objective="mmd", data=DATA, solver="tab3",
         grid="explicit", options=quad(),
-        search={"steps": 40, "batch_size": 256, "kernel": "linear", "heldout": 500, "test": 50,
-                "evaluate_every": 10, "patience": 3, "real_batch": 500},
+        search={"steps": 30, "batch_size": 128, "kernel": "linear", "heldout": 300, "test": 50,
+                "learning_rate": 1e-2, "evaluate_every": 10, "patience": 3, "real_batch": 500},
     )  # fmt: skip
-    judged = [h["score"] for h in made.history]
-    losses = [abs(h["loss"]) for h in made.history if h["loss"] is not None]
-    assert max(losses) < 5e-3  # at the floor of its noise throughout
-    assert min(judged[1:]) > 1.2 * judged[0]
-    assert len(made.history) == 4  # patience
-    assert not made.improved
-    assert torch.equal(made.plan.values, base_of("tab3", 5).plan().values)
-    assert made.scores["after"] == made.scores["before"]
+    judged = [h["score"] for h in tuned.history]
+    losses = [abs(h["loss"]) for h in tuned.history if h["loss"] is not None]
+    assert max(losses) < 1e-2  # at the floor of its noise throughout
+    assert min(judged[1:]) > judged[0]
+    assert judged[-1] > 5 * abs(judged[0])
+    assert len(tuned.history) == 4  # patience
+    assert tuned.verdict.state == "start"
+    assert torch.equal(tuned.plan.values, base_of("tab3", 5).plan().values)
+    assert tuned.scores["after"] == tuned.scores["before"]
 
 
-def test_what_is_kept_is_the_best_on_the_held_out_noise():
+def test_the_result_is_the_best_on_the_held_out_noise():
     """The cubic kernel on coordinates: good at first, worse as it goes on."""
-    made = tune(
-        RING, nfe=5, family="ggdm+pred-free+time", objective="mmd", data=RING.draw(4000),
+    tuned = tune(
+        RING, nfe=5, family="ggdm+pred-free+time", objective="mmd", data=DATA,
         solver="ddim", grid="explicit", options=quad(),
-        search={"steps": 30, "batch_size": 128, "kernel": "cubic", "learning_rate": 5e-3,
+        search={"steps": 20, "batch_size": 64, "kernel": "cubic", "learning_rate": 1e-2,
                 "heldout": 300, "test": 50, "evaluate_every": 5, "patience": 6, "real_batch": 300},
     )  # fmt: skip
-    scores = [h["score"] for h in made.history if h["taken"]]
-    assert made.improved
-    assert made.history[-1]["best"] == min(scores) < 0.6 * scores[0]
-    assert score(made.plan) < score(base_of("ddim", 5).plan())
+    scores = [h["score"] for h in tuned.history if h["taken"]]
+    assert tuned.verdict.state != "start"
+    assert tuned.history[-1]["best"] == min(scores) < 0.6 * scores[0]
+    assert score(tuned.plan) < score(base_of("ddim", 5).plan())
 
 
-def test_real_data_watch_a_teacher_that_is_wrong():
-    """Data as the start makes them: nearer to the teacher is further from them, and not taken."""
-    arguments = dict(
-        nfe=3, objective="endpoint", solver="tab3", grid="explicit", options=quad(3),
-        search={"steps": 40, "pairs": 200, "heldout": 300, "test": 50, "teacher_nfe": 40,
-                "batch_size": 50, "evaluate_every": 10},
-    )  # fmt: skip
-    own = fewstep.sample(RING, plan=base_of("tab3", 3).plan(), noise=normal(4000, 2, seed=5))
-    watched = tune(RING, data=own, **arguments)
-    assert not watched.improved
-    assert watched.history[-1]["score"] < 0.5 * watched.history[0]["score"]
-    assert watched.history[-1]["law"] > 2 * abs(watched.history[0]["law"])
-    trusted = tune(RING, **arguments)  # the data of the mixture itself
-    assert trusted.improved
+WRONG_TEACHER = dict(
+    nfe=3, objective="endpoint", solver="tab3", grid="explicit", options=quad(3),
+    search={"steps": 20, "pairs": 200, "heldout": 300, "test": 300, "teacher_nfe": 24,
+            "batch_size": 50, "evaluate_every": 10, "learning_rate": 2e-2},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start_samples():
+    """Data as the start of the search samples them: nearer to the teacher is further from them."""
+    return fewstep.sample(RING, plan=base_of("tab3", 3).plan(), noise=normal(1000, 2, seed=5))
+
+
+def test_real_data_overrule_a_teacher_that_is_wrong(start_samples):
+    tuned = tune(RING, data=start_samples, **WRONG_TEACHER)
+    assert tuned.verdict.state == "start"
+    assert tuned.history[-1]["score"] < 0.5 * tuned.history[0]["score"]
+    assert tuned.history[-1]["law"] > 2 * abs(tuned.history[0]["law"])
+
+
+def test_a_result_that_is_worse_than_its_start_is_called_so(tmp_path):
+    """A reference has one kind of features, so its judge cannot overrule the teacher: FID gets worse."""
+    base = base_of("ddim", 2, "linear")
+    data = fewstep.sample(RING, plan=base.plan(), noise=normal(1000, 2, seed=5))
+    out = tmp_path / "tuned.json"
+    arguments = {
+        **WRONG_TEACHER, "nfe": 2, "solver": "ddim", "options": {"times": base.grid.times.tolist()},
+        "data": Reference.of(data[:500], data[500:]), "out": out,
+    }  # fmt: skip
+    tuned = tune(RING, **arguments)
+    before, after = (tuned.scores[when]["FID (pixels)"] for when in ("before", "after"))
+    assert after["low"] > before["high"]
+    assert (
+        tuned.scores["after"]["rms to the teacher"]["value"]
+        < 0.7 * (tuned.scores["before"]["rms to the teacher"]["value"])
+    )
+    assert tuned.verdict.state == "worse"
+    assert not tuned.improved
+    assert not tuned.recipe.about["improved"]
+    assert any(reason.startswith("FID (pixels)") for reason in tuned.verdict.reasons)
+    assert tuned.recipe.about["verdict"] == tuned.verdict.sentence
+    assert tuned.verdict.sentence.startswith("the result is worse than the start: ")
+    assert not out.exists()
+    again = tune(RING, **arguments, keep_worse=True)  # the search is resumed at its end
+    assert again.verdict == tuned.verdict
+    assert out.exists()
+
+
+def test_the_teacher_is_trusted_where_the_data_agree():
+    tuned = tune(RING, data=DATA, **WRONG_TEACHER)
+    assert tuned.verdict.state in ("better", "unclear")
+    assert tuned.history[-1]["taken"]
+
+
+def scores(**values):
+    kinds = {"rms": TEACHER, "fid": DATA_KIND, "mmd2": JUDGE, "recall": RECALL}
+    return [
+        Score(name, kinds[name], Estimate(value, 0.95 * value, 1.05 * value, 0.95, "", (9, 9)))
+        for name, value in values.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "state", "reason"),
+    [
+        # The case that was seen: FID 24 to 54.6 while the distance to the teacher fell.
+        ({"rms": 2, "fid": 24, "mmd2": 0.2}, {"rms": 1, "fid": 54.6, "mmd2": 0.1}, "worse", "fid"),
+        ({"rms": 1, "fid": 24, "mmd2": 0.2}, {"rms": 2, "fid": 20, "mmd2": 0.1}, "better", "mmd2"),
+        ({"fid": 24, "mmd2": 0.2}, {"fid": 20, "mmd2": 0.202}, "unclear", "mmd2"),
+        ({"fid": 24, "mmd2": 0.2}, {"fid": 20, "mmd2": 0.4}, "worse", "mmd2"),
+        # A collapse: nearer in every distance, but half of the data are never sampled.
+        ({"fid": 24, "mmd2": 0.2, "recall": 0.8}, {"fid": 20, "mmd2": 0.1, "recall": 0.4}, "worse", "recall"),
+        ({"rms": 2, "mmd2": 0.2}, {"rms": 1, "mmd2": 0.205}, "better", "rms"),
+        ({"rms": 2, "mmd2": 0.2}, {"rms": 1, "mmd2": 0.3}, "worse", "mmd2"),
+    ],
+)  # fmt: skip
+def test_verdicts(before, after, state, reason):
+    verdict = verdict_of(scores(**before), scores(**after))
+    assert verdict.state == state
+    assert [r.split()[0] for r in verdict.reasons] == [reason]
 
 
 def test_a_search_that_finds_nothing_gives_back_the_start():
-    made = tune(
-        RING, nfe=3, objective="endpoint",
+    tuned = tune(
+        RING, nfe=3, objective="endpoint", data=DATA,
         search={"steps": 6, "pairs": 20, "heldout": 40, "test": 20, "teacher_nfe": 10,
                 "learning_rate": 50.0, "evaluate_every": 2, "patience": 2, "batch_size": 4},
     )  # fmt: skip
-    assert not made.improved
+    assert tuned.verdict.state == "start"
     base = fewstep.plan("tab3", VP, nfe=3, grid="quadratic")
-    assert torch.equal(made.plan.values, base.values)
-    assert made.plan.structure == base.structure
-    assert made.scores["after"] == made.scores["before"]
-    assert len(made.history) <= 4
+    assert torch.equal(tuned.plan.values, base.values)
+    assert tuned.plan.structure == base.structure
+    assert tuned.scores["after"] == tuned.scores["before"]
+    assert len(tuned.history) <= 4
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted():
@@ -401,20 +474,20 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
         value = (x - y).square().mean(1)
         return value * (math.nan if x.requires_grad and len(calls) % 2 else 1.0)
 
-    made = tune(
-        RING, nfe=3, objective="endpoint",
+    tuned = tune(
+        RING, nfe=3, objective="endpoint", data=DATA,
         search={"steps": 8, "pairs": 20, "heldout": 20, "test": 20, "teacher_nfe": 10,
                 "distance": distance, "batch_size": 5, "evaluate_every": 4},
     )  # fmt: skip
-    assert 1 <= made.history[-1]["skipped"] < 8
-    assert made.recipe.about["skipped"] == made.history[-1]["skipped"]
-    assert bool(made.plan.values.isfinite().all())
+    assert 1 <= tuned.history[-1]["skipped"] < 8
+    assert tuned.recipe.about["skipped"] == tuned.history[-1]["skipped"]
+    assert bool(tuned.plan.values.isfinite().all())
 
 
 def test_moving_noises_stay_in_their_ball(tmp_path):
     out = tmp_path / "a.json"
     tune(
-        RING, nfe=3, objective="endpoint", out=out,
+        RING, nfe=3, objective="endpoint", out=out, data=DATA,
         search={"steps": 20, "pairs": 16, "heldout": 20, "test": 20, "teacher_nfe": 20,
                 "radius": 0.05, "batch_size": 8},
     )  # fmt: skip

@@ -59,8 +59,8 @@ def app() -> App:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code.
 
-    0 is success, 1 a negative answer (a damaged plan, plans that differ), 2 a user's mistake, and
-    130 an interruption. With ``FEWSTEP_TRACEBACK=1`` mistakes are raised instead of told.
+    0 is success, 1 a negative answer (a damaged plan, plans that differ), 2 a user's mistake, 3 a
+    result that is worse than its start, and 130 an interruption. With ``FEWSTEP_TRACEBACK=1`` mistakes are raised instead of told.
     """
     raising = os.environ.get("FEWSTEP_TRACEBACK") == "1"
     try:

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.base.progress import Progress, progress_of
 from fewstep.cli._common import (
     Flag,
     Options,
@@ -19,7 +18,6 @@ from fewstep.cli._common import (
 )
 
 if TYPE_CHECKING:
-    from fewstep.learned.search import Event
     from fewstep.learned.tuning import TunedSampler
 
 
@@ -44,18 +42,20 @@ def tune(
     seed: int = 0,
     device: str = "cpu",
     overwrite: Flag = False,
-) -> None:
+    keep_worse: Flag = False,
+) -> int:
     """Search a sampler of few evaluations for a model: OUT is a recipe for sample, compare, diffusers.
 
-    A run that was interrupted goes on when the same command is given again, to the same result; its
-    checkpoints are in a folder beside OUT.
+    The same command resumes an interrupted run, to the same result; its checkpoints are in a folder
+    beside OUT. If the result's final scores are worse than the start's, OUT is not written and the
+    exit code is 3.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
         out: The file to write, for example tuned.json.
         nfe: The number of network evaluations of the sampler.
-        family: What is learned: gs (times and corrections of a solver), ld3, schedule, free, ggdm,
-            ggdm+pred+time and others.
+        family: The parameters that are learned: gs (times and corrections of a solver), ld3,
+            schedule, free, ggdm, ggdm+pred+time and others.
         objective: endpoint, trajectory, mmd; sums (mmd+0.1*endpoint), stages (endpoint,mmd); auto is
             endpoint,mmd with data and endpoint without.
         data: Real data: an embedded name (fashion), a folder of images, an idx or npz file.
@@ -73,10 +73,12 @@ def tune(
         seed: The seed of everything random.
         device: Where to run, for example cpu or cuda.
         overwrite: Start anew and replace what is there.
+        keep_worse: Write the result even if its final scores are worse than the start's.
     """
     from fewstep.learned.settings import Search
     from fewstep.learned.tuning import checkpoint_folder
     from fewstep.learned.tuning import tune as run
+    from fewstep.learned.verdict import WORSE
 
     positive("--nfe", nfe)
     positive("--steps", steps)
@@ -89,118 +91,65 @@ def tune(
     cond: dict[str, Any] = {}
     if class_labels is not None:
         cond["class_labels"] = chosen_labels(class_labels, denoiser)
-    with progress_of(True) as progress:
-        made = run(
-            denoiser,
-            nfe=nfe,
-            family=family,
-            objective=objective,
-            data=data,
-            features=features,
-            solver=solver,
-            grid=grid,
-            head_start=head_start,
-            options=parse_options(option),
-            family_options=parse_options(family_option),
-            guidance=guidance,
-            search=Search.of(settings),
-            seed=seed,
-            out=out,
-            overwrite=overwrite,
-            on_event=_Events(progress),
-            **cond,
-        )
-    _report(made)
-    page = _page(made, checkpoint_folder(out) / "report.html")
+    tuned = run(
+        denoiser,
+        nfe=nfe,
+        family=family,
+        objective=objective,
+        data=data,
+        features=features,
+        solver=solver,
+        grid=grid,
+        head_start=head_start,
+        options=parse_options(option),
+        family_options=parse_options(family_option),
+        guidance=guidance,
+        search=Search.of(settings),
+        seed=seed,
+        out=out,
+        overwrite=overwrite,
+        keep_worse=keep_worse,
+        progress=True,
+        **cond,
+    )
+    _report(tuned)
+    folder = checkpoint_folder(out)
+    page = _page(tuned, folder / "report.html")
+    if tuned.verdict.state == WORSE and not keep_worse:
+        more = f"; {page} shows the search" if page else ""
+        say(f"{out} was not written{more}; to write it all the same, add --keep-worse")
+        return 3
     more = f" and {page}" if page else ""
-    say(f"wrote {out}{more}; the search's checkpoints are in {checkpoint_folder(out)}")
+    say(f"wrote {out}{more}; the search's checkpoints are in {folder}")
     again = ["fewstep", "sample", model, "--recipe", str(out), "--out", str(out.with_suffix(""))]
     if class_labels is not None:
         again += ["--class-labels", class_labels]
     elif "class_labels" in denoiser.null_condition:
         again += ["--class-labels", "all"]
     say(f"next: {shlex.join(again)}")
+    return 0
 
 
-class _Events:
-    """Shows the events of a search, one stage for each of its phases."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._phase, self._done = "", 0
-
-    def __call__(self, event: Event) -> None:
-        if event.phase != self._phase:
-            self._phase, self._done = event.phase, 0
-            self._progress.stage(event.phase, event.total)
-        note = ""
-        if event.best is not None and event.score is not None:
-            note = f"held out {event.score:.4g}, best {event.best:.4g}"
-        self._progress.tick(event.done - self._done, note)
-        self._done = event.done
-
-
-def _report(made: TunedSampler) -> None:
+def _report(tuned: TunedSampler) -> None:
     from rich.table import Table
 
-    table = Table("score on unused seeds", "before", "after", title=made.recipe.name)
-    before, after = made.scores["before"], made.scores["after"]
+    table = Table("score on unused seeds", "before", "after", title=tuned.recipe.name)
+    before, after = tuned.scores["before"], tuned.scores["after"]
     for name in before:
         table.add_row(name, *(_interval(scores[name]) for scores in (before, after)))
     console().print(table)
-    if not made.improved:
-        say("nothing better than the start was found, so the recipe is the start itself")
+    say(tuned.verdict.sentence)
 
 
 def _interval(score: dict[str, Any]) -> str:
     return f"{score['value']:.4g} ({score['low']:.4g} to {score['high']:.4g})"
 
 
-def _page(made: TunedSampler, path: Path) -> Path | None:
-    """Writes a report of the search, if what it needs is installed."""
+def _page(tuned: TunedSampler, path: Path) -> Path | None:
+    """Writes the page of the search, if its libraries are installed."""
     try:
-        from fewstep.metrics.intervals import Estimate
-        from fewstep.reporting.figures import Series, line_plot
-        from fewstep.reporting.page import Page
+        from fewstep.learned.page import write_page
 
-        page = Page(
-            f"Tuning of {made.recipe.name}", "What the search did, judged on held-out noise."
-        )
+        return write_page(tuned, path)
     except ImportError:
         return None
-    about = made.recipe.about
-    page.facts(
-        [
-            ("family", about["family"], f"{about['learned']} numbers"),
-            ("objective", about["objective"], ""),
-            ("start", about["base"]["solver"], f"{about['nfe']} evaluations"),
-            ("found", "better" if made.improved else "nothing", "than the start"),
-        ]
-    )
-    before, after = made.scores["before"], made.scores["after"]
-    page.table(
-        "Scores on seeds that the search never used",
-        ["score", "before", "after"],
-        [[name, Estimate(**before[name]), Estimate(**after[name])] for name in before],
-    )
-    for stage in sorted({h["stage"] for h in made.history}):
-        rows = [h for h in made.history if h["stage"] == stage and h["score"] is not None]
-        steps = [h["step"] for h in rows]
-        lines = [
-            Series("held out", steps, [h["score"] for h in rows]),
-            Series("recall", steps, [h["recall"] for h in rows]),
-        ]
-        for line in lines:
-            made_of = line_plot([line], x_label="step", y_label=line.name)
-            page.figure(made_of, f"Stage {stage + 1}: {line.name}", alt=f"{line.name} by step")
-    columns = ["stage", "step", "loss", "score", "precision", "recall", "taken", "skipped"]
-    rows = [[_shown_value(h[key]) for key in columns] for h in made.history]
-    page.table("Judgements", columns, rows)
-    try:
-        return page.write(path)
-    except ImportError:
-        return None
-
-
-def _shown_value(value: Any) -> Any:
-    return ("yes" if value else "no") if isinstance(value, bool) else value

@@ -1,7 +1,7 @@
 r"""Generalised Gaussian diffusion models (GGDM): tables of coefficients, their marginals, special cases.
 
 States are counted from the noise: :math:`y_0` is the initial state, :math:`y_K` the sample, and
-the network is called at :math:`y_0 \dots y_{K-1}`. A table says
+the network is evaluated at :math:`y_0 \dots y_{K-1}`. A table stands for
 
 .. math:: q(y_n | y_{<n}, x_0) = N\left(\mu_{n,0} x_0 + \sum_{u<n} \mu_{n,u} y_u, \; s_n^2 I\right), \qquad
     y_0 = \alpha x_0 + \sigma z
@@ -28,7 +28,7 @@ from fewstep.plans.rewriting import convert_plan
 
 
 class Table(NamedTuple):
-    r"""The coefficients of a GGDM with K calls, float64.
+    r"""The coefficients of a GGDM with K evaluations, float64.
 
     Attributes:
         data: The weights :math:`\mu_{n,0}` of the data, shape (K + 1); the first is that of
@@ -36,7 +36,7 @@ class Table(NamedTuple):
         states: The weights :math:`\mu_{n,u}` of earlier states, shape (K + 1, K + 1), strictly
             lower triangular.
         noise: The step noises :math:`s_n`, shape (K + 1); the first is that of :math:`y_0`. The sign
-            of a step noise means nothing.
+            of a step noise has no effect.
     """
 
     data: Tensor
@@ -76,7 +76,7 @@ def markov(data: Tensor, previous: Tensor, noise: Tensor) -> Table:
 
 
 def ddim_table(grid: TimeGrid, noise: Tensor) -> Table:
-    r"""Returns the chain that keeps the marginals of the diffusion, given its step noises.
+    r"""Returns the chain that preserves the marginals of the diffusion, given its step noises.
 
     .. math:: \mu_{n,n-1} = \sqrt{\sigma_n^2 - s_n^2} / \sigma_{n-1}, \qquad
         \mu_{n,0} = \alpha_n - \alpha_{n-1} \mu_{n,n-1}
@@ -87,7 +87,7 @@ def ddim_table(grid: TimeGrid, noise: Tensor) -> Table:
     """
     alpha, sigma = grid.alpha, grid.sigma
     left = (sigma[1:].square() - noise.square()).clamp(min=0)
-    # At sigma = 0 the root has no derivative; nothing is left there.
+    # At sigma = 0 the root is zero and has no derivative.
     root = torch.where(left > 0, left, torch.ones_like(left)).sqrt()
     previous = torch.where(left > 0, root, torch.zeros_like(root)) / sigma[:-1]
     data = alpha[1:] - alpha[:-1] * previous
@@ -106,10 +106,10 @@ def vars_table(variances: Tensor) -> Table:
         variances: :math:`v_0 > v_1 > \dots > v_K`, shape (K + 1), in [0, 1); the last may be 0.
     """
     before, after = variances[:-1], variances[1:]
-    kept = (1 - before) / (1 - after)
-    share = 1 - kept
+    ratio = (1 - before) / (1 - after)
+    share = 1 - ratio
     data = (1 - after).sqrt() * share / before
-    previous = kept.sqrt() * after / before
+    previous = ratio.sqrt() * after / before
     variance = share * after / before
     safe = torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()
     noise = torch.where(variance > 0, safe, torch.zeros_like(safe))
@@ -134,13 +134,13 @@ def matched_table(states: Tensor, alpha: Tensor, sigma: Tensor) -> Table:
     """
     count = len(alpha)
     units = torch.eye(count, dtype=torch.float64)
-    rows, kept, noise = [sigma[0] * units[0]], [torch.zeros_like(states[0])], [sigma[0]]
+    rows, weights, noise = [sigma[0] * units[0]], [torch.zeros_like(states[0])], [sigma[0]]
     data = [alpha[0]]
     for n in range(1, count):
         c = states[n, :n] @ torch.stack(rows)
         most, length = sigma[n], c.square().sum()
         outside = length > most.square()
-        # Rows on the edge stay there: rounding must not make a noise out of nothing.
+        # Rows on the edge stay there: rounding must not add a noise.
         inside = length < most.square() * (1 - 1e-12)
         shrink = torch.where(
             outside, most / torch.where(outside, length, torch.ones_like(length)).sqrt(), 1.0
@@ -148,53 +148,55 @@ def matched_table(states: Tensor, alpha: Tensor, sigma: Tensor) -> Table:
         room = torch.where(inside, most.square() - length, torch.ones_like(length)).sqrt()
         s = torch.where(inside, room, torch.zeros_like(room))
         row = states[n] * shrink
-        kept.append(row)
+        weights.append(row)
         noise.append(s)
         rows.append(c * shrink + s * units[n])
         data.append(alpha[n] - row[:n] @ alpha[:n])
-    return Table(torch.stack(data), torch.stack(kept), torch.stack(noise))
+    return Table(torch.stack(data), torch.stack(weights), torch.stack(noise))
 
 
 def table_of(plan: Plan) -> Table:
     r"""Returns the GGDM that is the same sampler as a plan: its rows by back-substitution.
 
-    Each state is a combination of the initial state, the answers :math:`\hat x_0(y_j)` and draws; the
-    answer before the last is eliminated by the row of the state that it made, and so on down.
+    Each state is a combination of the initial state, the predictions :math:`\hat x_0(y_j)` and draws;
+    the prediction before the last is eliminated by the row of the state after it, and so on down.
     Differentiable in the plan's values.
 
     Arguments:
-        plan: Any plan that starts with a call at the initial state and in which each state but
-            the first depends on the answer just before, with at most one draw of its own.
+        plan: Any plan that starts with an evaluation at the initial state and in which each state
+            but the first depends on the prediction just before, with at most one draw of its own.
 
     Raises:
-        ValueError: If the plan has not that form; the message says at which state.
+        ValueError: If the plan has not that form; the message names the state.
     """
     flat = convert_plan(plan, Prediction.X0).flat()
     if float(flat.a[0].detach()) != 1 or bool(flat.C[0].detach().any()):
-        raise ValueError(f"{plan.name} changes the initial state before the first call")
+        raise ValueError(f"{plan.name} changes the initial state before the first evaluation")
     rows = torch.cat([flat.a[:, None], flat.B], 1)
     count, size = plan.nfe + 1, float(rows.detach().abs().max())
     zero = torch.zeros((), dtype=torch.float64)
     alpha, sigma = plan.scales[0]
     data, states, noise = [alpha], [[zero] * count], [sigma]
-    drawn = -1
+    latest = -1
     for n in range(1, count):
         rest, draws = rows[n], flat.C[n]
         weights = [zero] * count
         data.append(rest[n])
         for u in range(n - 1, 0, -1):
             if abs(float(rows[u, u].detach())) < 1e-12 * size:
-                raise ValueError(f"state {u} of {plan.name} does not depend on the answer before")
+                raise ValueError(
+                    f"state {u} of {plan.name} does not depend on the prediction before"
+                )
             weight = rest[u] / rows[u, u]
             weights[u] = weight
             rest, draws = rest - weight * rows[u], draws - weight * flat.C[u]
         weights[0] = rest[0]
         states.append(weights)
         new = (draws.detach().abs() > 1e-9).nonzero().flatten().tolist()
-        if len(new) > 1 or (new and new[0] != drawn + 1):
+        if len(new) > 1 or (new and new[0] != latest + 1):
             raise ValueError(f"state {n} of {plan.name} has not one draw of its own")
-        drawn = new[0] if new else drawn
-        noise.append(draws[drawn] if new else zero)
+        latest = new[0] if new else latest
+        noise.append(draws[latest] if new else zero)
     return Table(
         torch.stack(data), torch.stack([torch.stack(r) for r in states]), torch.stack(noise)
     )

@@ -1,16 +1,16 @@
-r"""Judges of candidates: on noise, real data and features that the search does not train on."""
+r"""Judgement of candidates: on noise, real data and features that the search does not train on."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.learned.objectives import named_kernel
+from fewstep.learned.kernels import named_kernel
+from fewstep.learned.verdict import DATA, JUDGE, PRECISION, RECALL, TEACHER, Score
 from fewstep.metrics.features import Features, pixels
 from fewstep.metrics.frechet import fid
 from fewstep.metrics.kernel import kid, mmd2
@@ -23,14 +23,14 @@ IMAGE = 3
 LEAST = 20
 """With fewer samples precision and recall mean nothing."""
 MOST_REAL = 500
-"""The real samples of a final score, if there are fewer made ones."""
+"""The real samples of a final score, if there are fewer generated ones."""
 
 
 def random_features(shape: tuple[int, ...], *, seed: int = 0) -> Features:
-    r"""Returns features of a network that was never trained: nobody can have learned to please it.
+    r"""Returns the features of a network with random weights, which no loss was trained on.
 
     Images go through three convolutions with random weights; the means and the deviations of each
-    channel after each are the features, at a fixed scale. Vectors are looked at as they are.
+    channel after each are the features, at a fixed scale. Vectors are their own features.
 
     Arguments:
         shape: The shape of a sample.
@@ -46,13 +46,13 @@ def random_features(shape: tuple[int, ...], *, seed: int = 0) -> Features:
         channels = width
 
     def network(images: Tensor) -> Tensor:
-        x, found = images.float(), list[Tensor]()
+        x, statistics = images.float(), list[Tensor]()
         for weight in layers:
             x = nn.functional.conv2d(x, weight.to(x), padding=1).relu()
-            found += [x.mean((2, 3)), x.flatten(2).std(2, unbiased=False)]
+            statistics += [x.mean((2, 3)), x.flatten(2).std(2, unbiased=False)]
             if min(x.shape[2:]) > 1:
                 x = nn.functional.avg_pool2d(x, 2)
-        return torch.cat(found, 1)
+        return torch.cat(statistics, 1)
 
     digest = hashlib.sha256(f"fewstep random features {tuple(shape)} {seed}".encode()).hexdigest()
     return Features(network, name=f"random-{seed}", sha256=digest)
@@ -60,17 +60,17 @@ def random_features(shape: tuple[int, ...], *, seed: int = 0) -> Features:
 
 @dataclass(frozen=True)
 class Judge:
-    r"""The discrepancy of samples from a reference, with a kernel that sees every difference.
+    r"""The discrepancy of samples from a reference, with a characteristic kernel.
 
     Attributes:
-        look: The features, not those of the loss.
-        real: The reference in them, shape (M, D), scaled to a root mean square of 1.
-        scale: What they were scaled with.
+        extract: The feature extractor, not that of the loss.
+        real: The features of the reference, shape (M, D), scaled to a root mean square of 1.
+        scale: Their scale.
         kernel: The kernel.
-        inside: The mean of the kernel within the reference.
+        inside: The kernel matrix within the reference, shape (M, M).
     """
 
-    look: Callable[[Tensor], Tensor]
+    extract: Callable[[Tensor], Tensor]
     real: Tensor
     scale: float
     kernel: Callable[[Tensor, Tensor], Tensor]
@@ -78,45 +78,46 @@ class Judge:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, features: Tensor, look: Callable[[Tensor], Tensor]) -> Judge:
+    def of(cls, features: Tensor, extract: Callable[[Tensor], Tensor]) -> Judge:
         """Returns the judge with these reference features (M, D)."""
         features = features.double()
         # Centred, so that the root mean square is that of the differences.
         scale = float(1 / (features - features.mean(0)).square().mean().sqrt().clamp(min=1e-12))
         real = features * scale
         kernel = named_kernel("scales", real)
-        return cls(look, real, scale, kernel, kernel(real, real))
+        return cls(extract, real, scale, kernel, kernel(real, real))
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """Returns the scaled features of samples, float64."""
-        return self.look(x).flatten(1).cpu().double() * self.scale
+        return self.extract(x).flatten(1).cpu().double() * self.scale
 
     @torch.no_grad()
     def score(self, x: Tensor) -> float:
         """Returns the squared discrepancy, unbiased; smaller is better, about 0 is the best."""
-        found = self.features(x)
-        if not bool(found.isfinite().all()):
+        features = self.features(x)
+        if not bool(features.isfinite().all()):
             return float("inf")
-        return float(mmd2(self.kernel(found, found), self.inside, self.kernel(found, self.real)))
+        between = self.kernel(features, self.real)
+        return float(mmd2(self.kernel(features, features), self.inside, between))
 
     @torch.no_grad()
     def diversity(self, x: Tensor) -> tuple[float, float]:
         """Returns precision and recall."""
-        found = self.features(x)
-        count = min(len(found), len(self.real))
-        if not bool(found.isfinite().all()):
+        features = self.features(x)
+        count = min(len(features), len(self.real))
+        if not bool(features.isfinite().all()):
             return 0.0, 0.0
         if count < LEAST:
             return 1.0, 1.0
-        made = precision_recall(found[:count], self.real[:count], blocks=2)
-        return made.precision.value, made.recall.value
+        manifold = precision_recall(features[:count], self.real[:count], blocks=2)
+        return manifold.precision.value, manifold.recall.value
 
 
 def final_scores(
     x: Tensor, *, target: Tensor | None, reference: Reference | None, judge: Judge
-) -> dict[str, Any]:
-    """Returns the scores of samples from seeds that were never used, each with its interval.
+) -> list[Score]:
+    """Returns the scores of samples from seeds that were not used before, each with its interval.
 
     Arguments:
         x: The samples, in the order of their numbers.
@@ -124,21 +125,23 @@ def final_scores(
         reference: Real data in the features of the loss; scores are against the held-out part.
         judge: The judge.
     """
-    scores: dict[str, Any] = {}
+    scores = list[Score]()
     if target is not None and len(target) > 1:
-        scores["rms to the teacher"] = rms(x[: len(target)].flatten(1), target.flatten(1))
+        distance = rms(x[: len(target)].flatten(1), target.flatten(1))
+        scores.append(Score("rms to the teacher", TEACHER, distance))
     if reference is not None:
         name = reference.features_name
-        # More real samples than made ones cost much and say little.
+        # More real samples than generated ones cost much and add little.
         most = max(MOST_REAL, len(x))
         reference = replace(reference, heldout=reference.heldout[:most])
-        scores[f"FID ({name})"] = fid(x, reference)
-        scores[f"KID ({name})"] = kid(x, reference, heldout=True)
+        scores.append(Score(f"FID ({name})", DATA, fid(x, reference)))
+        scores.append(Score(f"KID ({name})", DATA, kid(x, reference, heldout=True)))
         if min(len(x), len(reference.heldout)) >= LEAST:
-            found = precision_recall(x, reference, heldout=True)
-            scores[f"precision ({name})"] = found.precision
-            scores[f"recall ({name})"] = found.recall
-    name = getattr(judge.look, "name", "features")
+            manifold = precision_recall(x, reference, heldout=True)
+            scores.append(Score(f"precision ({name})", PRECISION, manifold.precision))
+            scores.append(Score(f"recall ({name})", RECALL, manifold.recall))
+    name = getattr(judge.extract, "name", "features")
     real = judge.real[: max(MOST_REAL, len(x))]
-    scores[f"MMD2 ({name})"] = kid(judge.features(x), real, kernel=judge.kernel)
-    return {key: asdict(value) for key, value in scores.items()}
+    discrepancy = kid(judge.features(x), real, kernel=judge.kernel)
+    scores.append(Score(f"MMD2 ({name})", JUDGE, discrepancy))
+    return scores

@@ -1,4 +1,4 @@
-r"""Times that are parameters: always decreasing, always within range, exactly the given ones at the start."""
+r"""Times as parameters: always decreasing, always within range, exactly the given ones at the start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fewstep.diffusion.grids import TimeGrid
 
 COORDINATES = ("time", "lambda")
 LEAST_SHARE = 1e-3
-"""No step gets shorter than this share of what it was: near-coincident nodes have huge weights."""
+"""No step gets shorter than this share of its length at the start: near-coincident nodes have huge weights."""
 
 
 class LearnedTimes(nn.Module):
@@ -21,8 +21,8 @@ class LearnedTimes(nn.Module):
     .. math:: u_i = u_0 + (u_K - u_0) \sum_{j \le i} \left( (1 - \epsilon) \frac{g_j e^{\theta_j}}{\sum_k g_k e^{\theta_k}}
         + \epsilon \frac{g_j}{\sum_k g_k} \right)
 
-    A grid that ends at :math:`\sigma = 0` keeps that end; its last call moves above the smallest time
-    of the schedule.
+    A grid that ends at :math:`\sigma = 0` keeps that end; the time of its last evaluation moves above
+    the smallest time of the schedule.
 
     Arguments:
         grid: The grid at the start.
@@ -56,7 +56,7 @@ class LearnedTimes(nn.Module):
         lengths = self.edges.diff()
         raw = lengths * self.logits.exp()
         total = lengths.sum()
-        # Written as a change of the lengths, which is exactly nothing at the start.
+        # Written as a change of the lengths, which is exactly zero at the start.
         change = (1 - LEAST_SHARE) * (raw * (total / raw.sum()) - lengths)
         inner = self.edges[1:-1] + change.cumsum(0)[:-1]
         if self.coordinate == "lambda":
@@ -66,21 +66,21 @@ class LearnedTimes(nn.Module):
 
 
 class Shifts(nn.Module):
-    r"""Shifts of the times that the network is told: :math:`\xi_k = h_k \tanh w_k`, zero at the start.
+    r"""Shifts of the conditioning timesteps: :math:`\xi_k = h_k \tanh w_k`, zero at the start.
 
     :math:`h_k` is half of the smaller gap to a neighbouring time (above: the schedule's largest,
-    below: its smallest), so that told times keep their order and their range.
+    below: its smallest), so that conditioning timesteps keep their order and their range.
 
     Arguments:
-        calls: The number of network calls.
+        evaluations: The number of network evaluations.
         top: The largest time of the schedule.
         bottom: The smallest.
     """
 
-    def __init__(self, calls: int, top: float, bottom: float) -> None:
+    def __init__(self, evaluations: int, top: float, bottom: float) -> None:
         super().__init__()
         self.top, self.bottom = top, bottom
-        self.raw = nn.Parameter(torch.zeros(calls, dtype=torch.float64))
+        self.raw = nn.Parameter(torch.zeros(evaluations, dtype=torch.float64))
 
     def forward(self, times: Tensor) -> Tensor:
         """Returns the shifts of the times (K), decreasing or with repeats."""

@@ -1,29 +1,33 @@
-r"""What a search makes small: distances to a teacher's samples, and discrepancies from real data."""
+r"""Search objectives: distances from a teacher's samples, and discrepancies from real data."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewstep.base.registry import Registry
 from fewstep.diffusion.noise import generator_at
+from fewstep.learned.distances import Distance, distance_of, mse
+from fewstep.learned.kernels import named_kernel
+from fewstep.learned.learned_plan import LearnedPlan
+from fewstep.learned.settings import Search
 from fewstep.metrics.features import FeatureMap, extractor
-from fewstep.metrics.kernel import KERNELS, Kernel, cubic, gaussian, linear, median_distance, mmd2
-
-Distance = Callable[[Tensor, Tensor], Tensor]
-"""Takes samples and targets (B, *), returns distances (B), differentiable in the first."""
+from fewstep.metrics.kernel import Kernel, mmd2
+from fewstep.metrics.reference import Reference
 
 
 class Outcome(NamedTuple):
-    r"""What the sampler made of a batch.
+    r"""What the sampler returned for a batch.
 
     Attributes:
         x: The samples, with shape (B, \*).
-        states: The inputs of the calls but the first, each (B, \*); empty if nobody asked.
+        states: The inputs of the evaluations but the first, each (B, \*); empty unless an objective
+            wants them.
     """
 
     x: Tensor
@@ -31,64 +35,94 @@ class Outcome(NamedTuple):
 
 
 class Batch(NamedTuple):
-    r"""What a batch started from, and what it is compared with.
+    r"""A training batch: its address, and the teacher's part of it.
 
     Attributes:
-        step: The number of the training step; it addresses whatever an objective draws.
+        address: The stage and the step; part of the address of whatever an objective draws.
         pairs: How many of the first rows have a teacher.
         target: The teacher's samples of these rows, with shape (pairs, \*), or ``None``.
         states: The teacher's states at the knots between, each (pairs, \*).
     """
 
-    step: int
+    address: tuple[int, ...]
     pairs: int
     target: Tensor | None = None
     states: tuple[Tensor, ...] = ()
 
 
-class Objective(ABC):
-    """A differentiable loss of a batch of samples.
+@dataclass(frozen=True)
+class Given:
+    """What an objective is built from.
 
     Attributes:
-        paired: Whether it compares with a teacher from the same noise.
-        wants_states: Whether it looks at the states on the way.
+        learned: The learned plan, at its start.
+        settings: The settings of the search.
+        reference: Real data in the features of the loss, or ``None``.
+        dtype: The type of states.
+        seed: The seed of the search.
     """
 
-    paired: bool = False
-    wants_states: bool = False
+    learned: LearnedPlan
+    settings: Search
+    reference: Reference | None
+    dtype: torch.dtype
+    seed: int
+
+
+class Objective(ABC):
+    r"""A differentiable loss :math:`L(x) \in \mathbb R` of a batch of samples x (B, \*).
+
+    A search minimises a weighted sum of objectives over the parameters of a sampler. A subclass
+    declares the attributes below and writes :meth:`build` and :meth:`loss`, a paired one also
+    :meth:`distances`; a line in :data:`OBJECTIVES` then makes it known to ``tune``, to descriptions
+    such as ``"mmd+0.1*endpoint"`` and to the command line.
+
+    Cost: that of the loss itself; the B times K network evaluations of a step are the sampler's.
+
+    Attributes:
+        paired: Whether it compares with a teacher's sample from the same noise. A stage whose first
+            objective is paired judges candidates by :meth:`distances` on held-out pairs, else by
+            their discrepancy from the reference.
+        wants_states: Whether it compares the states on the way too.
+        needs_data: Whether it compares with real data.
+        steps: The default number of steps, for images.
+        batch_size: The default number of samples of a step: for vectors, for images.
+        anchor: The terms that are added in a later stage of this objective alone.
+    """
+
+    paired: ClassVar[bool] = False
+    wants_states: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+    steps: ClassVar[int] = 300
+    batch_size: ClassVar[tuple[int, int]] = (64, 16)
+    anchor: ClassVar[tuple[tuple[str, float], ...]] = ()
+
+    @classmethod
+    @abstractmethod
+    def build(cls, given: Given) -> Objective:
+        """Returns the objective of a search.
+
+        Raises:
+            ValueError: If a setting of it is unknown.
+        """
 
     @abstractmethod
     def loss(self, outcome: Outcome, batch: Batch) -> Tensor:
-        """Returns the loss, a scalar."""
+        """Returns the loss, a scalar, differentiable in the samples and states of the outcome."""
 
+    def distances(self, x: Tensor, target: Tensor) -> Tensor:
+        r"""Returns the distance of each sample x (B, \*) from the teacher's, shape (B).
 
-def mse(x: Tensor, y: Tensor) -> Tensor:
-    """Returns the mean square of the difference, each sample, shape (B)."""
-    return (x - y).flatten(1).square().mean(1)
-
-
-def pseudo_huber(x: Tensor, y: Tensor) -> Tensor:
-    r"""Returns :math:`\sqrt{\|x - y\|^2 / d + c^2} - c` with c = 0.03, each sample, shape (B)."""
-    return (mse(x, y) + 0.03**2).sqrt() - 0.03
-
-
-DISTANCES: Registry[Distance] = Registry("distance", {"mse": mse, "pseudo-huber": pseudo_huber})
-
-
-def feature_distance(features: FeatureMap) -> Distance:
-    """Returns the mean square of the difference of features, as a distance."""
-    look = extractor(features)
-
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = look(y)
-        return mse(look(x), wanted)
-
-    return distance
+        Raises:
+            NotImplementedError: If the objective is not paired.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not compare with a teacher")
 
 
 class Endpoint(Objective):
-    r"""The distance to the samples that a teacher makes of the same noise.
+    r"""The distance from the samples of a teacher with the same noise.
+
+    .. math:: L = \frac1B \sum_b d(x^b, \hat x^b)
 
     Arguments:
         distance: ``"mse"``, ``"pseudo-huber"``, ``"features"``, or a callable (perceptual
@@ -99,24 +133,28 @@ class Endpoint(Objective):
     paired = True
 
     def __init__(self, distance: str | Distance = "mse", *, features: FeatureMap = None) -> None:
-        if distance == "features":
-            self.distance = feature_distance(features)
-        else:
-            self.distance = DISTANCES[distance] if isinstance(distance, str) else distance
+        self.distance = distance_of(distance, features)
 
-    def each(self, x: Tensor, target: Tensor) -> Tensor:
-        """Returns the distance of each sample, shape (B)."""
+    @classmethod
+    def build(cls, given: Given) -> Endpoint:
+        features = None if given.reference is None else given.reference.extractor
+        return cls(given.settings.distance, features=features)
+
+    def distances(self, x: Tensor, target: Tensor) -> Tensor:
         return self.distance(x, target)
 
     def loss(self, outcome: Outcome, batch: Batch) -> Tensor:
         assert batch.target is not None
-        return self.each(outcome.x[: batch.pairs], batch.target).mean()
+        return self.distances(outcome.x[: batch.pairs], batch.target).mean()
 
 
 class Trajectory(Endpoint):
-    """The mean distance to a teacher at all knots after the first.
+    r"""The mean distance from a teacher at all knots after the first.
 
-    The knots must be common, so it needs a family that does not move times.
+    .. math:: L = \frac{1}{S B} \sum_b \left( d(x^b, \hat x^b)
+        + \sum_{n=1}^{S-1} \| y_n^b - \hat y_n^b \|^2 / d \right)
+
+    The knots must be common, so it needs a family without learned times.
 
     Arguments:
         distance: As of :class:`Endpoint`.
@@ -124,6 +162,17 @@ class Trajectory(Endpoint):
     """
 
     wants_states = True
+
+    @classmethod
+    def build(cls, given: Given) -> Trajectory:
+        base = given.learned.base
+        if given.learned.learns_times or base.plan().nfe != base.grid.steps:
+            raise ValueError(
+                "the objective trajectory needs states at common times: a family without learned "
+                "times (ggdm, ggdm+pred, vars, ddim-sigma; gs with times=False), one evaluation a step"
+            )
+        features = None if given.reference is None else given.reference.extractor
+        return cls(given.settings.distance, features=features)
 
     def loss(self, outcome: Outcome, batch: Batch) -> Tensor:
         total = super().loss(outcome, batch)
@@ -135,9 +184,13 @@ class Trajectory(Endpoint):
 class MMD(Objective):
     r"""The squared discrepancy of features from real ones, unbiased: the loss of DDSS.
 
-    The features are scaled to a root mean square of 1 over the real ones. ``"cubic"`` is the
-    kernel of KID; ``"linear"`` sees means alone; ``"gaussian"`` is characteristic (three widths
-    about the median distance); ``"mixture"`` is the mean of the three. It may be negative.
+    .. math:: L = \frac{1}{B (B - 1)} \sum_{i \ne j} k(\phi_i, \phi_j)
+        + \frac{1}{m (m - 1)} \sum_{i \ne j} k(r_i, r_j) - \frac{2}{B m} \sum_{i, j} k(\phi_i, r_j)
+
+    with features :math:`\phi` (B, D) of the samples and m real ones r. It may be negative. Features
+    are scaled to a root mean square of 1 over the real ones. ``"cubic"`` is the kernel of KID;
+    ``"linear"`` sees means alone; ``"gaussian"`` is characteristic (three widths about the median
+    distance); ``"mixture"`` is the mean of the three.
 
     References:
         | Learning Fast Samplers for Diffusion Models by Differentiating Through Sample Quality (Watson et al., 2022)
@@ -145,22 +198,27 @@ class MMD(Objective):
 
     Arguments:
         real: Features of real samples, with shape (M, D).
-        look: The extractor.
-        kernel: A name, or a callable (n, D), (m, D) to (n, m) that sees the features unscaled.
-        real_batch: How many real samples are compared with in a step.
+        extract: The feature extractor.
+        kernel: A name, or a callable (n, D), (m, D) to (n, m) of unscaled features.
+        real_batch: The number m of real samples in a step.
         seed: The seed of their choice.
     """
+
+    needs_data = True
+    steps = 60
+    batch_size = (256, 128)
+    anchor = (("endpoint", 0.1),)
 
     def __init__(
         self,
         real: Tensor,
-        look: Callable[[Tensor], Tensor],
+        extract: Callable[[Tensor], Tensor],
         *,
         kernel: str | Kernel = "mixture",
         real_batch: int = 1000,
         seed: int = 0,
     ) -> None:
-        self.look, self.seed = look, seed
+        self.extract, self.seed = extract, seed
         self.scale = 1.0
         if isinstance(kernel, str):
             self.scale = float(1 / real.square().mean().sqrt())
@@ -168,14 +226,22 @@ class MMD(Objective):
         self.kernel = named_kernel(kernel, self.real) if isinstance(kernel, str) else kernel
         self.real_batch = min(real_batch, len(real))
 
-    def loss(self, outcome: Outcome, batch: Batch) -> Tensor:
-        chosen = torch.randint(
-            len(self.real),
-            (self.real_batch,),
-            generator=generator_at(self.seed, REAL, batch.step),
+    @classmethod
+    def build(cls, given: Given) -> MMD:
+        assert given.reference is not None
+        return cls(
+            given.reference.features.to(given.dtype),
+            extractor(given.reference.extractor),
+            kernel=given.settings.kernel,
+            real_batch=given.settings.real_batch,
+            seed=given.seed,
         )
+
+    def loss(self, outcome: Outcome, batch: Batch) -> Tensor:
+        generator = generator_at("search", "real samples", self.seed, *batch.address)
+        chosen = torch.randint(len(self.real), (self.real_batch,), generator=generator)
         # Features may be on another device than the samples.
-        x = self.look(outcome.x).flatten(1)
+        x = self.extract(outcome.x).flatten(1)
         return self.value(x, self.real[chosen].to(x))
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
@@ -186,37 +252,7 @@ class MMD(Objective):
         return mmd2(self.kernel(x, x), yy, self.kernel(x, y))
 
 
-REAL = 104_729
-"""The part of an address that says: a choice of real samples."""
-
-
-def named_kernel(name: str, real: Tensor) -> Kernel:
-    """Returns a kernel by name, with the widths that suit the (scaled) real features.
-
-    Beside those of :data:`fewstep.metrics.KERNELS`: ``"mixture"``, the mean of all three, and
-    ``"scales"``, Gaussians whose widths run from the median distance down to that of nearest
-    neighbours, so that they see whatever the data are fine enough to show.
-    """
-    width = median_distance(real)
-    if name == "mixture":
-        return lambda a, b: (linear(a, b) + cubic(a, b) + gaussian(a, b, width=width)) / 3
-    if name == "scales":
-        some = real[:1000]
-        apart = torch.cdist(some, some).fill_diagonal_(torch.inf).amin(1)
-        least = float(apart[apart.isfinite()].median()) if len(some) > 1 else width
-        return scales(width, min(width, max(least, width / 256)))
-    if name == "gaussian":
-        return lambda a, b: gaussian(a, b, width=width)
-    return KERNELS[name]
-
-
-def scales(widest: float, finest: float, count: int = 5) -> Kernel:
-    """Returns the mean of Gaussian kernels whose widths are spaced evenly in their logarithm."""
-    widths = [widest * (finest / widest) ** (k / (count - 1)) for k in range(count)]
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
-        squares = squares.clamp(min=0)
-        return torch.stack([(-squares / (2 * w**2)).exp() for w in widths]).mean(0)
-
-    return kernel
+OBJECTIVES: Registry[type[Objective]] = Registry(
+    "objective", {"endpoint": Endpoint, "trajectory": Trajectory, "mmd": MMD}
+)
+"""The search objectives by name. A new one is a subclass of :class:`Objective` and a line here."""

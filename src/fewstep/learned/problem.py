@@ -1,31 +1,33 @@
-r"""A search that was checked, and how it is solved: pairs, search, scores."""
+r"""A search that was checked, and its solution: pairs, search, scores."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fewstep import __version__
+from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.grids import TimeGrid
+from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.families import FAMILIES, family
 from fewstep.learned.judges import Judge, final_scores, random_features
 from fewstep.learned.learned_plan import Base, LearnedPlan
-from fewstep.learned.objectives import MMD, Endpoint, Objective, Trajectory
+from fewstep.learned.objectives import OBJECTIVES, Given, Objective
 from fewstep.learned.real_data import references
-from fewstep.learned.search import Event, Searcher
+from fewstep.learned.search import Searcher
+from fewstep.learned.search_state import State
 from fewstep.learned.settings import Search
 from fewstep.learned.stages import Stage, stages_of
 from fewstep.learned.starts import start_of
 from fewstep.learned.teachers import Pairs, Source, make_pairs, teacher_plan
-from fewstep.learned.unrolled import Conditions
+from fewstep.learned.verdict import BETTER, START, Score, Verdict, records, verdict_of
 from fewstep.metrics.features import FeatureMap, extractor
 from fewstep.metrics.reference import Reference
 from fewstep.models.denoiser import Denoiser
@@ -43,36 +45,53 @@ TRAIN, HELDOUT, TEST = 10_000_019, 20_000_003, 30_000_001
 
 @dataclass(frozen=True)
 class TunedSampler:
-    """What :func:`tune` returns.
+    """The result of :func:`fewstep.tune`: a sampler of K evaluations, and how good it is.
+
+    ``fewstep.sample(denoiser, n, recipe=tuned.recipe)`` draws with it; each sample costs
+    ``tuned.plan.nfe`` evaluations (twice as many with guidance).
 
     Attributes:
         recipe: The sampler as a recipe: for :func:`fewstep.sample`, the command line, diffusers.
-        plan: Its plan.
-        history: The judgements of the search.
-        scores: Scores ``"before"`` and ``"after"`` on seeds that the search never used.
-        improved: Whether anything better than the start was found; if not, it is the start.
+            ``recipe.about`` has everything that determined the search, the scores and the verdict.
+        plan: Its plan; coefficients and conditioning timesteps are float64.
+        history: The judgements of the search, one record each: stage, step, mean training loss,
+            score (the distance to the teacher or the squared discrepancy from the reference), law,
+            precision, recall, the best score so far, whether the candidate was taken.
+        scores: Scores ``"before"`` (of the start) and ``"after"``, by name, on seeds that the search
+            never used; each has value, low and high of a 95 % interval. The RMS to the teacher is in
+            the units of a sample, FID, KID and MMD² in those of the features named.
+        verdict: Whether the result is better than the start, and why.
     """
 
     recipe: SamplerRecipe
     plan: Plan
     history: list[dict[str, Any]]
     scores: Mapping[str, Any]
-    improved: bool
+    verdict: Verdict
+
+    @property
+    def improved(self) -> bool:
+        """Whether the result is better than the start, on seeds that the search never used."""
+        return self.verdict.state == BETTER
 
     def save(self, path: str | Path) -> Path:
-        """Writes the recipe; returns the path."""
+        """Writes the recipe, whatever the verdict; returns the path.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         return self.recipe.save(path)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A search that was checked: everything that is known before the first network call."""
+    """A search that was checked: everything that is known before the first network evaluation."""
 
     model: Denoiser
-    guided: Denoiser
     base: Base
     learned: LearnedPlan
     stages: tuple[Stage, ...]
+    objectives: Mapping[str, Objective]
     reference: Reference | None
     judged: Reference | None
     source: Source
@@ -109,9 +128,8 @@ class Problem:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an integer, got {seed!r}")
         FAMILIES[family_name]
-        conditions = Conditions.of(denoiser, cond)
         guided = denoiser if guidance in (None, 1) else Guided(denoiser, guidance)  # type: ignore[arg-type]
-        guided.prepare(2, conditions.at(range(2)))
+        conditions = ConditionPool.of(guided, cond)
         integer = getattr(denoiser, "integer_times", False)
         base = start_of(
             family_name,
@@ -124,6 +142,11 @@ class Problem:
             options=options,
         )
         learned = family(family_name, base, **family_options)
+        if not learned.count:
+            raise ValueError(
+                f"the family {family_name!r} has no parameters with these options at nfe={nfe}; take "
+                "another family, or leave its options out"
+            )
         source = Source.of(guided, base.plan(), conditions)
         small = math.prod(source.shape) <= SMALL
         if data is None and isinstance(denoiser, GaussianMixture):
@@ -137,35 +160,33 @@ class Problem:
             batch_size=search.batch_size,
             learning_rate=search.learning_rate,
         )
-        named = {name for stage in stages for name, _ in stage.terms}
-        if "mmd" in named and data is None:
-            raise ValueError(
-                "the objective mmd compares with real data; give data= (--data): an embedded name, "
-                "a folder of images, an idx or npz file, or a tensor"
-            )
-        if "trajectory" in named and (learned.learns_times or base.plan().nfe != base.grid.steps):
-            raise ValueError(
-                "the objective trajectory needs states at common times: a family that does not move "
-                "them (ggdm, ggdm+pred, vars, ddim-sigma; gs with times=False), one call a step"
-            )
-        if named == {"mmd"} and search.radius is not None:
-            raise ValueError("radius moves the noises of pairs; mmd alone has none")
+        kinds = {name: OBJECTIVES[name] for stage in stages for name in stage.names}
+        for name, kind in kinds.items():
+            if kind.needs_data and data is None:
+                raise ValueError(
+                    f"the objective {name} compares with real data; give data= (--data): an embedded "
+                    "name, a folder of images, an idx or npz file, or a tensor"
+                )
+        if search.radius is not None and not any(kind.paired for kind in kinds.values()):
+            raise ValueError(f"radius moves the noises of pairs; {objective} has none")
         reference, judged = references(data, features, source.shape)
+        given = Given(learned, search, reference, source.dtype, seed)
+        objectives = {name: kinds[name].build(given) for name in sorted(kinds)}
         names = {
             "family": family_name,
             "family_options": dict(family_options),
             "objective": objective,
             "nfe": nfe,
-            "conditions": {k: _describe(v) for k, v in conditions.values.items()},
+            "conditions": conditions.record(),
             "dtype": str(source.dtype).removeprefix("torch."),
         }
         return cls(
-            denoiser, guided, base, learned, stages, reference, judged, source, search, seed,
+            denoiser, base, learned, stages, objectives, reference, judged, source, search, seed,
             guidance, names,
         )  # fmt: skip
 
-    def about(self) -> dict[str, Any]:
-        """Returns what determines the search, as JSON values."""
+    def record(self) -> dict[str, Any]:
+        """Returns everything that determines the search, as JSON values."""
         reference = self.reference
         return {
             **self.names,
@@ -185,53 +206,71 @@ class Problem:
                 "features": reference.features_name,
             },
             "seed": self.seed,
-            "search": self.settings.to_json(),
+            "search": self.settings.to_record(),
             "versions": {"fewstep": __version__, "torch": torch.__version__.split("+")[0]},
         }
 
     def _identity(self) -> list[Any]:
-        """Returns what the teacher's samples depend on beside its plan and their numbers."""
+        """Returns what determines the teacher's samples beside its plan and their numbers."""
         names = [self.names[key] for key in ("conditions", "dtype")]
         return [self.model.fingerprint(), self.guidance, *names]
 
-    def solve(self, folder: Path | None, tell: Callable[[Event], None]) -> TunedSampler:
-        """Makes the pairs, searches, and scores start and end."""
+    def solve(self, folder: Path | None, progress: Progress = SILENT) -> TunedSampler:
+        """Samples the pairs, searches, and scores start and result.
+
+        Arguments:
+            folder: The folder of checkpoints, or ``None``.
+            progress: Has the stages ``teacher`` and ``scores``, whose units are evaluations of a
+                sample, and between them those of :class:`Searcher`.
+        """
         settings, source = self.settings, self.source
         small = math.prod(source.shape) <= SMALL
         count, heldout_count, test_count = settings.sizes(small=small)
-        train, heldout, test = self._pairs(folder, (count, heldout_count, test_count), tell)
+        train, heldout, test = self._pairs(folder, (count, heldout_count, test_count), progress)
         judge = self._judge(train)
         searcher = Searcher(
             self.learned,
             source,
             self.stages,
-            self._objectives(),
-            pairs=train if self._named & {"endpoint", "trajectory"} else None,
+            self.objectives,
+            pairs=train if self._paired else None,
             heldout=heldout,
             heldout_seed=self.seed + HELDOUT,
             heldout_size=heldout_count,
             judge=judge,
-            # In the features of the loss itself a judge has no say over the teacher.
+            # In the features of the loss itself a judge cannot overrule the teacher.
             real=self.judged is not None and self.judged is not self.reference,
             settings=settings,
             seed=self.seed,
             folder=folder,
-            tell=tell,
+            progress=progress,
         )
         state = searcher.run()
-        improved = bool(self.learned.vector().any())
+        moved = bool(self.learned.vector().any())
         plan = self.learned.plan(f"{self.names['family']}-{self.base.plan().nfe}")
-        if not improved:
+        if not moved:
             plan = replace(self.base.plan(), name=plan.name)
-        scores = self._scores(plan, test, test_count, judge, tell, improved=improved)
+        plans = (self.base.plan(), plan) if moved else (plan,)
+        scores = self._scores(plans, test, test_count, judge, progress)
+        before, after = scores[0], scores[-1]
+        verdict = Verdict(START)
+        if moved:
+            verdict = verdict_of(before, after, recall_drop=settings.recall_drop)
+        return self._result(plan, state, {"before": before, "after": after}, verdict)
+
+    def _result(
+        self, plan: Plan, state: State, scores: Mapping[str, list[Score]], verdict: Verdict
+    ) -> TunedSampler:
+        values = {when: records(found) for when, found in scores.items()}
         about = {
-            **self.about(),
+            **self.record(),
             "by": "fewstep tune",
             "learned": self.learned.count,
-            "improved": improved,
+            "improved": verdict.state == BETTER,
+            "verdict": verdict.sentence,
             "skipped": state.skipped,
             "seeds": {"train": self.seed + TRAIN, "heldout": self.seed + HELDOUT, "test": self.seed + TEST},
-            "scores": scores,
+            "scores": values,
         }  # fmt: skip
         recipe = SamplerRecipe(
             kind="plan",
@@ -242,142 +281,81 @@ class Problem:
             model=self.model.fingerprint(),
             about=json.loads(json.dumps(about)),
         )
-        return TunedSampler(recipe, plan, state.history, scores, improved)
+        return TunedSampler(recipe, plan, state.history, values, verdict)
 
     @property
-    def _named(self) -> set[str]:
-        return {name for stage in self.stages for name, _ in stage.terms}
+    def _paired(self) -> bool:
+        return any(objective.paired for objective in self.objectives.values())
 
     def _pairs(
-        self, folder: Path | None, sizes: tuple[int, int, int], tell: Callable[[Event], None]
+        self, folder: Path | None, sizes: tuple[int, int, int], progress: Progress
     ) -> tuple[Pairs | None, Pairs | None, Pairs | None]:
-        """Returns the pairs to train on, to judge with and to score with, as far as needed."""
-        through = "trajectory" in self._named
-        paired = bool(self._named & {"endpoint", "trajectory"})
-        if not paired and self.judged is not None:
+        """Returns the pairs for training, for judgements and for scores, as far as needed."""
+        through = any(objective.wants_states for objective in self.objectives.values())
+        if not self._paired and self.judged is not None:
             return None, None, None
         nfe = self.settings.teacher_nfe
-        calls = self.learned.structure.nfe
+        evaluations = self.learned.structure.nfe
         if nfe is None:
-            nfe = max(100 if math.prod(self.source.shape) <= SMALL else 20, 3 * calls)
+            nfe = max(100 if math.prod(self.source.shape) <= SMALL else 20, 3 * evaluations)
         plan = teacher_plan(self.base, nfe, through_knots=through)
-        keep = self.base.grid.times.detach().tolist()[1:calls] if through else []
+        keep = self.base.grid.times.detach().tolist()[1:evaluations] if through else []
         train, heldout, test = sizes
         wanted = [("train", TRAIN, train)]
-        if paired:
+        if self._paired:
             wanted += [("heldout", HELDOUT, heldout), ("test", TEST, min(heldout, test))]
-        progress = _Events("teacher", plan.nfe * sum(n for _, _, n in wanted), tell)
-
-        found = list[Pairs | None]()
+        progress.stage("teacher", plan.nfe * sum(n for _, _, n in wanted))
+        pairs = list[Pairs | None]()
         for name, offset, n in wanted:
-            key = _digest(*self._identity(), plan.to_json(), self.seed + offset, n, keep)
-            found.append(
+            seed = self.seed + offset
+            file = None if folder is None else folder / f"teacher-{name}.safetensors"
+            pairs.append(
                 make_pairs(
                     self.source,
                     plan,
-                    self.seed + offset,
+                    seed,
                     n,
                     batch_size=self.settings.sampling_batch,
                     keep=keep,
-                    file=None if folder is None else folder / f"teacher-{name}.safetensors",
-                    key=key,
+                    file=file,
+                    key=_digest(*self._identity(), plan.to_json(), seed, n, keep),
                     progress=progress,
                 )
             )
-        train_pairs, heldout_pairs, test_pairs = (*found, None, None)[:3]
+        train_pairs, heldout_pairs, test_pairs = (*pairs, None, None)[:3]
         return train_pairs, heldout_pairs, test_pairs
 
     def _judge(self, train: Pairs | None) -> Judge:
-        """Returns the judge: against real data where there is any, and else the teacher."""
+        """Returns the judge: against real data where there are any, and else the teacher."""
         if self.judged is not None:
-            look = extractor(self.judged.extractor)
-            return Judge.of(self.judged.heldout[:2000], look)
+            return Judge.of(self.judged.heldout[:2000], extractor(self.judged.extractor))
         assert train is not None
-        look = random_features(self.source.shape)
+        extract = random_features(self.source.shape)
         with torch.no_grad():
-            return Judge.of(look(train.target).flatten(1), look)
-
-    def _objectives(self) -> dict[str, Objective]:
-        made: dict[str, Objective] = {}
-        features = None if self.reference is None else self.reference.extractor
-        for name in sorted(self._named):
-            if name == "mmd":
-                assert self.reference is not None
-                made[name] = MMD(
-                    self.reference.features.to(self.source.dtype),
-                    extractor(features),
-                    kernel=self.settings.kernel,
-                    real_batch=self.settings.real_batch,
-                    seed=self.seed,
-                )
-            else:
-                kind = Trajectory if name == "trajectory" else Endpoint
-                made[name] = kind(self.settings.distance, features=features)
-        return made
+            return Judge.of(extract(train.target).flatten(1), extract)
 
     def _scores(
         self,
-        plan: Plan,
+        plans: Sequence[Plan],
         test: Pairs | None,
         n: int,
         judge: Judge,
-        tell: Callable[[Event], None],
-        *,
-        improved: bool,
-    ) -> dict[str, Any]:
-        """Returns the scores before and after on the test noise."""
-        plans = {"before": self.base.plan(), "after": plan}
-        progress = _Events("scores", 2 * n * plan.nfe, tell)
-
-        scores: dict[str, Any] = {}
-        for when, one in plans.items():
-            if when == "after" and not improved:
-                scores[when] = scores["before"]
-                continue
+        progress: Progress,
+    ) -> list[list[Score]]:
+        """Returns the scores of each plan on the test noise."""
+        progress.stage("scores", n * sum(plan.nfe for plan in plans))
+        scores = list[list[Score]]()
+        for plan in plans:
             x, _ = self.source.sampled(
-                one,
+                plan,
                 self.seed + TEST,
                 n,
                 batch_size=self.settings.sampling_batch,
                 progress=progress,
             )
-            scores[when] = final_scores(
-                x,
-                target=None if test is None else test.target,
-                reference=self.reference,
-                judge=judge,
-            )
+            target = None if test is None else test.target
+            scores.append(final_scores(x, target=target, reference=self.reference, judge=judge))
         return scores
-
-
-class _Events:
-    """Progress of one phase as events."""
-
-    def __init__(self, phase: str, total: int, tell: Callable[[Event], None]) -> None:
-        self.phase, self.total, self.done, self.tell = phase, total, 0, tell
-
-    def stage(self, name: str, total: int | None = None, *, done: int = 0) -> None:
-        """Does nothing: the phase is known."""
-
-    def tick(self, amount: int = 1, note: str = "") -> None:
-        """Reports the units that are done."""
-        self.done += amount
-        self.tell(Event(self.phase, self.done, self.total))
-
-
-def _describe(values: Any) -> Any:
-    """Returns the values of a condition for a file: themselves if simple, and else a digest."""
-    values = [v.tolist() if isinstance(v, Tensor) and v.numel() == 1 else v for v in values]
-    if all(isinstance(v, (int, float, str)) for v in values) and len(values) <= 1000:
-        return values
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(
-            value.detach().cpu().contiguous().numpy().tobytes()
-            if isinstance(value, Tensor)
-            else repr(value).encode()
-        )
-    return {"values": len(values), "sha256": digest.hexdigest()}
 
 
 def _digest(*parts: Any) -> str:

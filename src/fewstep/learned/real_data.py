@@ -1,4 +1,4 @@
-r"""The real data of a search: in the features of the loss, and in those of the judge."""
+r"""The real data of a search: in the features of the loss, and in others for the judge."""
 
 from __future__ import annotations
 
@@ -19,15 +19,23 @@ logger = logging.getLogger("fewstep")
 def references(
     data: Any, features: FeatureMap, shape: tuple[int, ...]
 ) -> tuple[Reference | None, Reference | None]:
-    """Returns the reference of the loss, and that of the judge.
+    r"""Returns the reference of the loss, and that of the judge.
 
-    The judge looks with other features than the loss: random ones if the real samples themselves
-    are known, another embedded extractor for embedded data. Of a :class:`Reference` alone it
-    looks at the held-out part, with the loss's features and a kernel of its own.
+    The judge uses other features than the loss: random ones if the real samples themselves are
+    given, another embedded extractor for embedded data. A :class:`Reference` has one kind of
+    features; the judge then has the held-out samples, in the features of the loss.
+
+    Arguments:
+        data: A name, a path, a tensor (n, \*), a :class:`Reference` or ``None``.
+        features: The features of the loss; left out, those that suit the shape.
+        shape: The shape of a sample.
+
+    Raises:
+        TypeError, ValueError: If the data are none of these, or of another shape.
     """
     if data is None:
         return None, None
-    look = random_features(shape)
+    unseen = random_features(shape)
     if isinstance(data, Reference):
         return data, data
     if isinstance(data, Tensor):
@@ -39,7 +47,7 @@ def references(
         half = len(data) // 2
         parts = (data[:half], data[half:])
         own = _features(features, shape)
-        return Reference.of(*parts, features=own), Reference.of(*parts, features=look)
+        return Reference.of(*parts, features=own), Reference.of(*parts, features=unseen)
     if not isinstance(data, (str, Path)):
         raise TypeError(f"data is a name, a path, a tensor or a Reference, got {data!r:.60}")
     if len(shape) != IMAGE:
@@ -55,11 +63,11 @@ def references(
         )
     if embedded:
         return reference, Reference.load(data, _other(reference.features_name))
-    return reference, Reference.load(data, look, size=size)
+    return reference, Reference.load(data, unseen, size=size)
 
 
 def _other(name: str) -> str:
-    """Returns the embedded extractor that the loss does not use."""
+    """Returns an embedded extractor other than that of the loss."""
     return next(other for other in EXTRACTORS if other != name)
 
 
@@ -68,5 +76,5 @@ def _features(features: FeatureMap, shape: tuple[int, ...]) -> FeatureMap:
         return features
     if shape == (1, 28, 28):
         return "fashion"
-    logger.info("no features were given: those of a random network are compared")
+    logger.info("no features were given: mmd compares those of a random network")
     return random_features(shape, seed=1)

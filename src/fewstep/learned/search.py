@@ -1,72 +1,56 @@
-r"""The search: Adam over a sampler's numbers, judged on noise that it does not train on.
+r"""The search: Adam over a sampler's parameters, judged on noise that it does not train on.
 
-Everything random is addressed by the number of the stage and the step, so that a run that was
-interrupted goes on to the same result, bit for bit.
+Everything random has a tagged address with the stage and the step, so that an interrupted run
+resumes to the same result, bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import generator_at
 from fewstep.learned.judges import Judge
 from fewstep.learned.learned_plan import LearnedPlan
-from fewstep.learned.objectives import Batch, Endpoint, Objective, Outcome
+from fewstep.learned.objectives import Batch, Objective, Outcome
 from fewstep.learned.search_state import State
 from fewstep.learned.settings import Search
 from fewstep.learned.stages import Stage
 from fewstep.learned.teachers import Pairs, Source
-from fewstep.learned.unrolled import Unrolled, backpropagate, joined
+from fewstep.learned.unrolled import Unrolled, backpropagate
+from fewstep.models.conditions import joined
 
 MOST_WORSE, LEAST_WORSE = 0.1, 2e-4
 """How much further from real data, as a share and at least, a candidate of a paired stage may be."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a search tells while it runs.
-
-    Attributes:
-        phase: ``"teacher"``, ``"search"`` or ``"scores"``.
-        done: How much of the phase is done.
-        total: How much there is.
-        score: The present score of the average on the held-out noise, once there is one.
-        best: The best so far, the start included.
-    """
-
-    phase: str
-    done: int
-    total: int
-    score: float | None = None
-    best: float | None = None
+NORM_ROWS = 128
+"""The samples from which the value of each objective at the start is estimated."""
 
 
 class Searcher:
     """Runs the stages of a search.
 
     Arguments:
-        learned: The learned plan; after the run it holds the best parameters.
-        source: Where initial states come from.
+        learned: The learned plan; after the run it has the best parameters.
+        source: The source of initial states.
         stages: The stages.
         objectives: The objectives by name.
-        pairs: The pairs that are trained on, or ``None``.
-        heldout: The pairs that judge, or ``None``: then only the judge does.
+        pairs: The pairs for training, or ``None``.
+        heldout: The pairs on which candidates are judged, or ``None``: then only the judge decides.
         heldout_seed: The seed of the held-out noise.
+        heldout_size: The number of held-out noises.
         judge: The judge of distributions.
-        real: Whether its reference are real data, in features that no loss uses: then it watches
+        real: Whether its reference are real data, in features that no loss uses: then it limits
             paired stages too.
         settings: The settings.
-        sizes: The number of held-out noises.
         seed: The seed of the search.
         folder: The folder of checkpoints, or ``None``.
-        tell: Called with events.
+        progress: Has a stage for each stage of the search, whose units are steps.
     """
 
     def __init__(
@@ -85,14 +69,14 @@ class Searcher:
         settings: Search,
         seed: int,
         folder: Path | None = None,
-        tell: Callable[[Event], None] | None = None,
+        progress: Progress = SILENT,
     ) -> None:
         self.learned, self.source, self.stages = learned, source, tuple(stages)
         self.objectives, self.pairs, self.heldout = objectives, pairs, heldout
         self.heldout_seed, self.heldout_size = heldout_seed, heldout_size
         self.judge, self.real = judge, real
         self.settings, self.seed, self.folder = settings, seed, folder
-        self.tell = tell or (lambda event: None)
+        self.progress = progress
         self.run_plan = Unrolled(
             source.denoiser,
             learned.structure,
@@ -101,51 +85,68 @@ class Searcher:
             keep_states=any(o.wants_states for o in objectives.values()),
         )
         vector = learned.vector()
-        self.state = State(
-            {
-                "vector": vector,
-                "average": vector.clone(),
-                "best": vector.clone(),
-                "first": torch.zeros_like(vector),
-                "second": torch.zeros_like(vector),
-            }
-        )
+        self.state = State({"average": vector, "best": vector.clone()})
+        self.optimizer = torch.optim.Adam(learned.parameters())
 
     def run(self) -> State:
-        """Runs what is left of all stages; leaves the best parameters in the plan."""
-        if self.folder is not None and (found := State.load(self.folder)) is not None:
-            if found.tensors["vector"].shape != self.state.tensors["vector"].shape:
-                raise ValueError(f"the checkpoint in {str(self.folder)!r} is of another family")
-            self.state = found
+        """Runs what is left of all stages; leaves the best parameters in the plan.
+
+        Raises:
+            ValueError: If the checkpoint in the folder is damaged or of another family.
+        """
+        if self.folder is not None and (stored := State.load(self.folder)) is not None:
+            self._restore(stored)
         while self.state.stage < len(self.stages):
             self._stage(self.stages[self.state.stage])
             self._next_stage()
         self.learned.load_vector(self.state.tensors["best"])
         return self.state
 
+    # The state on disk
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        tensors = {k: v for k, v in self.state.tensors.items() if not k.startswith("adam.")}
+        tensors["vector"] = self.learned.vector()
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
+        self.state.tensors = tensors
+        self.state.save(self.folder)
+
+    def _restore(self, stored: State) -> None:
+        if stored.tensors["vector"].shape != self.state.tensors["best"].shape:
+            raise ValueError(f"the checkpoint in {str(self.folder)!r} is of another family")
+        self.state = stored
+        self.learned.load_vector(stored.tensors["vector"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in stored.tensors.items():
+            if key.startswith("adam."):
+                _, index, name = key.split(".")
+                moments.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
     def _next_stage(self) -> None:
-        state, tensors = self.state, self.state.tensors
-        best = tensors["best"]
-        for key in ("vector", "average"):
-            tensors[key] = best.clone()
-        for key in ("first", "second"):
-            tensors[key] = torch.zeros_like(best)
+        state = self.state
+        self.learned.load_vector(state.tensors["best"])
+        state.tensors["average"] = state.tensors["best"].clone()
+        self.optimizer = torch.optim.Adam(self.learned.parameters())
         state.stage, state.step, state.updates, state.stale = state.stage + 1, 0, 0, 0
         state.start, state.best_score = None, math.inf
         self._save()
 
-    def _save(self) -> None:
-        if self.folder is not None:
-            self.state.save(self.folder)
+    # A stage
 
     def _stage(self, stage: Stage) -> None:
         state, settings = self.state, self.settings
+        more = f" {state.stage + 1} of {len(self.stages)}" if len(self.stages) > 1 else ""
+        self.progress.stage(f"search{more}", stage.steps, done=state.step)
         if state.start is None:
-            found = self._judged(stage, state.tensors["best"])
-            state.start, state.best_score = found, found["score"]
+            judgement = self._judgement(stage, state.tensors["best"])
+            state.start, state.best_score = judgement, judgement["score"]
             if not state.norms:
                 state.norms = self._norms()
-            self._note(found, math.nan)
+            self._note(judgement, math.nan)
             self._save()
         losses = list[float]()
         while state.step < stage.steps and state.stale < settings.patience:
@@ -157,106 +158,103 @@ class Searcher:
                 self._consider(stage, sum(finite) / len(finite) if finite else math.nan)
                 losses.clear()
                 self._save()
-            self._told(stage)
-
-    def _told(self, stage: Stage) -> None:
-        state = self.state
-        done = sum(s.steps for s in self.stages[: state.stage]) + state.step
-        latest = state.history[-1]["score"] if state.history else None
-        total = sum(s.steps for s in self.stages)
-        self.tell(Event("search", done, total, latest, state.best_score))
+            latest = state.history[-1]["score"]
+            note = "" if latest is None else f"held out {latest:.4g}, best {state.best_score:.4g}"
+            self.progress.tick(1, note)
 
     def _consider(self, stage: Stage, loss: float) -> None:
-        """Judges the average; keeps it if it is better, not less diverse, not further from real data."""
+        """Judges the average; takes it if better, not less diverse and not further from real data."""
         state = self.state
-        found = self._judged(stage, state.tensors["average"])
+        judgement = self._judgement(stage, state.tensors["average"])
         assert state.start is not None
         least = (1 - self.settings.recall_drop) * state.start["recall"]
         most = state.start["law"] + max(MOST_WORSE * abs(state.start["law"]), LEAST_WORSE)
         better = (
-            found["score"] < state.best_score
-            and found["recall"] >= least
-            and (found["law"] <= most or not stage.paired)
+            judgement["score"] < state.best_score
+            and judgement["recall"] >= least
+            and (judgement["law"] <= most or not stage.paired)
         )
         if better:
-            state.best_score, state.stale = found["score"], 0
+            state.best_score, state.stale = judgement["score"], 0
             state.tensors["best"] = state.tensors["average"].clone()
         else:
             state.stale += 1
-        self._note(found, loss, taken=better)
+        self._note(judgement, loss, taken=better)
 
-    def _note(self, found: dict[str, float], loss: float, *, taken: bool = True) -> None:
+    def _note(self, judgement: dict[str, float], loss: float, *, taken: bool = True) -> None:
         state = self.state
         state.history.append(
             {
                 "stage": state.stage,
                 "step": state.step,
                 "loss": loss if math.isfinite(loss) else None,
-                **{k: v if math.isfinite(v) else None for k, v in found.items()},
+                **{k: v if math.isfinite(v) else None for k, v in judgement.items()},
                 "best": state.best_score if math.isfinite(state.best_score) else None,
                 "taken": taken,
                 "skipped": state.skipped,
             }
         )
 
-    def _judged(self, stage: Stage, vector: Tensor) -> dict[str, float]:
-        """Returns score, precision and recall of parameters on the held-out noise."""
+    def _judgement(self, stage: Stage, vector: Tensor) -> dict[str, float]:
+        """Returns score, law, precision and recall of parameters on the held-out noise.
+
+        ``score`` is the distance from the teacher in a paired stage and else ``law``, the
+        discrepancy from the judge's reference.
+        """
+        present = self.learned.vector()
         self.learned.load_vector(vector)
         try:
-            plan = self.learned.plan()
             x, _ = self.source.sampled(
-                plan,
+                self.learned.plan(),
                 self.heldout_seed,
                 self.heldout_size,
                 batch_size=self.settings.sampling_batch,
             )
-        except ValueError:  # not finite, or no sampler at all
+        except ValueError:  # samples that are not finite, or coefficients that are no plan
             return {"score": math.inf, "law": math.inf, "precision": 0.0, "recall": 0.0}
         finally:
-            self.learned.load_vector(self.state.tensors["vector"])
+            self.learned.load_vector(present)
         precision, recall = self.judge.diversity(x)
         law = 0.0 if stage.paired and not self.real else self.judge.score(x)
-        score = self._distance(x) if stage.paired else law
+        score = self._distance(stage, x) if stage.paired else law
         return {"score": score, "law": law, "precision": precision, "recall": recall}
 
     @torch.no_grad()
-    def _distance(self, x: Tensor) -> float:
+    def _distance(self, stage: Stage, x: Tensor) -> float:
         assert self.heldout is not None
-        objective = next(o for o in self.objectives.values() if isinstance(o, Endpoint))
+        objective, size = self.objectives[stage.names[0]], self.settings.sampling_batch
         device = self.source.device
         parts = [
-            objective.each(a.to(device), b.to(device)).cpu()
-            for a, b in zip(
-                x.split(self.settings.sampling_batch),
-                self.heldout.target.split(self.settings.sampling_batch),
-                strict=True,
-            )
+            objective.distances(a.to(device), b.to(device)).cpu()
+            for a, b in zip(x.split(size), self.heldout.target.split(size), strict=True)
         ]
         return float(torch.cat(parts).double().mean())
 
     @torch.no_grad()
     def _norms(self) -> dict[str, float]:
-        """Returns the value of each objective at the start, which weights are relative to."""
-        norms: dict[str, float] = {}
+        """Returns the value of each objective at the start, to which weights are relative."""
         if all(len(stage.terms) == 1 for stage in self.stages):
             return {name: 1.0 for name in self.objectives}
+        norms: dict[str, float] = {}
         for name, objective in self.objectives.items():
-            rows = min(len(self.pairs), 128) if self.pairs is not None else 128
-            x, cond, draws, batch = self._batch_of(range(rows), 0, -1)
+            rows = min(len(self.pairs), NORM_ROWS) if self.pairs is not None else NORM_ROWS
+            x, cond, draws, batch = self._batch(range(rows), 0, step=-1)
             value = float(objective.loss(self.run_plan(self.learned(), x, draws, cond), batch))
             norms[name] = max(abs(value), 1e-8)
         return norms
+
+    # A step
 
     def _rate(self, stage: Stage, step: int) -> float:
         rising = max(1, round(self.settings.warmup * stage.steps))
         falling = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
         return stage.learning_rate * min(1.0, (step + 1) / rising) * falling
 
-    def _batch_of(
-        self, rows: Sequence[int], fresh: int, step: int
+    def _batch(
+        self, rows: Sequence[int], fresh: int, *, step: int
     ) -> tuple[Tensor, dict[str, Any], list[Tensor], Batch]:
-        """Returns initial states, conditions, draws and targets: some pairs, then fresh noise."""
-        source, address = self.source, (self.seed, self.state.stage, step)
+        """Returns initial states, conditions, draws and targets: the pairs of rows, then fresh noise."""
+        source, address = self.source, (self.state.stage, step)
         target: Tensor | None = None
         states: tuple[Tensor, ...] = ()
         if self.pairs is None:
@@ -270,38 +268,31 @@ class Searcher:
             if self.pairs.states is not None:
                 states = tuple(s[list(rows)].to(source.device) for s in self.pairs.states)
         if fresh:
-            noise.append(self._normal(fresh, *address, 0))
-            new = source.conditions.drawn(fresh, *address, 1)
+            noise.append(self._normal(fresh, "fresh noise", *address))
+            new = source.conditions.drawn(fresh, "search", "conditions", self.seed, *address)
             cond = joined(cond, new) if rows else new
         x = source.start(torch.cat(noise))
         draws = [
-            self._normal(len(x), *address, 2, k) for k in range(self.learned.structure.n_noise)
+            self._normal(len(x), "draws", *address, k)
+            for k in range(self.learned.structure.n_noise)
         ]
-        # A choice of real samples must not repeat from one stage to the next.
-        return (
-            x,
-            cond,
-            draws,
-            Batch(1_000_000 * self.state.stage + step, len(rows), target, states),
-        )
+        return x, cond, draws, Batch(address, len(rows), target, states)
 
-    def _normal(self, n: int, *address: int) -> Tensor:
-        generator = generator_at(*address)
+    def _normal(self, n: int, tag: str, *address: int) -> Tensor:
+        generator = generator_at("search", tag, self.seed, *address)
         z = torch.randn((n, *self.source.shape), generator=generator)
         return z.to(device=self.source.device, dtype=self.source.dtype)
 
     def _rows(self, stage: Stage) -> tuple[list[int], int]:
-        """Returns the pairs of this step, each once an epoch, and how many fresh noises."""
-        paired = any(name in ("endpoint", "trajectory") for name, _ in stage.terms)
-        if not paired or self.pairs is None:
+        """Returns the pairs of this step, each once an epoch, and the number of fresh noises."""
+        if not stage.needs_pairs or self.pairs is None:
             return [], stage.batch_size
         total = len(self.pairs)
         count = stage.batch_size if stage.paired else max(1, stage.batch_size // 4)
         count = min(count, total)
         epoch, place = divmod(self.state.step, max(1, total // count))
-        order = torch.randperm(
-            total, generator=generator_at(self.seed, self.state.stage, 3, epoch)
-        )
+        generator = generator_at("search", "pairs", self.seed, self.state.stage, epoch)
+        order = torch.randperm(total, generator=generator)
         rows = order[place * count : (place + 1) * count].tolist()
         return rows, 0 if stage.paired and len(stage.terms) == 1 else stage.batch_size - len(rows)
 
@@ -313,15 +304,14 @@ class Searcher:
         return total
 
     def _step(self, stage: Stage) -> float:
-        """Makes one step; returns its loss, which may not be finite: then nothing was changed."""
-        state, settings, tensors = self.state, self.settings, self.state.tensors
+        """Does one step; returns its loss. A step that is not finite changes nothing."""
+        state, settings = self.state, self.settings
         rows, fresh = self._rows(stage)
-        x, cond, draws, batch = self._batch_of(rows, fresh, state.step)
+        x, cond, draws, batch = self._batch(rows, fresh, step=state.step)
         moving = settings.radius is not None and stage.paired and not fresh
         if moving:
             x = self._moved(x, rows).requires_grad_()
-        self.learned.load_vector(tensors["vector"])
-        self.learned.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss = backpropagate(
             self.learned,
             self.run_plan,
@@ -332,32 +322,22 @@ class Searcher:
             microbatch=settings.microbatch,
             leaf=x if moving else None,
         )
-        parts = [
-            (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1)
-            for p in self.learned.parameters()
-        ]
-        gradient = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-        if not bool(loss.isfinite()) or not bool(gradient.isfinite().all()):
+        norm = nn.utils.clip_grad_norm_(self.learned.parameters(), settings.clip)
+        if not bool(loss.isfinite() and norm.isfinite()):
             state.skipped += 1
             return math.inf
         if moving and x.grad is not None:
-            self._move(x, rows, draws, cond, batch)
-        self._update(stage, gradient)
+            self._move(stage, x, rows, draws, cond, batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(stage, state.step)
+        self.optimizer.step()
+        state.updates += 1
+        decay = min(settings.ema, (1 + state.updates) / (10 + state.updates))
+        average = state.tensors["average"]
+        state.tensors["average"] = torch.lerp(self.learned.vector(), average, decay)
         return float(loss)
 
-    def _update(self, stage: Stage, gradient: Tensor) -> None:
-        """One update of Adam, and of the average."""
-        state, settings, tensors = self.state, self.settings, self.state.tensors
-        gradient = gradient * min(1.0, settings.clip / max(float(gradient.norm()), 1e-300))
-        state.updates += 1
-        tensors["first"].lerp_(gradient, 0.1)
-        tensors["second"].lerp_(gradient.square(), 0.001)
-        first = tensors["first"] / (1 - 0.9**state.updates)
-        second = tensors["second"] / (1 - 0.999**state.updates)
-        rate = self._rate(stage, state.step)
-        tensors["vector"] = tensors["vector"] - rate * first / (second.sqrt() + 1e-8)
-        decay = min(settings.ema, (1 + state.updates) / (10 + state.updates))
-        tensors["average"] = torch.lerp(tensors["vector"], tensors["average"], decay)
+    # Training noises that move
 
     def _moved(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         if "moved" not in self.state.tensors:
@@ -368,6 +348,7 @@ class Searcher:
     @torch.no_grad()
     def _move(
         self,
+        stage: Stage,
         x: Tensor,
         rows: Sequence[int],
         draws: Sequence[Tensor],
@@ -384,15 +365,15 @@ class Searcher:
         assert radius is not None
         assert x.grad is not None
         assert batch.target is not None
-        objective = next(o for o in self.objectives.values() if isinstance(o, Endpoint))
+        objective = self.objectives[stage.names[0]]
         before = moved[list(rows)].to(x)
         # The loss is a mean: times the batch it is each sample's own.
         after = before - 12 / self.learned.structure.nfe * len(x) * x.grad
         length = after.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.ndim - 1))
         after = after * (radius / length.clamp(min=radius))
         numbers = self.learned()
-        old = objective.each(self.run_plan(numbers, x, draws, cond).x, batch.target)
-        new = objective.each(
+        old = objective.distances(self.run_plan(numbers, x, draws, cond).x, batch.target)
+        new = objective.distances(
             self.run_plan(numbers, x - before + after, draws, cond).x, batch.target
         )
         falls = (new < old).reshape(-1, *[1] * (x.ndim - 1))

@@ -1,4 +1,4 @@
-r"""Where a search stands, as one file."""
+r"""The state of a search, as one file."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ STATE = "state.safetensors"
 
 @dataclass
 class State:
-    """Where a search stands: all that a checkpoint holds.
+    """The state of a search: everything in a checkpoint.
 
     Attributes:
-        tensors: ``vector`` (parameters), ``average``, ``best``, ``first`` and ``second`` (the
-            moments of Adam), and ``moved`` (how far training noises have moved).
-        stage: The number of the stage.
-        step: The number of steps made in it.
-        updates: The number of updates of Adam in it.
+        tensors: ``vector`` (the parameters), ``average`` (their moving average), ``best``, those of
+            the optimizer (``adam.INDEX.NAME``), and ``moved`` (offsets of the training noises).
+        stage: The index of the stage.
+        step: The number of steps done in it.
+        updates: The number of updates of the optimizer in it.
         start: The judgement at the start of the stage: score, precision, recall.
         best_score: The best score of the stage.
-        stale: The judgements since it got better.
+        stale: The judgements since the last better one.
         skipped: The steps that were skipped because a number was not finite.
         norms: The value of each objective at the very start.
         history: The judgements so far.
@@ -46,13 +46,13 @@ class State:
 
     def save(self, folder: Path) -> None:
         """Writes the state as one file, so that tensors and counts belong together."""
-        about = {
+        record = {
             key: getattr(self, key)
             for key in ("stage", "step", "updates", "start", "best_score", "stale", "skipped")
         }
-        about |= {"norms": self.norms, "history": self.history}
-        # JSON of Python writes and reads infinity; the file's metadata are texts anyway.
-        write_tensors(folder / STATE, self.tensors, {"state": json.dumps(about)})
+        record |= {"norms": self.norms, "history": self.history}
+        # Python's JSON writes and reads infinity; the file's metadata are texts anyway.
+        write_tensors(folder / STATE, self.tensors, {"state": json.dumps(record)})
 
     @classmethod
     def load(cls, folder: Path) -> State | None:

@@ -7,42 +7,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fewstep.learned.objectives import Distance
-from fewstep.learned.unrolled import GRADIENTS
+from fewstep.learned.distances import Distance
 from fewstep.metrics.kernel import Kernel
+
+GRADIENTS = ("full", "cut")
 
 
 @dataclass(frozen=True)
 class Search:
-    r"""How to search. Numbers that are left out depend on the size of a sample.
+    r"""Settings of a search. Numbers that are left out depend on the size of a sample.
 
     Attributes:
-        pairs: The noises with a teacher's sample that are trained on.
-        heldout: The noises on which candidates are judged, every so many steps.
+        pairs: The noises with a teacher's sample for training.
+        heldout: The noises on which candidates are judged.
         test: The noises of the scores before and after, used once.
-        teacher_nfe: The calls of the teacher.
+        teacher_nfe: The evaluations of the teacher.
         steps: The steps of each stage.
         batch_size: The samples of a step.
         learning_rate: The largest rate of Adam, reached after the warm-up, then a cosine to 0.
-        warmup: The share of the steps that the rate rises.
+        warmup: The share of the steps during which the rate rises.
         clip: The largest norm of a gradient.
-        ema: The decay of the average of the parameters that is judged and kept.
+        ema: The decay of the moving average of the parameters, which is the candidate.
         evaluate_every: The steps between two judgements.
         patience: The judgements without a better one after which a stage ends.
         recall_drop: A candidate whose recall is lower than the start's by more than this share
-            is not taken.
+            is rejected.
         microbatch: The samples that go through the network at a time; the gradient is that of
             the whole batch exactly.
-        remat: Whether network calls are computed again in the backward pass: memory does not grow
-            with the calls, for up to half more time. ``None``: not on a CPU.
-        gradient: ``"full"``, or ``"cut"``: answers of the network as constants.
+        remat: Whether network evaluations are repeated in the backward pass: memory does not grow
+            with their number, for up to half more time. ``None``: not on a CPU.
+        gradient: ``"full"``, or ``"cut"``: model outputs count as constants.
         distance: The distance of ``endpoint``: ``"mse"``, ``"pseudo-huber"``, ``"features"`` or a
             callable (B, \*), (B, \*) to (B).
         kernel: The kernel of ``mmd``: ``"mixture"``, ``"cubic"``, ``"linear"``, ``"gaussian"`` or
             a callable.
-        real_batch: The real samples that a step of ``mmd`` compares with.
-        radius: How far the training noises may move towards what the sampler can do (LD3); in the
-            norm of a state. ``None``: not at all.
+        real_batch: The real samples in a step of ``mmd``.
+        radius: How far training noises may move to lower their own distance (LD3), in the norm of
+            a state. ``None``: not at all.
         sampling_batch: The samples that are drawn at a time without gradients.
     """
 
@@ -89,7 +90,7 @@ class Search:
 
     @classmethod
     def of(cls, given: Search | Mapping[str, Any] | None) -> Search:
-        """Returns settings from settings or from a mapping of some of them.
+        """Returns the settings themselves, or those of a mapping with defaults for the rest.
 
         Raises:
             TypeError: If there is no setting of a name.
@@ -104,12 +105,16 @@ class Search:
         return cls(**options)
 
     def sizes(self, *, small: bool) -> tuple[int, int, int]:
-        """Returns the numbers of pairs, of held-out noises and of test noises."""
+        """Returns the numbers of pairs, of held-out noises and of test noises.
+
+        Arguments:
+            small: Whether samples are cheap (vectors).
+        """
         defaults = (2048, 1000, 2000) if small else (512, 256, 1000)
         given = (self.pairs, self.heldout, self.test)
         return tuple(d if g is None else g for g, d in zip(given, defaults, strict=True))  # type: ignore[return-value]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Returns the settings as JSON values; callables by their names."""
         return {k: v if not callable(v) else _name(v) for k, v in _plain(self).items()}
 

@@ -1,12 +1,11 @@
-r"""Stages of a search: which objectives, with which weights, for how long; read from a text."""
+r"""Stages of a search, read from a description: weighted objectives, and how long."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-OBJECTIVES = ("endpoint", "trajectory", "mmd")
-"""The objectives by name."""
+from fewstep.learned.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,19 @@ class Stage:
     learning_rate: float
 
     @property
+    def names(self) -> list[str]:
+        """The names of its objectives."""
+        return [name for name, _ in self.terms]
+
+    @property
     def paired(self) -> bool:
-        """Whether candidates are judged by pairs."""
-        return self.terms[0][0] in ("endpoint", "trajectory")
+        """Whether candidates are judged by held-out pairs."""
+        return OBJECTIVES[self.names[0]].paired
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether any of its objectives compares with a teacher."""
+        return any(OBJECTIVES[name].paired for name in self.names)
 
 
 def stages_of(
@@ -40,10 +49,11 @@ def stages_of(
     batch_size: int | None = None,
     learning_rate: float | None = None,
 ) -> tuple[Stage, ...]:
-    """Returns the stages that a text describes: ``"endpoint"``, ``"endpoint,mmd"``, ``"mmd+0.1*endpoint"``.
+    """Returns the stages of a description: ``"endpoint"``, ``"endpoint,mmd"``, ``"mmd+0.1*endpoint"``.
 
     Commas part stages, a plus sign terms, a star gives a weight. A later stage has a fifth of the
-    learning rate and, if it is ``mmd`` alone, an anchor of 0.1 at the teacher's samples.
+    learning rate and, if it is one objective alone, that objective's anchor (``mmd``: 0.1 times
+    ``endpoint``).
 
     Arguments:
         text: The description.
@@ -55,30 +65,28 @@ def stages_of(
     Raises:
         ValueError: If the description cannot be read.
     """
-    found = list[Stage]()
+    stages = list[Stage]()
     for part in text.split(","):
         terms = [_term(term) for term in part.split("+")]
         if len({name for name, _ in terms}) != len(terms):
             raise ValueError(f"an objective is named twice in {part.strip()!r}")
-        if found and [name for name, _ in terms] == ["mmd"]:
-            terms.append(("endpoint", 0.1))
-        mmd = terms[0][0] == "mmd"
-        default_steps = 300 if small else (60 if mmd else 300)
-        default_batch = (256 if mmd else 64) if small else (128 if mmd else 16)
+        first = OBJECTIVES[terms[0][0]]
+        if stages and len(terms) == 1:
+            terms.extend(first.anchor)
         rate = 5e-3 if learning_rate is None else learning_rate
-        found.append(
+        stages.append(
             Stage(
                 tuple(terms),
-                default_steps if steps is None else steps,
-                default_batch if batch_size is None else batch_size,
-                rate / 5 if found else rate,
+                steps or (300 if small else first.steps),
+                batch_size or first.batch_size[0 if small else 1],
+                rate / 5 if stages else rate,
             )
         )
-    return tuple(found)
+    return tuple(stages)
 
 
 def _term(text: str) -> tuple[str, float]:
-    match = re.fullmatch(r"\s*(?:([0-9.eE-]+)\s*\*)?\s*([a-z]+)\s*", text)
+    match = re.fullmatch(r"\s*(?:([0-9.eE-]+)\s*\*)?\s*([a-z][a-z0-9-]*)\s*", text)
     if match is None or match[2] not in OBJECTIVES:
         raise ValueError(
             f"an objective is one of {', '.join(OBJECTIVES)}, joined by + with weights "

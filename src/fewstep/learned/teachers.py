@@ -13,8 +13,8 @@ from torch import Tensor
 from fewstep.base.files import read_metadata, read_tensors, write_tensors
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.learned_plan import Base
-from fewstep.learned.unrolled import Conditions
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.plan import Plan
 from fewstep.sampling.batches import run_batches
@@ -93,10 +93,10 @@ class Source:
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
-    conditions: Conditions
+    conditions: ConditionPool
 
     @classmethod
-    def of(cls, denoiser: Denoiser, plan: Plan, conditions: Conditions) -> Source:
+    def of(cls, denoiser: Denoiser, plan: Plan, conditions: ConditionPool) -> Source:
         """Returns the source for a model.
 
         Raises:
@@ -108,7 +108,7 @@ class Source:
             )
         tensors = [*denoiser.parameters(), *denoiser.buffers()]
         floating = [t for t in tensors if t.is_floating_point()]
-        device = floating[0].device if floating else torch.device("cpu")
+        device = denoiser.device
         double = bool(floating) and all(t.dtype == torch.float64 for t in floating)
         dtype = torch.float64 if double else torch.float32
         return cls(denoiser, plan, tuple(denoiser.event_shape), device, dtype, conditions)

@@ -1,26 +1,30 @@
-r"""``tune``: from a model and a budget to a sampler that was searched for it."""
+r"""``tune``: a sampler of few evaluations, searched for one model."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fewstep.base.files import read_json, write_json
+from fewstep.base.progress import Progress, progress_of
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.learned.problem import Problem
 from fewstep.learned.problem import TunedSampler as TunedSampler
-from fewstep.learned.search import Event
 from fewstep.learned.settings import Search
 from fewstep.learned.unrolled import frozen
+from fewstep.learned.verdict import WORSE
 from fewstep.metrics.features import FeatureMap
 from fewstep.metrics.reference import Reference
 from fewstep.models.denoiser import Denoiser
 from fewstep.solvers import Solver
+
+logger = logging.getLogger("fewstep")
 
 SETTINGS = "search.json"
 
@@ -43,25 +47,48 @@ def tune(
     seed: int = 0,
     out: str | Path | None = None,
     overwrite: bool = False,
-    on_event: Callable[[Event], None] | None = None,
+    keep_worse: bool = False,
+    progress: Progress | bool | None = None,
     **cond: Any,
 ) -> TunedSampler:
-    r"""Searches a sampler of ``nfe`` network calls for this model; the model itself stays as it is.
+    r"""Searches a sampler of ``nfe`` network evaluations for one model, whose weights stay as they are.
+
+    .. math:: \min_\psi \; \sum_i \frac{w_i}{|L_i(0)|} L_i(x_\psi), \qquad
+        x_\psi = \mathrm{plan}_\psi(x_T, z), \qquad \psi = 0 \text{ is a training-free sampler}
+
+    by Adam over the parameters :math:`\psi` of a family (tens of numbers), with gradients through
+    all ``nfe`` evaluations. Every so many steps the moving average of the parameters is judged on
+    held-out noise, and the best is the result: by the distance to a teacher, the same model with
+    many evaluations, or by the discrepancy from real data in features that no loss uses; candidates
+    that lose recall are rejected. Start and result are then scored on seeds that were not used before.
+
+    Cost in network evaluations of one sample, by default and with N ``pairs``, T ``teacher_nfe``,
+    B ``batch_size``, S ``steps``: (N + heldout + test) T for the teacher, some 3 S B ``nfe`` for the
+    search (4 with ``remat``), (S / evaluate_every) heldout ``nfe`` for judgements, 2 test ``nfe`` for
+    scores; twice all that with guidance.
+
+    References:
+        | Learning Fast Samplers for Diffusion Models by Differentiating Through Sample Quality (Watson et al., 2022)
+        | https://arxiv.org/abs/2202.05830
+        | Learning to Discretize Denoising Diffusion ODEs (Tong et al., 2024)
+        | https://arxiv.org/abs/2405.15506
+        | GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver (2025)
+        | https://arxiv.org/abs/2510.17699
 
     Arguments:
-        denoiser: The model.
-        nfe: The number of network calls of the sampler.
-        family: Which numbers are learned, a name in :data:`fewstep.learned.FAMILIES`.
-        objective: ``"endpoint"``, ``"trajectory"``, ``"mmd"``, weighted sums (``"mmd+0.1*endpoint"``)
-            and stages (``"endpoint,mmd"``); ``"auto"`` is ``"endpoint,mmd"`` with data and
-            ``"endpoint"`` without.
+        denoiser: The model; samples have its ``event_shape``.
+        nfe: The number of network evaluations of the sampler.
+        family: The parameters that are learned, a name in :data:`fewstep.learned.FAMILIES`.
+        objective: Names in :data:`fewstep.learned.OBJECTIVES` (``"endpoint"``, ``"trajectory"``,
+            ``"mmd"``), weighted sums (``"mmd+0.1*endpoint"``) and stages (``"endpoint,mmd"``);
+            ``"auto"`` is ``"endpoint,mmd"`` with data and ``"endpoint"`` without.
         data: Real data, needed by ``mmd``: an embedded name (``"fashion"``), a folder of images, an
-            idx or npz file, a tensor of samples, or a :class:`~fewstep.metrics.Reference`. Exact
-            mixtures bring their own.
+            idx or npz file, a tensor of samples (n, \*), or a :class:`~fewstep.metrics.Reference`.
+            Exact mixtures have their own.
         features: The features of ``mmd``; left out, those of the embedded classifier for images
             of its shape, a random network's for other images, and the samples themselves else.
-        solver: The solver to start from; left out, the best training-free one for this kind of
-            schedule, ``"auto"`` (but ``ddim`` or ``ddpm`` for the families over GGDM).
+        solver: The solver to start from; left out, the family's own: the best training-free one for
+            this kind of schedule (``"auto"``), or ``ddim`` or ``ddpm`` for the families over GGDM.
         grid: The grid to start from, as of :func:`fewstep.plan`.
         head_start: The time of an analytic head start.
         options: Options of solver and grid.
@@ -69,15 +96,21 @@ def tune(
         guidance: The scale of classifier-free guidance; it becomes part of the recipe.
         search: Settings of the search, see :class:`~fewstep.learned.settings.Search`.
         seed: The seed of everything random.
-        out: The file of the recipe. Beside it, in a folder, are the checkpoints: the same call
-            goes on where an interrupted one stopped, with the same result.
+        out: The file of the recipe. Beside it, in the folder :func:`checkpoint_folder`, are the
+            checkpoints: the same call resumes an interrupted one, with the same result.
         overwrite: Whether to start anew and replace what is there.
-        on_event: Called with progress.
-        cond: Conditions; of a list each sample takes one value. A model with classes that
-            fewstep trained takes all its classes if none are given.
+        keep_worse: Whether to write a result whose final scores are worse than the start's; else
+            ``out`` is not written then, and a warning is logged.
+        progress: ``True`` for bars, or an object with ``stage`` and ``tick``.
+        cond: Conditions; of a list each sample takes one value. A model with classes takes all its
+            classes if none are given.
+
+    Returns:
+        The tuned sampler; ``.verdict`` says whether it is better than its start.
 
     Raises:
-        ValueError, TypeError: Before the first network call, if anything does not fit.
+        ValueError, TypeError: Before the first network evaluation, if an argument does not fit, a
+            file exists, or the checkpoints are those of another search.
     """
     problem = Problem.of(
         denoiser,
@@ -98,11 +131,14 @@ def tune(
     )
     file = None if out is None else Path(out)
     folder = None if file is None else _folder(file, problem, overwrite=overwrite)
-    with frozen(denoiser):
-        made = problem.solve(folder, on_event or (lambda event: None))
+    with progress_of(progress) as shown, frozen(denoiser):
+        tuned = problem.solve(folder, shown)
     if file is not None:
-        made.save(file)
-    return made
+        if tuned.verdict.state != WORSE or keep_worse:
+            tuned.save(file)
+        else:
+            logger.warning("%s was not written: %s", file, tuned.verdict.sentence)
+    return tuned
 
 
 def checkpoint_folder(file: Path) -> Path:
@@ -117,13 +153,13 @@ def _folder(file: Path, problem: Problem, *, overwrite: bool) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     if file.exists():
         raise ValueError(f"{str(file)!r} exists; give overwrite (--overwrite) or another file")
-    # Through JSON, as it will come back.
-    about = json.loads(json.dumps(problem.about()))
+    # Through JSON, as it will be read again.
+    about = json.loads(json.dumps(problem.record()))
     if (folder / SETTINGS).exists():
         if read_json(folder / SETTINGS, what="the settings of a search") != about:
             raise ValueError(
-                f"{str(folder)!r} has the checkpoints of another search; give the same call to go "
-                "on, overwrite (--overwrite), or another file"
+                f"{str(folder)!r} has the checkpoints of another search; give the same call to resume "
+                "it, overwrite (--overwrite), or another file"
             )
     else:
         write_json(folder / SETTINGS, about)

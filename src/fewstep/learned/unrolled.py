@@ -1,111 +1,36 @@
-r"""A learned plan run with gradients: rematerialised calls, exact micro-batches, conditions."""
+r"""A learned plan run with gradients: rematerialised evaluations, exact micro-batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.noise import generator_at
 from fewstep.learned.learned_plan import LearnedPlan, Numbers
 from fewstep.learned.objectives import Outcome
+from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.execute import functional
 from fewstep.plans.structure import Structure
 
-GRADIENTS = ("full", "cut")
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """The conditions of a search: each a list of values that samples take in turn or at random.
-
-    Attributes:
-        values: The lists by name.
-    """
-
-    values: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, denoiser: Denoiser, cond: Mapping[str, Any]) -> Conditions:
-        """Returns them from arguments: a list or a tensor is drawn from, a single value is for all.
-
-        A model that fewstep trained with classes takes all its classes if none are given.
-        """
-        inner = getattr(denoiser, "inner", denoiser)
-        network = getattr(inner, "network", None)
-        classes = getattr(network, "num_classes", None)
-        if not cond and isinstance(classes, int) and "class_labels" in denoiser.null_condition:
-            return cls({"class_labels": list(range(classes))})
-        found: dict[str, Sequence[Any]] = {}
-        for name, value in cond.items():
-            if isinstance(value, Tensor):
-                found[name] = list(value.unbind()) if value.ndim else [value]
-            elif isinstance(value, (list, tuple, range)):
-                found[name] = list(value)
-            else:
-                found[name] = [value]
-            if not found[name]:
-                raise ValueError(f"the condition {name!r} has no values to draw from")
-        return cls(found)
-
-    def at(self, samples: Sequence[int]) -> dict[str, Any]:
-        """Returns the conditions of numbered samples: each list in turn."""
-        return {
-            name: _joined([values[i % len(values)] for i in samples])
-            for name, values in self.values.items()
-        }
-
-    def drawn(self, n: int, *address: int) -> dict[str, Any]:
-        """Returns conditions at random, the same for the same address."""
-        found = {}
-        for place, (name, values) in enumerate(self.values.items()):
-            generator = generator_at(*address, place)
-            index = torch.randint(len(values), (n,), generator=generator).tolist()
-            found[name] = _joined([values[i] for i in index])
-        return found
-
-
-def _joined(values: list[Any]) -> Any:
-    if all(isinstance(v, Tensor) for v in values):
-        return torch.stack(values)
-    if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        return torch.tensor(values)
-    return values
-
-
-def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the conditions of two parts of a batch, one after the other."""
-    return {
-        name: torch.cat([value, second[name]])
-        if isinstance(value, Tensor)
-        else [*value, *second[name]]
-        for name, value in first.items()
-    }
-
-
-def sliced(cond: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """Returns the conditions of some rows."""
-    return {name: value[rows] for name, value in cond.items()}
-
 
 @contextmanager
 def frozen(denoiser: Denoiser) -> Iterator[None]:
-    """Keeps a network from being trained, and from dropout, for a while; then as it was."""
+    """Freezes parameters and dropout within the block, and restores both afterwards."""
     training = denoiser.training
-    learned = [p for p in denoiser.parameters() if p.requires_grad]
-    for p in learned:
+    trainable = [p for p in denoiser.parameters() if p.requires_grad]
+    for p in trainable:
         p.requires_grad_(False)
     denoiser.eval()
     try:
         yield
     finally:
         denoiser.train(training)
-        for p in learned:
+        for p in trainable:
             p.requires_grad_(True)
 
 
@@ -116,10 +41,10 @@ class Unrolled:
     Attributes:
         denoiser: The model.
         structure: The rows.
-        remat: Whether each network call is computed again in the backward pass, so that memory
-            does not grow with the number of calls; a third more time.
-        gradient: ``"full"``, or ``"cut"``: the network's answers count as constants, so that no
-            gradient goes through it. A third of the cost, a worse end.
+        remat: Whether each network evaluation is repeated in the backward pass, so that memory
+            does not grow with their number; a third more time.
+        gradient: ``"full"``, or ``"cut"``: model outputs count as constants, so that no gradient
+            goes through the network. A third of the cost, a worse result.
         keep_states: Whether the states on the way are returned too.
     """
 
@@ -132,7 +57,7 @@ class Unrolled:
     def __call__(
         self, numbers: Numbers, x: Tensor, draws: Sequence[Tensor], cond: Mapping[str, Any]
     ) -> Outcome:
-        r"""Returns what becomes of initial states x, (B, \*), with draws each (B, \*)."""
+        r"""Returns the samples from initial states x (B, \*), with draws each (B, \*)."""
         ready = self.denoiser.prepare(len(x), cond)
         inputs = list[Tensor]()
         prediction = self.structure.prediction
@@ -155,7 +80,7 @@ class Unrolled:
             draw=draws.__getitem__,
             checkpoint=remat,
         )
-        # Calls that are computed again in the backward pass append once more, after this.
+        # Evaluations that are repeated in the backward pass append once more, after this.
         return Outcome(end, tuple(inputs[1 : self.structure.nfe]))
 
 
@@ -178,13 +103,18 @@ def backpropagate(
 
     Arguments:
         learned: The learned plan.
-        run: What runs it.
+        run: The executor of its structure.
         x: The initial states, with shape (B, \*).
         draws: The draws, each (B, \*).
         cond: The conditions, one value a sample.
         loss: Takes the outcome of the whole batch, returns a scalar.
         microbatch: The samples of a micro-batch; left out, all.
         leaf: The initial states whose gradient is wanted too, if ``x`` follows from them.
+
+    Raises:
+        ValueError: If both ``microbatch`` and ``leaf`` are given.
+
+    Cost: 3 K B network evaluations' worth of time (4 with ``remat``), and K B more with micro-batches.
     """
     n = len(x)
     if microbatch is None or microbatch >= n:
@@ -197,10 +127,13 @@ def backpropagate(
     parts = [slice(start, min(start + microbatch, n)) for start in range(0, n, microbatch)]
     with torch.no_grad():
         numbers = learned()
-        made = [run(numbers, x[p], [z[p] for z in draws], sliced(cond, p)) for p in parts]
+        outcomes = [
+            run(numbers, x[p], [z[p] for z in draws], select(cond, range(p.start, p.stop)))
+            for p in parts
+        ]
     whole = Outcome(
-        torch.cat([m.x for m in made]),
-        tuple(torch.cat(states) for states in zip(*(m.states for m in made), strict=True)),
+        torch.cat([o.x for o in outcomes]),
+        tuple(torch.cat(states) for states in zip(*(o.states for o in outcomes), strict=True)),
     )
     tensors = [whole.x, *whole.states]
     for tensor in tensors:
@@ -208,7 +141,7 @@ def backpropagate(
     value = loss(whole)
     gradients = torch.autograd.grad(value, tensors, allow_unused=True)
     for p in parts:
-        again = run(learned(), x[p], [z[p] for z in draws], sliced(cond, p))
+        again = run(learned(), x[p], [z[p] for z in draws], select(cond, range(p.start, p.stop)))
         total = x.new_zeros(())
         for tensor, gradient in zip([again.x, *again.states], gradients, strict=True):
             if gradient is not None:

@@ -1,0 +1,54 @@
+r"""The page of a search: verdict, scores before and after, and curves of the judgements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.learned.problem import TunedSampler
+from fewstep.metrics.intervals import Estimate
+from fewstep.reporting.figures import Series, line_plot
+from fewstep.reporting.page import Page
+
+COLUMNS = ("stage", "step", "loss", "score", "precision", "recall", "taken", "skipped")
+
+
+def write_page(tuned: TunedSampler, path: Path) -> Path:
+    """Writes the page of a search as one HTML file; returns its path.
+
+    Raises:
+        ImportError: If the report extra is not installed.
+    """
+    about = tuned.recipe.about
+    page = Page(
+        f"Tuning of {tuned.recipe.name}", "The search, judged on noise that it did not train on."
+    )
+    page.facts(
+        [
+            ("family", about["family"], f"{about['learned']} parameters"),
+            ("objective", about["objective"], ""),
+            ("start", about["base"]["solver"], f"{about['nfe']} evaluations"),
+            ("result", tuned.verdict.state, "compared with the start, on unused seeds"),
+        ]
+    )
+    page.paragraph(tuned.verdict.sentence)
+    before, after = tuned.scores["before"], tuned.scores["after"]
+    page.table(
+        "Scores on seeds that the search never used",
+        ["score", "before", "after"],
+        [[name, Estimate(**before[name]), Estimate(**after[name])] for name in before],
+    )
+    for stage in sorted({h["stage"] for h in tuned.history}):
+        rows = [h for h in tuned.history if h["stage"] == stage and h["score"] is not None]
+        steps = [h["step"] for h in rows]
+        for name, key in (("held out", "score"), ("recall", "recall")):
+            line = Series(name, steps, [h[key] for h in rows])
+            figure = line_plot([line], x_label="step", y_label=name)
+            page.figure(figure, f"Stage {stage + 1}: {name}", alt=f"{name} by step")
+    rows = [[_shown(h[key]) for key in COLUMNS] for h in tuned.history]
+    page.table("Judgements", list(COLUMNS), rows)
+    return page.write(path)
+
+
+def _shown(value: Any) -> Any:
+    return ("yes" if value else "no") if isinstance(value, bool) else value
