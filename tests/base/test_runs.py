@@ -71,6 +71,10 @@ def test_files_are_inputs_by_their_content(tmp_path):
     (data / ".two.png.0123456789abcdef.tmp").write_bytes(b"litter")
     os.utime(data / "two.png", (0, 0))
     assert difference(before, {"data": hash_inputs(data)}) is None
+    (data / "out").mkdir()
+    (data / "out" / "new").write_text("")
+    assert difference(before, {"data": hash_inputs(data, without=data / "out")}) is None
+    (data / "out" / "new").unlink()
     (data / "cats" / "one.png").write_bytes(b"3")  # of the same size
     changed = {"data": hash_inputs(data)}
     assert difference(before, changed) == "data: the file 'cats/one.png' has changed"

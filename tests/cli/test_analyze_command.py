@@ -134,6 +134,28 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
     assert json.loads((out / "results.json").read_text())["fitting"] is None
 
 
+def test_a_study_is_not_resumed_with_other_images(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    from fewstep.cli import analyze as command
+
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("one", "two"):
+        Image.new("L", (4, 4)).save(images / f"{name}.png")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewstep.studies.stages.study", stop)
+    monkeypatch.setattr(command, "_data", lambda *_: (torch.zeros(2, 2), None))
+    assert analyze(out, "--data", str(images)) == 130
+    Image.new("L", (4, 4), 255).save(images / "two.png")
+    capsys.readouterr()
+    assert analyze(out, "--data", str(images)) == 2
+    assert "(files: the file 'two.png' has changed)" in capsys.readouterr().err
+
+
 def test_a_damaged_stage_is_made_again(tmp_path, monkeypatch):
     from fewstep.studies import stages
 

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fewstep
+from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.base.runs import locked
 from fewstep.cli import _common, run
 from fewstep.cli import sample as sample_command
 from fewstep.training.batches import Batches
@@ -328,6 +332,35 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(told, tiny, tmp_path, monk
         "recipe.json",
         "samples.safetensors",
     ]
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_run_is_not_resumed_with_other_weights(told, tiny, tmp_path, monkeypatch, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny, model)
+    command = ["sample", model, "--nfe", "3", "-n", "2", "--class-labels", "0", "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_command, "draw", stop)
+        assert run(list(map(str, command))) == 130
+    capsys.readouterr()
+    tensors = read_tensors(model / "model.safetensors")
+    name = next(name for name, value in tensors.items() if value.is_floating_point())
+    tensors[name] += 1
+    write_tensors(model / "model.safetensors", tensors)
+    about = read_json(model / "model.json") | {"sha256": sha256(model / "model.safetensors")}
+    write_json(model / "model.json", about)
+    assert "other settings (another weights)" in told(*command, code=2)
+
+
+def test_two_runs_do_not_write_one_folder_at_once(told, tiny, tmp_path):
+    command = ["sample", tiny, "--nfe", "3", "-n", "2", "--class-labels", "0", "--seed", "1"]
+    with locked(tmp_path / "out"):
+        err = told(*command, "--out", tmp_path / "out", code=2)
+        assert f"is being written by another run (process {os.getpid()} on " in err
+    told(*command, "--out", tmp_path / "out")
 
 
 # listing

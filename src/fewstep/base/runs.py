@@ -57,16 +57,24 @@ MOST_LISTED = 10_000
 PLEASE_OVERWRITE = "give its command again, --overwrite or another --out"
 
 
-def hash_inputs(path: str | Path | None) -> dict[str, Any] | None:
+def hash_inputs(
+    path: str | Path | None, *, without: str | Path | None = None
+) -> dict[str, Any] | None:
     """Returns what tells a file or a folder from another: size and SHA-256 of each file.
 
-    Reads everything once; ``None`` for ``None`` and for what is no path (an embedded name).
+    Everything is read once.
+
+    Arguments:
+        path: A file, a folder, or what is neither (``None``, an embedded name): ``None`` is returned.
+        without: A folder that is left out, if the output is in the input.
     """
     if path is None or not Path(path).exists():
         return None
     root = Path(path)
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
     ours = [file for file in files if not LITTER.fullmatch(file.name)]
+    if without is not None:
+        ours = [file for file in ours if Path(without).resolve() not in file.resolve().parents]
     each = {
         file.name if file == root else file.relative_to(root).as_posix(): {
             "bytes": file.stat().st_size,

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from fewstep.base.files import sha256, write_json
+from fewstep.base.files import write_json
+from fewstep.base.progress import progress_of
+from fewstep.base.runs import RunFolder, hash_inputs
 from fewstep.cli._common import (
     Flag,
     console,
@@ -52,7 +54,7 @@ def analyze(
     Also OUT/results.json (all numbers), OUT/grid.json (time grids fitted to this model, for
     `--grid auto:FILE`) and OUT/recipe-NFE.json (the recommended samplers, for
     `fewstep sample --recipe`). Nothing is trained. Each stage is kept in OUT: a run that was
-    interrupted goes on when the same command is given again.
+    interrupted is resumed when the same command is given again.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
@@ -90,7 +92,7 @@ def analyze(
 
     from fewstep.diffusion.noise import NoiseSource
     from fewstep.studies import fitted_grids
-    from fewstep.studies.stages import Subject, finish_folder, prepare_folder, study
+    from fewstep.studies.stages import Subject, study
 
     NoiseSource(seed, ())
 
@@ -102,7 +104,6 @@ def analyze(
         "model": model,
         "fingerprint": fingerprint,
         "data": data,
-        "data_sha256": _checksum(data),
         "nfe": budgets,
         "n": n,
         "class_labels": class_labels,
@@ -111,28 +112,33 @@ def analyze(
         "device": device,
         "budget": budget,
     }
+    inputs = {**settings, "files": hash_inputs(data)}
     outputs = [REPORT, RESULTS, GRID, *(f"recipe-{k}.json" for k in budgets)]
-    prepare_folder(out, settings, outputs, overwrite=overwrite)
-    results, advice = study(
-        Subject(denoiser, points, labels, cond, settings),
-        out,
-        nfe=budgets,
-        n=n,
-        seed=seed,
-        minutes=budget,
-        progress=True,
-    )
-    from fewstep.studies.page import write_page
+    run = RunFolder(out, "run of fewstep analyze", outputs=outputs)
+    with (
+        progress_of(True) as progress,
+        run.running(inputs, overwrite=overwrite, progress=progress),
+    ):
+        results, advice = study(
+            Subject(denoiser, points, labels, cond, settings),
+            run,
+            nfe=budgets,
+            n=n,
+            seed=seed,
+            minutes=budget,
+            progress=progress,
+        )
+        from fewstep.studies.page import write_page
 
-    grids = fitted_grids(denoiser, advice, fingerprint=fingerprint)
-    recipes = [_recipe(item, denoiser, guidance, fingerprint, model) for item in advice]
-    for item, recipe in zip(advice, recipes, strict=True):
-        recipe.save(out / f"recipe-{item.nfe}.json")
-    grids.save(out / GRID)
-    write_json(out / RESULTS, results)
-    again = _command(model, data, nfe, n, class_labels, guidance, seed, out)
-    write_page(results, out / REPORT, command=again)
-    finish_folder(out)
+        grids = fitted_grids(denoiser, advice, fingerprint=fingerprint)
+        recipes = [_recipe(item, denoiser, guidance, fingerprint, model) for item in advice]
+        for item, recipe in zip(advice, recipes, strict=True):
+            recipe.save(out / f"recipe-{item.nfe}.json")
+        grids.save(out / GRID)
+        write_json(out / RESULTS, results)
+        again = _command(model, data, nfe, n, class_labels, guidance, seed, out)
+        write_page(results, out / REPORT, command=again)
+        run.finish()
     say(results["check"]["verdict"])
     _table(advice)
     if results["enough"] is not None:
@@ -188,12 +194,6 @@ def _data(source: str, denoiser: Denoiser) -> tuple[Tensor, Tensor | None]:
             f"the data have shape {tuple(points.shape[1:])}, the model's samples {shape}"
         )
     return points, labels
-
-
-def _checksum(source: str | None) -> str | None:
-    if source is None or not Path(source).is_file():
-        return None
-    return sha256(source)
 
 
 def _recipe(

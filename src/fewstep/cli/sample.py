@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from fewstep.base.files import read_json, write_json
 from fewstep.base.progress import progress_of
+from fewstep.base.runs import RunFolder, hash_inputs
 from fewstep.cli._common import (
     Flag,
     Options,
     draw,
     event_shape,
-    exists,
     load_model,
     output_folder,
     parse_labels,
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from fewstep.sampling.recipe import SamplerRecipe
 
 SAMPLES, PICTURE, RECIPE = "samples.safetensors", "grid.png", "recipe.json"
-STATE, PARTS = "unfinished.json", "parts"
 DEFAULT_NFE, DEFAULT_BATCH = 10, 64
 MOST_SHOWN = 100
 """The most samples in the picture."""
@@ -86,6 +83,8 @@ def sample(
         batch_size: How many samples go through the network at a time; 64 if left out.
         overwrite: Replace the results that are there.
     """
+    import torch
+
     from fewstep.diffusion.noise import NoiseSource
     from fewstep.models.wrappers import Guided
 
@@ -107,27 +106,37 @@ def sample(
     if chosen.guidance not in (None, 1):
         denoiser = Guided(denoiser, chosen.guidance)  # type: ignore[arg-type]
     made = chosen.build(denoiser, force=force)
-    shape = event_shape(denoiser)
+    event_shape(denoiser)
     denoiser.prepare(n, conditions(range(n)))
 
     size = min(n, batch_size or DEFAULT_BATCH)
     settings = _settings(chosen, model, denoiser, n, seed, class_labels, device, size)
     if prompt is not None:
         settings["prompt"] = prompt
-    _prepare_folder(out, settings, overwrite=overwrite)
-    with progress_of(True) as progress:
-        progress.stage("sampling", None if made.nfe is None else made.nfe * -(-n // size))
-        for start in range(0, n, size):
-            rows = range(start, min(start + size, n))
-            part = out / PARTS / f"{start:09d}.safetensors"
-            if _is_part(part, (len(rows), *shape)):
-                progress.tick(made.nfe or 0)
-                continue
-            _write(part, draw(made, rows, seed=seed, cond=conditions(rows), progress=progress))
-
+    # A pipeline is more than its network: text encoders, decoder, configuration.
+    files = hash_inputs(model, without=out) if settings["weights"] is None else None
+    inputs = {**settings, "fingerprint": denoiser.fingerprint(), "files": files}
     asked = prompt if class_labels is None else f"classes {class_labels}"
     title = _title(model, chosen, n, asked)
-    _finish(out, n, size, chosen, settings, title, decode)
+    run = RunFolder(out, "run of fewstep sample", outputs=[SAMPLES, PICTURE, RECIPE])
+    with (
+        progress_of(True) as progress,
+        run.running(inputs, overwrite=overwrite, progress=progress),
+    ):
+        progress.stage("sampling", None if made.nfe is None else made.nfe * -(-n // size))
+        parts = []
+        for start in range(0, n, size):
+            rows = range(start, min(start + size, n))
+            samples = (run.read_tensors(f"{start:09d}") or {}).get("samples")
+            if samples is None:
+                cond = conditions(rows)
+                samples = draw(made, rows, seed=seed, cond=cond, progress=progress)
+                run.write_tensors(f"{start:09d}", {"samples": samples})
+            else:
+                progress.tick(made.nfe or 0)
+            parts.append(samples)
+        _write_results(out, torch.cat(parts), chosen, settings, title, decode)
+        run.finish()
     say(f"wrote {out / PICTURE}, {out / SAMPLES} and {out / RECIPE}")
     again = ["fewstep", "sample", model, "--recipe", str(out / RECIPE), "--seed", str(seed + 1)]
     if class_labels is not None:
@@ -259,85 +268,22 @@ def _settings(
     return settings
 
 
-def _prepare_folder(out: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
-    """Leaves a folder in which the run starts or goes on."""
-    state = out / STATE
-    ours = [out / name for name in (SAMPLES, PICTURE, RECIPE, PARTS)]
-    if state.exists():
-        try:
-            before = read_json(state, what="the state of an unfinished run")
-        except ValueError:
-            before = None
-        if before == settings:
-            return
-        if not overwrite:
-            raise ValueError(
-                f"{str(out)!r} has an unfinished run with other settings"
-                f"{_differences(before, settings)}; give its command again, --overwrite or "
-                "another --out"
-            )
-    elif any(path.exists() for path in ours) and not overwrite:
-        raise exists(out)
-    for path in ours:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    write_json(state, settings)
-
-
-def _differences(before: Any, after: dict[str, Any]) -> str:
-    if not isinstance(before, dict):
-        return ""
-    different = [key for key in after if before.get(key) != after[key]]
-    simple = [k for k in different if k not in ("sampler", "weights")]
-    if simple:
-        return f" ({simple[0]} {before.get(simple[0])!r:.40}, now {after[simple[0]]!r:.40})"
-    return f" (another {different[0]})" if different else ""
-
-
-def _is_part(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a part is there and whole; a damaged one is drawn again."""
-    import torch
-
-    from fewstep.base.files import read_tensors
-
-    if not path.exists():
-        return False
-    try:
-        found = read_tensors(path).get("samples")
-    except ValueError:
-        return False
-    return found is not None and tuple(found.shape) == shape and found.dtype == torch.float32
-
-
-def _write(path: Path, samples: Any) -> None:
-    from fewstep.base.files import write_tensors
-
-    write_tensors(path, {"samples": samples})
-
-
-def _finish(
+def _write_results(
     out: Path,
-    n: int,
-    size: int,
+    samples: Tensor,
     recipe: SamplerRecipe,
     settings: dict[str, Any],
     title: str,
     decode: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """Puts the parts together; whatever is interrupted here is repeated by the next run."""
+    """Writes the samples, their picture and the recipe."""
     from dataclasses import replace
 
-    import torch
-
     from fewstep import __version__
-    from fewstep.base.files import read_tensors, write_atomic
+    from fewstep.base.files import write_atomic, write_tensors
     from fewstep.reporting.plots import picture
 
-    parts = [out / PARTS / f"{start:09d}.safetensors" for start in range(0, n, size)]
-    samples = torch.cat([read_tensors(part)["samples"] for part in parts])
-    _write(out / SAMPLES, samples)
+    write_tensors(out / SAMPLES, {"samples": samples})
     about = {
         key: value for key, value in settings.items() if key != "sampler" and value is not None
     }
@@ -346,9 +292,6 @@ def _finish(
     shown = samples[:MOST_SHOWN] if samples.ndim == 4 else samples
     shown = shown if decode is None else decode(shown).cpu()
     write_atomic(out / PICTURE, _png(picture(shown, title=title)))
-    # The state goes first: without it a folder with results is finished, parts or not.
-    (out / STATE).unlink()
-    shutil.rmtree(out / PARTS, ignore_errors=True)
 
 
 def _png(image: Any) -> bytes:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
 from fewstep.base.progress import Progress, progress_of
+from fewstep.base.runs import PARTS, RunFolder
 from fewstep.models.conditions import Conditions, select
 from fewstep.models.denoiser import Denoiser
 from fewstep.studies.checking import model_check
@@ -27,7 +26,6 @@ from fewstep.studies.reference import Reference, draw_noise, follow
 from fewstep.studies.spectrum import time_spectrum
 
 FORMAT, VERSION = "fewstep.analysis", 2
-STATE, PARTS, IDENTITY = "unfinished.json", "parts", "identity.json"
 EVEN = 129
 """The even times at which the spectrum is taken."""
 
@@ -53,7 +51,7 @@ class Subject:
 
 def study(
     subject: Subject,
-    folder: Path,
+    folder: Path | RunFolder,
     *,
     nfe: Sequence[int],
     n: int = 32,
@@ -69,7 +67,8 @@ def study(
 
     Arguments:
         subject: What is studied.
-        folder: Where stages are written; see :func:`prepare_folder`.
+        folder: Where stages are written; or a folder that is running, of a caller who has more
+            inputs and finishes it.
         nfe: The numbers of evaluations that advice is given for.
         n: How many trajectories are studied, and how many others advice is chosen by.
         seed: The seed of their noise.
@@ -82,17 +81,19 @@ def study(
             says what differs.
     """
     with progress_of(progress) as shown:
-        _check_identity(folder / PARTS, _identity(subject, n, seed, solvers))
-        work = _Work(subject, folder / PARTS, n, seed, shown)
-        return _study(work, nfe=nfe, minutes=minutes, solvers=solvers)
+        if isinstance(folder, RunFolder):
+            return _study(_Work(subject, folder, n, seed, shown), nfe, minutes, solvers)
+        run = RunFolder(folder, "study", outputs=(), state=f"{PARTS}/identity.json")
+        with run.running(_identity(subject, n, seed, solvers), progress=shown):
+            return _study(_Work(subject, run, n, seed, shown), nfe, minutes, solvers)
 
 
 def _study(
-    work: _Work, *, nfe: Sequence[int], minutes: float, solvers: Sequence[str]
+    work: _Work, nfe: Sequence[int], minutes: float, solvers: Sequence[str]
 ) -> tuple[dict[str, Any], list[Advice]]:
     subject = work.subject
     began = time.monotonic()
-    check = work.cached("check", work.check)
+    check = work.run.record("check", work.check)
     reference, held_out = work.references()
     path = work.path(reference)
     budgets = sorted(set(nfe))
@@ -101,7 +102,7 @@ def _study(
     shown = advice[min(range(len(advice)), key=lambda k: abs(budgets[k] - 10))]
     fitting = None
     if subject.data is not None:
-        fitting = work.cached("fitting", lambda: work.fitting(reference, path, shown))
+        fitting = work.run.record("fitting", lambda: work.fitting(reference, path, shown))
     deviation = float(reference.end.cpu().double().std())
     results = {
         "format": FORMAT,
@@ -149,88 +150,12 @@ def _digest(value: Any) -> str | None:
     return digest.hexdigest()
 
 
-def _check_identity(parts: Path, identity: Mapping[str, Any]) -> None:
-    """Notes whose stages a folder has.
-
-    Raises:
-        ValueError: If it has those of another study.
-    """
-    file = parts / IDENTITY
-    if file.exists():
-        try:
-            before = read_json(file, what="the identity of a study")
-        except ValueError:
-            before = {}
-        if before == identity:
-            return
-        known = before if isinstance(before, dict) else {}
-        other = next((key for key in identity if known.get(key) != identity[key]), "model")
-        raise ValueError(
-            f"{str(parts.parent)!r} has stages of a study with another {other}; give another folder, "
-            f"or remove {str(parts)!r}"
-        )
-    if any(parts.glob("*")):
-        raise ValueError(
-            f"{str(parts)!r} has stages of a study that cannot be identified; remove it, or give "
-            "another folder"
-        )
-    write_json(file, dict(identity))
-
-
-def prepare_folder(
-    folder: Path, settings: Mapping[str, Any], outputs: Sequence[str], *, overwrite: bool
-) -> None:
-    """Prepares a folder in which a study starts or is resumed.
-
-    Raises:
-        ValueError: If there are results, or an unfinished study with other settings.
-    """
-    state = folder / STATE
-    if state.exists():
-        try:
-            before = read_json(state, what="the state of an unfinished study")
-        except ValueError:
-            before = None
-        if before == settings:
-            return
-        if not overwrite:
-            different = [k for k in settings if not before or before.get(k) != settings[k]]
-            raise ValueError(
-                f"{str(folder)!r} has an unfinished study with another {different[0] if different else 'model'}; "
-                "give its command again, --overwrite or another --out"
-            )
-    elif any((folder / name).exists() for name in outputs) and not overwrite:
-        raise ValueError(f"{str(folder)!r} exists; give --overwrite or another --out")
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-    for name in outputs:
-        (folder / name).unlink(missing_ok=True)
-    write_json(state, dict(settings))
-
-
-def finish_folder(folder: Path) -> None:
-    """Removes the stages: the study is finished."""
-    (folder / STATE).unlink(missing_ok=True)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-
-
 class _Work:
     def __init__(
-        self, subject: Subject, parts: Path, n: int, seed: int, progress: Progress
+        self, subject: Subject, run: RunFolder, n: int, seed: int, progress: Progress
     ) -> None:
         self.subject, self.denoiser = subject, subject.denoiser
-        self.parts, self.n, self.seed, self.progress = parts, n, seed, progress
-
-    def cached(self, name: str, make: Callable[[], Any]) -> Any:
-        """Returns the result of a stage, from its file if there is one."""
-        path = self.parts / f"{name}.json"
-        if path.exists():
-            try:
-                return read_json(path, what="a stage")
-            except ValueError:
-                pass  # damaged: computed again
-        result = make()
-        write_json(path, result)
-        return result
+        self.run, self.n, self.seed, self.progress = run, n, seed, progress
 
     def check(self) -> dict[str, Any]:
         self.progress.stage("checking the model")
@@ -256,17 +181,13 @@ class _Work:
         first, second = (conditions.at(range(k, k + self.n)) for k in (0, self.n))
         noise = draw_noise(self.denoiser, 2 * self.n, self.seed)
         schedule = self.denoiser.schedule
-        file = self.parts / "reference.safetensors"
-        try:
-            cached = read_tensors(file) if file.exists() else {}
-        except ValueError:
-            cached = {}
-        if not cached:
+        cached = self.run.read_tensors("reference")
+        if cached is None:
             self.progress.stage("reference trajectories", 2 * 97)
             reference = follow(self.denoiser, noise[: self.n], first, progress=self.progress)
             other = follow(self.denoiser, noise[self.n :], second, progress=self.progress)
             cached = {**reference.tensors(), "held_out": other.end}
-            write_tensors(file, cached, {"nfe": str(reference.nfe)})
+            self.run.write_tensors("reference", cached)
         device = noise.device
         times, x, eps = cached["times"], cached["x"].to(device), cached["eps"].to(device)
         nfe = 2 * (len(times) - 1) + 1
@@ -278,7 +199,7 @@ class _Work:
             self.progress.stage("how errors carry over", 7)
             return measure_gain(self.denoiser, reference, progress=self.progress).tolist()
 
-        values = torch.tensor(self.cached("gain", gain), dtype=torch.float64)
+        values = torch.tensor(self.run.record("gain", gain), dtype=torch.float64)
         return path_of(reference, self.denoiser, values)
 
     def advice(
@@ -316,7 +237,7 @@ class _Work:
                     progress=self.progress,
                 ).to_record()
 
-            advice.append(Advice.from_record(self.cached(f"advice-{nfe}", make)))
+            advice.append(Advice.from_record(self.run.record(f"advice-{nfe}", make)))
         return advice
 
     def fitting(self, reference: Reference, path: Route, shown: Advice) -> dict[str, Any]:
