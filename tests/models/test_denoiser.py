@@ -133,9 +133,9 @@ def test_integer_times_need_a_table():
         ({"network": 3}, TypeError, "network must be callable, got int"),
         ({"schedule": "vp-linear"}, TypeError, "schedule must be a NoiseSchedule"),
         (
-            {"prediction": "epsilon"},
+            {"prediction": "epsylon"},
             ValueError,
-            "Unknown prediction 'epsilon'. Did you mean 'eps'",
+            "Unknown prediction 'epsylon'. Did you mean 'eps",
         ),
         ({"prediction": "noise"}, ValueError, "Known: eps, flow, score, v, x0"),
     ],

@@ -143,9 +143,9 @@ def test_a_network_that_knows_whole_indices_only():
 
 def test_the_check_leaves_the_model_alone():
     model = wrap(to_model_time=lambda t: t / 999)
-    before = model._to_model_time
+    before = model.to_model_time
     check(model)
-    assert model._to_model_time is before
+    assert model.to_model_time is before
 
 
 def test_every_convention_is_written_as_it_is_done():

@@ -263,7 +263,7 @@ def _settings(
         "batch_size": batch_size,
         "sampler": json.loads(recipe.to_json()),
     }
-    if getattr(inner, "integer_times", False):
+    if inner.integer_times:
         settings["integer_times"] = True
     return settings
 

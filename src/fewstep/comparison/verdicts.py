@@ -113,7 +113,7 @@ def best_recipe(comparison: Comparison, verdict: Verdict) -> tuple[Cell, Sampler
             "seed": question["seed"],
             "model": question["model"],
         }
-        if getattr(denoiser, "integer_times", False):
+        if denoiser.integer_times:
             about["integer_times"] = True
         guidance = question["guidance"] if found.guidance is None else found.guidance
         return cell, replace(found, guidance=guidance, about={**found.about, **about})

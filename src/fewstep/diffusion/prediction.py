@@ -35,15 +35,24 @@ class Prediction(enum.StrEnum):
 
     @classmethod
     def of(cls, name: str | Prediction) -> Prediction:
-        """Returns the prediction of that name.
+        """Returns the prediction of that name, or of diffusers' name for it.
 
         Raises:
             ValueError: If the name is unknown; the message has the nearest names.
         """
         try:
-            return cls(name)
+            return cls(DIFFUSERS.get(name, name))
         except ValueError:
             raise ValueError(unknown("prediction", name, [p.value for p in cls])) from None
+
+
+DIFFUSERS = {
+    "epsilon": "eps",
+    "sample": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "flow",
+}
+"""What diffusers calls the predictions (``prediction_type``)."""
 
 
 def mixture(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,7 @@ class Problem:
         FAMILIES[family_name]
         guided = denoiser if guidance in (None, 1) else Guided(denoiser, guidance)  # type: ignore[arg-type]
         conditions = ConditionPool.of(guided, cond)
-        integer = getattr(denoiser, "integer_times", False)
+        integer = denoiser.integer_times
         base = start_of(
             family_name,
             denoiser.schedule,

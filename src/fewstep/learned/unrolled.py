@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.learned.learned_plan import LearnedPlan, Numbers
 from fewstep.learned.objectives import Outcome
+from fewstep.models.calling import evaluation_mode
 from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.execute import functional
@@ -21,15 +22,13 @@ from fewstep.plans.structure import Structure
 @contextmanager
 def frozen(denoiser: Denoiser) -> Iterator[None]:
     """Freezes parameters and dropout within the block, and restores both afterwards."""
-    training = denoiser.training
     trainable = [p for p in denoiser.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
-    denoiser.eval()
     try:
-        yield
+        with evaluation_mode([denoiser]):
+            yield
     finally:
-        denoiser.train(training)
         for p in trainable:
             p.requires_grad_(True)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.base.registry import unknown
+from fewstep.models.calling import NetworkCall
 
 LABELS = ("class_labels", "class_label", "labels", "label", "y")
 """The names under which networks take class labels."""
@@ -60,6 +61,8 @@ class AcceptedConditions:
         after = parameters[2:] if _takes_two(parameters) else []
         named = [p for p in after if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if open_ended and isinstance(network, NetworkCall):  # it passes conditions on
+            return cls.of(network.network, num_classes=num_classes)
         return cls(
             names=None if open_ended else frozenset(p.name for p in named),
             required=frozenset(p.name for p in named if p.default is p.empty),

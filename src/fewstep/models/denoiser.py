@@ -2,7 +2,9 @@ r"""Denoisers: any network in one coordinate system."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -12,22 +14,35 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import Prediction, convert
-from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.diffusion.schedules import Flow, NoiseSchedule
+from fewstep.models.calling import COMPUTING, NetworkCaller
 from fewstep.models.conditions import AcceptedConditions, Conditions
 
 
 class Denoiser(nn.Module, ABC):
-    r"""A network with its schedule, asked for any of the five predictions.
+    r"""A network with the noise schedule that it was trained with: what every sampler takes.
+
+    It is made by :func:`fewstep.load` or :meth:`Denoiser.wrap`, and gives any of the five predictions
+    of :class:`fewstep.Prediction` at a state :math:`x = \alpha(t) x_0 + \sigma(t) \varepsilon`:
+
+    .. code-block:: python
+
+        eps = denoiser(x, 0.5)                        # (B, *) -> (B, *)
+        x0 = denoiser(x, 0.5, prediction="x0", class_labels=[1, 2, 3])
+
+    A model of one's own kind derives from it: it sets ``schedule``, ``native`` and ``event_shape`` and
+    defines :meth:`raw`.
 
     Attributes:
-        schedule: The noise schedule that it was trained with.
-        native: What it predicts.
-        event_shape: The shape of one sample, or ``None`` if unknown.
+        schedule: The noise schedule, :math:`\alpha(t)` and :math:`\sigma(t)`.
+        native: What the network predicts; other predictions are converted exactly.
+        event_shape: The shape of one sample, (C, H, W) for images, or ``None`` if it is not known.
         null_condition: For each condition, the value that stands for none (for guidance).
+        accepts: The conditions that the network takes.
+        integer_times: Whether the network takes whole timesteps only; grids are rounded then.
         data_mean: The mean of the data, a number or of the event's shape (for a head start).
         data_std: The standard deviation of the data, likewise.
-        accepts: The conditions that the network takes.
-        calls: The network calls of one evaluation (2 with guidance).
+        calls: How often the network runs in one evaluation (2 with guidance).
     """
 
     schedule: NoiseSchedule
@@ -37,6 +52,7 @@ class Denoiser(nn.Module, ABC):
     accepts: AcceptedConditions = AcceptedConditions()
     data_mean: Tensor | float | None = None
     data_std: Tensor | float | None = None
+    integer_times: bool = False
     calls: int = 1
 
     @abstractmethod
@@ -47,13 +63,17 @@ class Denoiser(nn.Module, ABC):
     def forward(
         self, x: Tensor, t: Tensor | float, *, prediction: Prediction | str = "eps", **cond: Any
     ) -> Tensor:
-        r"""Returns a prediction, converted exactly.
+        r"""Returns a prediction, converted exactly; one evaluation of the network.
 
         Arguments:
             x: The state, with shape (B, \*).
-            t: The time, a number or a tensor with shape () or (B).
+            t: The time in the schedule's units, a number or a tensor with shape () or (B).
             prediction: What is wanted: ``"eps"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``.
-            cond: The conditions, e.g. ``class_labels``.
+            cond: The conditions, e.g. ``class_labels``: for all samples, or one for each.
+
+        Raises:
+            ValueError: If the prediction is unknown, a condition does not fit, or the network
+                returns another shape.
         """
         target = Prediction.of(prediction)
         if any(not isinstance(v, Tensor) or not v.ndim for v in cond.values()):
@@ -74,8 +94,9 @@ class Denoiser(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """The device of the first parameter or buffer; the CPU if there is none."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            return tensor.device
+        for tensors in (self.parameters(), self.buffers()):
+            for tensor in tensors:
+                return tensor.device
         return torch.device("cpu")
 
     @final
@@ -109,38 +130,68 @@ class Denoiser(nn.Module, ABC):
 
     @staticmethod
     def wrap(
-        network: Callable[..., Tensor],
+        network: Callable[..., Any],
         *,
         schedule: NoiseSchedule,
         prediction: Prediction | str,
         event_shape: Sequence[int] | None = None,
         to_model_time: Callable[[Tensor], Tensor] | None = None,
         integer_times: bool = False,
+        time_reversed: bool = False,
         null_condition: Mapping[str, Any] | None = None,
         num_classes: int | None = None,
         data_mean: Tensor | float | None = None,
         data_std: Tensor | float | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Denoiser:
-        r"""Returns a denoiser from any callable.
+        r"""Returns a denoiser from any callable; ``fewstep.studies.model_check`` tells if it was described rightly.
+
+        .. code-block:: python
+
+            denoiser = fewstep.Denoiser.wrap(
+                network,                                          # network(x, t, **conditions)
+                schedule=fewstep.schedule("ddpm-linear"),
+                prediction="eps",
+                event_shape=(3, 32, 32),
+            )
+
+        The network may return the prediction (B, \*), a tuple or list that begins with it, an object
+        with ``.sample``, a dict (``"sample"``, the prediction's name, or its only tensor), or (B, 2C, \*)
+        with a learned variance, which is dropped. The state is cast to the type of a module's weights
+        and the output back to the state's. A module in training mode is in evaluation mode during
+        each evaluation, and in training mode afterwards (unless the denoiser is trained: ``.train()``).
 
         Arguments:
-            network: ``network(x, t, **cond)`` with x (B, \*) and t (B), returning (B, \*).
+            network: ``network(x, t, **cond)`` with x (B, \*) and t (B), a module or a function.
             schedule: The noise schedule that it was trained with.
-            prediction: What it predicts: ``"eps"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``.
+            prediction: What it predicts: ``"eps"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``, or as
+                diffusers says, ``"epsilon"``, ``"sample"``, ``"v_prediction"``, ``"flow_prediction"``.
             event_shape: The shape of one sample; without it, give ``noise=`` when sampling.
             to_model_time: Maps schedule times (B) to what the network is given; left out, they
                 are given as they are (for tabulated schedules the fractional index).
-            integer_times: Whether the network knows only whole indices: grids are then rounded
-                when they are made, and stages between grid points get the nearest index.
+            integer_times: Whether the network takes whole timesteps only (int64), as one with a table of
+                embeddings does: grids are then rounded when they are made, and stages between grid
+                points get the nearest timestep.
+            time_reversed: For the schedule ``flow``, whether the network's time is 0 at noise and 1 at
+                data, as in most code for flow matching: it is given 1 - t, before ``to_model_time``, and
+                its velocity is :math:`dx/d(1 - t) = x_0 - \varepsilon`, data minus noise. (By default it
+                is given t, 1 at noise, and its velocity is :math:`\varepsilon - x_0`.)
             null_condition: For each condition the value that stands for none, for guidance.
             num_classes: The number of classes; labels outside are then refused. Left out, the
                 network's attribute of that name, if it has one.
             data_mean: The mean of the data, for a head start.
             data_std: The standard deviation of the data, for a head start.
+            device: Where the network is, and where samples are drawn; a module is moved there. Left
+                out, where its parameters are, or those of the modules that a function refers to.
+            dtype: The type in which the network computes; a module is converted to it.
 
         Raises:
             TypeError: If the network is not callable, or the schedule is not a schedule.
+            ValueError: If the prediction is unknown, or an option does not fit the schedule.
         """
+        if isinstance(network, Denoiser):
+            raise TypeError("this is a Denoiser already; use it as it is")
         if not callable(network):
             raise TypeError(f"the network must be callable, got {type(network).__name__}")
         if not isinstance(schedule, NoiseSchedule):
@@ -151,6 +202,18 @@ class Denoiser(nn.Module, ABC):
             raise ValueError(
                 f"integer_times needs a tabulated schedule, {schedule.name!r} has continuous times"
             )
+        if time_reversed and not isinstance(schedule, Flow):
+            raise ValueError(
+                f"time_reversed needs the schedule 'flow', got {schedule.name!r}; for others map the "
+                "times with to_model_time="
+            )
+        if dtype is not None and dtype not in COMPUTING:
+            raise ValueError(f"dtype must be a floating type, got {dtype!r}")
+        if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+            raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
+        place = None if device is None else torch.device(device)
+        if isinstance(network, nn.Module):
+            network.to(device=place, dtype=dtype)
         return WrappedNetwork(
             network,
             schedule=schedule,
@@ -158,10 +221,13 @@ class Denoiser(nn.Module, ABC):
             event_shape=None if event_shape is None else tuple(event_shape),
             to_model_time=to_model_time,
             integer_times=integer_times,
+            time_reversed=time_reversed,
             null_condition=null_condition,
             num_classes=num_classes,
             data_mean=data_mean,
             data_std=data_std,
+            device=place,
+            dtype=dtype,
         )
 
 
@@ -176,39 +242,66 @@ class WrappedNetwork(Denoiser):
 
     def __init__(
         self,
-        network: Callable[..., Tensor],
+        network: Callable[..., Any],
         *,
         schedule: NoiseSchedule,
         prediction: Prediction,
         event_shape: tuple[int, ...] | None,
         to_model_time: Callable[[Tensor], Tensor] | None = None,
         integer_times: bool = False,
+        time_reversed: bool = False,
         null_condition: Mapping[str, Any] | None = None,
         num_classes: int | None = None,
         data_mean: Tensor | float | None = None,
         data_std: Tensor | float | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.schedule = schedule
         self.native = prediction
         self.event_shape = event_shape
-        self.integer_times = integer_times
+        self.integer_times, self.time_reversed = integer_times, time_reversed
         self.null_condition = dict(null_condition or {})
-        self.data_mean, self.data_std = data_mean, data_std
-        self._to_model_time = to_model_time
         self.accepts = AcceptedConditions.of(network, num_classes=num_classes)
+        self.data_mean, self.data_std = data_mean, data_std
+        self.to_model_time = to_model_time
+        # A module is where its parameters are, also after .to().
+        self._place = None if any(True for _ in self.parameters()) else device
+        self._caller = NetworkCaller(network, device=self._place, dtype=dtype)
+        inner = getattr(network, "caller", None)
+        if isinstance(inner, NetworkCaller):
+            inner.device, inner.dtype = self._place, dtype
+        # Only whoever trains this denoiser (an operator) leaves its network in training mode.
+        self.training = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, as far as is known; otherwise the CPU."""
+        modules = [self, *self._caller.modules(self.network)]
+        tensors = (
+            p for module in modules for p in itertools.chain(module.parameters(), module.buffers())
+        )
+        if self._place is not None:
+            return self._place
+        return next((p.device for p in tensors), torch.device("cpu"))
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         if self.integer_times:
             t = t.round().long()
-        if self._to_model_time is not None:
-            t = self._to_model_time(t)
-        value = self.network(x, t, **cond)
-        if not isinstance(value, Tensor) or value.shape != x.shape:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"the network must return a tensor of the state's shape {tuple(x.shape)}, got {got} "
-                "(of a network with learned variances take the first half of the channels)"
-            )
-        return value
+        if self.time_reversed:
+            t = 1 - t
+        if self.to_model_time is not None:
+            t = self.to_model_time(t)
+        value = self._caller(
+            self.network, x, t, cond, prediction=self.native, training=self.training
+        )
+        return -value if self.time_reversed and self.native is Prediction.FLOW else value
+
+    def as_called(self) -> WrappedNetwork:
+        """Returns a view of this model, with the same weights, whose times are the network's own."""
+        view = copy.copy(self)
+        view._modules = dict(self._modules)
+        view.to_model_time, view.integer_times, view.time_reversed = None, False, False
+        return view

@@ -99,10 +99,6 @@ class FolderModel(WrappedNetwork):
     data_range: tuple[float, float] = (-1.0, 1.0)
     about: Mapping[str, Any] = {}
 
-    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        weights = next(self.parameters())
-        return super().raw(x.to(weights.dtype), t, **cond).to(x.dtype)
-
 
 def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
     """Reads the model that :func:`write_model` wrote.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import EDM, NoiseSchedule
+from fewstep.models.calling import NetworkCall, NetworkCaller
 from fewstep.models.denoiser import Denoiser
 
 
-class Preconditioned(nn.Module):
+class Preconditioned(NetworkCall):
     r"""The data that a raw network predicts, :math:`c_\text{skip} x + c_\text{out} F(c_\text{in} x, c_\text{noise})`.
 
     With :math:`s` the deviation of the data,
@@ -43,6 +44,7 @@ class Preconditioned(nn.Module):
         if not 0 < sigma_data < float("inf"):
             raise ValueError(f"sigma_data must be a positive number, got {sigma_data!r}")
         self.network, self.sigma_data, self.sign = network, float(sigma_data), float(sign)
+        self.caller = NetworkCaller(network)
         self._to_noise = to_noise or (lambda sigma: sigma.log() / 4)
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,7 +60,15 @@ class Preconditioned(nn.Module):
         def spread(c: Tensor) -> Tensor:
             return c.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
-        value = self.network(x * spread(c_in), c_noise, **cond)
+        # The scales are applied in the state's precision, whatever the network's.
+        value = self.caller(
+            self.network,
+            x * spread(c_in),
+            c_noise,
+            cond,
+            prediction=Prediction.X0,
+            training=True,
+        )
         return x * spread(c_skip) + value * spread(c_out)
 
 

@@ -31,7 +31,7 @@ class _Wrapper(Denoiser):
         self.event_shape, self.null_condition = inner.event_shape, inner.null_condition
         self.data_mean, self.data_std = inner.data_mean, inner.data_std
         self.calls, self.accepts = inner.calls, inner.accepts
-        self.integer_times = getattr(inner, "integer_times", False)
+        self.integer_times = inner.integer_times
 
     def fingerprint(self) -> str:
         """Returns that of the model inside."""

@@ -165,7 +165,7 @@ class SamplerRecipe:
             from fewstep.sampling.adaptive import AdaptiveSampler
 
             return AdaptiveSampler(denoiser, **self.options)
-        integer = getattr(denoiser, "integer_times", False)
+        integer = denoiser.integer_times
         plan = self.plan_for(denoiser.schedule, integer_times=integer, force=force)
         return PlanSampler(plan, denoiser)
 

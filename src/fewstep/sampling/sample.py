@@ -111,7 +111,7 @@ def sampler(
             steps=steps,
             grid=grid,
             head_start=head_start,
-            integer_times=getattr(denoiser, "integer_times", False),
+            integer_times=denoiser.integer_times,
             **options,
         )
     if not isinstance(plan, Plan):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -160,11 +159,8 @@ class Probe:
         self.claimed, self.cond = denoiser, cond
         self.network = denoiser
         if isinstance(denoiser, WrappedNetwork):
-            # A shallow copy shares the weights; only the map of times is its own.
-            self.network = copy.copy(denoiser)
-            self.network._to_model_time = None
-            self.network.integer_times = False
-        self.whole = getattr(denoiser, "integer_times", False)
+            self.network = denoiser.as_called()
+        self.whole = denoiser.integer_times
 
     def output(self, hypothesis: Hypothesis, x: Tensor, t: float) -> Tensor | None:
         r"""Returns the network's output at a state (B, \*) and a time, or ``None`` if it refuses."""

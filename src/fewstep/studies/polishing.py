@@ -44,7 +44,7 @@ class Candidate:
     def plan(self, denoiser: Denoiser) -> Plan:
         """Returns the plan for a model."""
         grid = grid_of(denoiser.schedule, self.times)
-        if getattr(denoiser, "integer_times", False):
+        if denoiser.integer_times:
             grid = grid.rounded()
         return replace(self.solver.plan(grid), head=self.head)
 
@@ -98,7 +98,7 @@ def polish(
         iterations: The most iterations.
         progress: Follows the evaluations.
     """
-    if getattr(denoiser, "integer_times", False):
+    if denoiser.integer_times:
         return Polished(candidate, (), 0)  # whole indices have no derivatives
     work = _Work(denoiser, candidate, noise, end, cond, progress)
     place = candidate.times.clamp_min(0).pow(1 / POWER)

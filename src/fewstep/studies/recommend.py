@@ -160,7 +160,7 @@ def candidates(
 ) -> list[Tried]:
     """Returns every solver on every grid with its predicted error, the best first."""
     grids: list[tuple[str, Tensor, bool]] = []
-    integer = getattr(denoiser, "integer_times", False)
+    integer = denoiser.integer_times
     for label, name, options in GRIDS:
         try:
             plan = make_plan(
@@ -268,7 +268,7 @@ def advise(
 
 def _default(denoiser: Denoiser, path: Path, nfe: int) -> Tried:
     choice = choose(denoiser.schedule, nfe)
-    integer = getattr(denoiser, "integer_times", False)
+    integer = denoiser.integer_times
     plan = make_plan("auto", denoiser.schedule, nfe=nfe, integer_times=integer)
     label = " ".join([choice.grid or "own", *(f"{v:g}" for v in choice.options.values())])
     return Tried(

@@ -138,7 +138,7 @@ def follow(
         progress: Follows the evaluations.
     """
     schedule = denoiser.schedule
-    integer = getattr(denoiser, "integer_times", False)
+    integer = denoiser.integer_times
     fine = place_nodes(schedule, intervals * substeps, integer=integer)
     plan = make_plan("tab3", schedule, grid=TimeGrid(schedule, fine))
     nodes = torch.arange(0, len(fine), substeps)

@@ -64,7 +64,7 @@ def kept(
         ValueError, TypeError: If something does not fit, or the sampler draws noise on its way.
     """
     schedule = denoiser.schedule
-    integer = getattr(denoiser, "integer_times", False)
+    integer = denoiser.integer_times
     if plan is not None or recipe is not None:
         if plan is not None and recipe is not None:
             raise ValueError("give a plan or a recipe, not both")

@@ -93,7 +93,7 @@ def spectrum(
             "give the model, which then integrates some anew, or record with keep='all'"
         )
     kept = store.times
-    integer = getattr(denoiser, "integer_times", False)
+    integer = denoiser.integer_times
     dense = make_plan(
         "tab2",
         schedule,

@@ -14,6 +14,7 @@ from fewstep.adapters.diffusers.probing import PREDICTIONS
 from fewstep.base.files import read_json
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule
+from fewstep.models.calling import NetworkCall
 from fewstep.models.denoiser import Denoiser, WrappedNetwork
 from fewstep.models.preconditioning import Preconditioned
 
@@ -63,7 +64,7 @@ class DiffusersModel(WrappedNetwork):
         return torch.cat(parts)
 
 
-class _Call(nn.Module):
+class _Call(NetworkCall):
     """Calls a network of diffusers as ``network(x, t, **conditions)`` in its own type."""
 
     def __init__(self, network: Any) -> None:

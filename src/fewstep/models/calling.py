@@ -1,0 +1,329 @@
+r"""One evaluation of somebody's network: types and devices in, one tensor like the state out.
+
+Networks return tensors, tuples, dicts, objects with ``.sample`` and twice the channels; they have weights in half, single or double
+precision, on another device, and may have been left in training mode. All that is taken care of here, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.prediction import Prediction
+
+logger = logging.getLogger("fewstep")
+
+COMPUTING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types in which networks compute; weights of others (quantised ones) do not count."""
+
+NAMES = {
+    Prediction.EPS: ("eps", "epsilon", "noise"),
+    Prediction.X0: ("x0", "pred_x0", "denoised"),
+    Prediction.V: ("v", "velocity"),
+    Prediction.SCORE: ("score",),
+    Prediction.FLOW: ("flow", "velocity", "v"),
+}
+"""The keys under which a dict may have a prediction, besides ``sample``."""
+
+
+class NetworkCall(nn.Module):
+    """A module that calls a network in another way and has no layers of its own.
+
+    Attributes:
+        network: The network inside.
+    """
+
+    network: Any
+
+
+def innermost(network: Any) -> Any:
+    """Returns the network inside of modules that only call it."""
+    while isinstance(network, NetworkCall):
+        network = network.network
+    return network
+
+
+def modules_of(network: Any) -> list[nn.Module]:
+    """Returns the modules that a callable runs, as far as can be seen.
+
+    Those are itself, what a bound method or a :func:`functools.partial` belongs to, what a function
+    refers to by name, and the attributes of any other object.
+    """
+    network = innermost(network)
+    if isinstance(network, nn.Module):
+        return [network]
+    if isinstance(network, functools.partial):
+        parts = [network.func, *network.args, *network.keywords.values()]
+        return [m for part in parts if callable(part) for m in modules_of(part)]
+    owner = getattr(network, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return [owner]
+    code = getattr(network, "__code__", None)
+    if code is None:
+        values = list(getattr(network, "__dict__", {}).values())
+    else:
+        known = getattr(network, "__globals__", {})
+        values = [known[name] for name in code.co_names if name in known]
+        for cell in network.__closure__ or ():
+            try:
+                values.append(cell.cell_contents)
+            except ValueError:  # a name that is not bound yet
+                continue
+    return [innermost(v) for v in values if isinstance(innermost(v), nn.Module)]
+
+
+@contextmanager
+def evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts modules in evaluation mode (no dropout, fixed batch norms), then back as they were."""
+    training = [m for module in modules for m in module.modules() if m.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def computing_dtype(network: Any) -> torch.dtype | None:
+    """Returns the type of the first weights of a module; ``None`` for functions and modules without."""
+    if not isinstance(network, nn.Module):
+        return None
+    # In each evaluation: .parameters() is slow to begin.
+    for module in network.modules():
+        for p in module._parameters.values():
+            if p is not None and p.dtype in COMPUTING:
+                return p.dtype
+    return None
+
+
+class NetworkCaller:
+    """Calls a network on its device and in its type.
+
+    The state and floating conditions are cast to the type of the network's weights, the output back
+    to the state's. Times keep at least single precision, unless the network refuses that.
+
+    Arguments:
+        network: The network.
+        device: Where it is; left out, where the state is.
+        dtype: The type in which it computes; left out, that of its weights, for modules.
+    """
+
+    def __init__(
+        self, network: Any, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self._taken: dict[torch.dtype, int] = {}
+        # Weak: a copy of a function runs the same modules, and nobody but it holds them.
+        self._modules = [weakref.ref(m) for m in modules_of(network)]
+        owner = getattr(network, "__self__", network)
+        self._is_module = isinstance(innermost(owner), nn.Module)
+
+    def modules(self, network: Any) -> list[nn.Module]:
+        """Returns the modules that the network, or a copy of it, runs, as far as can be seen."""
+        if isinstance(inner := innermost(network), nn.Module):
+            return [inner]
+        return [m for ref in self._modules if (m := ref()) is not None]
+
+    def __call__(
+        self,
+        network: Callable[..., Any],
+        x: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Any],
+        *,
+        prediction: Prediction,
+        training: bool = False,
+    ) -> Tensor:
+        r"""Returns the prediction, with the shape, type and device of the state.
+
+        Arguments:
+            network: The network; a copy of that of the beginning is fine.
+            x: The state, with shape (B, \*).
+            t: The times, with shape (B), float32, float64 or int64.
+            cond: The conditions, ready for the batch.
+            prediction: What is predicted, to find it in a dict.
+            training: Whether a module in training mode is left so.
+
+        Raises:
+            ValueError: If the output has another shape, or the network fails for a reason that an
+                argument of :meth:`Denoiser.wrap` removes.
+        """
+        modules = self.modules(network)
+        if not training and any(m.training for m in modules):
+            with evaluation_mode(modules):
+                return self._call(network, x, t, cond, prediction)
+        return self._call(network, x, t, cond, prediction)
+
+    def _call(
+        self,
+        network: Callable[..., Any],
+        x: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Any],
+        prediction: Prediction,
+    ) -> Tensor:
+        if isinstance(network, NetworkCall):  # which calls its own network so
+            value = network(x, t, **cond)
+        else:
+            value = self._evaluate(network, x, t, cond)
+        value = model_output(value, x, prediction)
+        return value.to(device=x.device, dtype=x.dtype)
+
+    def _evaluate(
+        self, network: Callable[..., Any], x: Tensor, t: Tensor, cond: Mapping[str, Any]
+    ) -> Any:
+        """Calls with the first types that the network takes, and keeps to them."""
+        types = self._types(network, x.dtype, t.dtype)
+        first: Exception | None = None
+        for place in range(self._taken.get(x.dtype, 0), len(types)):
+            dtype, times = types[place]
+            ready = cond
+            if dtype != x.dtype or self.device is not None:
+                ready = {k: _cast(v, self.device, dtype) for k, v in cond.items()}
+            try:
+                value = network(x.to(self.device, dtype), t.to(self.device, times), **ready)
+            except (RuntimeError, IndexError, TypeError) as error:
+                first = first or error
+                if is_type_error(error) and place + 1 < len(types):
+                    continue
+                hint = _hint(str(first), t)
+                if hint is None:
+                    raise
+                raise ValueError(f"the network failed: {first}. {hint}") from first
+            if place and x.dtype not in self._taken:
+                logger.info("the network takes states in %s and times in %s", dtype, times)
+            self._taken[x.dtype] = place
+            return value
+        raise AssertionError  # the last types return or raise
+
+    def _types(
+        self, network: Any, state: torch.dtype, times: torch.dtype
+    ) -> list[tuple[torch.dtype, torch.dtype]]:
+        """Returns the types of state and times in the order to be tried."""
+        if self._is_module or self.dtype:
+            own = self.dtype or next(map(computing_dtype, self.modules(network)), None) or state
+            kinds = [own]
+        else:
+            # A function may cast for itself, and compute with the state in full precision before.
+            inside = {computing_dtype(m) for m in self.modules(network)} - {None}
+            own = inside.pop() if len(inside) == 1 else state
+            kinds = [state] if own in (None, state) else [state, own]
+        if not times.is_floating_point:
+            return [(k, times) for k in kinds]
+        wide = torch.float64 if own == torch.float64 else times
+        # Half precision rounds times, so it is the last resort.
+        found = [(k, wide if k == own else times) for k in kinds] + [(kinds[-1], kinds[-1])]
+        return list(dict.fromkeys(found))
+
+
+def is_type_error(error: Exception) -> bool:
+    """Returns whether tensors of different floating types met."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "Long" not in text
+        and any(word in text for word in ("dtype", "scalar type", "Input type", "input type"))
+    )
+
+
+def _cast(value: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _cast(v, device, dtype) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_cast(v, device, dtype) for v in value]
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+
+def _hint(error: str, t: Tensor) -> str | None:
+    """Returns which argument of ``Denoiser.wrap`` helps against an error, if one does."""
+    if "same device" in error:
+        return "If the network is elsewhere, say where: Denoiser.wrap(..., device='cuda')"
+    whole = ("Long, Int", "scalar type Long", "used as indices must be", "only integer tensors")
+    if t.is_floating_point() and any(text in error for text in whole):
+        return (
+            "If the network wants whole timesteps, as one with a table of embeddings does, say so: "
+            "Denoiser.wrap(..., integer_times=True)"
+        )
+    if "dtype" in error or "expected scalar type" in error:
+        return "Say in which type the network computes: Denoiser.wrap(..., dtype=torch.float16)"
+    if "index out of range" in error or "out of bounds" in error:
+        return (
+            "A label or a timestep is outside of the network's table; give num_classes= to "
+            "Denoiser.wrap to have labels checked, and to_model_time= if it counts time otherwise"
+        )
+    return None
+
+
+def model_output(value: Any, x: Tensor, prediction: Prediction) -> Tensor:
+    r"""Returns the prediction in what a network returned, with the state's shape.
+
+    That is the tensor itself, the first element of a tuple or list, the attribute ``sample``, or an
+    entry of a dict: ``sample``, the name of the prediction, or the only tensor. Of twice the
+    channels, (B, 2C, \*), the first half is taken: the second is a learned variance.
+
+    Raises:
+        ValueError: If there is none, or its shape is another.
+    """
+    found = _tensor_in(value, prediction)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"the network must return a tensor of the state's shape {tuple(x.shape)}, got "
+            f"{_described(value)}; a tuple, a dict or an object with .sample that has one will do"
+        )
+    if not found.is_floating_point():
+        raise ValueError(f"the network must return real numbers, got {found.dtype}")
+    if found.shape == x.shape:
+        return found
+    shape, got = tuple(x.shape), tuple(found.shape)
+    if found.ndim == x.ndim > 1 and got == (shape[0], 2 * shape[1], *shape[2:]):
+        return found[:, : shape[1]]
+    raise ValueError(
+        f"the network must return a tensor of the state's shape {shape}, got {got}{_shape_hint(shape, got)}"
+    )
+
+
+def _tensor_in(value: Any, prediction: Prediction) -> Any:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(getattr(value, "sample", None), Tensor):
+        return value.sample
+    if isinstance(value, Mapping):
+        for key in ("sample", *NAMES[prediction]):
+            if isinstance(value.get(key), Tensor):
+                return value[key]
+        tensors = [v for v in value.values() if isinstance(v, Tensor)]
+        return tensors[0] if len(tensors) == 1 else None
+    return value[0] if isinstance(value, (tuple, list)) and value else None
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Mapping):
+        keys = ", ".join(map(repr, value))
+        return f"a {type(value).__name__} with the keys {keys:.100}, none of them 'sample'"
+    if isinstance(value, (tuple, list)):
+        kinds = ", ".join(type(v).__name__ for v in value)
+        return f"a {type(value).__name__} of ({kinds:.100})"
+    return type(value).__name__
+
+
+def _shape_hint(shape: Sequence[int], got: Sequence[int]) -> str:
+    batch, *event = shape
+    if len(event) > 1 and list(got) == [batch, *event[1:], event[0]]:
+        return "; its channels come last: return output.movedim(-1, 1)"
+    if list(got) == event:
+        return "; the dimension of the batch is missing"
+    if len(got) == len(shape) > 1 and list(got[:1]) + list(got[2:]) == [batch, *event[1:]]:
+        return (
+            f"; it has {got[1]} channels instead of {event[0]}: return those of the prediction "
+            "(twice as many are taken for a prediction and a learned variance)"
+        )
+    return "; check event_shape, and return the prediction alone"
