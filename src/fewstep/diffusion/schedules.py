@@ -303,6 +303,45 @@ class EDM(NoiseSchedule):
         return (-lam).exp()
 
 
+class VPSigma(NoiseSchedule):
+    r"""Variance preserving, time is the ratio :math:`\rho = \sigma / \alpha`, in [0.002, 700].
+
+    .. math:: \alpha = (1 + t^2)^{-1/2}, \qquad \sigma = t\, (1 + t^2)^{-1/2}
+
+    The states of EDM, scaled as its networks see them: v-prediction at any noise level, as in Stable Video
+    Diffusion.
+
+    Arguments:
+        sigma_min: The smallest ratio at which the network is trusted.
+        sigma_max: The largest, where sampling starts.
+
+    References:
+        | Stable Video Diffusion (Blattmann et al., 2023)
+        | https://arxiv.org/abs/2311.15127
+    """
+
+    name = "vp-sigma"
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 700.0) -> None:
+        _check(
+            0 < sigma_min < sigma_max < math.inf,
+            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}",
+        )
+        self.t_min, self.t_max = float(sigma_min), float(sigma_max)
+
+    def options(self) -> dict[str, Any]:
+        return {"sigma_min": self.t_min, "sigma_max": self.t_max}
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return -0.5 * torch.log1p(t * t)
+
+    def log_sigma(self, t: Tensor) -> Tensor:
+        return t.log() - 0.5 * torch.log1p(t * t)
+
+    def time(self, lam: Tensor) -> Tensor:
+        return (-lam).exp()
+
+
 class Flow(NoiseSchedule):
     r"""Rectified flow: :math:`\alpha = 1 - t`, :math:`\sigma = t`, time in [1e-3, 0.999].
 
@@ -497,6 +536,7 @@ SCHEDULES: Registry[Callable[..., NoiseSchedule]] = Registry(
         "sub-vp": SubVP,
         "ve": VE,
         "edm": EDM,
+        "vp-sigma": VPSigma,
         "flow": Flow,
         "ddpm-linear": DDPMLinear,
         "ddpm-scaled-linear": DDPMScaledLinear,

@@ -110,6 +110,20 @@ class Execution:
         self._registers[op.of] = x if self._keeps_inputs else x.clone()
         self.request = Evaluation(self._registers[op.of], op.at)
 
+    def resize(self, shape: torch.Size) -> bool:
+        """Repeats what the rest of the run reads for a larger batch; returns whether it fits that shape.
+
+        The input of the waiting call has been replaced. Only a batch of one can be repeated.
+        """
+        registers = self._registers
+        for r, held in enumerate(registers):
+            if held is None or held.shape == shape:
+                continue
+            if held.shape[:1] != (1,) or held.shape[1:] != shape[1:]:
+                return False
+            registers[r] = held.expand(shape).clone()
+        return True
+
     def _run(self) -> None:
         ops, registers, row = self._ops, self._registers, self._row
         count = len(ops)

@@ -267,7 +267,6 @@ class Euler(Solver):
     """
 
     name = "euler"
-    spaces_points: ClassVar[bool] = True
     ends_above_zero: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 
@@ -301,7 +300,6 @@ class EulerMaruyama(Solver):
     lam: float = 1.0
 
     name = "euler-maruyama"
-    spaces_points: ClassVar[bool] = True
     ends_above_zero: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.adapters.diffusers import spacing as spacing
-from fewstep.adapters.diffusers.probing import PREDICTIONS
+from fewstep.adapters.diffusers.configurations import conventions_of, family_of
 from fewstep.base.files import read_json
 from fewstep.diffusion.prediction import Prediction
-from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule
+from fewstep.diffusion.schedules import Flow, NoiseSchedule, VPSigma
 from fewstep.models.calling import NetworkCall
 from fewstep.models.denoiser import Denoiser, WrappedNetwork
 from fewstep.models.preconditioning import Preconditioned
-
-DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-    "use_flow_sigmas": False,
-}
 
 NETWORKS = {
     "UNet2DModel": "image",
@@ -35,6 +24,12 @@ NETWORKS = {
     "SD3Transformer2DModel": "flow",
 }
 """The networks that are known, and how each is called."""
+
+
+CONDITIONED_OTHERWISE = {
+    "CosineDPMSolverMultistepScheduler": "conditions its network on the angle 2 atan(sigma) / pi",
+}
+"""Schedulers that have a plan, but whose conditioning is not that of EDM."""
 
 
 class DiffusersModel(WrappedNetwork):
@@ -243,32 +238,22 @@ def _text(folder: Path) -> tuple[Any, Any]:
 
 def _conventions(
     config: Mapping[str, Any] | None, flow: bool
-) -> tuple[NoiseSchedule, Prediction, int]:
-    """Returns the schedule, the prediction and the number of trained levels."""
+) -> tuple[NoiseSchedule, Prediction, Callable[[Tensor], Tensor] | None]:
+    """Returns schedule, prediction, and the conditioning timestep of a time (``None``: the time)."""
     given = dict(config or {})
-    if is_edm(given):
-        levels = int(given.get("num_train_timesteps", 1000))
-        ends = float(given.get("sigma_min", 0.002)), float(given.get("sigma_max", 80.0))
-        return EDM(*ends), Prediction.X0, levels
-    own = "prediction_type" not in given and "beta_schedule" not in given
-    if flow or (own and "shift" in given):
-        given.setdefault("prediction_type", "flow_prediction")
-    full = {**DEFAULTS, "prediction_type": "epsilon", **given}
-    if full["prediction_type"] not in PREDICTIONS:
+    if given.get("_class_name") in CONDITIONED_OTHERWISE:
         raise ValueError(
-            f"the scheduler's prediction_type {full['prediction_type']!r} is not known"
+            f"{given['_class_name']} {CONDITIONED_OTHERWISE[given['_class_name']]}; wrap its network "
+            "yourself with Denoiser.wrap"
         )
-    products = torch.cumprod(1 - spacing.betas(full), 0)
-    # Plans in eps divide by alpha at the start: not as close to pure noise as a scheduler goes.
-    table = spacing.levels(products, "epsilon")
-    made = spacing.schedule_of(full, table)
-    made = Flow() if isinstance(made, Flow) else made
-    return made, PREDICTIONS[full["prediction_type"]], int(full["num_train_timesteps"])
-
-
-def is_edm(config: Mapping[str, Any]) -> bool:
-    """Returns whether a scheduler's configuration is of EDM's preconditioning."""
-    return "sigma_data" in config or str(config.get("_class_name", "")).startswith("EDM")
+    if flow and not given:
+        given["prediction_type"] = "flow_prediction"
+    schedule, prediction, count = conventions_of(given)
+    if isinstance(schedule, Flow):
+        return schedule, prediction, lambda t: t * count
+    if isinstance(schedule, VPSigma):
+        return schedule, prediction, lambda t: 0.25 * t.log()
+    return schedule, prediction, None
 
 
 def _denoiser(
@@ -277,7 +262,7 @@ def _denoiser(
     kind = NETWORKS.get(type(network).__name__)
     if kind is None:
         raise ValueError(f"{str(folder)!r} holds an autoencoder, not a network that denoises")
-    schedule, prediction, levels = _conventions(config, kind == "flow")
+    schedule, prediction, to_model_time = _conventions(config, kind == "flow")
     null: dict[str, Any] = {}
     if kind == "image":
         call: _Call = _Image(network)
@@ -290,19 +275,18 @@ def _denoiser(
     else:
         call = _FlowText(network)
     asked: nn.Module = call
-    if config is not None and is_edm(config):
+    if config is not None and family_of(config) == "edm":
         sign = -1.0 if config.get("prediction_type") == "v_prediction" else 1.0
         data = float(config.get("sigma_data", 0.5))
         asked = Preconditioned(call, sigma_data=data, sign=sign)
     size = network.config.sample_size
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    flow = isinstance(schedule, Flow)
     model = DiffusersModel(
         asked,
         schedule=schedule,
         prediction=prediction,
         event_shape=(int(network.config.in_channels), *map(int, sides)),
-        to_model_time=(lambda t: t * levels) if flow else None,
+        to_model_time=to_model_time,
         null_condition=null,
     )
     model.vae = extra.get("vae")

@@ -19,7 +19,7 @@ from fewstep.adapters.diffusers.fitting import (
     steps_for,
     trained_levels,
 )
-from fewstep.adapters.diffusers.probing import _Draws
+from fewstep.adapters.diffusers.probing import Draws
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Flow, NoiseSchedule, Tabulated
 from fewstep.models.denoiser import Denoiser
@@ -66,7 +66,7 @@ class DiffusersSampler:
         calls = _Calls(scheduler, self.denoiser)
         first, kept = x, list[Tensor]()
         shape = tuple(x.shape[1:])
-        draws = _Draws(lambda k, _: run.noise.draw(k, shape, dtype=x.dtype, device=x.device))
+        draws = Draws(lambda k, _: run.noise.draw(k, shape, dtype=x.dtype, device=x.device))
         with torch.no_grad():
             for k, t in enumerate(scheduler.timesteps):
                 state, time = calls.state(x, t, k)

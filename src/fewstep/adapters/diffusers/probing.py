@@ -7,19 +7,27 @@ shows the whole table.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fewstep.adapters.diffusers.spacing import FLOW_START, levels
+from fewstep.adapters.diffusers.configurations import (
+    FLOW_START,
+    check_class,
+    family_of,
+    is_continuous,
+    positive_levels,
+    prediction_of,
+)
 from fewstep.diffusion.prediction import Prediction, mixture
-from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule, Tabulated
+from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule, Tabulated, VPSigma
 from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Eval, Lin, Noise, Row, Structure
 
@@ -49,7 +57,7 @@ class Table(NamedTuple):
     draws: int
 
 
-class _Draws(TorchFunctionMode):
+class Draws(TorchFunctionMode):
     """Answers requests for normal draws with what ``make(index, shape)`` returns."""
 
     def __init__(self, make: Callable[[int, tuple[int, ...]], Tensor]) -> None:
@@ -101,6 +109,12 @@ def check_affine(scheduler: Any) -> None:
     """
     config: Mapping[str, Any] = scheduler.config
     name = type(scheduler).__name__
+    check_class(name)
+    if config.get("invert_sigmas"):
+        raise ValueError(
+            f"{name} has invert_sigmas=True: its time falls while the noise grows, and a plan's time grows "
+            "with it. Make it with invert_sigmas=False"
+        )
     for option, does in NOT_AFFINE.items():
         if config.get(option):
             raise ValueError(
@@ -112,6 +126,35 @@ def check_affine(scheduler: Any) -> None:
             f"{name} is not a plan: its option 'variance_type' = {config['variance_type']!r} "
             "multiplies draws by what the network returns. Make it with a fixed variance"
         )
+
+
+@contextlib.contextmanager
+def _refusals(scheduler: Any, steps: int | None) -> Iterator[None]:
+    """Makes what a scheduler stumbles over into an error with its name; ours pass as they are."""
+    try:
+        yield
+    except UnknownArgumentError:
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        said = (
+            f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        )
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot be run with num_inference_steps={steps}: {said}"
+        ) from error
+
+
+class UnknownArgumentError(TypeError):
+    """An argument that a scheduler's ``step`` does not take."""
 
 
 def probe(
@@ -135,10 +178,11 @@ def probe(
         ValueError: If it is not affine: the message names the option, if one is to blame.
     """
     check_affine(scheduler)
-    one = Runner(scheduler, num_inference_steps, set_timesteps, step)
-    calls = len(one.timesteps)
     zeros = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    draws = one.run(zeros, [zeros] * calls, lambda i, shape: torch.zeros(shape)).draws
+    with _refusals(scheduler, num_inference_steps):
+        one = Runner(scheduler, num_inference_steps, set_timesteps, step)
+        calls = len(one.timesteps)
+        draws = one.run(zeros, [zeros] * calls, lambda i, shape: torch.zeros(shape)).draws
     width = 1 + calls + draws
     # Beside the unit vectors, two random mixtures of them, to see that the scheduler superposes.
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +234,7 @@ class Runner:
         self.step = dict(step or {})
         known = inspect.signature(self.scheduler.step).parameters
         if unknown := sorted(set(self.step) - set(known)):
-            raise TypeError(f"{type(scheduler).__name__}.step takes no {unknown[0]!r}")
+            raise UnknownArgumentError(f"{type(scheduler).__name__}.step takes no {unknown[0]!r}")
 
     def run(
         self,
@@ -206,7 +250,7 @@ class Runner:
         scales = hasattr(scheduler, "scale_model_input")
         if hasattr(scheduler, "noise_sampler"):
             scheduler.noise_sampler = _Brownian(noise)
-        with _Draws(draw) as mode:
+        with Draws(draw) as mode:
             for k, t in enumerate(self.timesteps):
                 scaled = scheduler.scale_model_input(x, t) if scales else x
                 preconditioned = hasattr(scheduler, "precondition_outputs")
@@ -232,15 +276,6 @@ class Runner:
         return (x0 - offset) / scale
 
 
-PREDICTIONS = {
-    "epsilon": Prediction.EPS,
-    "sample": Prediction.X0,
-    "v_prediction": Prediction.V,
-    "flow_prediction": Prediction.FLOW,
-}
-"""What diffusers calls the predictions."""
-
-
 def plan_from_scheduler(scheduler: Any, num_inference_steps: int | None, **kwargs: Any) -> Plan:
     """Returns what a scheduler of diffusers does in a run, as a plan.
 
@@ -258,14 +293,18 @@ def plan_from_scheduler(scheduler: Any, num_inference_steps: int | None, **kwarg
         ValueError: If it is not affine; the message names the option that is to blame.
         TypeError: If it takes no such argument.
     """
+    check_class(type(scheduler).__name__)
     sets = inspect.signature(scheduler.set_timesteps).parameters
     setting = {k: v for k, v in kwargs.items() if k in sets}
     stepping = {k: v for k, v in kwargs.items() if k not in sets}
-    table = probe(scheduler, num_inference_steps, set_timesteps=setting, step=stepping)
+    check_affine(scheduler)
     schedule, prediction = _schedule(scheduler), _prediction(scheduler)
+    table = probe(scheduler, num_inference_steps, set_timesteps=setting, step=stepping)
     times = torch.tensor(table.times, dtype=torch.float64)
     if isinstance(schedule, Flow):
         times = times / scheduler.config["num_train_timesteps"]
+    elif isinstance(schedule, VPSigma):
+        times = (4 * times).exp()
     times = times.clamp(max=schedule.t_max)
     return _plan(table, times, schedule, prediction, type(scheduler).__name__)
 
@@ -273,28 +312,19 @@ def plan_from_scheduler(scheduler: Any, num_inference_steps: int | None, **kwarg
 def _prediction(scheduler: Any) -> Prediction:
     if hasattr(scheduler, "precondition_outputs"):
         return Prediction.X0
-    if _is_flow(scheduler):
-        return PREDICTIONS.get(scheduler.config.get("prediction_type", ""), Prediction.FLOW)
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind not in PREDICTIONS:
-        raise ValueError(
-            f"{type(scheduler).__name__} has prediction_type {kind!r}; known: {', '.join(PREDICTIONS)}"
-        )
-    return PREDICTIONS[kind]
+    config = scheduler.config
+    if _is_flow(scheduler) and "prediction_type" not in config:
+        return Prediction.FLOW
+    return prediction_of(config)
 
 
 def _is_flow(scheduler: Any) -> bool:
-    config = scheduler.config
-    return (
-        type(scheduler).__name__.startswith("FlowMatch")
-        or bool(config.get("use_flow_sigmas"))
-        or config.get("prediction_type") == "flow_prediction"
-    )
+    return family_of({**scheduler.config, "_class_name": type(scheduler).__name__}) == "flow"
 
 
 def _schedule(scheduler: Any) -> NoiseSchedule:
+    config = scheduler.config
     if hasattr(scheduler, "precondition_outputs"):
-        config = scheduler.config
         # The ends of the range are reached up to float32.
         return EDM(config["sigma_min"] * (1 - 1e-5), config["sigma_max"] * (1 + 1e-5))
     if _is_flow(scheduler):
@@ -304,8 +334,16 @@ def _schedule(scheduler: Any) -> NoiseSchedule:
             f"{type(scheduler).__name__} has no alphas_cumprod, so the noise schedule that its "
             "coefficients belong to is not known"
         )
-    prediction = scheduler.config.get("prediction_type", "epsilon")
-    return Tabulated(levels(scheduler.alphas_cumprod, prediction).double())
+    products = positive_levels(
+        scheduler.alphas_cumprod, config.get("prediction_type", "epsilon")
+    ).double()
+    if not is_continuous(config):
+        return Tabulated(products)
+    ends = ((1 - products) / products).sqrt()[[0, -1]].tolist()
+    low, high = (
+        config.get(key) or end for key, end in zip(("sigma_min", "sigma_max"), ends, strict=True)
+    )
+    return VPSigma(min(low, ends[0]) * (1 - 1e-5), max(high, ends[1]) * (1 + 1e-5))
 
 
 def _plan(
@@ -315,11 +353,11 @@ def _plan(
     start = float(schedule.sigma(times[0]))
     scale = float(rows[0, 0]) / start
     # Below the rounding of the scheduler's own float32 it is no scaling.
-    scaled = abs(scale - 1) > 2e-6
-    rows[:, 0] /= float(rows[0, 0]) if scaled else start
+    scale = scale if abs(scale - 1) > 2e-6 else 1.0
+    rows[:, 0] /= float(rows[0, 0]) if scale != 1 else start
     writer = _Writer(len(times), table.draws)
-    if scaled:
-        writer.lin({writer.initial: scale})
+    # Written even if it is 1, so that a PlanScheduler starts there too and not at variance 1.
+    writer.lin({writer.initial: scale})
     writer.evaluate(writer.last)
     for k in range(1, len(rows)):
         writer.state(rows, k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,18 +16,23 @@ from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
 from fewstep.solvers import Solver
 
+MOST_SETUPS = 32
+"""The most setups that a scheduler keeps."""
+
 
 class Setup(NamedTuple):
-    """What ``set_timesteps`` decides; shared among threads and never changed.
+    """What ``set_timesteps`` decides; shared among threads and copies, and never changed.
 
     Attributes:
         plan: The plan, in the prediction of the pipeline's network; in that of the data if they
             are clipped or thresholded.
         grid: The grid, or ``None`` for a stored plan.
         solver: The solver, or ``None`` for a stored plan.
-        told: What the network is told at each call.
-        to_data: For each call the map from state and answer to the predicted data, where those
-            are clipped or thresholded; else ``None``.
+        told: The conditioning timestep of each evaluation.
+        to_data: For each evaluation the map from state and prediction to the predicted data, where
+            those are clipped or thresholded; else ``None``.
+        alphas: For each evaluation alpha, where clipping leaves the predicted noise as it is
+            (DDIM without ``use_clipped_model_output``); else ``None``.
     """
 
     plan: Plan
@@ -34,18 +40,54 @@ class Setup(NamedTuple):
     solver: Solver | None
     told: tuple[float, ...]
     to_data: tuple[tuple[float, float], ...] | None
+    alphas: tuple[float, ...] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Setup:
+        return self
+
+
+class Setups:
+    """The setups of a scheduler by what was asked for; copies of a scheduler share them."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, Any] = {}
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Returns what is stored under a key, made first if it is not there."""
+        found = self._found.get(key)
+        if found is None:
+            found = make()
+            if len(self._found) >= MOST_SETUPS:
+                self._found = {}
+            self._found[key] = found
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Setups:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Setups, ()
 
 
 class Run:
     """The state of one run on one thread."""
 
-    def __init__(self, setup: Setup | None, timesteps: Tensor, sigmas: Tensor) -> None:
-        self.setup, self.sigmas = setup, sigmas
+    def __init__(
+        self,
+        setup: Setup | None,
+        timesteps: Tensor,
+        sigmas: Tensor,
+        *,
+        noise_seed: int | None = None,
+    ) -> None:
+        self.setup, self.sigmas, self.noise_seed = setup, sigmas, noise_seed
         self.active = setup
         self.keep(timesteps)
         self.begin_index: int | None = None
+        self.compiled = False
         self.offset = 0
         self.dtype = torch.float32
+        self.shape = torch.Size()
         self.size, self.plain = 0, False
         self.generator: Any = None
         self.variance_noise: Tensor | None = None
@@ -62,6 +104,13 @@ class Run:
         self.step_index: int | None = None
         self.execution: Execution | None = None
         self.sample: Tensor | None = None
+        self._own_generator: torch.Generator | None = None
+
+    def again(self) -> Run:
+        """Returns a run of the same timesteps that has not begun."""
+        fresh = Run(self.setup, self.timesteps, self.sigmas, noise_seed=self.noise_seed)
+        fresh.begin_index = self.begin_index
+        return fresh
 
     def expects(self, timestep: Any) -> bool:
         """Returns whether this is the next entry of ``timesteps`` itself; reads nothing from the device."""
@@ -70,7 +119,7 @@ class Run:
         return timestep.data_ptr() == self._pointer + self.step_index * self._size
 
     def told(self) -> float:
-        """Returns what the network is told at the next step."""
+        """Returns the conditioning timestep of the next evaluation."""
         assert self.active is not None
         assert self.step_index is not None
         return float(self.active.told[self.step_index - self.offset])
@@ -82,22 +131,44 @@ class Run:
         self.dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         x = sample.to(self.dtype)
         # What most steps need to know, found out once: each look costs a part of a microsecond.
-        self.size = x.numel()
+        self.shape, self.size = x.shape, x.numel()
         self.plain = active.to_data is None and not active.plan.n_noise
+        self._own_generator = None
         self.execution = Execution(active.plan, x, draw=self.draw, keep_inputs=True)
         return self.execution
 
+    def resize(self, sample: Tensor) -> None:
+        """Takes a state of another shape in the middle of a run.
+
+        Earlier predictions that the rest of the plan reads are repeated where they were of a batch of
+        one; how a larger batch grows or shrinks has no single meaning.
+
+        Raises:
+            ValueError: If the plan reads earlier predictions that do not fit the state.
+        """
+        assert self.execution is not None
+        assert self.active is not None
+        if not self.execution.resize(sample.shape):
+            raise ValueError(
+                f"the state has shape {tuple(sample.shape)} now and had {tuple(self.shape)} in the last "
+                f"step, whose predictions {self.active.plan.name} still reads. A batch of one may grow; "
+                "else call set_timesteps for a new run, or take a solver without memory, e.g. 'ddim'"
+            )
+        self.shape, self.size = sample.shape, sample.numel()
+
     def draw(self, index: int) -> Tensor:
-        """Draws with the generator of the step that asks."""
+        """Draws in the state's shape, with the generator of the step that asks."""
         del index
         like = self.like
         assert like is not None
         if self.variance_noise is not None:
-            noise = self.variance_noise
-        else:
-            noise = randn_tensor(
-                like.shape, generator=self.generator, device=like.device, dtype=like.dtype
-            )
+            return self.variance_noise.to(self.dtype)
+        generator = self.generator
+        if generator is None and self.noise_seed is not None:
+            if self._own_generator is None:
+                self._own_generator = torch.Generator().manual_seed(self.noise_seed)
+            generator = self._own_generator
+        noise = randn_tensor(self.shape, generator=generator, device=like.device, dtype=like.dtype)
         return noise.to(self.dtype)
 
 
@@ -107,9 +178,9 @@ class PerThread(threading.local):
     run: Run | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PerThread:
-        made = PerThread()
-        made.run = copy.deepcopy(self.run, memo)
-        return made
+        twin = PerThread()
+        twin.run = copy.deepcopy(self.run, memo)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PerThread, ()

@@ -2,7 +2,9 @@ r"""``PlanScheduler``: any solver, plan or recipe of ours in a pipeline of diffu
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,22 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from torch import Tensor
 
-from fewstep.adapters.diffusers import spacing as spacing
-from fewstep.adapters.diffusers.loading import is_edm
+from fewstep.adapters.diffusers.configurations import (
+    alphas_cumprod,
+    betas,
+    check_config,
+    class_of,
+    family_of,
+    is_continuous,
+    positive_levels,
+    prediction_of,
+    schedule_of,
+)
+from fewstep.adapters.diffusers.keys import KEYS, MODEL_KEYS
 from fewstep.adapters.diffusers.loading import load_denoiser as load_denoiser
 from fewstep.adapters.diffusers.noising import Noising
-from fewstep.adapters.diffusers.probing import PREDICTIONS
 from fewstep.adapters.diffusers.probing import plan_from_scheduler as plan_from_scheduler
-from fewstep.adapters.diffusers.setups import read_recipe, solver_name, without_scaling
+from fewstep.adapters.diffusers.recipes import read_recipe, solver_name, without_scaling
 from fewstep.adapters.diffusers.stepping import Stepping
 from fewstep.base.registry import unknown
 from fewstep.diffusion.grids import GRIDS
@@ -30,8 +41,8 @@ from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
 from fewstep.solvers.base import NO_PLAN
 
-OF_THE_MODEL = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-"""What a configuration says about the noise levels."""
+READS_ALPHA_TO_ONE = ("ddim", "gddim", "pndm")
+"""Solvers whose twins end where ``set_alpha_to_one`` says; the others' do not read it."""
 
 
 class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
@@ -68,7 +79,8 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
     what the data are there: for it the last :math:`\alpha` is half of the one before.
 
     **Clipping and thresholding** of configurations that ask for them are applied to the predicted
-    data of each call (``use_clipped_model_output`` has no further effect): exact for any solver.
+    data of each evaluation: exact for any solver. DDIM keeps the predicted noise as it is, as in
+    diffusers, unless ``step`` is asked for ``use_clipped_model_output``.
 
     Arguments:
         solver: A name in :data:`fewstep.SOLVERS`, ``"auto"``, or a family (``"tab"``, ``"rhoab"``,
@@ -98,6 +110,13 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         lower_order_final: Whether the order falls in the last steps, below 15 steps (unipc:
             always), for the solvers whose twins do so.
         rescale_betas_zero_snr: Whether the last level has no signal.
+        snr_shift_scale: By what the signal-to-noise ratio of all levels is divided (CogVideoX).
+        timestep_type: ``"continuous"``, with v-prediction: the network is conditioned on
+            :math:`\frac14 \ln \sigma` of any level (Stable Video Diffusion).
+        sigma_min: The lowest level of Karras, exponential and beta spacing, and of a continuous model.
+        sigma_max: The highest.
+        lambda_min_clipped: Grids in timesteps start at the first level whose :math:`\lambda` is
+            at least this.
         use_karras_sigmas: Spacing in :math:`(\sigma / \alpha)^{1/7}`.
         use_exponential_sigmas: Spacing in :math:`\lambda`.
         use_beta_sigmas: Spacing by quantiles of a beta distribution; needs scipy.
@@ -113,7 +132,9 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         base_image_seq_len: Likewise.
         max_image_seq_len: Likewise.
         shift_terminal: The level that the last flow level is stretched to.
-        invert_sigmas: Not supported; must be false.
+        invert_sigmas: Must be false: time must grow with the noise.
+        interpolation_type: Must be ``"linear"``.
+        stochastic_sampling: Must be false: take a stochastic solver.
         clip_sample: Whether the predicted data are clipped.
         clip_sample_range: To which range.
         thresholding: Whether the predicted data are thresholded dynamically.
@@ -121,8 +142,13 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         sample_max_value: The largest threshold.
         variance_type: ``"fixed_large"`` is the option of the solver ddpm. If the network returns
             twice as many channels as the state has, the second half, a variance, is not used.
+        noise_seed: Seeds the draws of a run of a stochastic solver whose pipeline passes no generator
+            to ``step`` (Flux and other flow pipelines); left out, torch's global generator draws.
         algorithm_type: Kept for other schedulers made from this configuration.
         solver_type: Likewise.
+
+    Raises:
+        ValueError: If an option is not known or cannot be followed; the message names it.
     """
 
     __module__ = "fewstep.adapters.diffusers"  # what saved pipelines name
@@ -153,6 +179,11 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         set_alpha_to_one: bool | None = None,
         lower_order_final: bool = True,
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
+        timestep_type: str = "discrete",
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        lambda_min_clipped: float = -math.inf,
         use_karras_sigmas: bool = False,
         use_exponential_sigmas: bool = False,
         use_beta_sigmas: bool = False,
@@ -168,23 +199,25 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         max_image_seq_len: int = 4096,
         shift_terminal: float | None = None,
         invert_sigmas: bool = False,
+        interpolation_type: str = "linear",
+        stochastic_sampling: bool = False,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
         variance_type: str | None = None,
+        noise_seed: int | None = None,
         algorithm_type: str | None = None,
         solver_type: str | None = None,
     ) -> None:
-        del beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr
-        _one_of("prediction_type", prediction_type, list(PREDICTIONS))
+        check_config(self.config, type(self).__name__)
+        prediction_of(self.config)
+        is_continuous(self.config)
         _one_of("count", count, ["steps", "calls"])
         _one_of("time_shift_type", time_shift_type, ["exponential", "linear"])
         if grid not in (None, "auto") and not is_fitted(grid):
             GRIDS[grid]
-        if invert_sigmas:
-            raise ValueError("invert_sigmas is not supported: time must grow with the noise")
         chosen = [use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas]
         if sum(map(bool, chosen)) > 1:
             raise ValueError(
@@ -193,16 +226,14 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
             )
         name = solver_name(solver, solver_order)
         method = None
-        if name != "auto":
-            method = make_solver(
-                name, **(solver_options or {})
-            )  # wrong names and options end here
+        if name != "auto":  # wrong names and options end here
+            method = make_solver(name, **(solver_options or {}))
             if method.adaptive:
                 raise ValueError(NO_PLAN.format(name))
-        self.betas = spacing.betas(self.config)
+        self.betas = betas(self.config)
         self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = spacing.levels(torch.cumprod(self.alphas, dim=0), prediction_type)
-        self.schedule = spacing.schedule_of(self.config, self.alphas_cumprod)
+        self.alphas_cumprod = positive_levels(alphas_cumprod(self.config), prediction_type)
+        self.schedule = schedule_of(self.config, self.alphas_cumprod)
         self._recipe: SamplerRecipe | None = None
         if recipe is not None:
             self._recipe, text = read_recipe(recipe)
@@ -229,13 +260,21 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
             spaces = "linspace" if method is None else method.spacing
         _one_of("timestep_spacing", spaces, ["linspace", "leading", "trailing"])
         if final is None:
-            own = method is not None and method.ends_above_zero
-            above = own if to_one is None else not to_one
+            above = method is not None and method.ends_above_zero
+            if to_one is not None and method is not None and method.name in READS_ALPHA_TO_ONE:
+                above = not to_one
             final = "sigma_min" if above else "zero"
         _one_of("final_sigmas_type", final, ["zero", "sigma_min"])
+        if to_one is None:
+            to_one = final == "zero"
         self.register_to_config(
-            timestep_spacing=spaces, final_sigmas_type=final, set_alpha_to_one=final == "zero"
+            timestep_spacing=spaces, final_sigmas_type=final, set_alpha_to_one=to_one
         )
+        used = self.config.get("_use_default_values")
+        if used is not None:
+            # Schedulers made from this one get the model's values, not their own defaults for them.
+            kept = [k for k in used if k not in MODEL_KEYS or self.config[k] is None]
+            self.register_to_config(_use_default_values=sorted(kept))
 
     def _initial_tensors(self) -> tuple[Tensor, Tensor]:
         count = self.config["num_train_timesteps"]
@@ -252,25 +291,38 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         """Makes the scheduler from the configuration of any other; ``kwargs`` replace its values.
 
         As everywhere in diffusers, what the other left at its defaults becomes our default; except
-        its noise levels, which belong to the model. Flow schedulers have no ``prediction_type``:
-        theirs is ``"flow_prediction"``.
+        what belongs to the model: its noise levels, prediction, shift and clipping. Flow schedulers
+        have no ``prediction_type``: theirs is ``"flow_prediction"``. ``docs/diffusers.md`` lists all
+        keys and what becomes of them.
 
         Raises:
-            ValueError: If the configuration is of EDM's preconditioning: those pipelines leave the
+            ValueError: If a key of the configuration changes levels, times or the prediction in a way
+                that is not understood, or it is of EDM's preconditioning: those pipelines leave the
                 scaling of the network's input to the scheduler, which this one does not do.
+            TypeError: If there is no such option.
         """
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                f"config must be a configuration, such as pipe.scheduler.config, got {config!r:.60}"
+            )
+        known = inspect.signature(cls.__init__).parameters
+        strange = [k for k in kwargs if k not in known and k not in KEYS]
+        if strange and not return_unused_kwargs:
+            raise TypeError(unknown("option of PlanScheduler", strange[0], list(known)))
+        check_config({**config, **kwargs}, class_of(config) or cls.__name__)
         # With betas it is one of ours that went through EDM's class.
-        if isinstance(config, Mapping) and is_edm(config) and "beta_schedule" not in config:
+        edm = family_of(config) == "edm" or "sigma_data" in config
+        if edm and "beta_schedule" not in config:
             raise ValueError(
                 "PlanScheduler does not scale a network's input as EDM's preconditioning asks "
                 "(sigma_data); load the pipeline with fewstep.load(folder) and use fewstep.sample"
             )
-        if isinstance(config, Mapping) and "_use_default_values" in config:
-            kept = [k for k in config["_use_default_values"] if k not in OF_THE_MODEL]
+        used = config.get("_use_default_values")
+        if used is not None:
+            kept = [k for k in used if edm or k not in MODEL_KEYS or config[k] == known[k].default]
             config = {**config, "_use_default_values": kept}
-        if isinstance(config, Mapping) and not {"prediction_type", "beta_schedule"} & set(config):
-            if {"shift", "invert_sigmas", "shift_terminal", "base_image_seq_len"} & set(config):
-                kwargs.setdefault("prediction_type", "flow_prediction")
+        if family_of(config) == "flow" and "prediction_type" not in config:
+            kwargs.setdefault("prediction_type", "flow_prediction")
         return super().from_config(dict(config), return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.adapters.diffusers import spacing as spacing
-from fewstep.adapters.diffusers.probing import PREDICTIONS
+from fewstep.adapters.diffusers.configurations import FLOW_START, PREDICTIONS
+from fewstep.adapters.diffusers.recipes import solver_name, without_scaling
 from fewstep.adapters.diffusers.runs import Setup
+from fewstep.adapters.diffusers.stages import check_jump, last_start, most_steps, step_at
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction, coefficients
-from fewstep.diffusion.schedules import Flow, NoiseSchedule
+from fewstep.diffusion.schedules import Flow, NoiseSchedule, VPSigma
 from fewstep.plans.buffers import buffer_schedule
 from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import convert_plan, plan_for
-from fewstep.plans.structure import Eval, Lin, Structure
+from fewstep.plans.structure import Eval
 from fewstep.sampling.fitted import is_fitted, read_fitted
 from fewstep.sampling.planning import GRID_OPTIONS, choose
 from fewstep.sampling.recipe import SamplerRecipe
-from fewstep.solvers import SOLVERS, Solver
+from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
 
 LOWERED_BELOW = 15
 """Below so many steps diffusers lowers the order of the last ones (``lower_order_final``)."""
 
-LARGEST_JUMP = 200.0
-"""The most by which one step of several stages may divide sigma / alpha: that is its amplification."""
+IN_TIME = ("euler", "euler-maruyama")
+"""Solvers that step in time itself."""
 
 NO_HEAD = (
     "{} with a head start needs the moments of the data, which a pipeline does not know; use "
@@ -63,11 +64,13 @@ class Planner:
     Attributes:
         config: The configuration of the scheduler.
         schedule: Its noise schedule.
+        alphas_cumprod: Its trained levels.
         recipe: Its recipe, or ``None``.
     """
 
     config: Mapping[str, Any]
     schedule: NoiseSchedule
+    alphas_cumprod: Tensor
     recipe: SamplerRecipe | None
 
     @property
@@ -79,16 +82,48 @@ class Planner:
         recipe = self.recipe
         if recipe is not None and recipe.plan is not None:
             plan, _ = without_scaling(recipe.plan)
-            if asked.times is not None or asked.levels is not None or asked.steps != plan.nfe:
-                raise ValueError(
-                    f"the recipe is a plan of {plan.nfe} network calls at its own times; "
-                    f"call it with num_inference_steps={plan.nfe}"
-                )
-            return self._finish(plan, None, None, self._told(plan.times, None))
+            own = f"the recipe is a plan of {plan.nfe} network evaluations at its own levels"
+            asked = self._own_levels(asked, own, plan.nfe, plan.times)
+            if asked.steps != plan.nfe:
+                raise ValueError(f"{own}; call it with num_inference_steps={plan.nfe}")
+            return self._finish(plan, None, None, self._conditioning(plan.times, None))
+        if recipe is not None:
+            own = f"the recipe is for {recipe.nfe} network evaluations on its own grid"
+            asked = self._own_levels(asked, own, recipe.nfe, None)
+        elif self.config["grid"] is not None:
+            asked = self._own_levels(asked, f"grid={self.config['grid']!r} has its own levels")
         method, grid = self._method_and_grid(asked)
         plan = method.plan(grid)
-        told = self._told(plan.times, asked.times if asked.levels is not None else None)
+        both = asked.times is not None and asked.levels is not None
+        told = self._conditioning(plan.times, asked.times if both else None)
         return self._finish(plan, grid, method, told)
+
+    def _own_levels(
+        self, asked: Request, own: str, count: int | None = None, times: Tensor | None = None
+    ) -> Request:
+        """Returns the request as one for a count, where levels of our own are meant.
+
+        Pipelines of flow models always pass the levels 1, 1 - 1/N, ..., 1/N, which say the count and
+        nothing else; and the own levels may be given back.
+        """
+        if asked.times is None and asked.levels is None:
+            return asked
+        points = [s for s in asked.levels or asked.times or () if s != 0]
+        if self._flow and asked.levels is not None and _is_even(points):
+            return Request(len(points), mu=asked.mu)
+        if times is not None and len(points) == len(times):
+            rho = times if self._flow else self.schedule.rho(times)
+            want = rho.tolist() if asked.levels is not None else self._conditioning(times, None)
+            if all(
+                abs(a - b) <= 1e-3 * max(abs(b), 1e-3) for a, b in zip(points, want, strict=True)
+            ):
+                return Request(len(points), mu=asked.mu)
+        name = "sigmas" if asked.levels is not None else "timesteps"
+        number = "" if count is None else f" with num_inference_steps={count}"
+        raise ValueError(
+            f"{own}, got other {name} as well; leave {name} out{number}, or take a solver without them: "
+            "PlanScheduler.from_config(config, recipe=None, grid=None, solver='tab3')"
+        )
 
     def rest(self, setup: Setup, index: int, told: float | None, eta: float) -> Setup:
         """Returns the setup from an index of ``timesteps`` on, or from a time between two of them."""
@@ -108,32 +143,33 @@ class Planner:
                 "(PlanScheduler.from_config(config, recipe=None, solver='tab3')), or strength=1"
             )
         if told is not None:
-            start = told / self.config["num_train_timesteps"] if self._flow else told
+            start = self._time_of(told)
             later = grid.times[grid.times < start]
             if not len(later):
-                return self.rest(setup, _last_start(setup), None, eta)
+                return self.rest(setup, last_start(setup), None, eta)
             first = torch.tensor([start], dtype=torch.float64)
             part = TimeGrid(grid.schedule, torch.cat([first, later]), grid.ends_at_zero)
             plan = method.plan(part)
-            return self._finish(plan, part, method, self._told(plan.times, None))
-        part = TimeGrid(grid.schedule, grid.times[_step_at(setup, index) :], grid.ends_at_zero)
+            return self._finish(plan, part, method, self._conditioning(plan.times, None))
+        part = TimeGrid(grid.schedule, grid.times[step_at(setup, index) :], grid.ends_at_zero)
         plan = method.plan(part)
-        made = self._finish(plan, part, method, setup.told[index:])
-        same = len(plan.times) == len(made.told) and torch.allclose(
+        rest = self._finish(plan, part, method, setup.told[index:])
+        same = len(plan.times) == len(rest.told) and torch.allclose(
             plan.times, setup.plan.times[index:], atol=1e-9
         )
         if not same:
             raise ValueError(
                 f"{method.name} cannot begin at index {index} of its timesteps: its first steps make "
-                "other calls than its later ones. Use a solver that makes the same calls in each "
-                "step, e.g. 'ipndm', 'tab3' or 'heun'"
+                "other evaluations than its later ones. Use a solver that makes the same evaluations "
+                "in each step, e.g. 'ipndm', 'tab3' or 'heun'"
             )
-        return made
+        return rest
 
     def _method_and_grid(self, asked: Request) -> tuple[Solver, TimeGrid]:
         config, schedule = self.config, self.schedule
         name, options, own_grid, grid_options = self._named(asked)
-        count = len(asked.levels or asked.times or ()) or asked.steps
+        points = [s for s in asked.levels or asked.times or () if s != 0 or asked.levels is None]
+        count = len(points) or asked.steps
         assert count is not None
         fitted = read_fitted(own_grid, schedule) if is_fitted(own_grid) else None
         if name == "auto" and fitted is not None:
@@ -153,7 +189,7 @@ class Planner:
         to_zero = config["final_sigmas_type"] == "zero" or self._flow
         if asked.steps is not None and asked.times is None and asked.levels is None:
             if config["count"] == "calls":
-                count = _most_steps(method, asked.steps, to_zero)
+                count = most_steps(method, asked.steps, to_zero)
         if self.recipe is not None and asked.steps is not None:
             ends = bool({**method.default_grid[1], **grid_options}.get("to_zero", False))
             count = method.steps_for(asked.steps, ends_at_zero=ends)
@@ -161,19 +197,55 @@ class Planner:
             few = count < LOWERED_BELOW or method.always_lowers_final
             lowered = config["lower_order_final"] and few
             method = replace(method, lower_final=bool(lowered))  # type: ignore[type-var,call-arg]
-        grid = self._given_grid(asked, to_zero)
-        if grid is None and own_grid is None:
-            grid = spacing.spaced(schedule, config, method, count, asked.mu, to_zero)
-        elif grid is None and fitted is not None:
+        if points or own_grid is None:
+            grid = self._diffusers_grid(asked, method, count, to_zero)
+        elif fitted is not None:
             grid, head = fitted.fit(method.name, count)
             if head:
                 raise ValueError(NO_HEAD.format("the fitted grid"))
-        elif grid is None:
+        else:
             chosen = None if own_grid == "auto" else own_grid
             grid = method.make_grid(schedule, count, chosen, **grid_options)
         grid = grid.rounded() if config["integer_times"] else grid
-        _check_jump(method, grid)
+        if grid.ends_at_zero and schedule.discrete and name in IN_TIME:
+            raise ValueError(
+                f"{name} steps in time, and trained levels have no time with sigma = 0. Set "
+                "final_sigmas_type='sigma_min' and leave timestep 0 out, or take solver='ddim', Euler's "
+                "method in sigma / alpha, as EulerDiscreteScheduler's"
+            )
+        check_jump(method, grid)
         return method, grid
+
+    def _diffusers_grid(
+        self, asked: Request, method: Solver, count: int, to_zero: bool
+    ) -> TimeGrid:
+        """Returns the grid that the configuration describes, by count or by given points."""
+        config, schedule, times, levels = self.config, self.schedule, asked.times, asked.levels
+        if times is not None and levels is not None and len(times) != len(levels):
+            raise ValueError(
+                f"timesteps and sigmas must have the same length, got {len(times)} and {len(levels)}"
+            )
+        if isinstance(schedule, Flow):
+            points = levels
+            if points is None and times is not None:
+                points = tuple(self._time_of(t) for t in times)
+            steps = None if points is not None else count
+            return spacing.flow_grid(
+                schedule, config, method, steps=steps, points=points, mu=asked.mu
+            )
+        if times is None and levels is None:
+            return spacing.spaced(schedule, config, method, count, self.alphas_cumprod, to_zero)
+        if times is not None and levels is None and isinstance(schedule, VPSigma):
+            raise ValueError(
+                "timesteps of a model with timestep_type='continuous' are 0.25 ln(sigma); give sigmas"
+            )
+        return spacing.given(
+            schedule,
+            config,
+            times=times if levels is None else None,
+            sigmas=levels,
+            to_zero=to_zero,
+        )
 
     def _named(self, asked: Request) -> tuple[str, dict[str, Any], str | None, dict[str, Any]]:
         """Returns solver, options, grid and grid's options, of the recipe or of the configuration."""
@@ -184,42 +256,33 @@ class Planner:
             return name, dict(options or {}), config["grid"], dict(grid_options or {})
         if asked.steps is not None and asked.steps != recipe.nfe:
             raise ValueError(
-                f"the recipe is for {recipe.nfe} network calls; call it with "
+                f"the recipe is for {recipe.nfe} network evaluations; call it with "
                 f"num_inference_steps={recipe.nfe}"
             )
         if recipe.head_start is not None:
             raise ValueError(NO_HEAD.format("a recipe"))
         return recipe.name, dict(recipe.options), recipe.grid or "auto", {}
 
-    def _given_grid(self, asked: Request, to_zero: bool) -> TimeGrid | None:
-        """Returns the grid of given sigmas or timesteps, if there are any."""
-        config, schedule, times, levels = self.config, self.schedule, asked.times, asked.levels
-        if levels is not None:
-            if times is not None and len(times) != len(levels):
-                raise ValueError(
-                    f"timesteps and sigmas must have the same length, got {len(times)} and {len(levels)}"
-                )
-            if self._flow:
-                ends = torch.tensor([s for s in levels if s != 0], dtype=torch.float64)
-                factor = spacing.shift_factor(config, asked.mu)
-                levels = tuple(spacing.shift(ends, factor).tolist())
-            return spacing.from_sigmas(schedule, levels, to_zero=to_zero)
-        if times is not None:
-            scale = config["num_train_timesteps"] if self._flow else 1
-            return spacing.from_times(schedule, [t / scale for t in times], to_zero=to_zero)
-        return None
-
-    def _told(self, times: Tensor, given: tuple[float, ...] | None) -> tuple[float, ...]:
+    def _conditioning(self, times: Tensor, given: tuple[float, ...] | None) -> tuple[float, ...]:
+        """Returns the conditioning timesteps of evaluations at these times."""
         if given is not None and len(given) == len(times):
             return given
         if self._flow:
             count = self.config["num_train_timesteps"]
             # The clamped start stands for 1.
-            told = [count * (1.0 if t >= spacing.FLOW_START else t) for t in times.tolist()]
+            told = [count * (1.0 if t >= FLOW_START else t) for t in times.tolist()]
+        elif isinstance(self.schedule, VPSigma):
+            told = (0.25 * times.log()).tolist()
         else:
             near = times.round()
             told = torch.where((times - near).abs() < 1e-4, near, times).tolist()
         return tuple(float(round(t)) if self.config["integer_times"] else t for t in told)
+
+    def _time_of(self, told: float) -> float:
+        """Returns the time that a conditioning timestep stands for."""
+        if self._flow:
+            return told / self.config["num_train_timesteps"]
+        return math.exp(4 * told) if isinstance(self.schedule, VPSigma) else told
 
     def _finish(
         self, plan: Plan, grid: TimeGrid | None, method: Solver | None, told: tuple[float, ...]
@@ -237,124 +300,22 @@ class Planner:
                 "makes before it asks the scheduler; start it where it does not"
             )
         native = PREDICTIONS[self.config["prediction_type"]]
-        to_data = None
+        to_data, alphas = None, None
         if self.config["clip_sample"] or self.config["thresholding"]:
             plan = convert_plan(plan, Prediction.X0)
             alpha, sigma = plan.scales.unbind(1)
             maps = coefficients(native, Prediction.X0, alpha=alpha, sigma=sigma)
             to_data = tuple(zip(*(m.tolist() for m in maps), strict=True))
+            if method is not None and method.name == "ddim":
+                alphas = tuple(alpha.tolist())
         else:
             plan = plan_for(plan, native)
-        for dtype in (torch.float32, torch.float64):  # a compiled step finds them made
+        for dtype in (torch.float32, torch.float64):  # a compiled step finds them ready
             buffer_schedule(plan, dtype, keep_inputs=True, keep_states=False)
-        return Setup(plan, grid, method, told, to_data)
+        return Setup(plan, grid, method, told, to_data, alphas)
 
 
-def solver_name(solver: str, order: int) -> str:
-    """Returns the registered name that a family and an order stand for.
-
-    Raises:
-        ValueError: If there is no such solver, or it has no such order.
-    """
-    families = {
-        "tab": [f"tab{k}" for k in range(4)],
-        "rhoab": [f"rhoab{k}" for k in range(4)],
-        "logrhoab": [f"logrhoab{k}" for k in range(4)],
-        "dpmpp": ["ddim", "dpmpp-2m", "dpmpp-3m"],
-        "unipc": ["ddim", "unipc2", "unipc3"],
-    }
-    if solver in families:
-        members = families[solver]
-        if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= len(members):
-            raise ValueError(
-                f"solver_order of {solver!r} must be from 1 to {len(members)}, got {order!r}"
-            )
-        return members[order - 1]
-    if solver != "auto":
-        SOLVERS[solver]
-    return solver
-
-
-def read_recipe(recipe: str) -> tuple[SamplerRecipe, str]:
-    """Returns the recipe of a path or of a text, and that text."""
-    text = recipe if recipe.lstrip().startswith("{") else None
-    if text is None:
-        SamplerRecipe.load(recipe)  # for its message, if it cannot be read
-        text = Path(recipe).read_text(encoding="utf-8")
-    made = SamplerRecipe.from_json(text)
-    if made.kind == "adaptive":
-        raise ValueError("an adaptive recipe has no steps beforehand, which a pipeline needs")
-    return made, json.dumps(json.loads(text))
-
-
-def without_scaling(plan: Plan) -> tuple[Plan, float]:
-    """Returns the plan without a first row that only scales the initial state, and what it begins with.
-
-    The second is the factor of a standard normal draw: what pipelines call ``init_noise_sigma``.
-    """
-    rows = plan.structure.rows
-    start = float(plan.schedule.sigma(plan.knots[0].detach()))
-    first = rows[0]
-    if not (isinstance(first, Lin) and first.terms == (0,)):
-        return plan, 1.0
-    if any(isinstance(row, Lin) and 0 in row.terms for row in rows[1:]):
-        return plan, 1.0
-    moved: list[Any] = []
-    for row in rows[1:]:
-        if isinstance(row, Lin):
-            row = row._replace(terms=tuple(r - 1 for r in row.terms), offset=row.offset - 1)
-        elif isinstance(row, Eval):
-            row = row._replace(of=row.of - 1)
-        moved.append(row)
-    structure = Structure(plan.prediction, tuple(moved), plan.structure.result - 1)
-    scaled = start * float(plan.values[0])
-    return replace(plan, structure=structure, values=plan.values[1:]), scaled
-
-
-def starts(setup: Setup, index: int) -> bool:
-    """Returns whether a step, and not only one of its stages, begins at an index of the calls."""
-    if setup.solver is None:
-        return index == 0
-    try:
-        _step_at(setup, index)
-    except ValueError:
-        return False
-    return True
-
-
-def _step_at(setup: Setup, index: int) -> int:
-    """Returns the number of the step that begins at an index of the calls."""
-    assert setup.solver is not None
-    assert setup.grid is not None
-    grid, method = setup.grid, setup.solver
-    calls = method.nfe(grid.steps, ends_at_zero=grid.ends_at_zero)
-    for step in range(grid.steps):
-        rest = method.nfe(grid.steps - step, ends_at_zero=grid.ends_at_zero)
-        if calls - rest == index:
-            return step
-    raise ValueError(
-        f"index {index} of the timesteps is inside of a step of {method.name}; begin where a step does"
-    )
-
-
-def _last_start(setup: Setup) -> int:
-    return max(index for index in range(setup.plan.nfe) if starts(setup, index))
-
-
-def _most_steps(method: Solver, calls: int, to_zero: bool) -> int:
-    fitting = [k for k in range(1, calls + 1) if method.nfe(k, ends_at_zero=to_zero) <= calls]
-    if not fitting:
-        raise ValueError(f"{method.name} needs more than {calls} network calls for a step")
-    return fitting[-1]
-
-
-def _check_jump(method: Solver, grid: TimeGrid) -> None:
-    if method.nfe(2) <= 2 or grid.steps < 2 or grid.is_last_zero(0):
-        return
-    jump = float(grid.rho[0] / grid.rho[1])
-    if jump > LARGEST_JUMP:
-        raise ValueError(
-            f"the first step of this grid divides sigma / alpha by {jump:.3g}, which "
-            f"{method.name} amplifies, as its stages are weighted in sigma / alpha; "
-            "use grid='karras', or a multistep solver such as 'tab3' or 'unipc3'"
-        )
+def _is_even(points: list[float]) -> bool:
+    """Returns whether these are the levels 1, 1 - 1/N, ..., 1/N that pipelines of flow models pass."""
+    n = len(points)
+    return all(abs(s - (1 - i / n)) < 1e-5 for i, s in enumerate(points))

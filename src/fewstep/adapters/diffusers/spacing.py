@@ -1,4 +1,9 @@
-"""Where a scheduler of diffusers would step: its spacings of timesteps and sigmas, as time grids."""
+"""Where a scheduler of diffusers would step: its spacings of timesteps and sigmas, as time grids.
+
+A grid comes about in two parts: the points where steps begin (from a count, or given as sigmas or as
+timesteps), and the options of the configuration, which hold however the points are given:
+shift, terminal level, and Karras, exponential or beta spacing between their first and last level.
+"""
 
 from __future__ import annotations
 
@@ -13,61 +18,8 @@ from fewstep.diffusion.grids import TimeGrid, explicit, karras, log_rho
 from fewstep.diffusion.schedules import Flow, NoiseSchedule, Tabulated
 from fewstep.solvers import Solver
 
-FLOW_START = 1 - 1e-6
-"""The largest time of a flow schedule here; at 1 nothing of the data is left (see PlanScheduler)."""
-
-SMALLEST_ALPHA = 1 - FLOW_START
-"""What stands for an alpha of zero, in models with a zero terminal signal-to-noise ratio."""
-
-
-def betas(config: Mapping[str, Any]) -> Tensor:
-    """Returns the trained betas, float32 as diffusers forms them, so that the levels are the model's."""
-    trained, kind = config.get("trained_betas"), config["beta_schedule"]
-    start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
-    if trained is not None:
-        found = torch.tensor([float(b) for b in trained], dtype=torch.float32)
-    elif kind == "linear":
-        found = torch.linspace(start, end, count, dtype=torch.float32)
-    elif kind == "scaled_linear":
-        found = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
-    elif kind == "squaredcos_cap_v2":
-        edge = torch.arange(count + 1, dtype=torch.float64) / count
-        curve = torch.cos((edge + 0.008) / 1.008 * math.pi / 2).square()
-        found = (1 - curve[1:] / curve[:-1]).clamp(max=0.999).float()
-    else:
-        raise ValueError(
-            f"beta_schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2', got {kind!r}"
-        )
-    return _zero_terminal(found) if config["rescale_betas_zero_snr"] else found
-
-
-def _zero_terminal(found: Tensor) -> Tensor:
-    """Shifts and stretches the square roots of the products so that the last is zero, the first kept."""
-    root = torch.cumprod(1 - found, 0).sqrt()
-    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-    products = root.square()
-    return 1 - torch.cat([products[:1], products[1:] / products[:-1]])
-
-
-def levels(products: Tensor, prediction: str) -> Tensor:
-    """Returns the levels with a last one above zero (float64 if there was a zero, else unchanged).
-
-    That of diffusers' DPM-Solver, 2^-24, would lie above the level before it.
-    """
-    if float(products[-1]) > 0 and bool((products.diff() < 0).all()):
-        return products
-    made = products.double().clone()
-    least = float(made[-2]) / 4
-    # An epsilon-prediction is divided by alpha here; the others do not need it.
-    made[-1] = least if prediction == "epsilon" else min(SMALLEST_ALPHA**2, least)
-    return made
-
-
-def schedule_of(config: Mapping[str, Any], alphas_cumprod: Tensor) -> NoiseSchedule:
-    """Returns the noise schedule of a configuration, and of its table of levels."""
-    if config["prediction_type"] == "flow_prediction" or config["use_flow_sigmas"]:
-        return Flow(t_max=FLOW_START)
-    return Tabulated(alphas_cumprod.double())
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas", "use_beta_sigmas")
+"""The options that space levels between the first and the last, at most one of them on."""
 
 
 def shift(sigmas: Tensor, factor: float) -> Tensor:
@@ -84,52 +36,199 @@ def shift_factor(config: Mapping[str, Any], mu: float | None) -> float:
     return math.exp(mu) if config["time_shift_type"] == "exponential" else float(mu)
 
 
+def is_spaced(config: Mapping[str, Any]) -> bool:
+    """Returns whether one of the spacings is on."""
+    return any(config[key] for key in SPACINGS)
+
+
+def between(config: Mapping[str, Any], high: Tensor, low: Tensor, count: int) -> Tensor:
+    r"""Returns levels from ``high`` to ``low`` in the configured spacing, shape (count).
+
+    Karras: evenly in :math:`\sigma^{1/7}`; exponential (and Lu): evenly in :math:`\ln \sigma`; beta: by
+    quantiles of the distribution Beta(0.6, 0.6). One level is the highest.
+    """
+    u = torch.linspace(0, 1, count, dtype=torch.float64)
+    if config["use_karras_sigmas"]:
+        a, b = high ** (1 / 7), low ** (1 / 7)
+        levels = (a + u * (b - a)) ** 7
+    elif config["use_beta_sigmas"]:
+        levels = low + _beta_quantiles(count) * (high - low)
+    else:
+        levels = (high.log() + u * (low.log() - high.log())).exp()
+    levels[0] = high
+    if count > 1:
+        levels[-1] = low
+    return levels
+
+
+def _beta_quantiles(count: int) -> Tensor:
+    try:
+        from scipy.stats import beta
+    except ImportError:
+        raise ValueError("use_beta_sigmas needs scipy: pip install scipy") from None
+    places = 1 - torch.linspace(0, 1, count, dtype=torch.float64)
+    return torch.from_numpy(beta.ppf(places.numpy(), 0.6, 0.6))
+
+
+# Flow models.
+
+
+def flow_points(config: Mapping[str, Any], solver: Solver, steps: int, factor: float) -> Tensor:
+    """Returns the levels at which so many steps begin, before shifting, float64, shape (steps)."""
+    trained = config["num_train_timesteps"]
+    if config["use_flow_sigmas"] and solver.starts_flows_at_noise:
+        # Its twin starts at pure noise, the others at the last trained level.
+        return torch.linspace(1, 1 / trained, steps + 1, dtype=torch.float64)[:-1]
+    if config["use_flow_sigmas"]:
+        even = 1 - torch.linspace(1, 1 / trained, steps + 1, dtype=torch.float64)
+        return even.flip(0)[:-1]
+    # As FlowMatchEulerDiscreteScheduler: unless dynamic, its lowest level is shifted twice.
+    low = torch.tensor(1 / trained, dtype=torch.float64)
+    low = low if config["use_dynamic_shifting"] else shift(low, factor)
+    return torch.linspace(1, float(low), steps, dtype=torch.float64)
+
+
+def flow_levels(config: Mapping[str, Any], points: Tensor, factor: float) -> Tensor:
+    """Returns the levels that the options make of the points of steps, shape (K): shift, stretch, space."""
+    sigmas = shift(points, factor)
+    terminal = config["shift_terminal"]
+    if (
+        terminal and float(sigmas[-1]) < 1
+    ):  # a single step starts at noise; nothing is to be stretched
+        rest = 1 - sigmas
+        sigmas = 1 - rest * ((1 - terminal) / rest[-1])
+    return between(config, sigmas[0], sigmas[-1], len(sigmas)) if is_spaced(config) else sigmas
+
+
+def flow_grid(
+    schedule: Flow,
+    config: Mapping[str, Any],
+    solver: Solver,
+    *,
+    steps: int | None,
+    points: Sequence[float] | None,
+    mu: float | None,
+) -> TimeGrid:
+    """Returns the grid of so many steps, or of given points; it ends at the data."""
+    factor = shift_factor(config, mu)
+    if points is None:
+        assert steps is not None
+        begun = flow_points(config, solver, steps, factor)
+    else:
+        begun = _levels_of(points)
+        if float(begun[0]) > 1 + 1e-6:
+            raise ValueError(f"sigmas of a flow model are at most 1, got {float(begun[0]):.6g}")
+    return from_sigmas(schedule, flow_levels(config, begun, factor), to_zero=True)
+
+
+# Models of other schedules.
+
+
 def spaced(
     schedule: NoiseSchedule,
     config: Mapping[str, Any],
     solver: Solver,
     steps: int,
-    mu: float | None,
+    alphas_cumprod: Tensor,
     to_zero: bool,
 ) -> TimeGrid:
     """Returns the grid of so many steps that the configuration asks for."""
-    if isinstance(schedule, Flow):
-        return from_sigmas(schedule, _flow_sigmas(config, solver, steps, mu), to_zero=True)
-    assert isinstance(schedule, Tabulated)
-    if config["use_karras_sigmas"]:
+    low, high = _range(schedule, config) if is_spaced(config) else (None, None)
+    whole = low is None and high is None
+    if whole and config["use_karras_sigmas"]:
         return karras(schedule, steps, to_zero=to_zero)
-    if config["use_exponential_sigmas"] or config["use_lu_lambdas"]:
+    if whole and (config["use_exponential_sigmas"] or config["use_lu_lambdas"]):
         return log_rho(schedule, steps, to_zero=to_zero)
-    if config["use_beta_sigmas"]:
-        rho = schedule.rho(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
+    if is_spaced(config):
+        ends = schedule.rho(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
+        first = ends[0] if high is None else torch.tensor(high, dtype=torch.float64)
+        last = ends[1] if low is None else torch.tensor(low, dtype=torch.float64)
         count = steps if to_zero else steps + 1
-        sigmas = rho[1] + _beta_quantiles(count) * (rho[0] - rho[1])
-        return from_sigmas(schedule, sigmas, to_zero=to_zero)
-    times = _timesteps(
-        schedule.levels, config, solver.spaces_points, steps, exact=solver.name == "heun"
-    )
-    return from_times(schedule, times, to_zero=to_zero)
+        return from_sigmas(schedule, between(config, first, last, count), to_zero=to_zero)
+    exact = solver.name == "heun" or not isinstance(schedule, Tabulated)
+    times = _timesteps(alphas_cumprod, config, solver.spaces_points, steps, exact=exact)
+    if isinstance(schedule, Tabulated):
+        return from_times(schedule, times, to_zero=to_zero)
+    sigmas = Tabulated(alphas_cumprod.double()).rho(torch.tensor(times, dtype=torch.float64))
+    return from_sigmas(schedule, sigmas, to_zero=to_zero)
+
+
+def given(
+    schedule: NoiseSchedule,
+    config: Mapping[str, Any],
+    *,
+    times: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    to_zero: bool,
+) -> TimeGrid:
+    """Returns the grid of given timesteps or sigmas, in the configured spacing between their ends."""
+    if not is_spaced(config):
+        if sigmas is not None:
+            return from_sigmas(schedule, sigmas, to_zero=to_zero)
+        assert times is not None
+        return from_times(schedule, times, to_zero=to_zero)
+    if sigmas is None:
+        grid = from_times(schedule, times or (), to_zero=to_zero)
+        levels = grid.rho[: len(times or ())]
+    else:
+        levels, to_zero = _levels_of(sigmas), to_zero or float(sigmas[-1]) == 0
+    made = between(config, levels[0], levels[-1], len(levels))
+    return from_sigmas(schedule, made, to_zero=to_zero)
+
+
+def _range(
+    schedule: NoiseSchedule, config: Mapping[str, Any]
+) -> tuple[float | None, float | None]:
+    """Returns ``sigma_min`` and ``sigma_max`` of a spacing, where they are not the schedule's ends."""
+    low, high = config["sigma_min"], config["sigma_max"]
+    if not isinstance(schedule, Tabulated):
+        return None, None  # they are its ends
+    ends = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64))
+    for name, value in (("sigma_min", low), ("sigma_max", high)):
+        if value is not None and not float(ends[0]) * 0.99 <= value <= float(ends[1]) * 1.01:
+            raise ValueError(
+                f"{name}={value!r} is outside of the levels of this model, {float(ends[0]):.6g} to "
+                f"{float(ends[1]):.6g}; its network was not trained there"
+            )
+    return low, high
 
 
 def _timesteps(
-    levels: int, config: Mapping[str, Any], points: bool, steps: int, *, exact: bool
+    alphas_cumprod: Tensor, config: Mapping[str, Any], points: bool, steps: int, *, exact: bool
 ) -> list[float]:
+    trained = len(alphas_cumprod)
     spacing, offset = config["timestep_spacing"], int(config["steps_offset"])
+    levels = trained - _clipped(alphas_cumprod, config["lambda_min_clipped"])
     if spacing == "trailing":
-        return [round(levels - i * levels / steps) - 1.0 for i in range(steps)]
+        times = [round(levels - i * trained / steps) - 1.0 for i in range(steps)]
+        return [t for t in times if t >= 0]
     if spacing == "leading":
         first = 0 if points else 1
         stride = levels // (steps + first)
         return [float(i * stride + offset) for i in reversed(range(first, steps + first))]
-    if spacing == "linspace":
-        pieces = max(steps - 1, 1) if points else steps
-        places = torch.linspace(0, levels - 1, pieces + 1, dtype=torch.float64).flip(0)[:steps]
-        whole = places.round()
-        exact = exact or not bool((whole.diff() < 0).all())  # more steps than levels between
-        return places.tolist() if exact else whole.tolist()
-    raise ValueError(
-        f"timestep_spacing must be 'linspace', 'leading' or 'trailing', got {spacing!r}"
-    )
+    pieces = max(steps - 1, 1) if points else steps
+    places = torch.linspace(0, levels - 1, pieces + 1, dtype=torch.float64).flip(0)[:steps]
+    whole = places.round()
+    exact = exact or not bool((whole.diff() < 0).all())  # more steps than levels between
+    return places.tolist() if exact else whole.tolist()
+
+
+def _clipped(alphas_cumprod: Tensor, least: float | None) -> int:
+    """Returns how many of the noisiest levels lie below ``lambda_min_clipped``."""
+    if least is None or least == -math.inf:
+        return 0
+    products = alphas_cumprod.double()
+    lam = 0.5 * (products.log() - torch.log1p(-products))
+    clipped = int((lam < least).sum())
+    if clipped >= len(products) - 1:
+        raise ValueError(
+            f"lambda_min_clipped={least!r} leaves no level of this model, whose lambda ends at "
+            f"{float(lam[0]):.4g}"
+        )
+    return clipped
+
+
+# From points to grids.
 
 
 def from_times(
@@ -147,6 +246,18 @@ def from_times(
     return explicit(schedule, times=points, to_zero=True)
 
 
+def _levels_of(sigmas: Sequence[float] | Tensor) -> Tensor:
+    """Returns given levels without a last zero, checked, float64."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64)
+    if levels.ndim != 1 or not levels.numel() or not bool(levels.isfinite().all()):
+        raise ValueError(f"sigmas must be a list of finite numbers, got {sigmas!r:.80}")
+    if float(levels[-1]) == 0:
+        levels = levels[:-1]
+    if not levels.numel() or float(levels.min()) <= 0:
+        raise ValueError("sigmas must be positive, apart from a last 0")
+    return levels
+
+
 def from_sigmas(
     schedule: NoiseSchedule, sigmas: Sequence[float] | Tensor, *, to_zero: bool
 ) -> TimeGrid:
@@ -154,64 +265,17 @@ def from_sigmas(
 
     A last level of zero is the end of the grid; levels slightly above the noisiest are lowered to it.
     """
-    levels = torch.as_tensor(sigmas, dtype=torch.float64)
-    if levels.ndim != 1 or not levels.numel() or not bool(levels.isfinite().all()):
-        raise ValueError(f"sigmas must be a list of finite numbers, got {sigmas!r:.80}")
-    if float(levels[-1]) == 0:
-        levels, to_zero = levels[:-1], True
-    if not levels.numel() or float(levels.min()) <= 0:
-        raise ValueError("sigmas must be positive, apart from a last 0")
-    top = (
-        1.0
-        if isinstance(schedule, Flow)
-        else float(schedule.rho(torch.tensor(schedule.t_max).double()))
-    )
+    levels = _levels_of(sigmas)
+    to_zero = to_zero or len(levels) < len(sigmas)
+    flow = isinstance(schedule, Flow)
+    top = 1.0 if flow else float(schedule.rho(torch.tensor(schedule.t_max).double()))
     if float(levels[0]) > top * 1.01:
         raise ValueError(
             f"sigmas start at {float(levels[0]):.6g}, above the noisiest level of this model, {top:.6g}"
         )
-    times = levels if isinstance(schedule, Flow) else schedule.time(-levels.log())
-    if not isinstance(schedule, Flow):
+    times = levels if flow else schedule.time(-levels.log())
+    if not flow:
         near = times.round()
-        times = torch.where((times - near).abs() < 1e-4, near, times)
-        times = times.clamp(min=schedule.t_min)
+        near = torch.where((times - near).abs() < 1e-4, near, times)
+        times = (near if schedule.discrete else times).clamp(min=schedule.t_min)
     return from_times(schedule, times, to_zero=to_zero)
-
-
-def _flow_sigmas(
-    config: Mapping[str, Any], solver: Solver, steps: int, mu: float | None
-) -> Tensor:
-    levels, factor = config["num_train_timesteps"], shift_factor(config, mu)
-    if config["use_flow_sigmas"] and solver.starts_flows_at_noise:
-        # Its twin starts at pure noise, the others at the last trained level.
-        sigmas = shift(torch.linspace(1, 1 / levels, steps + 1, dtype=torch.float64)[:-1], factor)
-    elif config["use_flow_sigmas"]:
-        even = 1 - torch.linspace(1, 1 / levels, steps + 1, dtype=torch.float64)
-        sigmas = shift(even, factor).flip(0)[:-1]
-    else:
-        # As FlowMatchEulerDiscreteScheduler: unless dynamic, its lowest level is shifted twice.
-        low = torch.tensor(1 / levels, dtype=torch.float64)
-        low = low if config["use_dynamic_shifting"] else shift(low, factor)
-        sigmas = shift(torch.linspace(1, float(low), steps, dtype=torch.float64), factor)
-    if config["shift_terminal"]:
-        rest = 1 - sigmas
-        sigmas = 1 - rest * ((1 - config["shift_terminal"]) / rest[-1])
-    high, low = sigmas[0], sigmas[-1]
-    u = torch.linspace(0, 1, steps, dtype=torch.float64)
-    if config["use_karras_sigmas"]:
-        a, b = high ** (1 / 7), low ** (1 / 7)
-        return (a + u * (b - a)) ** 7
-    if config["use_exponential_sigmas"]:
-        return (high.log() + u * (low.log() - high.log())).exp()
-    if config["use_beta_sigmas"]:
-        return low + _beta_quantiles(steps) * (high - low)
-    return sigmas
-
-
-def _beta_quantiles(count: int) -> Tensor:
-    try:
-        from scipy.stats import beta
-    except ImportError:
-        raise ValueError("use_beta_sigmas needs scipy: pip install scipy") from None
-    places = 1 - torch.linspace(0, 1, count, dtype=torch.float64)
-    return torch.from_numpy(beta.ppf(places.numpy(), 0.6, 0.6))

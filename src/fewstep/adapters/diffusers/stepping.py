@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from fewstep.adapters.diffusers.runs import PerThread, Run, Setup, place
-from fewstep.adapters.diffusers.setups import Planner, Request, starts
+from fewstep.adapters.diffusers.runs import PerThread, Run, Setup, Setups, place
+from fewstep.adapters.diffusers.setups import Planner, Request
+from fewstep.adapters.diffusers.stages import starts, step_at
 from fewstep.diffusion.schedules import Flow, NoiseSchedule
 from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
 from fewstep.sampling.recipe import SamplerRecipe
-
-MOST_CACHED = 32
 
 
 class Stepping:
     """``set_timesteps`` and ``step``, with the state of a run kept per thread."""
 
     schedule: NoiseSchedule
+    alphas_cumprod: Tensor
     _recipe: SamplerRecipe | None
     _initial: tuple[Tensor, Tensor]
 
@@ -35,16 +37,24 @@ class Stepping:
     def _reset(self, timesteps: Tensor, sigmas: Tensor) -> None:
         """Puts everything to where no run has been planned."""
         self._initial = (timesteps, sigmas)
-        self._cache: dict[Any, Setup] = {}
+        self._setups = Setups()
         self._latest: tuple[Setup, Tensor, Tensor] | None = None
         self._runs = PerThread()
+        self._begun: frozenset[int] = frozenset()
 
     def _run(self) -> Run:
         run = self._runs.run
         if run is None:
-            run = Run(None, *self._initial) if self._latest is None else Run(*self._latest)
+            seed = self.config["noise_seed"]
+            run = Run(*(self._latest or (None, *self._initial)), noise_seed=seed)
             self._runs.run = run
         return run
+
+    def __copy__(self) -> Any:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._runs = copy.deepcopy(self._runs)
+        return twin
 
     # Planning.
 
@@ -64,7 +74,7 @@ class Stepping:
             timesteps: The times at which steps begin, decreasing, instead.
             sigmas: The levels at which steps begin, instead: :math:`\sigma / \alpha`, for flow
                 models :math:`\sigma` before the shift. A last 0 is the end. With ``timesteps``,
-                these are what the network is told.
+                those are the conditioning timesteps.
             mu: The shift of flow levels, with ``use_dynamic_shifting``.
 
         Raises:
@@ -79,30 +89,28 @@ class Stepping:
             num_inference_steps = int(n)
         asked = Request(
             num_inference_steps,
-            None if timesteps is None else tuple(float(t) for t in timesteps),
-            None if sigmas is None else tuple(float(s) for s in sigmas),
+            _numbers("timesteps", timesteps),
+            _numbers("sigmas", sigmas),
             float(mu) if self.config["use_dynamic_shifting"] and mu is not None else None,
         )
         # Pipelines may change these in the configuration after the making.
         now = tuple(self.config[k] for k in ("steps_offset", "clip_sample", "thresholding"))
-        setup = self._cached((asked, now), lambda: self._planner().setup(asked))
+        key = (asked, now, str(device))
+        latest = self._setups.get(key, lambda: self._tensors(asked, now, device))
+        self._latest = latest
+        self._runs.run = Run(*latest, noise_seed=self.config["noise_seed"])
+        self._begun = self._begun - {threading.get_ident()}
+
+    def _tensors(self, asked: Request, now: Any, device: Any) -> tuple[Setup, Tensor, Tensor]:
+        """Returns a setup, its conditioning timesteps on a device, and its levels."""
+        setup = self._setups.get((asked, now), lambda: self._planner().setup(asked))
         values = torch.tensor(setup.told, dtype=torch.float64)
-        whole = bool((values == values.round()).all()) and not isinstance(self.schedule, Flow)
+        whole = self.schedule.discrete and bool((values == values.round()).all())
         told = values.to(torch.int64 if whole else torch.float32).to(device)
-        self._latest = (setup, told, self._levels(setup))
-        self._runs.run = Run(*self._latest)
+        return setup, told, self._levels(setup)
 
     def _planner(self) -> Planner:
-        return Planner(self.config, self.schedule, self._recipe)
-
-    def _cached(self, key: Any, make: Callable[[], Setup]) -> Setup:
-        found = self._cache.get(key)
-        if found is None:
-            found = make()
-            if len(self._cache) >= MOST_CACHED:
-                self._cache = {}
-            self._cache[key] = found
-        return found
+        return Planner(self.config, self.schedule, self.alphas_cumprod, self._recipe)
 
     def _levels(self, setup: Setup) -> Tensor:
         ends = setup.plan.knots[-1:]
@@ -118,7 +126,7 @@ class Stepping:
 
     @property
     def timesteps(self) -> Tensor:
-        """What the network is told at each call, on the device given to :meth:`set_timesteps`."""
+        """The conditioning timestep of each evaluation, on the device given to :meth:`set_timesteps`."""
         return self._run().timesteps
 
     @timesteps.setter
@@ -173,6 +181,14 @@ class Stepping:
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Sets the index in ``timesteps`` at which the next run begins."""
         run = self._run()
+        setup = run.setup
+        if (
+            setup is not None
+            and begin_index
+            and setup.solver is not None
+            and setup.grid is not None
+        ):
+            step_at(setup, begin_index)  # refused before any evaluation
         run.begin_index = begin_index
         run.rewind()
 
@@ -208,24 +224,33 @@ class Stepping:
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        r"""Takes the network's answer and returns the next input of the network, or the sample.
+        r"""Takes the network's prediction and returns the next input of the network, or the sample.
 
         Arguments:
-            model_output: The network's answer at ``sample``.
-            timestep: The entry of ``timesteps`` at which it was asked.
+            model_output: The network's prediction at ``sample``. Of twice as many channels, the second
+                half is a learned variance and is dropped.
+            timestep: The entry of ``timesteps`` at which it was made.
             sample: The state, as the last step returned it or as it was edited since.
             eta: The option of the solver ``ddim``, from the first step of a run on.
-            use_clipped_model_output: Without effect: with clipping on, all follows from the
-                clipped data.
-            generator: Draws the noise of stochastic solvers; one, or one a sample.
+            use_clipped_model_output: With clipping on and the solver ``ddim``: whether the noise too
+                follows from the clipped data. As in diffusers it does not, unless asked; all other
+                solvers know the data only, so that it does.
+            generator: Draws the noise of stochastic solvers; one, or one a sample. Left out (Flux and
+                other flow pipelines pass none) ``noise_seed`` of the configuration seeds the draws of
+                a run, or they come from torch's global generator.
             variance_noise: That noise itself.
             return_dict: Whether to return an object with ``prev_sample``, or a tuple.
 
         Raises:
-            ValueError: If the timestep is not the next of the run.
+            ValueError: If the timestep is not the next of the run, or the state changes its shape in a
+                way that the plan cannot follow.
         """
         run = self._runs.run or self._run()
         execution = run.execution
+        if execution is not None and not run.compiled and threading.get_ident() not in self._begun:
+            # Another view advanced what was copied from us before it began (panorama pipelines).
+            run = self._runs.run = run.again()
+            execution = None
         if execution is None or execution.request is None:
             execution = self._begin(run, timestep, sample, eta)
         else:
@@ -233,10 +258,13 @@ class Stepping:
                 self._check_next(run, timestep)
             if sample is not run.sample:
                 execution.replace_input(sample.to(run.dtype))
+                if sample.shape != run.shape:
+                    run.resize(sample)
         if not run.plain or model_output.numel() != run.size or model_output.dtype != run.dtype:
-            answer = self._answer(run, execution.request.x, model_output)  # type: ignore[union-attr]
             run.generator, run.variance_noise, run.like = generator, variance_noise, model_output
-            execution.advance(answer)
+            execution.advance(
+                self._prediction(run, execution, model_output, use_clipped_model_output)
+            )
         else:
             execution.advance(model_output)
         run.step_index += 1  # type: ignore[operator]
@@ -249,17 +277,28 @@ class Stepping:
             return (previous,)
         return SchedulerOutput(prev_sample=previous)
 
-    def _answer(self, run: Run, x: Tensor, answer: Tensor) -> Tensor:
-        """Returns the answer as the plan reads it."""
-        if answer.numel() == 2 * run.size:  # cheaper than a look at the shapes
-            answer = answer[:, : x.shape[1]]  # the rest is a learned variance
-        if answer.dtype != run.dtype:
-            answer = answer.to(run.dtype)
-        maps = run.active.to_data  # type: ignore[union-attr]
+    def _prediction(
+        self, run: Run, execution: Execution, output: Tensor, noise_too: bool
+    ) -> Tensor:
+        """Returns the network's prediction as the plan reads it."""
+        assert execution.request is not None
+        assert run.active is not None
+        x = execution.request.x
+        if output.numel() == 2 * run.size:  # cheaper than a look at the shapes
+            output = output[:, : x.shape[1]]  # the rest is a learned variance
+        if output.dtype != run.dtype:
+            output = output.to(run.dtype)
+        maps = run.active.to_data
         if maps is None:
-            return answer
-        shift, factor = maps[run.step_index - run.offset]  # type: ignore[operator]
-        return self._reshape(torch.mul(answer, factor).add_(x, alpha=shift))
+            return output
+        index = run.step_index - run.offset  # type: ignore[operator]
+        shift, factor = maps[index]
+        data = torch.mul(output, factor).add_(x, alpha=shift)
+        clipped = self._clipped(data)
+        if run.active.alphas is not None and not noise_too:
+            # The state that has the clipped data and the predicted noise as it is.
+            execution.replace_input(torch.add(x, clipped - data, alpha=run.active.alphas[index]))
+        return clipped
 
     def _begin(self, run: Run, timestep: Tensor | float, sample: Tensor, eta: float) -> Execution:
         whole = run.setup
@@ -275,8 +314,12 @@ class Stepping:
             )
         setup = whole
         if index or told is not None or eta:
-            key = (id(whole), index, told, float(eta))
-            setup = self._cached(key, lambda: self._planner().rest(whole, index, told, eta))
+            key = (whole.plan, index, told, float(eta))
+            setup = self._setups.get(key, lambda: self._planner().rest(whole, index, told, eta))
+        if torch.compiler.is_compiling():
+            run.compiled = True
+        else:
+            self._begun = self._begun | {threading.get_ident()}
         return run.begin(setup, sample)
 
     @staticmethod
@@ -305,7 +348,7 @@ class Stepping:
                 f"{float(timestep):g}; call set_timesteps before each run"
             )
 
-    def _reshape(self, x0: Tensor) -> Tensor:
+    def _clipped(self, x0: Tensor) -> Tensor:
         """Clips or thresholds predicted data, as the configuration asks."""
         if self.config["thresholding"]:
             sizes = x0.flatten(1).abs()
@@ -319,3 +362,17 @@ class Stepping:
             return x0.clamp(-bound, bound) / bound
         bound = self.config["clip_sample_range"]
         return x0.clamp(-bound, bound)
+
+
+def _numbers(name: str, values: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
+    """Returns given timesteps or sigmas as numbers."""
+    if values is None:
+        return None
+    try:
+        listed = values.tolist() if hasattr(values, "tolist") else list(values)  # type: ignore[union-attr]
+        numbers = tuple(float(v) for v in listed)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a list of numbers, got {values!r:.80}") from None
+    if not numbers:
+        raise ValueError(f"{name} must not be empty")
+    return numbers

@@ -1,0 +1,301 @@
+"""What each class of scheduler and each key of a scheduler's configuration means to us, as data.
+
+Every configuration that comes from diffusers is checked against it (:mod:`.configurations`): what changes
+the levels, the times or the prediction is understood or refused by name, never dropped. ``docs/diffusers.md`` prints
+both tables; a test fails when the installed diffusers has a class or a key that is not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+TOKENS = "steps over discrete tokens, which is no Gaussian diffusion"
+INVERSE = "runs from data to noise; take the forward scheduler of the same model"
+CLOCK = "conditions the network on another clock than its noise levels say: {}"
+NO_STEP = "is no sampler with set_timesteps and step: {}"
+
+
+class SchedulerClass(NamedTuple):
+    """What a scheduler of diffusers tells about its model.
+
+    Attributes:
+        family: ``"betas"`` (variance preserving, trained levels), ``"flow"``, ``"edm"``, or
+            ``"refused"``.
+        why: Why it is refused.
+    """
+
+    family: str
+    why: str = ""
+
+
+BETAS, FLOW, EDM_FAMILY = (SchedulerClass(family) for family in ("betas", "flow", "edm"))
+
+
+def _refused(why: str) -> SchedulerClass:
+    return SchedulerClass("refused", why)
+
+
+CLASSES: Mapping[str, SchedulerClass] = {
+    "AmusedScheduler": _refused(TOKENS),
+    "BlockRefinementScheduler": _refused(TOKENS),
+    "CMStochasticIterativeScheduler": _refused(
+        CLOCK.format("250 ln(sigma), with the boundary conditions of consistency models")
+    ),
+    "CogVideoXDDIMScheduler": BETAS,
+    "CogVideoXDPMScheduler": BETAS,
+    "ConsistencyDecoderScheduler": _refused("decodes in two fixed steps of a consistency model"),
+    "CosineDPMSolverMultistepScheduler": EDM_FAMILY,
+    "DDIMInverseScheduler": _refused(INVERSE),
+    "DDIMParallelScheduler": BETAS,
+    "DDIMScheduler": BETAS,
+    "DDPMParallelScheduler": BETAS,
+    "DDPMScheduler": BETAS,
+    "DDPMWuerstchenScheduler": _refused(CLOCK.format("a continuous cosine, time from 1 to 0")),
+    "DEISMultistepScheduler": BETAS,
+    "DPMSolverMultistepInverseScheduler": _refused(INVERSE),
+    "DPMSolverMultistepScheduler": BETAS,
+    "DPMSolverSDEScheduler": BETAS,
+    "DPMSolverSinglestepScheduler": BETAS,
+    "DiscreteDDIMScheduler": _refused(TOKENS),
+    "EDMDPMSolverMultistepScheduler": EDM_FAMILY,
+    "EDMEulerScheduler": EDM_FAMILY,
+    "EntropyBoundScheduler": _refused(TOKENS),
+    "EulerAncestralDiscreteScheduler": BETAS,
+    "EulerDiscreteScheduler": BETAS,
+    "FlowMapEulerDiscreteScheduler": _refused(
+        "belongs to a flow map, whose network is told the two ends of a step"
+    ),
+    "FlowMatchEulerDiscreteScheduler": FLOW,
+    "FlowMatchHeunDiscreteScheduler": FLOW,
+    "FlowMatchLCMScheduler": FLOW,
+    "HeliosDMDScheduler": _refused("changes the resolution between stages, with noise of its own"),
+    "HeliosScheduler": _refused("changes the resolution between stages, with noise of its own"),
+    "HeunDiscreteScheduler": BETAS,
+    "IPNDMScheduler": _refused(
+        CLOCK.format(
+            "its own sine of the step, not trained levels; the solver 'ipndm' is the method"
+        )
+    ),
+    "KDPM2AncestralDiscreteScheduler": BETAS,
+    "KDPM2DiscreteScheduler": BETAS,
+    "KarrasVeScheduler": _refused(NO_STEP.format("it needs step and step_correct in turns")),
+    "LCMScheduler": BETAS,
+    "LMSDiscreteScheduler": BETAS,
+    "LTXEulerAncestralRFScheduler": FLOW,
+    "MiniMaxH3Scheduler": _refused(CLOCK.format("1 - sigma")),
+    "PNDMScheduler": BETAS,
+    "PiflowScheduler": _refused("takes a network of many outputs, which it integrates by itself"),
+    "RFD4ProteinaScheduler": _refused(
+        CLOCK.format("a flow of proteins whose time grows with the data")
+    ),
+    "RePaintScheduler": _refused(
+        "jumps back and forth in time and takes a mask; take DDIM's configuration of the same model"
+    ),
+    "SASolverScheduler": BETAS,
+    "SCMScheduler": _refused(CLOCK.format("an angle, with trigflow prediction")),
+    "ScoreSdeVeScheduler": _refused(NO_STEP.format("it has step_pred and step_correct")),
+    "ScoreSdeVpScheduler": _refused(NO_STEP.format("it has step_pred")),
+    "TCDScheduler": BETAS,
+    "UnCLIPScheduler": BETAS,
+    "UniPCMultistepScheduler": BETAS,
+    "VQDiffusionScheduler": _refused(TOKENS),
+}
+"""Every scheduler of the diffusers that is installed."""
+
+
+class Key(NamedTuple):
+    """What a key of a configuration means.
+
+    Attributes:
+        status: ``"understood"``, ``"no effect"`` or ``"refused"``.
+        why: What becomes of it, why it has no effect, or why it is refused and what to do.
+        neutral: The values of a refused key that change nothing.
+        model: Whether it belongs to the model: a default of the scheduler that says it holds too.
+    """
+
+    status: str
+    why: str
+    neutral: tuple[Any, ...] = ()
+    model: bool = False
+
+
+def _model(why: str) -> Key:
+    return Key("understood", why, model=True)
+
+
+def _understood(why: str) -> Key:
+    return Key("understood", why)
+
+
+def _sampler(why: str) -> Key:
+    return Key("no effect", why)
+
+
+def _refuse(why: str, *neutral: Any) -> Key:
+    return Key("refused", why, neutral)
+
+
+STEPS = "an option of the steps of the scheduler that is replaced; here {}"
+OF_REFUSED = "only of schedulers that are refused: {}"
+
+KEYS: Mapping[str, Key] = {
+    # The model: levels, times, prediction.
+    "num_train_timesteps": _model("the number of training timesteps"),
+    "beta_start": _model("the first beta"),
+    "beta_end": _model("the last beta"),
+    "beta_schedule": _model("linear, scaled_linear or squaredcos_cap_v2"),
+    "trained_betas": _model("all betas"),
+    "prediction_type": _model("epsilon, sample, v_prediction or flow_prediction"),
+    "rescale_betas_zero_snr": _model("the last level has no signal"),
+    "snr_shift_scale": _model("CogVideoX: divides the signal-to-noise ratio of all levels"),
+    "timestep_type": _model(
+        "continuous, with v_prediction: the network is conditioned on 0.25 ln(sigma), any level"
+    ),
+    "sigma_min": _model("the lowest level of Karras, exponential and beta spacing, and of EDM"),
+    "sigma_max": _model("the highest level of Karras, exponential and beta spacing, and of EDM"),
+    "sigma_data": _understood("EDM's preconditioning: fewstep.load and plan_from_scheduler only"),
+    "use_flow_sigmas": _model("the model is a flow model"),
+    "flow_shift": _model("the shift of flow levels; multiplies shift"),
+    "shift": _model("the shift of flow levels"),
+    "use_dynamic_shifting": _model("the shift comes from mu"),
+    "time_shift_type": _model("what mu means: exponential or linear"),
+    "shift_terminal": _model("the level that the last flow level is stretched to"),
+    "base_shift": _model("read by pipelines that compute mu"),
+    "max_shift": _model("read by pipelines that compute mu"),
+    "base_image_seq_len": _model("read by pipelines that compute mu"),
+    "max_image_seq_len": _model("read by pipelines that compute mu"),
+    "clip_sample": _model("predicted data are clipped; in fewstep.load: wrap in fewstep.Clipped"),
+    "clip_sample_range": _model("to which range they are clipped"),
+    "thresholding": _model("dynamic thresholding; in fewstep.load: fewstep.Thresholded"),
+    "dynamic_thresholding_ratio": _model("the quantile of dynamic thresholding"),
+    "sample_max_value": _model("the largest threshold"),
+    "variance_type": _understood(
+        "fixed_large: an option of the solver ddpm; learned: the second half of the channels is "
+        "dropped, as only DDPM's own draws use it"
+    ),
+    "lambda_min_clipped": _model("grids in timesteps start at the first level above it"),
+    # Where the scheduler steps.
+    "timestep_spacing": _understood("linspace, leading or trailing"),
+    "steps_offset": _understood("added to the timesteps of leading"),
+    "use_karras_sigmas": _understood("spacing of the levels"),
+    "use_exponential_sigmas": _understood("spacing of the levels"),
+    "use_beta_sigmas": _understood("spacing of the levels; needs scipy"),
+    "use_lu_lambdas": _understood("spacing of the levels: that of use_exponential_sigmas"),
+    "final_sigmas_type": _understood("the level at which sampling ends"),
+    "set_alpha_to_one": _understood(
+        "the end, for the solvers of the schedulers that read it: ddim, pndm"
+    ),
+    "lower_order_final": _understood("for solvers whose twin lowers its order"),
+    "solver_order": _understood("the order of a solver that is given by its family"),
+    # How the scheduler that is replaced steps.
+    "algorithm_type": _sampler(
+        STEPS.format(
+            "the solver says it: dpmpp-2m, dpmpp-2m-sde for sde-dpmsolver++, logrhoab for deis"
+        )
+    ),
+    "solver_type": _sampler(
+        STEPS.format("the solver says it: midpoint in dpmpp-2m, bh2 in unipc")
+    ),
+    "predict_x0": _sampler(STEPS.format("unipc predicts the data; False has no solver")),
+    "disable_corrector": _sampler(
+        STEPS.format("unipc corrects each step; ddim is its first predictor")
+    ),
+    "solver_p": _sampler(STEPS.format("unipc's predictor is its own")),
+    "euler_at_final": _sampler(
+        STEPS.format("lower_order_final lowers the last step to first order below 15 steps")
+    ),
+    "skip_prk_steps": _sampler(
+        STEPS.format("pndm starts by Runge-Kutta steps; ipndm is the method without them")
+    ),
+    "predictor_order": _sampler(STEPS.format("there is no SA-Solver")),
+    "corrector_order": _sampler(STEPS.format("there is no SA-Solver")),
+    "tau_func": _sampler(STEPS.format("there is no SA-Solver")),
+    "noise_sampler_seed": _sampler(STEPS.format("noise_seed seeds draws")),
+    "original_inference_steps": _sampler(
+        STEPS.format(
+            "a distilled network is sampled as any other: set_timesteps(timesteps=[...]) "
+            "takes the times it was distilled at"
+        )
+    ),
+    "timestep_scaling": _sampler(
+        STEPS.format("there is no boundary condition of consistency models")
+    ),
+    "rho": _sampler(STEPS.format("grid='karras' has its own rho")),
+    "sigma_schedule": _sampler(STEPS.format("grid says it: karras or log-rho")),
+    "eta": _sampler(STEPS.format("an option of solvers: solver_options={'eta': ...}")),
+    "s_noise": _sampler(STEPS.format("an option of solvers: solver_options={'s_noise': ...}")),
+    "upscale_mode": _sampler("read with scale_factors only"),
+    # Refused at other values than those that change nothing.
+    "invert_sigmas": _refuse("time must grow with the noise, here it would fall", False),
+    "interpolation_type": _refuse(
+        "log_linear gives levels that its timesteps do not belong to; use_exponential_sigmas=True "
+        "has the same levels with their own times",
+        "linear",
+    ),
+    "stochastic_sampling": _refuse(
+        "it renews the noise in each step, which is a sampler of its own; set it to False, and take a "
+        "stochastic solver if noise is wanted",
+        False,
+    ),
+    "scale_factors": _refuse("changes the resolution between steps; set it to None", None),
+    "predict_epsilon": _refuse(
+        "an old word: prediction_type='sample' is predict_epsilon=False", True
+    ),
+    "clip_denoised": _refuse("clips the predicted data: clip_sample says so here", False),
+    # Of configurations that older versions wrote.
+    "tensor_format": _sampler("an old key: the framework of the arrays"),
+    "timestep_values": _refuse(
+        "an old key: give the times to set_timesteps(timesteps=[...])", None
+    ),
+    # Of classes that are refused; without a class's name these keys say enough.
+    **{
+        key: _refuse(OF_REFUSED.format(classes))
+        for classes, keys in {
+            "discrete tokens": (
+                "alpha_cum_start alpha_cum_end gamma_cum_start gamma_cum_end num_vec_classes "
+                "mask_token_id masking_schedule block_length minimal_topk editing_threshold "
+                "corrector_k corrector_selection corrector_selection_tau corrector_steps entropy_bound "
+                "threshold num_inference_steps t_max t_min"
+            ),
+            "Helios": "gamma stages stage_range scheduler_type",
+            "Wuerstchen": "s scaler",
+            "the SDEs of Song et al.": "beta_min beta_max sampling_eps snr correct_steps",
+            "KarrasVe": "s_churn s_min s_max",
+            "Piflow": "n_grid eps final_step_size_scale num_policy_substeps",
+            "RFD4Proteina": (
+                "noise_mode schedule_mode t_lim_ode t_lim_ode_below tail_step_multiplier tail_steps "
+                "tsr_k tsr_sigma"
+            ),
+        }.items()
+        for key in keys.split()
+    },
+}
+"""Every key of the configuration of every scheduler of the diffusers that is installed."""
+
+MODEL_KEYS = tuple(key for key, meaning in KEYS.items() if meaning.model)
+
+OWN_KEYS = (
+    "solver",
+    "solver_options",
+    "grid",
+    "grid_options",
+    "recipe",
+    "count",
+    "integer_times",
+    "noise_seed",
+)
+"""The keys that PlanScheduler adds."""
+
+
+def table() -> str:
+    """Returns both tables in Markdown, as ``docs/diffusers.md`` has them."""
+    lines = ["| scheduler | levels | why refused |", "|---|---|---|"]
+    lines += [
+        f"| `{name}` | {meaning.family} | {meaning.why} |" for name, meaning in CLASSES.items()
+    ]
+    lines += ["", "| key | status | what becomes of it |", "|---|---|---|"]
+    for key, meaning in KEYS.items():
+        fine = f" (changes nothing: `{meaning.neutral[0]}`)" if meaning.neutral else ""
+        lines.append(f"| `{key}` | {meaning.status} | {meaning.why}{fine} |")
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""What a PlanScheduler is given as its sampler: families of solvers, recipes, stored plans."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.plans.plan import Plan
+from fewstep.plans.structure import Eval, Lin, Structure
+from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.solvers import SOLVERS
+
+
+def solver_name(solver: str, order: int) -> str:
+    """Returns the registered name that a family and an order stand for.
+
+    Raises:
+        ValueError: If there is no such solver, or it has no such order.
+    """
+    families = {
+        "tab": [f"tab{k}" for k in range(4)],
+        "rhoab": [f"rhoab{k}" for k in range(4)],
+        "logrhoab": [f"logrhoab{k}" for k in range(4)],
+        "dpmpp": ["ddim", "dpmpp-2m", "dpmpp-3m"],
+        "unipc": ["ddim", "unipc2", "unipc3"],
+    }
+    if solver in families:
+        members = families[solver]
+        if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= len(members):
+            raise ValueError(
+                f"solver_order of {solver!r} must be from 1 to {len(members)}, got {order!r}"
+            )
+        return members[order - 1]
+    if solver != "auto":
+        SOLVERS[solver]
+    return solver
+
+
+def read_recipe(recipe: str) -> tuple[SamplerRecipe, str]:
+    """Returns the recipe of a path or of a text, and that text."""
+    text = recipe if recipe.lstrip().startswith("{") else None
+    if text is None:
+        SamplerRecipe.load(recipe)  # for its message, if it cannot be read
+        text = Path(recipe).read_text(encoding="utf-8")
+    made = SamplerRecipe.from_json(text)
+    if made.kind == "adaptive":
+        raise ValueError("an adaptive recipe has no steps beforehand, which a pipeline needs")
+    return made, json.dumps(json.loads(text))
+
+
+def without_scaling(plan: Plan) -> tuple[Plan, float]:
+    """Returns the plan without a first row that only scales the initial state, and what it begins with.
+
+    The second is the factor of a standard normal draw: what pipelines call ``init_noise_sigma``.
+    """
+    rows = plan.structure.rows
+    start = float(plan.schedule.sigma(plan.knots[0].detach()))
+    first = rows[0]
+    if not (isinstance(first, Lin) and first.terms == (0,)):
+        return plan, 1.0
+    if any(isinstance(row, Lin) and 0 in row.terms for row in rows[1:]):
+        return plan, 1.0
+    moved: list[Any] = []
+    for row in rows[1:]:
+        if isinstance(row, Lin):
+            row = row._replace(terms=tuple(r - 1 for r in row.terms), offset=row.offset - 1)
+        elif isinstance(row, Eval):
+            row = row._replace(of=row.of - 1)
+        moved.append(row)
+    structure = Structure(plan.prediction, tuple(moved), plan.structure.result - 1)
+    scaled = start * float(plan.values[0])
+    return replace(plan, structure=structure, values=plan.values[1:]), scaled
