@@ -337,6 +337,20 @@ def test_another_recipe_in_the_folder_is_refused(model, store, tmp_path):
         distill(model, store, tmp_path, **SHORT)
 
 
+def test_a_run_is_not_resumed_with_another_teacher_or_store(model, store, tmp_path):
+    with pytest.raises(Stop):
+        distill(model, store, tmp_path, checkpoint_every=1, on_step=stop_after(3), **SHORT)
+    manifest = store.manifest | {"seed": 1}
+    other = Memory(store.times, store.states, store.conditions, manifest)
+    with pytest.raises(ValueError, match=r"other inputs \(another trajectories\), at step [23]"):
+        distill(model, other, tmp_path, **SHORT)
+    changed = teacher(seed=1)
+    manifest = store.manifest | {"fingerprint": changed.fingerprint()}
+    other = Memory(store.times, store.states, store.conditions, manifest)
+    with pytest.raises(ValueError, match=r"other inputs \(another teacher\)"):
+        distill(changed, other, tmp_path, **SHORT)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(model, store, tmp_path):
     states = store.states.clone()
     states[:, -1] = float("nan")

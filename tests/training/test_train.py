@@ -10,7 +10,14 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.base.files import read_json, read_tensors, write_json
+from fewstep.base.files import (
+    read_json,
+    read_tensors,
+    read_tensors_and_metadata,
+    write_json,
+    write_tensors,
+)
+from fewstep.base.runs import locked
 from fewstep.diffusion.schedules import schedule_from_record
 from fewstep.models.preconditioning import Preconditioned
 from fewstep.training.batches import Batches
@@ -88,6 +95,33 @@ def test_a_resumed_run_is_bit_equal(tmp_path, change):
     for name in ("model.safetensors", "checkpoint.safetensors"):
         assert same_tensors(whole / name, parts / name)
     assert read_json(whole / "model.json") == read_json(parts / "model.json")
+
+
+def test_a_run_is_not_resumed_with_other_images(tmp_path):
+    data = images()
+    interrupted(data, tmp_path, RECIPE, 3)
+    pixels = data.images.clone()
+    pixels[-1, 0, 0, 0] ^= 1
+    with pytest.raises(ValueError, match=r"other inputs \(another images\), at step 2"):
+        train(replace(data, images=pixels), tmp_path, RECIPE)
+    train(data, tmp_path, RECIPE)
+
+
+def test_two_runs_do_not_train_in_one_folder(tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match="is being written by another run"):
+        train(images(), tmp_path, RECIPE)
+
+
+def test_a_checkpoint_without_averages_is_refused(tmp_path):
+    data = images()
+    interrupted(data, tmp_path, RECIPE, 3)
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, metadata = read_tensors_and_metadata(path)
+    for prefix in ("average.", "optimizer."):
+        some = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+        write_tensors(path, some, metadata)
+        with pytest.raises(ValueError, match=f"damaged: .*{prefix[:-1]}"):
+            train(data, tmp_path, RECIPE)
 
 
 def test_stopped_between_the_two_checkpoint_files(tmp_path):

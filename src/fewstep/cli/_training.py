@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fewstep.base.files import read_json
+from fewstep.base.runs import difference
 from fewstep.cli._common import draw
 
 PICTURE = "samples.png"
 SHOWN = 40
 
 
-def begin(out: Path, recipe: Any, names: Sequence[str], *, finished: bool, overwrite: bool) -> int:
+def begin(
+    out: Path,
+    recipe: Any,
+    inputs: Mapping[str, Any],
+    names: Sequence[str],
+    *,
+    finished: bool,
+    overwrite: bool,
+) -> int:
     """Returns the step at which a run is resumed, 0 if it is new.
 
-    With ``overwrite`` the files of a finished run, or of another recipe's, are deleted first.
+    With ``overwrite`` the files of a finished run, or of one with another recipe or other inputs, are deleted first.
     """
     state = _checkpoint(out)
     other = state is not None and state.get("recipe") != json.loads(json.dumps(asdict(recipe)))
+    if state is not None and "inputs" in state:
+        other = other or difference(state["inputs"], inputs) is not None
     if overwrite and (finished or other):
         for name in names:
             (out / name).unlink(missing_ok=True)

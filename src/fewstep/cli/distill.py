@@ -96,6 +96,7 @@ def distill(
     """
     from fewstep.operators.distillation import distill as run
     from fewstep.operators.students import DistillRecipe
+    from fewstep.operators.trainer import distill_inputs
     from fewstep.trajectories import TrajectoryStore
 
     positive("--checkpoint-every", checkpoint_every)
@@ -127,7 +128,8 @@ def distill(
     changes = {key: value for key, value in given.items() if value is not None}
     made = replace(made, **changes, **_times(times))
     teacher, store = load_model(model, device), TrajectoryStore.open(trajectories)
-    before = begin(out, made, OURS, finished=finished, overwrite=overwrite)
+    inputs = distill_inputs(teacher, store, made)
+    before = begin(out, made, inputs, OURS, finished=finished, overwrite=overwrite)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launched
     tell = say if first else lambda _: None
     tell(f"{len(store)} trajectories; {made.mode}, {made.steps} steps on {device}")

@@ -112,7 +112,7 @@ def train(
     elif prediction is not None:
         chosen = replace(chosen, prediction=prediction)
 
-    before = begin(out, chosen, OURS, finished=finished, overwrite=overwrite)
+    before = begin(out, chosen, images.inputs(), OURS, finished=finished, overwrite=overwrite)
     classes = images.num_classes
     if "num_classes" in chosen.network and chosen.network["num_classes"] is None:
         classes = None

@@ -2,6 +2,7 @@ r"""Training of operators on recorded trajectories: ``fewstep distill``."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fewstep.base.runs import locked
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.losses import Distance, distance_of
 from fewstep.operators.model import OperatorModel
@@ -70,8 +72,10 @@ def distill(
     _check(denoiser, store)
     measure = distance_of(recipe.loss, distance, denoiser, recipe.features)
     run = Trainer(denoiser, store, Path(out), recipe, measure, sites, device)
-    run.train(checkpoint_every, tensorboard, on_step)
-    return run.finish()
+    first = run.accelerator.is_main_process
+    with locked(Path(out)) if first else contextlib.nullcontext():
+        run.train(checkpoint_every, tensorboard, on_step)
+        return run.finish()
 
 
 def _known(changes: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fewstep.base.runs import digest_of, hash_inputs
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.folder import read_operator, write_operator
 from fewstep.operators.log import LossLog
@@ -20,6 +21,7 @@ from fewstep.operators.losses import Distance, loss_weights
 from fewstep.operators.model import OperatorModel
 from fewstep.operators.students import DistillRecipe, make_student, select_frames
 from fewstep.training.checkpoints import (
+    check_inputs,
     generator,
     load_checkpoint,
     new_average,
@@ -70,6 +72,20 @@ class DistillEvent:
     heldout: float | None
 
 
+def distill_inputs(
+    denoiser: Denoiser, store: Trajectories, recipe: DistillRecipe
+) -> dict[str, Any]:
+    """Returns what else than the recipe determines a run: teacher, trajectories, features."""
+    stored = {key: value for key, value in store.manifest.items() if key != "about"}
+    about = [stored, len(store), store.times.tolist()]
+    features = hash_inputs(recipe.features) if isinstance(recipe.features, str) else None
+    return {
+        "teacher": denoiser.fingerprint(),
+        "trajectories": digest_of(about),
+        "features": None if features is None else features["sha256"],
+    }
+
+
 class Trainer:
     """One run: student, average, optimiser, and where they are on disk."""
 
@@ -83,6 +99,7 @@ class Trainer:
         sites: Sequence[str] | None,
         device: str | torch.device,
     ) -> None:
+        self.inputs = distill_inputs(denoiser, store, recipe)
         self.store, self.out, self.recipe, self.measure = store, out, recipe, measure
         stored = store.times.tolist()
         self.frames = select_frames(stored, recipe)
@@ -140,7 +157,7 @@ class Trainer:
             if saving and self.accelerator.is_main_process:
                 save_checkpoint(
                     self.out,
-                    {"recipe": asdict(recipe), "heldout": self.heldout},
+                    {"recipe": asdict(recipe), "inputs": self.inputs, "heldout": self.heldout},
                     step=step + 1,
                     loss=self.loss if self.loss is not None else math.nan,
                     network=self.network,
@@ -262,6 +279,7 @@ class Trainer:
                 f"the folder {str(self.out)!r} has a run of another recipe, at step "
                 f"{state['step']}; give the same recipe to go on, or another folder"
             )
+        check_inputs(self.out, state, self.inputs)
         step, self.loss = load_checkpoint(
             self.out,
             steps=recipe.steps,

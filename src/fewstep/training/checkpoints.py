@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.base.files import read_json, read_metadata, read_tensors, write_json, write_tensors
+from fewstep.base.files import (
+    read_json,
+    read_tensors_and_metadata,
+    sweep,
+    write_json,
+    write_tensors,
+)
+from fewstep.base.runs import difference
 
 CHECKPOINT = "checkpoint"
 
@@ -52,6 +60,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Writes the state of a run after a step: the tensors, and a description with the recipe."""
+    sweep(out)
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -76,6 +85,22 @@ def read_checkpoint(out: Path) -> dict[str, Any] | None:
     return state
 
 
+def check_inputs(out: Path, state: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Checks that a checkpoint is of a run with these inputs: data, teacher, trajectories.
+
+    Checkpoints of versions that did not note them are taken.
+
+    Raises:
+        ValueError: If it is of others; the message names the first that changed.
+    """
+    changed = difference(state["inputs"], inputs) if "inputs" in state else None
+    if changed is not None:
+        raise ValueError(
+            f"the folder {str(out)!r} has a run with other inputs ({changed}), at step "
+            f"{state['step']}; give those to resume it, --overwrite, or another folder"
+        )
+
+
 def load_checkpoint(
     out: Path,
     *,
@@ -92,10 +117,12 @@ def load_checkpoint(
         ValueError: If it is damaged or of a longer run.
     """
     file = out / f"{CHECKPOINT}.safetensors"
-    tensors = read_tensors(file)
+    tensors, metadata = read_tensors_and_metadata(file)
     # If the process died between the two writes the tensors are newer: they hold their own step.
-    metadata = read_metadata(file)
-    step, loss = int(metadata.get("step", -1)), float(metadata.get("loss", "nan"))
+    try:
+        step, loss = int(metadata.get("step", -1)), float(metadata.get("loss", "nan"))
+    except ValueError:
+        step, loss = -1, math.nan
     if not 0 < step <= steps:
         raise ValueError(f"the checkpoint {str(file)!r} is damaged: it has no step")
     part = lambda prefix: {  # noqa: E731
@@ -103,13 +130,18 @@ def load_checkpoint(
     }
     try:
         network.load_state_dict(part("network."))
-        for key, value in part("average.").items():
+        stored = part("average.")
+        if missing := sorted(average.keys() - stored.keys()):
+            raise KeyError(f"it has no average of {missing[0]}")
+        for key, value in stored.items():
             average[key].copy_(value)
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in part("optimizer.").items():
             index, name = key.split(".", 1)
             moments.setdefault(int(index), {})[name] = value
         if optimizer is not None:
+            if not moments:
+                raise KeyError("it has no state of the optimizer")
             optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"the checkpoint {str(file)!r} is damaged: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import struct
 import zlib
@@ -60,6 +61,11 @@ class ImageData:
         """The shape (C, H, W) of one image."""
         return tuple(self.images.shape[1:])
 
+    def inputs(self) -> dict[str, str | None]:
+        """Returns the SHA-256 of images and labels, which tell one data set from another."""
+        labels = None if self.labels is None else _sha256(self.labels)
+        return {"images": _sha256(self.images), "labels": labels}
+
     @property
     def num_classes(self) -> int | None:
         """The number of classes, or ``None``."""
@@ -68,6 +74,13 @@ class ImageData:
     def floats(self, index: Tensor | slice = slice(None)) -> Tensor:
         """Returns images as float32 in [-1, 1]."""
         return self.images[index].float() / 127.5 - 1
+
+
+def _sha256(tensor: Tensor) -> str:
+    digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
+    for part in tensor.contiguous().split(1024):
+        digest.update(part.numpy().data)
+    return digest.hexdigest()
 
 
 def read_images(source: str | Path, *, size: int | None = None) -> ImageData:

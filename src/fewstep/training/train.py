@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.base.progress import Progress, progress_of
+from fewstep.base.runs import locked
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.folder import write_model
 from fewstep.models.networks.unet import SmallUNet, lay_out
 from fewstep.training.batches import Batch, Batches
 from fewstep.training.checkpoints import (
+    check_inputs,
     load_checkpoint,
     new_average,
     read_checkpoint,
@@ -105,12 +108,14 @@ def train(
         betas=(0.9, 0.99),
         weight_decay=recipe.weight_decay,
     )
-    start, loss_mean = _restore(out, recipe, network, average, optimizer)
+    inputs = data.inputs()
+    start, loss_mean = _restore(out, recipe, inputs, network, average, optimizer)
     evaluate = torch.compile(network) if recipe.compile else network
 
     since: list[Tensor] = []  # losses that are still on the device
     with (
         progress_of(progress) as shown,
+        locked(out, progress=shown),
         _ahead(batches, range(start, recipe.steps), device) as prepared,
     ):
         shown.stage("training", recipe.steps, done=start)
@@ -136,7 +141,7 @@ def train(
                 assert loss_mean is not None
                 save_checkpoint(
                     out,
-                    {"recipe": recipe.to_record()},
+                    {"recipe": recipe.to_record(), "inputs": inputs},
                     step=step + 1,
                     loss=loss_mean,
                     network=network,
@@ -264,6 +269,7 @@ def _smoothed(mean: float | None, losses: list[Tensor], step: int) -> float:
 def _restore(
     out: Path,
     recipe: TrainRecipe,
+    inputs: Mapping[str, Any],
     network: nn.Module,
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
@@ -277,6 +283,7 @@ def _restore(
             f"the folder {str(out)!r} has a run of another recipe, at step {state['step']}; "
             "give the same recipe to resume it, or another folder"
         )
+    check_inputs(out, state, inputs)
     return load_checkpoint(
         out, steps=recipe.steps, network=network, average=average, optimizer=optimizer
     )
