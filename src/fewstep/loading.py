@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from fewstep.base.devices import find_device
 from fewstep.base.registry import unknown
 from fewstep.diffusion.schedules import schedule
 from fewstep.models import exact
@@ -23,40 +24,75 @@ EMBEDDED: dict[str, str] = {
 }
 """The embedded models, with a sentence about each."""
 
+MIXTURES = {"mixture-smooth": exact.smooth, "mixture-sharp": exact.sharp}
+
 
 def load(
-    source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    source: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
 ) -> Denoiser:
-    """Loads a model.
+    """Loads a model with its noise schedule, prediction type and conditions.
+
+    .. code-block:: python
+
+        denoiser = fewstep.load("fashion")
+        images = fewstep.sample(denoiser, 16, nfe=10, class_labels=3)      # (16, 1, 28, 28) in [-1, 1]
 
     Arguments:
-        source: The name of an embedded model, a folder written by fewstep, or a folder saved by
-            diffusers (which must be installed then).
-        device: Where to put it.
-        dtype: The type of its weights; left out, float32.
+        source: The name of an embedded model (:data:`fewstep.loading.EMBEDDED`, ``fewstep models``); a
+            folder written by ``fewstep train`` or ``fewstep distill``; or a folder that diffusers saved, a
+            pipeline or a network (diffusers must be installed then).
+        device: Where to put it: a device of torch, or ``"auto"``: CUDA, else MPS, else the CPU.
+        dtype: The type of its weights; left out, float32. Samples are float32 in any case.
+
+    Returns:
+        The model, in evaluation mode, without gradients.
 
     Raises:
-        ValueError: If there is no such model, or the folder is damaged.
+        ValueError: If there is no such model, its files are damaged or incomplete, or the device is
+            not there.
     """
-    name = str(source)
-    if name == "mixture-smooth":
-        return exact.smooth(schedule("vp-linear")).to(device)
-    if name == "mixture-sharp":
-        return exact.sharp(schedule("vp-linear")).to(device)
+    name, place = str(source), find_device(device)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating type, got {dtype!r}")
+    if name in MIXTURES:
+        if place.type == "mps":  # which has no double precision, in which these compute
+            place = torch.device("cpu")
+        return MIXTURES[name](schedule("vp-linear")).to(place)
     folder = EMBEDDED_FOLDER / name if name in EMBEDDED else Path(source)
     if not folder.is_dir():
-        raise ValueError(unknown("model", name, list(EMBEDDED)) + " Or give a folder that exists.")
+        hint = " Or give a folder that exists."
+        if folder.exists():
+            hint = f" {name!r} is a file; give the folder that it is in."
+        raise ValueError(unknown("model", name, list(EMBEDDED)) + hint)
     if (folder / "operator.json").exists():
         from fewstep.operators.folder import read_operator
 
-        return read_operator(folder, dtype=dtype or torch.float32).to(device)
+        return read_operator(folder, dtype=dtype or torch.float32).to(place)
     if (folder / "model.json").exists():
-        return read_model(folder, dtype or torch.float32).to(device)
+        return read_model(folder, dtype or torch.float32).to(place)
     if (folder / "model_index.json").exists() or (folder / "config.json").exists():
         from fewstep.adapters.diffusers import load_denoiser
 
-        return load_denoiser(folder, device=device, dtype=dtype)
+        return load_denoiser(folder, device=place, dtype=dtype)
     raise ValueError(
-        f"the folder {name!r} holds no model: there is no model.json (fewstep) and no "
-        "model_index.json or config.json (diffusers)"
+        f"the folder {name!r} holds no model: there is no model.json or operator.json (fewstep), and no "
+        f"model_index.json or config.json (diffusers){_what_is_there(folder)}"
     )
+
+
+def _what_is_there(folder: Path) -> str:
+    """Returns what a folder without a model is, if that can be seen."""
+    if (folder / "checkpoint.json").exists():
+        return "; it is an unfinished training, give the same command again to resume it"
+    if (folder / "scheduler_config.json").exists():
+        return "; it is the scheduler of a pipeline, give the folder above"
+    inner = sorted(p.parent.name for p in folder.glob("*/model_index.json"))
+    inner += sorted(p.parent.name for p in folder.glob("*/model.json"))
+    if inner:
+        return f"; a model is in {str(folder / inner[0])!r}"
+    files = sorted(
+        p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".ckpt", ".bin")
+    )
+    if files:
+        return f"; {files[0]!r} alone does not say which network it belongs to"
+    return ""

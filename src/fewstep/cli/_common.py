@@ -73,29 +73,18 @@ def parse_options(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def check_device(name: str) -> str:
-    """Returns the name of a device that is there.
+    """Returns the name of a device that is there; ``auto`` becomes CUDA, MPS or the CPU.
 
     Raises:
         ValueError: If there is none of that name.
     """
-    import torch
+    from fewstep.base.devices import find_device
 
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is not there"
-        raise ValueError(
-            f"device {name!r:.40} cannot be used: {reason:.200}; --device cpu always works"
-        ) from None
-    if device.type == "meta":
-        raise ValueError("device 'meta' holds no numbers; --device cpu always works")
-    return name
+    return str(find_device(name))
 
 
 def load_model(name: str, device: str) -> Denoiser:
     """Returns the model of that name, on a device that is there."""
-    check_device(device)
     from fewstep.loading import load
 
     return load(name, device=device)

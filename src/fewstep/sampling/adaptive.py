@@ -23,6 +23,7 @@ from fewstep.ode.dormand_prince import NODES, STAGES, Integration, Solution
 from fewstep.ode.field import Field, Place, Weights, stage_weights, time_span
 from fewstep.plans.plan import Plan
 from fewstep.plans.tape import Form, Tape
+from fewstep.sampling.plausibility import peak, warn_if_absurd
 from fewstep.sampling.protocol import Run, Trajectory
 from fewstep.solvers.adaptive import check_tolerances
 
@@ -106,6 +107,8 @@ class AdaptiveSampler:
             x, run.cond, run.noise.samples, save=run.save, on_call=run.on_call, keep=run.times
         )
         times = done.times if run.save else done.times[-1:]
+        sigma = float(self.denoiser.schedule.sigma(done.times[-1]))
+        warn_if_absurd(self.denoiser, peak(done.x), sigma)
         return Trajectory(done.x, times, done.states, sum(done.calls) / len(done.calls))
 
     def _integrate(

@@ -3,6 +3,7 @@ r"""The sampler that runs a plan."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import plan_for
 from fewstep.sampling.binding import bind
+from fewstep.sampling.plausibility import peak, warn_if_absurd
 from fewstep.sampling.protocol import BUILT_IN_SAMPLER, Run, Trajectory
 
 
@@ -86,9 +88,11 @@ class PlanSampler:
                 if run.on_call is not None:
                     run.on_call()
         x = execution.result
-        # A sum is one pass; it may overflow where no value does, hence the second look.
-        if not bool(x.sum().isfinite()) and not bool(x.isfinite().all()):
+        size = peak(x)
+        if not math.isfinite(size):
             self._find_nan(kept[0], run)
+        end = self.plan.knots[-1].detach()
+        warn_if_absurd(self.denoiser, size, float(self.plan.schedule.sigma(end)))
         states = torch.stack([kept[k] for k in sorted(kept)]) if run.save else None
         times = self.plan.knots.detach()
         times = times[sorted(kept)] if run.save else times[-1:]

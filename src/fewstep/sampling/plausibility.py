@@ -1,0 +1,56 @@
+r"""A look at the size of samples: a model that was described wrongly mostly gives numbers that no data have."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+
+import torch
+from torch import Tensor
+
+from fewstep.models.denoiser import Denoiser
+
+logger = logging.getLogger("fewstep")
+
+USUAL = 10.0
+"""The magnitude that data are expected to have where their statistics are not known."""
+
+ABSURD = 100.0
+"""So many times beyond the data, samples are not plausible."""
+
+_warned: weakref.WeakSet[Denoiser] = weakref.WeakSet()
+
+
+def peak(x: Tensor) -> float:
+    """Returns the largest magnitude, NaN if there is one: one reduction, and one read of the device."""
+    return float(torch.linalg.vector_norm(x, math.inf))
+
+
+def warn_if_absurd(denoiser: Denoiser, size: float, sigma: float) -> None:
+    r"""Warns, once for each model, if samples are far larger than data can be.
+
+    Arguments:
+        denoiser: The model; with ``data_mean`` and ``data_std`` it is known how large data are.
+        size: The largest magnitude of the samples.
+        sigma: The standard deviation :math:`\sigma` of the noise that is left in them.
+    """
+    if size <= ABSURD or denoiser in _warned:
+        return
+    scale = USUAL
+    if denoiser.data_mean is not None and denoiser.data_std is not None:
+        mean, std = (torch.as_tensor(v).abs() for v in (denoiser.data_mean, denoiser.data_std))
+        scale = float(mean.max() + std.max())
+    if size <= ABSURD * (scale + sigma):
+        return
+    _warned.add(denoiser)
+    logger.warning(
+        "the samples reach %.3g, %.3g times as far as %s: prediction=%r or the schedule %r may not be "
+        "what the network was trained with; fewstep.studies.model_check(denoiser, data) and the command "
+        "'fewstep analyze' tell which are",
+        size,
+        size / (scale + sigma),
+        "data usually do" if denoiser.data_std is None else "the data of this model",
+        denoiser.native.value,
+        denoiser.schedule.name,
+    )

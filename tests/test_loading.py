@@ -1,0 +1,61 @@
+"""Loading: names and folders, devices, and what a folder without a model is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.loading import EMBEDDED
+from tiny_models import write_tiny
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", torch.device("cpu")])
+def test_models_go_to_the_device(tmp_path, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = fewstep.load(write_tiny(tmp_path / "model"), device=device)
+    assert model.device == torch.device("cpu")
+    assert not any(module.training for module in model.network.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_exact_models_need_double_precision(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert fewstep.load("mixture-smooth").device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_have_the_type_and_samples_are_single(tmp_path, dtype):
+    model = fewstep.load(write_tiny(tmp_path / "model"), dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert fewstep.sample(model, 1, nfe=2, class_labels=1).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([], "holds no model: there is no model.json or operator.json"),
+        (["checkpoint.json"], "unfinished training, give the same command again"),
+        (["scheduler_config.json"], "the scheduler of a pipeline, give the folder above"),
+        (["sd/model_index.json"], "a model is in '.*sd'"),
+        (["last.ckpt"], "'last.ckpt' alone does not say which network"),
+    ],
+)
+def test_a_folder_without_a_model_is_told_what_it_is(tmp_path, files, reason):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=reason):
+        fewstep.load(tmp_path)
+
+
+def test_other_sources_are_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(ValueError, match="is a file; give the folder"):
+        fewstep.load(file)
+    with pytest.raises(ValueError, match="Did you mean 'fashion'"):
+        fewstep.load("fashon")
+    with pytest.raises(ValueError, match=r"floating type, got torch\.int8"):
+        fewstep.load(next(iter(EMBEDDED)), dtype=torch.int8)
