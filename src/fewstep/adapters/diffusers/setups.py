@@ -83,7 +83,8 @@ class Planner:
         if recipe is not None and recipe.plan is not None:
             plan, _ = without_scaling(recipe.plan)
             own = f"the recipe is a plan of {plan.nfe} network evaluations at its own levels"
-            asked = self._own_levels(asked, own, plan.nfe, plan.times)
+            ends = plan.knots[-1:][plan.ends_at_zero :]  # none, where the end is zero noise
+            asked = self._own_levels(asked, own, plan.nfe, torch.cat([plan.times, ends]))
             if asked.steps != plan.nfe:
                 raise ValueError(f"{own}; call it with num_inference_steps={plan.nfe}")
             return self._finish(plan, None, None, self._conditioning(plan.times, None))
@@ -111,13 +112,13 @@ class Planner:
         points = [s for s in asked.levels or asked.times or () if s != 0]
         if self._flow and asked.levels is not None and _is_even(points):
             return Request(len(points), mu=asked.mu)
-        if times is not None and len(points) == len(times):
+        if times is not None and count is not None and count <= len(points) <= len(times):
             rho = times if self._flow else self.schedule.rho(times)
             want = rho.tolist() if asked.levels is not None else self._conditioning(times, None)
             if all(
-                abs(a - b) <= 1e-3 * max(abs(b), 1e-3) for a, b in zip(points, want, strict=True)
+                abs(a - b) <= 1e-3 * max(abs(b), 1e-3) for a, b in zip(points, want, strict=False)
             ):
-                return Request(len(points), mu=asked.mu)
+                return Request(count, mu=asked.mu)
         name = "sigmas" if asked.levels is not None else "timesteps"
         number = "" if count is None else f" with num_inference_steps={count}"
         raise ValueError(
