@@ -583,6 +583,9 @@ def test_train_options_replace_what_the_recipe_says(told, tmp_path, small_recipe
     assert model.about["training"]["recipe"]["flip"] is True
     err = told("train", data, "--option", "levels=9", "--out", tmp_path / "x", code=2)
     assert "give --schedule too" in err
+    compare = ("compare", out, "--solvers", "ddim", "--nfe", "2", "--data", data)
+    err = told(*compare, "--out", tmp_path / "y", code=2)
+    assert "data range from -0.5 to 0.5" in err
 
 
 def test_a_wrong_training_recipe_is_one_line(told, tmp_path):

@@ -186,6 +186,12 @@ def test_damaged_files(tmp_path, name, place, patch, cut):
     assert found.images.numel() <= 60
 
 
+def test_black_and_white_get_the_ends_of_the_range():
+    data = ImageData(torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1))
+    assert data.floats().flatten().tolist() == pytest.approx([-1.0, -0.6, 1.0])
+    assert data.floats(data_range=(0, 2)).flatten().tolist() == pytest.approx([0.0, 0.4, 2.0])
+
+
 def test_image_data_checks_itself():
     with pytest.raises(ValueError, match="images must be uint8"):
         ImageData(torch.zeros(2, 1, 4, 4))

@@ -295,6 +295,8 @@ def test_data_range_and_measured_sigma_data(tmp_path):
     assert measured == pytest.approx(float(scaled.std(unbiased=False)), rel=1e-6)
     model = fewstep.load(tmp_path)
     assert model.data_range == (-0.5, 0.5)
+    images_shown = model.decode(data.floats(data_range=model.data_range))
+    torch.testing.assert_close(images_shown, data.floats(), rtol=0, atol=1e-6)
     torch.testing.assert_close(model.data_mean.double(), scaled.mean(0), rtol=2e-3, atol=1e-3)
 
 

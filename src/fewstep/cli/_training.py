@@ -56,6 +56,7 @@ def picture_of(sampler: Any, *, classes: int | None, seed: int, title: str) -> b
     cond = {"class_labels": [i % classes for i in range(SHOWN)]} if classes else {}
     buffer = io.BytesIO()
     samples = draw(sampler, range(SHOWN), seed=seed, cond=cond)
-    low, high = getattr(sampler.denoiser, "data_range", (-1.0, 1.0))
-    picture((samples - low) * (2 / (high - low)) - 1, title=title).save(buffer, "PNG")
+    decode = getattr(sampler.denoiser, "decode", None)
+    shown = samples if decode is None else decode(samples)
+    picture(shown, title=title).save(buffer, "PNG")
     return buffer.getvalue()

@@ -170,7 +170,7 @@ def _check_report() -> None:
 
 
 def _data(source: str, denoiser: Denoiser) -> tuple[Tensor, Tensor | None]:
-    """Returns real data in [-1, 1] with their classes; of an exact model, draws from it."""
+    """Returns real data in the model's range with their classes; of an exact model, draws from it."""
     shape = tuple(denoiser.event_shape or ())
     if source in EXACT:
         drawn: Any = load_model(source, "cpu")
@@ -188,7 +188,8 @@ def _data(source: str, denoiser: Denoiser) -> tuple[Tensor, Tensor | None]:
             raise ValueError(f"this model makes no images (its samples have shape {shape})")
         size = shape[1] if shape[1] == shape[2] else None
         images = read_images(source, size=size)
-        points, labels = images.floats(), images.labels
+        data_range = getattr(denoiser, "data_range", (-1.0, 1.0))
+        points, labels = images.floats(data_range=data_range), images.labels
     if tuple(points.shape[1:]) != shape:
         raise ValueError(
             f"the data have shape {tuple(points.shape[1:])}, the model's samples {shape}"

@@ -99,6 +99,11 @@ class FolderModel(WrappedNetwork):
     data_range: tuple[float, float] = (-1.0, 1.0)
     about: Mapping[str, Any] = {}
 
+    def decode(self, x: Tensor) -> Tensor:
+        """Returns samples scaled from the range of the data to [-1, 1], to be shown."""
+        low, high = self.data_range
+        return x if (low, high) == (-1.0, 1.0) else (x - low) * (2 / (high - low)) - 1
+
 
 def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
     """Reads the model that :func:`write_model` wrote.

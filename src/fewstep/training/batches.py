@@ -134,19 +134,17 @@ class Batches:
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Returns mean and deviation of each coordinate, (C, H, W), float64, for head starts."""
         if self._statistics is None:
-            data, (low, high) = self.data, self.recipe.range
+            data = self.data
             total = torch.zeros(data.event_shape, dtype=torch.float64)
             squares = torch.zeros_like(total)
             for start in range(0, len(data), CHUNK):
-                part = data.floats(slice(start, start + CHUNK)).double()
+                part = data.floats(slice(start, start + CHUNK), self.recipe.range).double()
                 total += part.sum(0)
                 squares += part.square().sum(0)
             mean, square = total / len(data), squares / len(data)
             if self.recipe.flip:  # each image is seen from both sides
                 mean, square = ((m + m.flip(-1)) / 2 for m in (mean, square))
-            std = (square - mean.square()).clamp(min=0).sqrt()
-            half = (high - low) / 2
-            self._statistics = mean * half + (high + low) / 2, std * half
+            self._statistics = mean, (square - mean.square()).clamp(min=0).sqrt()
         return self._statistics
 
     def _spread(self) -> float:
@@ -170,10 +168,7 @@ class Batches:
         return self._order(epoch)[place * n : (place + 1) * n]
 
     def _images(self, index: Tensor, step: int) -> Tensor:
-        low, high = self.recipe.range
-        x0 = self.data.floats(index)
-        if (low, high) != (-1.0, 1.0):
-            x0 = x0 * ((high - low) / 2) + (high + low) / 2
+        x0 = self.data.floats(index, self.recipe.range)
         if self.recipe.flip:
             # An address of its own: times and noise are the same with and without.
             coins = torch.rand(len(index), generator=generator(self.recipe.seed, "flip", step))

@@ -7,6 +7,7 @@ import hashlib
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +72,18 @@ class ImageData:
         """The number of classes, or ``None``."""
         return None if self.labels is None else int(self.labels.max()) + 1
 
-    def floats(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """Returns images as float32 in [-1, 1]."""
-        return self.images[index].float() / 127.5 - 1
+    def floats(
+        self, index: Tensor | slice = slice(None), data_range: Sequence[float] = (-1.0, 1.0)
+    ) -> Tensor:
+        """Returns images as float32.
+
+        Arguments:
+            index: Which ones; left out, all.
+            data_range: The values that black and white get.
+        """
+        low, high = data_range
+        images = self.images[index].float() / 127.5 - 1
+        return images if (low, high) == (-1, 1) else (images + 1) * ((high - low) / 2) + low
 
 
 def _sha256(tensor: Tensor) -> str:
