@@ -83,7 +83,7 @@ def test_other_solvers_of_an_operator_are_refused(folders, tmp_path, capsys):
         assert not (tmp_path / "x").exists()
 
 
-def test_goes_on_and_does_not_overwrite(folders, tmp_path, capsys):
+def test_a_run_is_resumed_and_nothing_is_overwritten(folders, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert distill(folders, whole) == 0
     capsys.readouterr()
@@ -92,16 +92,23 @@ def test_goes_on_and_does_not_overwrite(folders, tmp_path, capsys):
     # A run that was stopped after the checkpoint of step 3.
     import fewstep.operators.distillation as trainer
 
-    def stop(event):
-        if event.step == 4:
-            raise KeyboardInterrupt
+    class Stop:
+        steps = 0
+
+        def stage(self, name, total=None, *, done=0):
+            pass
+
+        def tick(self, amount=1, note=""):
+            self.steps += amount
+            if self.steps == 4:
+                raise KeyboardInterrupt
 
     recipe = trainer.DistillRecipe(steps=6, batch_size=6)
     model = fewstep.load(folders / "model")
     with pytest.raises(KeyboardInterrupt):
-        trainer.distill(model, folders / "paths", parts, recipe=recipe, checkpoint_every=3, on_step=stop)  # fmt: skip
+        trainer.distill(model, folders / "paths", parts, recipe=recipe, checkpoint_every=3, progress=Stop())  # fmt: skip
     assert distill(folders, parts) == 0
-    assert "going on at step 3" in capsys.readouterr().out
+    assert "resumed at step 3" in capsys.readouterr().out
     for name in ("operator.safetensors", "operator.json", "log.jsonl"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     assert distill(folders, parts, "--mode", "folded", "--overwrite") == 0

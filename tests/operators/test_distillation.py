@@ -1,8 +1,12 @@
-"""Training of operators: what the loss is, that it learns, goes on bit for bit, and what it writes."""
+"""Training of operators: the loss, that it learns, resumed runs bit for bit, and the files."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,8 @@ import fewstep
 from fewstep.base.files import read_json, read_tensors, write_json
 from fewstep.operators import DistillRecipe, flops, loss_weights
 from fewstep.operators.distillation import distill
-from fewstep.operators.students import make_student, select_frames
+from fewstep.operators.losses import L1, LOSSES, FeatureLoss, Loss, ModelFeatures, loss_of
+from fewstep.operators.students import STUDENTS, Student, make_student, select_frames
 from tiny_trajectories import Memory, record, teacher
 
 pytest.importorskip("accelerate")
@@ -33,12 +38,21 @@ class Stop(Exception):
     pass
 
 
-def stop_after(step):
-    def told(event):
-        if event.step == step:
-            raise Stop
+class Steps:
+    """A progress that remembers its steps, and stops the run after one of them."""
 
-    return told
+    def __init__(self, stop=None):
+        self.stop, self.step, self.seen = stop, 0, []
+
+    def stage(self, name, total=None, *, done=0):
+        assert name == "distilling"
+        self.step = done
+
+    def tick(self, amount=1, note=""):
+        self.step += amount
+        self.seen.append(self.step)
+        if self.step == self.stop:
+            raise Stop
 
 
 def test_weights_of_the_published_schedule():
@@ -115,8 +129,8 @@ def student_last(student, store, rows):
 @pytest.mark.parametrize("mode", ["dsno", "folded", "endpoint"])
 def test_learns(mode, model, store, tmp_path):
     made = distill(
-        model, store, tmp_path, mode=mode, steps=60, batch_size=11, learning_rate=1e-2,
-        warmup=5, ema=0.9, lambda_max=10.0, checkpoint_every=30, heldout=2,
+        model, store, tmp_path, mode=mode, steps=20, batch_size=11, learning_rate=2e-2,
+        warmup=2, ema=0.7, lambda_max=10.0, checkpoint_every=20, heldout=2,
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
@@ -138,14 +152,14 @@ def test_learns(mode, model, store, tmp_path):
     "change",
     [{"mode": "dsno"}, {"mode": "endpoint", "accumulate": 2, "precision": "bfloat16"}],
 )
-def test_goes_on_bit_for_bit(change, model, store, tmp_path):
+def test_a_run_is_resumed_bit_for_bit(change, model, store, tmp_path):
     settings = {**SHORT, **change, "checkpoint_every": 2}
     distill(model, store, tmp_path / "whole", **settings)
     with pytest.raises(Stop):
-        distill(model, store, tmp_path / "parts", on_step=stop_after(5), **settings)
-    seen = []
-    distill(model, store, tmp_path / "parts", on_step=seen.append, **settings)
-    assert [event.step for event in seen] == [5, 6]
+        distill(model, store, tmp_path / "parts", progress=Steps(stop=5), **settings)
+    steps = Steps()
+    distill(model, store, tmp_path / "parts", progress=steps, **settings)
+    assert steps.seen == [5, 6]
     for name in ("operator.safetensors", "checkpoint.safetensors"):
         one, two = (read_tensors(tmp_path / part / name) for part in ("whole", "parts"))
         assert set(one) == set(two)
@@ -197,24 +211,22 @@ def test_a_distance_of_one_s_own(model, store, tmp_path):
 
 
 def test_losses_by_name():
-    from fewstep.operators.losses import DISTANCES
-
     a, b = torch.tensor([[0.0, 3.0]]), torch.tensor([[4.0, 3.0]])
-    assert float(DISTANCES["l1"](a, b)) == 2.0
-    assert float(DISTANCES["l2"](a, b)) == 8.0
-    assert float(DISTANCES["huber"](a, b)) == pytest.approx(((16.01**0.5) - 0.1) / 2)
+    assert float(LOSSES["l1"].build(None, None)(a, b)) == 2.0
+    assert float(LOSSES["l2"].build(None, None)(a, b)) == 8.0
+    assert float(LOSSES["huber"].build(None, None)(a, b)) == pytest.approx(
+        ((16.01**0.5) - 0.1) / 2
+    )
 
 
 def test_the_distance_in_features(model, store, tmp_path):
-    from fewstep.operators.losses import FeatureDistance, ModelFeatures, l1
-
-    look = ModelFeatures(model)
-    distance = FeatureDistance(look, weight=2.0)
+    stages = ModelFeatures(model)
+    distance = FeatureLoss(stages, weight=2.0)
     a, b = store.states[:3, -1], store.states[3:6, -1]
-    lam = model.schedule.lam(torch.tensor(look.time, dtype=torch.float64))
+    lam = model.schedule.lam(torch.tensor(stages.time, dtype=torch.float64))
     assert float(lam.exp()) == pytest.approx(10.0)  # a tenth of noise
-    t = torch.full((3,), look.time)
-    expected = l1(a, b)
+    t = torch.full((3,), stages.time)
+    expected = L1()(a, b)
     with torch.no_grad():
         sides = [model.network.encode(x, t)[2] for x in (a, b)]
     for one, two in zip(*sides, strict=True):
@@ -230,20 +242,19 @@ def test_the_distance_in_features(model, store, tmp_path):
 
 def test_the_distance_in_the_features_of_a_classifier(model, store, tmp_path):
     from fewstep.metrics import Features
-    from fewstep.operators.losses import FeatureDistance, distance_of, l1
 
     a, b = store.states[:3, -1].requires_grad_(), store.states[3:6, -1]
-    look = Features.load("fashion-robust")
-    stages = look.stages(a)
+    extractor = Features.load("fashion-robust")
+    stages = extractor.stages(a)
     assert [tuple(s.shape[:2]) for s in stages] == [(3, c) for c in (32, 64, 64, 128, 128)]
-    last = look.module.body[-3:](stages[-1])  # what is left to the features
-    torch.testing.assert_close(last, look(a))
-    expected = l1(a, b)
-    for one, two in zip(stages, look.stages(b), strict=True):
+    last = extractor.module.body[-3:](stages[-1])  # the layers between the stages and the features
+    torch.testing.assert_close(last, extractor(a))
+    expected = L1()(a, b)
+    for one, two in zip(stages, extractor.stages(b), strict=True):
         cosine = torch.nn.functional.cosine_similarity(one, two, dim=1)
         seen = [(s.abs().sum(1) > 0).float() for s in (one, two)]  # no direction where all is zero
         expected = expected + (seen[0] + seen[1] - 2 * cosine).flatten(1).mean(1)
-    distance = distance_of("features", None, model, "fashion-robust")
+    distance = loss_of("features", None, model, "fashion-robust")
     found = distance(a, b)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     (gradient,) = torch.autograd.grad(found.sum(), a)
@@ -259,12 +270,12 @@ def test_the_distance_in_the_features_of_a_classifier(model, store, tmp_path):
         DistillRecipe(features="fashion")
     colour = fewstep.Denoiser.wrap(lambda x, t: x, schedule=model.schedule, prediction="eps", event_shape=(3, 8, 8))  # fmt: skip
     with pytest.raises(ValueError, match=r"images of shape \(n, 1, H, W\), got \(1, 3, 8, 8\)"):
-        distance_of("features", None, colour, "fashion")
+        loss_of("features", None, colour, "fashion")
     with pytest.raises(ValueError, match="the features have no gradient"):
-        FeatureDistance(lambda x: [x.round().detach()])(a, b)
-    flat = FeatureDistance(lambda x: [x.flatten(1)])(a, b)  # vectors, as a TorchScript file gives
+        FeatureLoss(lambda x: [x.round().detach()])(a, b)
+    flat = FeatureLoss(lambda x: [x.flatten(1)])(a, b)  # vectors, as a TorchScript file gives
     vectors = [torch.nn.functional.normalize(side.flatten(1), dim=1) for side in (a, b)]
-    torch.testing.assert_close(flat, l1(a, b) + (vectors[0] - vectors[1]).square().sum(1))
+    torch.testing.assert_close(flat, L1()(a, b) + (vectors[0] - vectors[1]).square().sum(1))
 
 
 def test_tensorboard(model, store, tmp_path):
@@ -308,6 +319,25 @@ def test_trajectories_of_another_model_are_refused(store, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_loss_or_a_student_is_a_class_and_a_line(model, store, tmp_path, monkeypatch):
+    class Cubes(Loss):
+        def __call__(self, a, b):
+            return (a - b).abs().pow(3).flatten(1).mean(1)
+
+    class Alone(Student):
+        about = "endpoint under another name"
+
+        @staticmethod
+        def build(blueprint):
+            return blueprint.operator()
+
+    monkeypatch.setitem(LOSSES._entries, "cubes", Cubes)
+    monkeypatch.setitem(STUDENTS._entries, "alone", Alone)
+    student = distill(model, store, tmp_path, mode="alone", loss="cubes", **SHORT)
+    assert student.about["training"]["recipe"]["loss"] == "cubes"
+    assert student.operator.frames == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -328,7 +358,7 @@ def test_settings_that_are_refused(change, message, model, store, tmp_path):
 
 def test_another_recipe_in_the_folder_is_refused(model, store, tmp_path):
     with pytest.raises(Stop):
-        distill(model, store, tmp_path, checkpoint_every=1, on_step=stop_after(3), **SHORT)
+        distill(model, store, tmp_path, checkpoint_every=1, progress=Steps(stop=3), **SHORT)
     for change in ({"learning_rate": 1e-4}, {"seed": 1}, {"mode": "folded"}):
         with pytest.raises(ValueError, match=r"a run of another recipe, at step [23]"):
             distill(model, store, tmp_path, **{**SHORT, **change})
@@ -339,7 +369,7 @@ def test_another_recipe_in_the_folder_is_refused(model, store, tmp_path):
 
 def test_a_run_is_not_resumed_with_another_teacher_or_store(model, store, tmp_path):
     with pytest.raises(Stop):
-        distill(model, store, tmp_path, checkpoint_every=1, on_step=stop_after(3), **SHORT)
+        distill(model, store, tmp_path, checkpoint_every=1, progress=Steps(stop=3), **SHORT)
     manifest = store.manifest | {"seed": 1}
     other = Memory(store.times, store.states, store.conditions, manifest)
     with pytest.raises(ValueError, match=r"other inputs \(another trajectories\), at step [23]"):
@@ -365,35 +395,39 @@ def test_the_caller_s_generator_is_left_alone(model, store, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-SCRIPT = """
-import sys
-import torch
-torch.set_num_threads(1)
-from tiny_trajectories import record, teacher
-from fewstep.operators.distillation import distill
-model = teacher()
-distill(model, record(model), sys.argv[1], steps=2, batch_size=4, warmup=1, checkpoint_every=2)
-"""
+def _one_of_two(rank: int, port: int, out: Path) -> None:
+    """A process of ``torchrun``, forked instead of started: nothing is imported again."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    made = teacher()
+    distill(made, record(made), out, steps=2, batch_size=4, warmup=1, checkpoint_every=2)
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:Grad strides")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_two_processes_do_what_one_does(model, store, tmp_path):
     """Two processes with batches of 4 are one with 8, up to the rounding of sums."""
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-
     distill(model, store, tmp_path / "one", steps=2, batch_size=8, warmup=1, checkpoint_every=2)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    paths = [str(Path(fewstep.__file__).parent.parent), str(Path(__file__).parents[1])]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [sys.executable, *command, str(tmp_path / "script.py"), str(tmp_path / "two")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_one_of_two, args=(rank, port, tmp_path / "two")) for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
     one, two = (
         read_tensors(tmp_path / part / "checkpoint.safetensors") for part in ("one", "two")
     )

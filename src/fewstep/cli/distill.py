@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.base.files import loads_json, read_json, write_atomic
-from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
     check_device,
@@ -22,7 +21,6 @@ from fewstep.cli._common import (
 from fewstep.cli._training import PICTURE, begin, picture_of
 
 if TYPE_CHECKING:
-    from fewstep.operators.distillation import DistillEvent
     from fewstep.operators.model import OperatorModel
 
 OURS = (
@@ -64,7 +62,7 @@ def distill(
 ) -> None:
     """Distill a model into one evaluation; OUT is then a MODEL for `fewstep sample`.
 
-    A run that was interrupted goes on when the same command is given again.
+    The same command resumes an interrupted run.
 
     Args:
         model: The model whose trajectories were recorded: an embedded name, or a folder.
@@ -76,11 +74,12 @@ def distill(
         times: The number of frames (4), or their times among the stored ones (0.56,0.25,0).
         modes: The temporal modes J that are kept; 2 if left out.
         basis: dft, dct or dense.
-        loss: l1, l2, huber, or features (l1, and what a network sees in the images).
-        features: Whose features: fashion, fashion-robust, a folder or a TorchScript file; the
-            model's own if left out.
+        loss: l1, l2, huber, or features (l1, and the distance in features of a network).
+        features: The feature extractor: fashion, fashion-robust, a folder or a TorchScript file;
+            the model's own network if left out.
         weights: snr, uniform, or a number for each frame (1,2,4,20).
-        lambda_max: The largest weight of snr; with the published 10000 the path is hardly learned.
+        lambda_max: The largest weight of snr; with the published 10000 the states on the way are hardly
+            learned.
         steps: The number of training steps.
         batch_size: The trajectories of a forward pass.
         accumulate: The forward passes of a step.
@@ -134,24 +133,17 @@ def distill(
     tell = say if first else lambda _: None
     tell(f"{len(store)} trajectories; {made.mode}, {made.steps} steps on {device}")
     if before:
-        tell(f"going on at step {before}")
-    with progress_of(True) as progress:
-        progress.stage("distilling", made.steps, done=before)
-
-        def told(event: DistillEvent) -> None:
-            held = "" if event.heldout is None else f", held out {event.heldout:.4f}"
-            progress.tick(1, f"loss {event.loss:.4f}{held}")
-
-        student = run(
-            teacher,
-            store,
-            out,
-            recipe=made,
-            device=device,
-            checkpoint_every=checkpoint_every,
-            tensorboard=tensorboard,
-            on_step=told,
-        )
+        tell(f"resumed at step {before}")
+    student = run(
+        teacher,
+        store,
+        out,
+        recipe=made,
+        device=device,
+        checkpoint_every=checkpoint_every,
+        tensorboard=tensorboard,
+        progress=True,
+    )
     if first:
         title = f"{made.mode} after {made.steps} steps · 1 evaluation"
         classes, sampler = _classes(student), student.built_in_sampler()

@@ -1,69 +1,58 @@
-"""The numbers of a comparison as JSON, and the commands to go on with."""
+"""The numbers of a comparison as JSON, and what to do with them next."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fewstep import __version__
 from fewstep.comparison.running import Comparison
-from fewstep.comparison.scores import estimate_record
+from fewstep.comparison.scores import to_json
 from fewstep.comparison.store import FORMAT, VERSION, Cell
 from fewstep.comparison.verdicts import Verdict, measure_of, pareto
-from fewstep.loading import EMBEDDED
-from fewstep.reporting.commands import command
 
 
 @dataclass(frozen=True)
-class Invocation:
-    """The names in the command of a comparison, which its report repeats and its next commands need.
+class Told:
+    """What only the caller knows, for the report.
 
     Attributes:
         model: The model, as the commands name it.
         data: The data, as the commands name it; empty if none was given.
         command: The command that was given.
-        class_labels: The class labels, as the commands write them.
-        prompt: The text of a text-to-image model.
-        device: The device, unless it is the default.
+        notes: Further settings to list, name and value.
     """
 
     model: str
     data: str = ""
     command: str = ""
-    class_labels: str | None = None
-    prompt: str | None = None
-    device: str | None = None
-
-    @property
-    def notes(self) -> dict[str, str]:
-        """Further settings to list."""
-        named = {"class labels": self.class_labels, "prompt": self.prompt}
-        return {name: value for name, value in named.items() if value is not None}
+    notes: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
 def all_numbers(
     comparison: Comparison,
     verdicts: Sequence[Verdict],
     recipes: dict[int, tuple[Cell, Path]],
-    invocation: Invocation,
+    told: Told,
     when: str,
 ) -> dict[str, Any]:
-    """Returns every number of a comparison as JSON has them."""
+    """Returns every number of a comparison as JSON."""
     measure = measure_of(comparison)
     return {
         "format": FORMAT,
         "version": VERSION,
         "date": when,
-        "command": invocation.command,
+        "command": told.command,
         "versions": versions(),
-        "model": invocation.model,
-        "data": invocation.data or None,
-        **{"question": dict(comparison.question), "notes": invocation.notes},
+        "model": told.model,
+        "data": told.data or None,
+        **{"question": dict(comparison.question), "notes": dict(told.notes)},
         "measure": measure,
-        "reference": comparison.reference.to_record(),
-        "cells": [cell.to_record() for cell in comparison.cells],
+        "reference": comparison.reference.to_json(),
+        "cells": [cell.to_json() for cell in comparison.cells],
         "refused": [
             {"sampler": name, "nfe": nfe, "reason": reason}
             for name, nfe, reason in comparison.refused
@@ -74,7 +63,7 @@ def all_numbers(
                 "best": verdict.best.name,
                 "ties": [cell.name for cell in verdict.ties],
                 "behind": {
-                    cell.name: estimate_record(more)
+                    cell.name: to_json(more)
                     for cell, more in zip(verdict.order, verdict.behind, strict=True)
                 },
                 "recipe": recipes[verdict.nfe][1].name if verdict.nfe in recipes else None,
@@ -91,70 +80,48 @@ def next_commands(
     comparison: Comparison,
     verdicts: Sequence[Verdict],
     recipes: dict[int, tuple[Cell, Path]],
-    invocation: Invocation,
+    told: Told,
 ) -> list[tuple[str, str]]:
     """Returns what to do with the result: a sentence and a command each."""
-    model, guidance = invocation.model, comparison.question["guidance"]
-    conditions = {"class_labels": invocation.class_labels, "device": invocation.device}
-    commands = []
+    made = []
     for nfe, (_, path) in sorted(recipes.items())[:1]:
-        commands.append(
-            (
-                f"Draw samples with the best at {nfe} evaluations:",
-                command(
-                    "sample",
-                    model,
-                    recipe=path,
-                    prompt=invocation.prompt,
-                    **conditions,
-                    out=f"{comparison.store.folder}-samples",
-                ),
-            )
-        )
-    if invocation.prompt is not None:
-        return commands  # the other commands have no prompts
-    # What ships for an embedded name is statistics of its images; the analysis needs the images.
-    statistics = invocation.data in EMBEDDED and not Path(invocation.data).exists()
-    commands.append(
+        command = [
+            "fewstep",
+            "sample",
+            told.model,
+            "--recipe",
+            str(path),
+            "--out",
+            f"samples-{nfe}",
+        ]
+        made.append((f"Draw samples with the best at {nfe} evaluations:", shlex.join(command)))
+    analyze = ["fewstep", "analyze", told.model, *(["--data", told.data] if told.data else [])]
+    made.append(
         (
             "See where the error that is left comes from:",
-            command(
-                "analyze",
-                model,
-                data=None if statistics else invocation.data or None,
-                guidance=guidance,
-                **conditions,
-                out=f"{comparison.store.folder}-analysis",
-            ),
+            shlex.join([*analyze, "--out", "analysis"]),
         )
     )
     least = verdicts[0].nfe
-    commands.append(
+    tune = ["fewstep", "tune", told.model, "--nfe", str(least), "--family", "gs"]
+    tune += ["--objective", "endpoint", "--out", f"tuned-{least}.json"]
+    made.append(
         (
-            f"Fit a sampler to this model at {least} evaluations, and compare again:",
-            command(
-                "tune",
-                model,
-                nfe=least,
-                family="gs",
-                objective="endpoint",
-                guidance=guidance,
-                **conditions,
-                out=f"{comparison.store.folder}-tuned-{least}.json",
-            ),
+            f"Fit coefficients to this model at {least} evaluations, and compare again:",
+            shlex.join(tune),
         )
     )
-    return commands
+    return made
 
 
 def versions() -> dict[str, str]:
     """Returns the versions of this package and of those that decide the numbers."""
     from importlib.metadata import PackageNotFoundError, version
 
-    known = {"fewstep": __version__}
+    found = {"fewstep": __version__}
     for name in ("torch", "diffusers"):
         try:
-            known[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return known
+    return found

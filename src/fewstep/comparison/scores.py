@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor
 from fewstep.base.registry import unknown
 from fewstep.metrics import Estimate, Reference, fid, kid, precision_recall, sliced_wasserstein
 from fewstep.metrics.intervals import jackknife, student
-from fewstep.models.denoiser import Denoiser
 
 RMS = "rms"
 METRICS = ("fid", "kid", "precision-recall", "sliced-wasserstein")
-"""The metrics there are; the distance to the reference is always measured."""
+"""What can be asked for; the distance to the reference is always measured."""
 
 TITLES = {
     "fid": "FID",
@@ -44,14 +43,14 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
 def score(
     features: Tensor, reference: Reference, names: Sequence[str]
 ) -> tuple[dict[str, Estimate], dict[str, str]]:
-    r"""Returns estimates by name, and the reason for those that are not defined.
+    r"""Returns estimates by name, and for those that could not be made the reason.
 
     Arguments:
         features: Features of the samples, with shape (n, D).
         reference: The real data.
         names: Which of :data:`METRICS`.
     """
-    estimates: dict[str, Estimate] = {}
+    made: dict[str, Estimate] = {}
     failed: dict[str, str] = {}
     single: dict[str, Callable[..., Estimate]] = {
         "fid": fid,
@@ -61,12 +60,12 @@ def score(
     for name in names:
         try:
             if name in single:
-                estimates[name] = single[name](features, reference)
+                made[name] = single[name](features, reference)
             else:
-                estimates.update(precision_recall(features, reference)._asdict())
+                made.update(precision_recall(features, reference)._asdict())
         except ValueError as error:
             failed[name] = str(error)
-    return estimates, failed
+    return made, failed
 
 
 def root(squares: Tensor) -> Estimate:
@@ -96,13 +95,13 @@ def less_fid(others: Sequence[Tensor], first: Tensor, reference: Reference) -> l
     sides = [(x, x @ half) for x in (side.double() for side in [first, *others])]
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
-        # The singular values of the centred y are the roots of the eigenvalues in FID.
+        # The singular values of the centred y are the roots of the eigenvalues that FID asks for.
         cross = torch.linalg.svdvals(y - y.mean(0)).sum() / (len(y) - 1) ** 0.5
         return (x.mean(0) - real.mean).square().sum() + x.var(0).sum() - 2 * cross
 
     def statistic(i: Tensor, _: Tensor) -> Tensor:
-        fids = torch.stack([distance(x[i], y[i]) for x, y in sides])
-        return fids[1:] - fids[0]
+        found = torch.stack([distance(x[i], y[i]) for x, y in sides])
+        return found[1:] - found[0]
 
     return jackknife(statistic, (len(first), real.n), fixed=(False, True), level=LEVEL)
 
@@ -120,8 +119,8 @@ def less_rms(a: Tensor, b: Tensor) -> Estimate:
     )
 
 
-def estimate_record(estimate: Estimate) -> dict[str, Any]:
-    """Returns an estimate as JSON has it."""
+def to_json(estimate: Estimate) -> dict[str, Any]:
+    """Returns an estimate as JSON."""
     return {
         "value": estimate.value,
         "low": estimate.low,
@@ -132,17 +131,17 @@ def estimate_record(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def estimate_from_record(record: Mapping[str, Any]) -> Estimate:
-    """Returns the estimate of a record of :func:`estimate_record`."""
-    return Estimate(**{**record, "sizes": tuple(record["sizes"])})
+def from_json(content: dict[str, Any]) -> Estimate:
+    """Returns the estimate that :func:`to_json` wrote."""
+    return Estimate(**{**content, "sizes": tuple(content["sizes"])})
 
 
 def same_place(a: Tensor, b: Tensor) -> Tensor:
     r"""Returns per-sample mean squares (n) of the difference of samples, float64."""
-    return (a.cpu().double() - b.cpu().double()).square().flatten(1).mean(1)
+    return (a.double() - b.double()).square().flatten(1).mean(1).cpu()
 
 
-def denoised(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
-    """Returns the data that a model predicts from states at the lowest level of its schedule."""
+def denoised(denoiser: Any, x: Tensor, cond: Any) -> Tensor:
+    """Returns the data that a model sees in states at the lowest level of its schedule."""
     with torch.no_grad():
         return denoiser(x, denoiser.schedule.t_min, prediction="x0", **cond)

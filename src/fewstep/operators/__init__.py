@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fewstep.operators.distillation import DistillEvent as DistillEvent
 from fewstep.operators.distillation import distill as distill
 from fewstep.operators.folder import read_operator as read_operator
 from fewstep.operators.folder import write_operator as write_operator
@@ -10,10 +9,14 @@ from fewstep.operators.insertion import TimeAxis as TimeAxis
 from fewstep.operators.insertion import attach as attach
 from fewstep.operators.insertion import detach as detach
 from fewstep.operators.layout import Layout as Layout
+from fewstep.operators.losses import LOSSES as LOSSES
+from fewstep.operators.losses import Loss as Loss
 from fewstep.operators.losses import loss_weights as loss_weights
 from fewstep.operators.model import OperatorModel as OperatorModel
 from fewstep.operators.model import OperatorSampler as OperatorSampler
 from fewstep.operators.operator import TrajectoryOperator as TrajectoryOperator
+from fewstep.operators.students import STUDENTS as STUDENTS
 from fewstep.operators.students import DistillRecipe as DistillRecipe
+from fewstep.operators.students import Student as Student
 from fewstep.operators.students import flops as flops
 from fewstep.operators.temporal import TemporalConv as TemporalConv

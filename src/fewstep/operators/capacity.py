@@ -1,4 +1,4 @@
-"""Blocks without time: what a student of equal size or cost has in the place of temporal blocks."""
+"""Blocks without time: controls of equal size or cost in the place of temporal blocks."""
 
 from __future__ import annotations
 

@@ -3,19 +3,19 @@ r"""Training of operators on recorded trajectories: ``fewstep distill``."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import locked
 from fewstep.models.denoiser import Denoiser
-from fewstep.operators.losses import Distance, distance_of
+from fewstep.operators.losses import CUSTOM, Distance, loss_of
 from fewstep.operators.model import OperatorModel
 from fewstep.operators.students import DistillRecipe
-from fewstep.operators.trainer import DistillEvent as DistillEvent
 from fewstep.operators.trainer import Trainer, Trajectories
 
 
@@ -30,52 +30,66 @@ def distill(
     device: str | torch.device = "cpu",
     checkpoint_every: int = 250,
     tensorboard: bool = False,
-    on_step: Callable[[DistillEvent], None] | None = None,
+    progress: Progress | bool | None = None,
     **changes: Any,
 ) -> OperatorModel:
-    r"""Trains a student that gives in one evaluation what the trajectories took many for.
+    r"""Trains a student whose one evaluation gives the states of a many-step trajectory.
 
     .. math:: L(\theta) = \frac1M \sum_m \lambda_m \, \frac1B \sum_b
         d \left( G_\theta(x_T^b)(t_m), x^b(t_m) \right)
 
-    The student starts as the teacher; see :class:`TrajectoryOperator`. ``OUT`` holds the
-    operator (``operator.json``, ``operator.safetensors``), which :func:`fewstep.load` reads,
-    a checkpoint, and ``log.jsonl`` with the loss of each frame. The same call goes on with a run
-    that was interrupted, bit for bit on a CPU.
+    for M frames at the stored times :math:`t_m` (or the sample alone), with a loss d of
+    :data:`~fewstep.operators.losses.LOSSES` and the weights :math:`\lambda` of :func:`loss_weights`.
+    The student starts as the teacher; see :class:`TrajectoryOperator`. ``OUT`` holds the operator
+    (``operator.json``, ``operator.safetensors``), which :func:`fewstep.load` reads, a checkpoint, and
+    ``log.jsonl`` with the loss of each frame. The same call resumes an interrupted run, bit for bit
+    on a CPU.
+
+    Cost: no evaluation of the teacher; a step is one forward and backward pass of the student for
+    ``accumulate`` times ``batch_size`` trajectories, each of M frames. Afterwards a sample costs one
+    evaluation, which works on M frames.
 
     References:
         | Fast Sampling of Diffusion Models via Operator Learning (Zheng et al., 2023)
         | https://arxiv.org/abs/2211.13449
 
     Arguments:
-        denoiser: The model whose trajectories were recorded.
-        folder: The folder that :func:`fewstep.record` wrote.
+        denoiser: The teacher: the model whose trajectories were recorded.
+        folder: The folder that :func:`fewstep.record` wrote, with states (n, S, \*).
         out: The folder to write.
-        recipe: What to train, how long, with which seed.
-        distance: A distance of one's own (perceptual, say): takes two batches of states (N, \*)
-            and returns (N).
+        recipe: The student, the loss, the schedule of the training and the seed.
+        distance: A loss of one's own (perceptual, say): takes two batches of states (N, \*)
+            and returns (N), differentiable in the first.
         sites: The names of the modules behind which temporal blocks go, for a network that is
             not known.
-        device: Where. Under ``accelerate launch`` each process takes its own.
+        device: The device. Under ``accelerate launch`` each process takes its own.
         checkpoint_every: The steps between two checkpoints, and two measurements.
         tensorboard: Whether to write losses for TensorBoard as well.
-        on_step: Called after each step.
+        progress: ``True`` for a bar, or an object with ``stage`` and ``tick``: the stage
+            ``distilling``, whose units are steps.
         changes: Fields of the recipe, e.g. ``mode="endpoint"``, ``steps=2000``.
 
+    Returns:
+        The operator as a model, with its built-in sampler of one evaluation.
+
     Raises:
-        ValueError: If trajectories and model do not belong together, or a setting does not fit.
+        ValueError: Before the first step, if trajectories and model do not belong together, a
+            setting does not fit, or the folder has a run of another recipe; later, if the loss is
+            not finite.
+        TypeError: If ``denoiser`` is no denoiser.
     """
     recipe = replace(recipe or DistillRecipe(), **_known(changes))
-    if distance is not None and recipe.loss != "custom":
-        recipe = replace(recipe, loss="custom", features=None)
+    if distance is not None and recipe.loss != CUSTOM:
+        recipe = replace(recipe, loss=CUSTOM, features=None)
     store = _opened(folder)
     _check(denoiser, store)
-    measure = distance_of(recipe.loss, distance, denoiser, recipe.features)
-    run = Trainer(denoiser, store, Path(out), recipe, measure, sites, device)
-    first = run.accelerator.is_main_process
+    loss = loss_of(recipe.loss, distance, denoiser, recipe.features)
+    trainer = Trainer(denoiser, store, Path(out), recipe, loss, sites, device)
+    first = trainer.accelerator.is_main_process
     with locked(Path(out)) if first else contextlib.nullcontext():
-        run.train(checkpoint_every, tensorboard, on_step)
-        return run.finish()
+        with progress_of(progress) as shown:
+            trainer.train(checkpoint_every, tensorboard, shown)
+        return trainer.finish()
 
 
 def _known(changes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -96,11 +110,11 @@ def _opened(folder: str | Path | Trajectories) -> Trajectories:
 def _check(denoiser: Denoiser, store: Trajectories) -> None:
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"a Denoiser is needed, got {type(denoiser).__name__}")
-    told = store.manifest.get("fingerprint")
-    if told is not None and told != denoiser.fingerprint():
+    recorded = store.manifest.get("fingerprint")
+    if recorded is not None and recorded != denoiser.fingerprint():
         raise ValueError(
             "the trajectories were recorded with another model (its fingerprint differs); "
-            "a student must start from the model that made them"
+            "a student must start from the model of its trajectories"
         )
     if len(store) < 2:
         raise ValueError(f"at least 2 trajectories are needed, got {len(store)}")

@@ -27,7 +27,7 @@ CALLS = {
     "UNet2DConditionModel": "_Text",
     "DiTTransformer2DModel": "_Classes",
 }
-"""The networks of diffusers that a folder can describe, and how each is called."""
+"""The networks of diffusers that a folder can describe, each with its adapter."""
 
 
 def write_operator(
@@ -44,7 +44,7 @@ def write_operator(
         folder: Where to write.
         operator: The operator.
         weights: The state of its network, instead of its own (for example the average).
-        training: How it was trained; for the reader, not for the code.
+        training: A record of its training; informative, not read by the code.
         dtype: The type of the stored weights.
     """
     folder, model = Path(folder), operator.model
@@ -94,7 +94,7 @@ def read_operator(
     Arguments:
         folder: The folder.
         teacher: The model that it was distilled from: needed if its network is the user's own,
-            whose code no folder holds; its weights are replaced in a copy.
+            whose code no folder has; its weights are replaced in a copy.
         dtype: The type of the weights.
 
     Raises:
@@ -128,7 +128,7 @@ def read_operator(
 
 
 def _rebuild(about: Mapping[str, Any]) -> Denoiser:
-    """Returns the teacher without its weights, which are yet to come."""
+    """Returns the teacher without its weights, which are loaded afterwards."""
     config = dict(about["network"])
     kind = config.pop("kind", None)
     schedule = schedule_from_record(about["schedule"])
@@ -139,7 +139,7 @@ def _rebuild(about: Mapping[str, Any]) -> Denoiser:
         with torch.device("meta"):
             network = SmallUNet(**config)
         module, to_model_time = precondition(network, preconditioning, schedule, prediction)
-        made = FolderModel(
+        model = FolderModel(
             module,
             to_model_time=to_model_time,
             schedule=schedule,
@@ -148,8 +148,8 @@ def _rebuild(about: Mapping[str, Any]) -> Denoiser:
             null_condition={},
         )
         names = about.get("class_names")
-        made.class_names = tuple(map(str, names)) if names else None
-        return made
+        model.class_names = tuple(map(str, names)) if names else None
+        return model
     if kind == "diffusers":
         return _diffusers(config, about, schedule, prediction)
     raise ValueError(

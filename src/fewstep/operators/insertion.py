@@ -1,8 +1,8 @@
-r"""Insertion of blocks into a network whose code is not touched: submodules and forward hooks.
+r"""Insertion of blocks into a network whose code stays as it is: submodules and forward hooks.
 
 Frames are folded into the batch, so the network sees (B M, \*). Each host gets its block as a
 submodule, ``host.temporal``, and a forward hook that applies it: devices, states, optimisers and
-averages see it, and gradient checkpointing, which calls the host, computes it again.
+averages see it, and gradient checkpointing, which runs the host, computes it again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Site:
 
 
 Sites = Sequence[str] | Callable[[str, nn.Module], bool] | None
-"""Where blocks go: names of modules, or a test of names and modules; ``None`` if it is known."""
+"""The sites of blocks: names of modules, or a test of names and modules; ``None`` if they are known."""
 
 
 class TimeAxis:
@@ -90,20 +90,20 @@ def attach(
         sites: Names of modules or a test of (name, module). Left out, the sites of a network that
             is known: after every unit of the levels of U-Nets (:class:`SmallUNet`,
             ``UNet2DModel``, ``UNet2DConditionModel``), after every block of ``DiT``.
-        example: Calls the network once, to learn the channels of sites that the caller names.
+        example: Evaluates the network once, to find the channels of sites that the caller names.
 
     Raises:
         ValueError: If the sites are not known, not there, or have a block already.
     """
-    found = known_sites(network) if sites is None else _named(network, sites, example)
+    chosen = known_sites(network) if sites is None else _named(network, sites, example)
     modules = dict(network.named_modules())
-    for site in found:
+    for site in chosen:
         host = modules[site.name]
         if BLOCK in host._modules or hasattr(host, BLOCK):
             raise ValueError(
                 f"the module {site.name!r} has a {BLOCK!r} already; call detach(network) first"
             )
-    for site in found:
+    for site in chosen:
         host = modules[site.name]
         like = next(network.parameters(), None)
         block = make(site)
@@ -111,11 +111,11 @@ def attach(
             block = block.to(device=like.device, dtype=like.dtype)
         host.add_module(BLOCK, block)
         host._block_hook = host.register_forward_hook(_apply)  # type: ignore[assignment]
-    return found
+    return chosen
 
 
 def detach(network: nn.Module) -> None:
-    """Takes all attached blocks out again; the network is then what it was."""
+    """Removes all attached blocks; the network is then as before."""
     for module in list(network.modules()):
         handle = getattr(module, "_block_hook", None)
         if handle is not None:
@@ -144,7 +144,7 @@ def known_sites(network: nn.Module) -> list[Site]:
         count = len(network.transformer_blocks)  # type: ignore[arg-type]
         return [Site(f"transformer_blocks.{i}", width, True) for i in range(count)]
     raise ValueError(
-        f"where temporal blocks go in a {kind} is not known; name its modules: sites=[...] "
+        f"the sites of temporal blocks in a {kind} are not known; name its modules: sites=[...] "
         "(see network.named_modules())"
     )
 
@@ -198,16 +198,18 @@ def _named(
             else "sites names no module of the network"
         )
     if example is None:
-        raise ValueError("to learn the channels of sites, give example=, which calls the network")
+        raise ValueError(
+            "to find the channels of sites, give example=, which evaluates the network"
+        )
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def look(name: str) -> Callable[..., None]:
+    def recorder(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: object, output: object) -> None:
             shapes[name] = tuple(_first(output).shape)
 
         return hook
 
-    handles = [modules[name].register_forward_hook(look(name)) for name in names]
+    handles = [modules[name].register_forward_hook(recorder(name)) for name in names]
     try:
         with torch.no_grad():
             example(network)
@@ -215,14 +217,14 @@ def _named(
         for handle in handles:
             handle.remove()
     if silent := [name for name in names if name not in shapes]:
-        raise ValueError(f"the module {silent[0]!r} is not called by the network")
+        raise ValueError(f"the module {silent[0]!r} is not used by the network")
     return [
         Site(n, shapes[n][2 if len(shapes[n]) == 3 else 1], len(shapes[n]) == 3) for n in names
     ]
 
 
 def _first(output: Any) -> Tensor:
-    """Returns the features in what a module returned: a tensor, a tuple or an output dataclass."""
+    """Returns the features of a module's output: a tensor, a tuple or an output dataclass."""
     if isinstance(output, Tensor):
         return output
     value = next(iter(output.values())) if isinstance(output, Mapping) else output[0]

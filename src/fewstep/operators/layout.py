@@ -1,4 +1,4 @@
-r"""What an operator is besides its weights: times, labels, blocks, and the map from answers to states."""
+r"""An operator without its weights: times, labels, blocks, and the map from model outputs to states."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ EXTRAS = ("none", "temporal", "pointwise", "deeper")
 
 @dataclass(frozen=True)
 class Layout:
-    r"""What an operator is, besides its weights.
+    r"""The description of an operator, without its weights.
 
     Attributes:
         times: The times of the M frames, decreasing; the last is the sample's.
         start: The time of the input.
         labels: The label of a frame: ``"target"``, its own time, or ``"start"``, the noise level
             of the input.
-        output: ``"convert"``: the network's answer is converted to data with the coefficients of
-            the label, so that the start is the teacher; ``"direct"``: the answer is the data.
-        extra: What is attached to the network: ``"temporal"`` blocks, ``"none"``, or in their
-            place ``"pointwise"`` or ``"deeper"`` blocks that know no time.
+        output: ``"convert"``: the model output is converted to data with the coefficients of the
+            label, so that the start is the teacher; ``"direct"``: the model output is the data.
+        extra: The blocks attached to the network: ``"temporal"``, ``"none"``, or in their place
+            ``"pointwise"`` or ``"deeper"`` blocks without time.
         modes: The modes J of temporal blocks.
         basis: Their basis.
         slope: The slope of their rectifier.
@@ -88,31 +88,31 @@ def output_map(
     start: float,
     layout: Layout,
 ) -> dict[str, Tensor]:
-    r"""Returns labels, and the numbers with which a frame is ``keep * x_T + gain * answer``; float64.
+    r"""Returns labels, and the factors of a frame ``keep * x_T + gain * output``; float64, shape (M).
 
     Arguments:
         schedule: The schedule.
         native: What the network predicts.
         times: The times of the frames, with shape (M).
         start: The time of the input.
-        layout: How labels and outputs are taken.
+        layout: The kinds of labels and outputs.
     """
     t = torch.tensor(times, dtype=torch.float64)
     alpha, sigma = schedule.scales(t)
     (alpha_0,), (sigma_0,) = schedule.scales(torch.tensor([start], dtype=torch.float64))
-    told = t if layout.labels == "target" else torch.full_like(t, start)
-    told = told.clamp(schedule.t_min, schedule.t_max)
-    alpha_l, sigma_l = schedule.alpha(told), schedule.sigma(told)
+    labels = t if layout.labels == "target" else torch.full_like(t, start)
+    labels = labels.clamp(schedule.t_min, schedule.t_max)
+    alpha_l, sigma_l = schedule.alpha(labels), schedule.sigma(labels)
     scale = torch.sqrt(
         (alpha_l.square() + sigma_l.square()) / (alpha_0.square() + sigma_0.square())
     )
     ratio = sigma / sigma_0
     data = alpha - alpha_0 * ratio
     if layout.output == "direct":
-        return {"labels": told, "keep": ratio, "gain": data, "scale": scale}
+        return {"labels": labels, "keep": ratio, "gain": data, "scale": scale}
     shift, factor = coefficients(native, Prediction.X0, alpha=alpha_l, sigma=sigma_l)
     return {
-        "labels": told,
+        "labels": labels,
         "keep": ratio + data * shift * scale,
         "gain": data * factor,
         "scale": scale,
@@ -129,8 +129,8 @@ def well_posed_output(
     r"""Returns ``"convert"`` if it neither silences nor amplifies the network, else ``"direct"``.
 
     Data come from a v-network by a factor :math:`\sigma` of the label, from an
-    :math:`\varepsilon`-network by :math:`\sigma / \alpha`. For a frame whose label says that there
-    is hardly any noise the answer would count for nothing (0.01 for ``ddpm-linear``), and the
+    :math:`\varepsilon`-network by :math:`\sigma / \alpha`. For a frame labelled with hardly any noise
+    the model output would be multiplied by next to nothing (0.01 for ``ddpm-linear``), and the
     student could not learn; an :math:`\varepsilon`-network at pure noise would be amplified (by 157).
 
     Arguments:

@@ -13,13 +13,19 @@ LOG, BOARD = "log.jsonl", "tensorboard"
 
 
 class LossLog:
-    """``log.jsonl``, and TensorBoard if asked for; rows after the step of a restart are dropped."""
+    """``log.jsonl``, and TensorBoard if asked for.
+
+    Arguments:
+        out: The folder.
+        start: The step at which the run is resumed; later rows are dropped.
+        tensorboard: Whether to write for TensorBoard too.
+    """
 
     def __init__(self, out: Path, start: int, tensorboard: bool) -> None:
         self.path = out / LOG
         rows = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [row for row in rows if _step_of(row) <= start]
-        write_atomic(self.path, "".join(f"{row}\n" for row in kept))
+        before = [row for row in rows if _step_of(row) <= start]
+        write_atomic(self.path, "".join(f"{row}\n" for row in before))
         self.board: Any = None
         if tensorboard:
             try:
@@ -29,6 +35,7 @@ class LossLog:
             self.board = SummaryWriter(str(out / BOARD), purge_step=start + 1)
 
     def write(self, row: dict[str, Any]) -> None:
+        """Appends a row: ``step``, ``loss``, ``losses`` of the frames, and now and then ``heldout``."""
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         if self.board is not None:
@@ -38,6 +45,7 @@ class LossLog:
                     self.board.add_scalar(f"{name}/frame{frame + 1}", value, row["step"])
 
     def close(self) -> None:
+        """Flushes what TensorBoard buffers."""
         if self.board is not None:
             self.board.close()
 
@@ -45,5 +53,5 @@ class LossLog:
 def _step_of(row: str) -> float:
     try:
         return float(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that was being written
+    except (ValueError, KeyError, TypeError):  # a line that was cut off
         return math.inf

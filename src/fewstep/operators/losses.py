@@ -1,44 +1,97 @@
-r"""What a student is trained to make small: distances between states, and the weights of times."""
+r"""Distillation losses: distances between states, and the weights of the frames."""
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fewstep.base.registry import unknown
+from fewstep.base.registry import Registry, unknown
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.networks.unet import SmallUNet
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-r"""Takes two batches of states (N, \*) and returns their distances (N); differentiable."""
-
-
-def l1(a: Tensor, b: Tensor) -> Tensor:
-    """The mean absolute difference."""
-    return (a - b).abs().flatten(1).mean(1)
-
-
-def l2(a: Tensor, b: Tensor) -> Tensor:
-    """The mean square of the difference."""
-    return (a - b).square().flatten(1).mean(1)
-
-
-def huber(a: Tensor, b: Tensor, *, delta: float = 0.1) -> Tensor:
-    r"""The mean of :math:`\sqrt{d^2 + \delta^2} - \delta`: square below delta, absolute above."""
-    return (((a - b).square() + delta**2).sqrt() - delta).flatten(1).mean(1)
-
+r"""Takes states and the teacher's (N, \*), returns distances (N), differentiable in the first."""
 
 Stages = Callable[[Tensor], Sequence[Tensor]]
-r"""Takes states (N, \*) and returns what several stages of a network see in them, (N, C, \*) each."""
+r"""Takes states (N, \*), returns the features of several stages of a network, (N, C, \*) each."""
+
+CUSTOM = "custom"
+"""The name of a loss that a user gives as a callable."""
 
 
-class FeatureDistance:
-    r"""The mean absolute difference, and that of what a network sees in the states.
+class Loss(ABC):
+    r"""A distance :math:`d(a, b) \ge 0` between a student's states and the teacher's, both (N, \*).
+
+    A distillation minimises :math:`\frac1M \sum_m \lambda_m \frac1B \sum_b d(\hat x^b(t_m), x^b(t_m))`
+    over M frames and B trajectories, with the weights of :func:`loss_weights`; the units are those
+    of d. A subclass writes :meth:`build` and :meth:`__call__`; a line in :data:`LOSSES` then makes it
+    known to ``distill``, to recipes and to the command line.
+
+    Cost: no evaluation of teacher or student; a loss in features has its own network.
+
+    Attributes:
+        takes_features: Whether it has a feature extractor that the recipe may name.
+    """
+
+    takes_features: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, denoiser: Denoiser, features: str | None) -> Loss:
+        """Returns the loss for a model.
+
+        Arguments:
+            denoiser: The teacher.
+            features: The feature extractor that the recipe names, or ``None``.
+
+        Raises:
+            ValueError: If it cannot be had for this model.
+        """
+        del denoiser, features
+        return cls()
+
+    @abstractmethod
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        r"""Returns the distance of each state a from b, shape (N), differentiable in a."""
+
+
+class L1(Loss):
+    """The mean absolute difference."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().flatten(1).mean(1)
+
+
+class L2(Loss):
+    """The mean square of the difference."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().flatten(1).mean(1)
+
+
+class Huber(Loss):
+    r"""The mean of :math:`\sqrt{d^2 + \delta^2} - \delta`: square below delta, absolute above.
+
+    Arguments:
+        delta: The difference between the two regimes.
+    """
+
+    def __init__(self, delta: float = 0.1) -> None:
+        self.delta = delta
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        root = ((a - b).square() + self.delta**2).sqrt()
+        return (root - self.delta).flatten(1).mean(1)
+
+
+class FeatureLoss(Loss):
+    r"""The mean absolute difference, and that of features of several stages of a network.
 
     Features have unit length over the channels at each place,
 
@@ -48,15 +101,29 @@ class FeatureDistance:
         | The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (Zhang et al., 2018)
         | https://arxiv.org/abs/1801.03924
 
-    Cost: two passes through the network that looks, one of them with a gradient.
+    Cost: two passes through the extractor, one of them with a gradient.
 
     Arguments:
-        look: What gives the features: :class:`ModelFeatures`, or ``Features.load(...).stages``.
+        stages: The feature extractor: :class:`ModelFeatures`, or ``Features.load(...).stages``.
         weight: The weight w.
     """
 
-    def __init__(self, look: Stages, *, weight: float = 1.0) -> None:
-        self.look, self.weight = look, weight
+    takes_features = True
+
+    def __init__(self, stages: Stages, *, weight: float = 1.0) -> None:
+        self.stages, self.weight = stages, weight
+        self.pixels = L1()
+
+    @classmethod
+    def build(cls, denoiser: Denoiser, features: str | None) -> FeatureLoss:
+        if features is None:
+            return cls(ModelFeatures(denoiser))
+        from fewstep.metrics.features import Features
+
+        stages = Features.load(features).stages
+        if denoiser.event_shape is not None:
+            stages(torch.zeros((1, *denoiser.event_shape)))  # another shape is refused here
+        return cls(stages)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Returns the distances.
@@ -65,9 +132,9 @@ class FeatureDistance:
             ValueError: If the features have no gradient.
         """
         with torch.no_grad():
-            wanted = self.look(b)
-        total = l1(a.float(), b.float())
-        for one, two in zip(self.look(a), wanted, strict=True):
+            target = self.stages(b)
+        total = self.pixels(a.float(), b.float())
+        for one, two in zip(self.stages(a), target, strict=True):
             if a.requires_grad and not one.requires_grad:
                 raise ValueError(
                     "the features have no gradient, so nothing could be learned from them (a "
@@ -80,16 +147,16 @@ class FeatureDistance:
 
 
 class ModelFeatures:
-    """What the stages on the way down of the model's own U-Net see in a state of little noise.
+    """The features of the stages on the way down of the model's own U-Net, at little noise.
 
     Features without another network and without data.
 
     Arguments:
         denoiser: The model.
-        rho: The ratio of noise to data at the time that is told to the network.
+        rho: The ratio of noise to data at the conditioning timestep.
 
     Raises:
-        ValueError: If the model's network has no way down (``encode``) to look at.
+        ValueError: If the model's network has no way down (``encode``).
     """
 
     def __init__(self, denoiser: Denoiser, *, rho: float = 0.1) -> None:
@@ -108,49 +175,40 @@ class ModelFeatures:
         """Returns the features."""
         if next(self.network.parameters()).device != x.device:
             self.network = self.network.to(x.device)
-        _, _, found = self.network.encode(x, torch.full((len(x),), self.time, device=x.device))
-        return found
+        _, _, features = self.network.encode(x, torch.full((len(x),), self.time, device=x.device))
+        return features
 
 
-DISTANCES: dict[str, Distance] = {"l1": l1, "l2": l2, "huber": huber}
-LOSSES = (*DISTANCES, "features", "custom")
+LOSSES: Registry[type[Loss]] = Registry(
+    "loss", {"l1": L1, "l2": L2, "huber": Huber, "features": FeatureLoss}
+)
+"""The distillation losses by name. A new one is a subclass of :class:`Loss` and a line here."""
 WEIGHTS = ("snr", "uniform")
 
 
-def distance_of(
-    name: str, given: Distance | None, denoiser: Denoiser, features: str | None = None
+def loss_of(
+    name: str, distance: Distance | None, denoiser: Denoiser, features: str | None = None
 ) -> Distance:
-    """Returns the distance of that name, or the user's own, which is called ``"custom"``.
+    """Returns the loss of a name, or the user's own, whose name is ``"custom"``.
 
     Arguments:
-        name: A name in ``LOSSES``.
-        given: The user's own.
-        denoiser: The model.
-        features: The feature extractor of ``"features"``, as of :meth:`Features.load`; left out,
-            :class:`ModelFeatures`.
+        name: A name in :data:`LOSSES`.
+        distance: The user's own.
+        denoiser: The teacher.
+        features: The feature extractor, as of :meth:`Features.load`; left out, the loss's own.
 
     Raises:
-        ValueError: If the name is unknown, says ``"custom"`` and none is given, or the extractor
-            is unknown or looks at other images than the model's.
+        TypeError: If the user's own is not callable.
+        ValueError: If the name is unknown, is ``"custom"`` and none is given, or the extractor
+            is unknown or takes images of another shape than the model's.
     """
-    if given is not None:
-        if not callable(given):
-            raise TypeError(f"distance must be callable, got {type(given).__name__}")
-        return given
-    if name == "features":
-        if features is None:
-            return FeatureDistance(ModelFeatures(denoiser))
-        from fewstep.metrics.features import Features
-
-        look = Features.load(features).stages
-        if denoiser.event_shape is not None:
-            look(torch.zeros((1, *denoiser.event_shape)))  # what does not fit is told beforehand
-        return FeatureDistance(look)
-    if name == "custom":
+    if distance is not None:
+        if not callable(distance):
+            raise TypeError(f"distance must be callable, got {type(distance).__name__}")
+        return distance
+    if name == CUSTOM:
         raise ValueError("the loss 'custom' needs distance=, a callable of two batches of states")
-    if name not in DISTANCES:
-        raise ValueError(unknown("loss", name, list(LOSSES)))
-    return DISTANCES[name]
+    return LOSSES[name].build(denoiser, features)
 
 
 def loss_weights(

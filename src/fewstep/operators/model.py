@@ -1,4 +1,4 @@
-r"""An operator as a model, and the sampler that it brings."""
+r"""An operator as a model, with its built-in sampler."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fewstep.sampling.protocol import Run, Trajectory
 
 
 class OperatorModel(Denoiser):
-    r"""An operator as a model: it brings its own sampler, of one evaluation.
+    r"""An operator as a model with a built-in sampler of one evaluation.
 
-    :func:`fewstep.sample` takes it with its default arguments; it predicts nothing at other
+    :func:`fewstep.sample` takes it with its default arguments; it has no prediction at other
     times than its own, so other solvers are an error.
 
     Attributes:
         operator: The operator.
         class_names: The names of the classes, or ``None``.
-        about: Where it comes from; for readers.
+        about: A record of its origin and training; informative.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class OperatorModel(Denoiser):
         return self.operator.network
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        raise ValueError(ONE_CALL)
+        raise ValueError(ONE_EVALUATION)
 
     def built_in_sampler(self) -> OperatorSampler:
         """Returns the sampler of one evaluation."""
@@ -58,8 +58,8 @@ class OperatorModel(Denoiser):
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-ONE_CALL = (
-    "this model is an operator: it maps noise to the sample in one evaluation and predicts nothing "
+ONE_EVALUATION = (
+    "this model is an operator: it maps noise to the sample in one evaluation and has no prediction "
     "in between; leave the solver out, or take the model that it was distilled from"
 )
 
@@ -76,7 +76,7 @@ class OperatorSampler:
 
     @property
     def nfe(self) -> int:
-        """The number of network calls, 1, although each works on M frames."""
+        """The number of network evaluations, 1, although it works on M frames."""
         return 1
 
     def start(self, noise: Tensor) -> Tensor:

@@ -21,17 +21,17 @@ from fewstep.operators.temporal import TemporalConv
 class TrajectoryOperator(nn.Module):
     r"""Maps :math:`x_T` to the states at M times, in one evaluation of a network.
 
-    The network is a copy of a denoiser's, with the input repeated M times, each with the label
-    of its frame, and blocks between which the frames meet. Its answer, converted to data
-    :math:`F_m`, gives the state that is consistent with it,
+    The network is a copy of a denoiser's, with the input repeated M times, each with the label of
+    its frame, and blocks in which the frames exchange information. The model output, converted to
+    data :math:`F_m`, gives the state that is consistent with it,
 
     .. math:: \hat x(t_m) = \frac{\sigma_m}{\sigma_T} x_T
         + \left( \alpha_m - \alpha_T \frac{\sigma_m}{\sigma_T} \right) F_m(x_T)
 
-    so that :math:`\hat x(T) = x_T` whatever the network says, and with a label T and one frame
+    so that :math:`\hat x(T) = x_T` for any model output, and with a label T and one frame
     the operator starts as one step of DDIM. At :math:`\sigma_m = 0` the frame is
     :math:`F_m`. Where a label asks for less noise than there is, the input is scaled to the size
-    that the network knows at that label (a factor of 1 for variance-preserving schedules).
+    of states at that label (a factor of 1 for variance-preserving schedules).
 
     References:
         | Fast Sampling of Diffusion Models via Operator Learning (Zheng et al., 2023)
@@ -40,7 +40,7 @@ class TrajectoryOperator(nn.Module):
     Arguments:
         teacher: The denoiser; it is copied, never changed.
         layout: Times, labels, blocks.
-        example: Conditions of one sample for a call that learns the channels of named sites.
+        example: Conditions of one sample, for the evaluation that finds the channels of named sites.
     """
 
     labels: Tensor
@@ -53,7 +53,9 @@ class TrajectoryOperator(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(teacher, Denoiser):
-            raise TypeError(f"an operator is made of a Denoiser, got {type(teacher).__name__}")
+            raise TypeError(
+                f"an operator needs a Denoiser as its teacher, got {type(teacher).__name__}"
+            )
         if not any(True for _ in teacher.parameters()):
             raise ValueError(
                 "this denoiser has no parameters to train; an operator needs a network"
@@ -67,7 +69,7 @@ class TrajectoryOperator(nn.Module):
         self.layout = layout
         self.host = _host(self.model, layout.sites)
         if layout.extra != "none":
-            with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it is
+            with torch.random.fork_rng(devices=[]):  # the caller's generator is not advanced
                 attach(
                     self.network,
                     lambda site: _block(site, layout),
@@ -79,13 +81,13 @@ class TrajectoryOperator(nn.Module):
 
     def teacher(self) -> Denoiser:
         """Returns a copy of the model without the blocks; its weights are the student's."""
-        found = copy.deepcopy(self.model)
-        detach(found)
-        return found
+        model = copy.deepcopy(self.model)
+        detach(model)
+        return model
 
     @property
     def network(self) -> nn.Module:
-        """The module that has the blocks."""
+        """The module with the blocks."""
         return self.model.get_submodule(self.host)
 
     @property
@@ -99,7 +101,7 @@ class TrajectoryOperator(nn.Module):
         return len(self.times)
 
     def set_times(self, times: Sequence[float]) -> None:
-        """Sets the times of the frames; other ones than trained are allowed, not promised."""
+        """Sets the times of the frames; other than trained ones are allowed, without a promise."""
         check_times(times, self.layout.start)
         self.times = tuple(float(t) for t in times)
         self.axis.frames = len(times)
@@ -115,7 +117,7 @@ class TrajectoryOperator(nn.Module):
             setattr(self, name, value.to(device=like.device, dtype=kind))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrajectoryOperator:
-        # Times and numbers of the output map stay precise whatever the type of the weights.
+        # Times and factors of the output map stay precise for any type of weights.
         super()._apply(fn, recurse)
         self._lay_out()
         return self
@@ -156,7 +158,7 @@ class TrajectoryOperator(nn.Module):
 
 
 def _host(model: Denoiser, sites: Sites) -> str:
-    """Returns the name of the module that has the blocks: the first that is known, or all."""
+    """Returns the name of the module with the blocks: the first that is known, or the whole model."""
     if sites is not None:
         return "network" if isinstance(getattr(model, "network", None), nn.Module) else ""
     return next((name for name, module in model.named_modules() if is_known(module)), "")

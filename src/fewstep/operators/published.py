@@ -120,21 +120,21 @@ class PublishedOperator(nn.Module):
 
     def __init__(self, preset: str | Preset = "cifar10", *, compat: bool = True) -> None:
         super().__init__()
-        made = PRESETS[preset] if isinstance(preset, str) else preset
-        self.preset = made
-        width, embedding = made.width, made.embedding
+        options = PRESETS[preset] if isinstance(preset, str) else preset
+        self.preset = options
+        width, embedding = options.width, options.embedding
         self.embed_time = nn.Sequential(
             nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
-        self.embed_class = nn.Linear(made.classes, embedding) if made.classes else None
+        self.embed_class = nn.Linear(options.classes, embedding) if options.classes else None
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips, current, side = [width], width, made.size
-        last = len(made.multiples) - 1
-        for level, multiple in enumerate(made.multiples):
-            for _ in range(made.blocks):
-                attend = side in made.attention
-                unit = _Unit(current, multiple * width, made, attend=attend, compat=compat)
+        skips, current, side = [width], width, options.size
+        last = len(options.multiples) - 1
+        for level, multiple in enumerate(options.multiples):
+            for _ in range(options.blocks):
+                attend = side in options.attention
+                unit = _Unit(current, multiple * width, options, attend=attend, compat=compat)
                 self.down.append(unit)
                 current = multiple * width
                 skips.append(current)
@@ -142,13 +142,15 @@ class PublishedOperator(nn.Module):
                 self.down.append(_Res(current, current, embedding, "down"))
                 skips.append(current)
                 side //= 2
-        self.middle = _Unit(current, current, made, attend=True, compat=compat)
+        self.middle = _Unit(current, current, options, attend=True, compat=compat)
         self.middle_out = _Res(current, current, embedding)
-        for level, multiple in reversed(list(enumerate(made.multiples))):
-            for _ in range(made.blocks + 1):
+        for level, multiple in reversed(list(enumerate(options.multiples))):
+            for _ in range(options.blocks + 1):
                 inputs = current + skips.pop()
-                attend = side in made.attention
-                self.up.append(_Unit(inputs, multiple * width, made, attend=attend, compat=compat))
+                attend = side in options.attention
+                self.up.append(
+                    _Unit(inputs, multiple * width, options, attend=attend, compat=compat)
+                )
                 current = multiple * width
             if level:
                 self.up.append(_Res(current, current, embedding, "up"))

@@ -1,29 +1,21 @@
-r"""What is trained: the recipe of a run, the frames it learns, and the student that suits them."""
+r"""Students: the recipe of a distillation, the frames that are learned, and the network for them."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from fewstep.base.registry import unknown
+from fewstep.base.registry import Registry, unknown
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.layout import OUTPUTS, Layout, well_posed_output
-from fewstep.operators.losses import LOSSES, WEIGHTS
+from fewstep.operators.losses import CUSTOM, LOSSES, WEIGHTS
 from fewstep.operators.operator import TrajectoryOperator
 from fewstep.operators.temporal import BASES
-
-MODES: dict[str, str] = {
-    "dsno": "M frames, with temporal blocks",
-    "folded": "M frames, without temporal blocks",
-    "endpoint": "the sample alone, in one frame labelled with the noise level of the input",
-    "same-parameters": "endpoint, with as many further parameters as dsno, but no time",
-    "same-flops": "endpoint, made deeper until it costs as much as dsno",
-}
-"""The kinds of students, with a sentence about each."""
 
 DEFAULT_FRAMES = 4
 
@@ -32,12 +24,12 @@ DEFAULT_FRAMES = 4
 class DistillRecipe:
     r"""Everything that determines a distillation, besides teacher and trajectories.
 
-    The trajectories of step i depend on (seed, i) alone, so an interrupted run goes on exactly
-    where it was. The learning rate rises during ``warmup`` steps, stays, and falls linearly to
+    The trajectories of step i depend on (seed, i) alone, so an interrupted run is resumed exactly
+    at its step. The learning rate rises during ``warmup`` steps, stays, and falls linearly to
     zero over the last ``decay`` share of the steps.
 
     Attributes:
-        mode: The kind of student, a name in :data:`MODES`.
+        mode: The kind of student, a name in :data:`STUDENTS`.
         times: The times of the frames, among those that are stored; or
         frames: their number M, spread evenly over the stored ones. The last is always the
             sample's. Left out, 4 (or all, if fewer are stored).
@@ -45,21 +37,22 @@ class DistillRecipe:
         basis: ``"dft"``, ``"dct"`` or ``"dense"``.
         output: ``"convert"`` or ``"direct"``, see :class:`Layout`; ``"auto"`` takes the first
             where it is well posed (:func:`well_posed_output`).
-        loss: ``"l1"``, ``"l2"``, ``"huber"``, ``"features"`` (:class:`FeatureDistance`), or
+        loss: A name in :data:`LOSSES` (``"l1"``, ``"l2"``, ``"huber"``, ``"features"``), or
             ``"custom"``.
-        features: The extractor that ``"features"`` looks with: an embedded name, a folder or a
+        features: The feature extractor of ``"features"``: an embedded name, a folder or a
             TorchScript file; left out, the model's own network (:class:`ModelFeatures`).
         weights: ``"snr"``, ``"uniform"``, or a number for each frame.
         lambda_max: The cap of ``"snr"``; at the published 10,000 the intermediate states are
             hardly learned.
         batch_size: The trajectories of a forward pass (of each process).
         accumulate: The forward passes of a step.
-        ema: The decay of the moving average of the weights, which is what is stored.
+        ema: The decay of the moving average of the weights; the average is the result.
         clip: The largest norm of the gradient; weights are scaled to a mean of 1 before.
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).
-        checkpointing: Whether activations are computed again in the backward pass.
+        checkpointing: Whether activations are computed again in the backward pass, to save memory.
         compile: Whether the student is compiled.
-        heldout: The most trajectories that are kept for measuring; a tenth, if that is fewer.
+        heldout: The most trajectories that are held out for measurements; a tenth, if that is fewer.
+        seed: The seed of the new layers and of the order of trajectories.
     """
 
     mode: str = "dsno"
@@ -87,21 +80,22 @@ class DistillRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(unknown("mode", self.mode, list(MODES)))
+        if self.mode not in STUDENTS:
+            raise ValueError(unknown("mode", self.mode, list(STUDENTS)))
         if self.times is not None and self.frames is not None:
             raise ValueError("give times or frames, not both")
         for name, known in (
             ("basis", BASES),
             ("output", ("auto", *OUTPUTS)),
-            ("loss", LOSSES),
+            ("loss", (*LOSSES, CUSTOM)),
             ("precision", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(unknown(name, getattr(self, name), list(known)))
-        if self.features is not None and self.loss != "features":
+        with_features = [name for name, loss in LOSSES.items() if loss.takes_features]
+        if self.features is not None and self.loss not in with_features:
             raise ValueError(
-                f"features are for the loss 'features', got the loss {self.loss!r} and "
+                f"features are for the loss {' or '.join(map(repr, with_features))}, got the loss {self.loss!r} and "
                 f"the features {self.features!r:.60}"
             )
         if isinstance(self.weights, str) and self.weights not in WEIGHTS:
@@ -147,33 +141,28 @@ def select_frames(stored: Sequence[float], recipe: DistillRecipe) -> list[int]:
     """Returns the indices of the frames among the stored times, of which the first is the input's.
 
     Raises:
-        ValueError: If a time is not stored, or fewer are than frames are wanted.
+        ValueError: If a time is not stored, or fewer times are stored than frames are wanted.
     """
     most = len(stored) - 1
     if most < 1:
         raise ValueError("the trajectories hold the initial states alone; record them with keep=")
     if recipe.times is not None:
-        found = [_nearest(stored, t) for t in recipe.times]
-        if found != sorted(set(found)):
+        indices = [_nearest(stored, t) for t in recipe.times]
+        if indices != sorted(set(indices)):
             raise ValueError(f"times must decrease, got {recipe.times}")
     else:
         frames = recipe.frames or min(DEFAULT_FRAMES, most)
         if frames > most:
             raise ValueError(f"{frames} frames are wanted, but {most} states are stored")
-        found = [round(k * most / frames) for k in range(1, frames + 1)]
-    return found[-1:] if one_frame(recipe) else found
-
-
-def one_frame(recipe: DistillRecipe) -> bool:
-    """Whether the student gives the sample alone."""
-    return recipe.mode not in ("dsno", "folded")
+        indices = [round(k * most / frames) for k in range(1, frames + 1)]
+    return indices[-1:] if STUDENTS[recipe.mode].one_frame else indices
 
 
 def _nearest(stored: Sequence[float], t: float) -> int:
     index = min(range(len(stored)), key=lambda i: abs(stored[i] - t))
     if not math.isclose(stored[index], t, rel_tol=1e-6, abs_tol=1e-9) or index == 0:
-        told = ", ".join(f"{s:g}" for s in stored[1:])
-        raise ValueError(f"the time {t:g} is not stored; the stored times are {told}")
+        known = ", ".join(f"{s:g}" for s in stored[1:])
+        raise ValueError(f"the time {t:g} is not stored; the stored times are {known}")
     return index
 
 
@@ -189,13 +178,14 @@ def make_student(
 
     Arguments:
         teacher: The model.
-        recipe: What to make.
+        recipe: The recipe.
         stored: The stored times, the input's first.
         sites: The modules with a block behind; left out, those of a network that is known.
-        example: Conditions of one sample, to call the network once.
+        example: Conditions of one sample, to evaluate the network once.
     """
     indices = select_frames(stored, recipe)
-    single = one_frame(recipe)
+    kind = STUDENTS[recipe.mode]
+    single = kind.one_frame
     times, start = tuple(float(stored[i]) for i in indices), float(stored[0])
     labels, output = "start" if single else "target", recipe.output
     if output == "auto":
@@ -205,36 +195,143 @@ def make_student(
         start=start,
         labels=labels,
         output=output,
-        extra="temporal" if recipe.mode == "dsno" else "none",
+        extra="none",
         modes=recipe.modes,
         basis=recipe.basis,
         sites=None if sites is None else tuple(sites),
     )
-    ready = dict(example or {})
+    return kind.build(Blueprint(teacher, recipe, base, dict(example or {})))
 
-    def build(**changes: Any) -> TrajectoryOperator:
-        return TrajectoryOperator(teacher, replace(base, **changes), example=ready)
 
-    if recipe.mode in ("dsno", "folded", "endpoint"):
-        return build()
-    frames = recipe.frames or (len(recipe.times) if recipe.times else DEFAULT_FRAMES)
-    if recipe.mode == "same-parameters":
+@dataclass(frozen=True)
+class Blueprint:
+    """What a student is built from.
+
+    Attributes:
+        teacher: The model.
+        recipe: The recipe.
+        layout: The layout of the student without blocks.
+        example: Conditions of one sample, to evaluate the network once.
+    """
+
+    teacher: Denoiser
+    recipe: DistillRecipe
+    layout: Layout
+    example: Mapping[str, Any]
+
+    @property
+    def frames(self) -> int:
+        """The number of frames that the recipe asks for, also where the student has one."""
+        recipe = self.recipe
+        return recipe.frames or (len(recipe.times) if recipe.times else DEFAULT_FRAMES)
+
+    def operator(self, **changes: Any) -> TrajectoryOperator:
+        """Returns the operator of the layout with changes."""
+        layout = replace(self.layout, **changes)
+        return TrajectoryOperator(self.teacher, layout, example=dict(self.example))
+
+    def cost(self, **changes: Any) -> int:
+        """Returns the floating-point operations of one evaluation of that operator."""
+        return flops(self.operator(**changes), self.example)
+
+
+class Student(ABC):
+    """A kind of student; a line in :data:`STUDENTS` makes it known to recipes and the command line.
+
+    Attributes:
+        about: A sentence about it.
+        one_frame: Whether it gives the sample alone, in one frame with the label of its input.
+    """
+
+    about: ClassVar[str]
+    one_frame: ClassVar[bool] = True
+
+    @staticmethod
+    @abstractmethod
+    def build(blueprint: Blueprint) -> TrajectoryOperator:
+        """Returns the student before training."""
+
+
+class DSNO(Student):
+    """The whole trajectory, with temporal blocks."""
+
+    about = "M frames, with temporal blocks"
+    one_frame = False
+
+    @staticmethod
+    def build(blueprint: Blueprint) -> TrajectoryOperator:
+        return blueprint.operator(extra="temporal")
+
+
+class Folded(Student):
+    """The whole trajectory, each frame for itself."""
+
+    about = "M frames, without temporal blocks"
+    one_frame = False
+
+    @staticmethod
+    def build(blueprint: Blueprint) -> TrajectoryOperator:
+        return blueprint.operator()
+
+
+class Endpoint(Student):
+    """The sample alone."""
+
+    about = "the sample alone, in one frame labelled with the noise level of the input"
+
+    @staticmethod
+    def build(blueprint: Blueprint) -> TrajectoryOperator:
+        return blueprint.operator()
+
+
+class SameParameters(Student):
+    """A control: the sample alone, with the parameters of temporal blocks."""
+
+    about = "endpoint, with as many further parameters as dsno, but no time"
+
+    @staticmethod
+    def build(blueprint: Blueprint) -> TrajectoryOperator:
         # A matrix of channels squared has half a hidden width.
-        return build(extra="pointwise", size=_matrices(recipe, frames) / 2)
-    times = tuple(base.start * (1 - k / (frames + 1)) for k in range(1, frames + 1))
-    goal = flops(build(extra="temporal", times=times), ready)
-    one, two = (flops(build(extra="deeper", size=k), ready) for k in (1, 2))
-    return build(extra="deeper", size=max(1, 1 + round((goal - one) / (two - one))))
+        size = _matrices(blueprint.recipe, blueprint.frames) / 2
+        return blueprint.operator(extra="pointwise", size=size)
+
+
+class SameFlops(Student):
+    """A control: the sample alone, at the cost of the whole trajectory."""
+
+    about = "endpoint, made deeper until it costs as much as dsno"
+
+    @staticmethod
+    def build(blueprint: Blueprint) -> TrajectoryOperator:
+        frames, start = blueprint.frames, blueprint.layout.start
+        times = tuple(start * (1 - k / (frames + 1)) for k in range(1, frames + 1))
+        goal = blueprint.cost(extra="temporal", times=times)
+        one, two = (blueprint.cost(extra="deeper", size=k) for k in (1, 2))
+        size = max(1, 1 + round((goal - one) / (two - one)))
+        return blueprint.operator(extra="deeper", size=size)
+
+
+STUDENTS: Registry[type[Student]] = Registry(
+    "mode",
+    {
+        "dsno": DSNO,
+        "folded": Folded,
+        "endpoint": Endpoint,
+        "same-parameters": SameParameters,
+        "same-flops": SameFlops,
+    },
+)
+"""The kinds of students by name. A new one is a subclass of :class:`Student` and a line here."""
 
 
 def _matrices(recipe: DistillRecipe, frames: int) -> int:
-    """Returns how many matrices a temporal block has."""
+    """Returns the number of matrices of a temporal block."""
     if recipe.basis == "dense":
         return frames**2
     if recipe.basis == "dct":
         return min(recipe.modes, frames)
-    kept = min(recipe.modes, frames // 2 + 1)
-    return kept + min(kept - 1, (frames - 1) // 2)
+    modes = min(recipe.modes, frames // 2 + 1)
+    return modes + min(modes - 1, (frames - 1) // 2)
 
 
 def flops(operator: TrajectoryOperator, cond: Mapping[str, Any] | None = None) -> int:

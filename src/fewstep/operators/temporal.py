@@ -40,7 +40,7 @@ class TemporalConv(nn.Module):
 
     Arguments:
         channels: The number C of channels.
-        modes: The number J of coefficients kept; more than M frames have are not made.
+        modes: The number J of coefficients; at most as many as M frames have.
         frames: The number M of frames; it can be changed by :meth:`set_frames`, except of
             ``dense``.
         basis: ``"dft"``, ``"dct"`` or ``"dense"``.
@@ -105,13 +105,16 @@ class TemporalConv(nn.Module):
         self.set_frames(frames)
 
     def set_frames(self, frames: int) -> None:
-        """Sets the number of frames and lays out the transforms for it."""
+        """Sets the number of frames and computes the transforms for it.
+
+        Raises:
+            ValueError: If the basis is ``dense``, which has one number of frames.
+        """
         if frames == self.frames:
             return
         if self.basis == "dense" and self.frames:
             raise ValueError(
-                f"the basis dense is made for {self.frames} frames and takes no other number, "
-                f"got {frames}"
+                f"the basis dense has {self.frames} frames and takes no other number, got {frames}"
             )
         self.frames = frames
         self._lay_out()
@@ -136,7 +139,7 @@ class TemporalConv(nn.Module):
             x: Features (B M, C, \*), or (B M, L, C) of tokens; the frames of a trajectory follow
                 each other.
         """
-        # Channels last: what is not a channel is a place, and matrices meet rows as they lie.
+        # Channels last, so that the matrices multiply contiguous rows.
         places = x if self.tokens else x.movedim(1, -1)
         u = places.reshape(-1, self.frames, places[0].numel())
         if self.basis == "dense":
@@ -153,12 +156,12 @@ class TemporalConv(nn.Module):
         if self.basis == "dct":
             return torch.stack([u[:, j] @ self.weight[j] for j in range(u.shape[1])], 1)
         real, imag = self._complex()
-        kept = min(self.modes, self.frames // 2 + 1)
+        count = min(self.modes, self.frames // 2 + 1)
         cosines, sines = [u[:, 0] @ real[0]], []
-        for j in range(1, kept):
+        for j in range(1, count):
             a, k = u[:, j], u[:, j] @ real[j]
-            if kept + j <= u.shape[1]:  # the mode has a sine: all but j = M / 2
-                b, l = u[:, kept + j - 1], u[:, kept + j - 1] @ real[j]  # noqa: E741
+            if count + j <= u.shape[1]:  # the mode has a sine: all but j = M / 2
+                b, l = u[:, count + j - 1], u[:, count + j - 1] @ real[j]  # noqa: E741
                 if j <= len(imag):  # at more frames than at first, a mode may lack its part
                     k, l = k - b @ imag[j - 1], l + a @ imag[j - 1]  # noqa: E741
                 sines.append(l)
@@ -174,7 +177,7 @@ class TemporalConv(nn.Module):
 
     @torch.no_grad()
     def load_published(self, weight: Tensor) -> None:
-        """Takes the published parameters (C, C, J, 2), input channel first, real part first.
+        """Loads the published parameters (C, C, J, 2), input channel first, real part first.
 
         Raises:
             ValueError: If their shape is not this block's.
@@ -199,12 +202,11 @@ class TemporalConv(nn.Module):
 def transforms(basis: str, modes: int, frames: int) -> tuple[Tensor, Tensor]:
     r"""Returns the real transforms of frames: analysis (Q, M) and synthesis (M, Q), float64.
 
-    The rows of ``dft`` are the cosines of the modes kept, and then minus the sines of those that
-    have one.
+    The rows of ``dft`` are the cosines of the modes, and then minus the sines of those that have one.
 
     Arguments:
         basis: ``"dft"`` or ``"dct"``.
-        modes: The number J of modes; at most those that M frames have are kept.
+        modes: The number J of modes; at most as many as M frames have.
         frames: The number M of frames.
     """
     m = torch.arange(frames, dtype=torch.float64)
@@ -213,9 +215,9 @@ def transforms(basis: str, modes: int, frames: int) -> tuple[Tensor, Tensor]:
         there = torch.cos(math.pi / frames * j[:, None] * (m + 0.5))
         weight = (2 - (j == 0).double()) / frames
         return there, (weight[:, None] * there).T
-    kept = min(modes, frames // 2 + 1)
-    waves = min(kept - 1, (frames - 1) // 2)
-    j = torch.arange(kept, dtype=torch.float64)
+    count = min(modes, frames // 2 + 1)
+    waves = min(count - 1, (frames - 1) // 2)
+    j = torch.arange(count, dtype=torch.float64)
     phase = 2 * math.pi / frames * j[:, None] * m
     there = torch.cat([phase.cos(), -phase[1 : waves + 1].sin()])
     whole = (j == 0) | (2 * j == frames)
@@ -232,7 +234,7 @@ def published_parameters(
     Arguments:
         levels: (channels, number of blocks) for each level.
         modes: The number of modes.
-        device: Where to make the blocks; on ``"meta"`` nothing is allocated.
+        device: The device of the blocks; on ``"meta"`` nothing is allocated.
     """
     with torch.device(device):
         blocks = [

@@ -1,18 +1,19 @@
-r"""The loop that trains a student, and what it keeps on disk."""
+r"""The training loop of a student, and its files."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.base.progress import SILENT, Progress
 from fewstep.base.runs import digest_of, hash_inputs
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.folder import read_operator, write_operator
@@ -35,7 +36,7 @@ LOG_EVERY = 10
 
 
 class Trajectories(Protocol):
-    """What is trained on: :class:`fewstep.trajectories.TrajectoryStore`, or anything like it."""
+    """The training data: :class:`fewstep.trajectories.TrajectoryStore`, or anything like it."""
 
     @property
     def times(self) -> Tensor:
@@ -44,7 +45,7 @@ class Trajectories(Protocol):
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """Where they come from; ``fingerprint`` is that of the model."""
+        """Their origin; ``fingerprint`` is that of the model."""
         ...
 
     def __len__(self) -> int: ...
@@ -54,28 +55,10 @@ class Trajectories(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class DistillEvent:
-    """What is told after a step.
-
-    Attributes:
-        step: The number of steps done.
-        steps: The number of steps of the run.
-        loss: The smoothed loss.
-        heldout: The RMS distance of the averaged student's samples to the teacher's, on
-            trajectories that are not trained on, when it was last measured.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    heldout: float | None
-
-
 def distill_inputs(
     denoiser: Denoiser, store: Trajectories, recipe: DistillRecipe
 ) -> dict[str, Any]:
-    """Returns what else than the recipe determines a run: teacher, trajectories, features."""
+    """Returns the inputs of a run beside the recipe: teacher, trajectories, features."""
     stored = {key: value for key, value in store.manifest.items() if key != "about"}
     about = [stored, len(store), store.times.tolist()]
     features = hash_inputs(recipe.features) if isinstance(recipe.features, str) else None
@@ -87,7 +70,17 @@ def distill_inputs(
 
 
 class Trainer:
-    """One run: student, average, optimiser, and where they are on disk."""
+    r"""One run: student, moving average, optimizer, and their folder.
+
+    Arguments:
+        denoiser: The teacher.
+        store: The trajectories.
+        out: The folder.
+        recipe: The recipe.
+        loss: The loss, (N, \*), (N, \*) to (N).
+        sites: The modules with a temporal block behind; left out, those of a known network.
+        device: The device.
+    """
 
     def __init__(
         self,
@@ -95,12 +88,12 @@ class Trainer:
         store: Trajectories,
         out: Path,
         recipe: DistillRecipe,
-        measure: Distance,
+        loss: Distance,
         sites: Sequence[str] | None,
         device: str | torch.device,
     ) -> None:
         self.inputs = distill_inputs(denoiser, store, recipe)
-        self.store, self.out, self.recipe, self.measure = store, out, recipe, measure
+        self.store, self.out, self.recipe, self.state_loss = store, out, recipe, loss
         stored = store.times.tolist()
         self.frames = select_frames(stored, recipe)
         weights = loss_weights(
@@ -112,7 +105,7 @@ class Trainer:
         self.accelerator = _accelerator(device)
         first = store.read([0])
         example = {name: value[:1] for name, value in first.conditions.items()}
-        with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it is
+        with torch.random.fork_rng(devices=[]):  # the caller's generator is not advanced
             torch.manual_seed(recipe.seed)
             self.student = make_student(denoiser, recipe, stored, sites=sites, example=example)
         self.student = self.student.to(self.accelerator.device)
@@ -133,9 +126,15 @@ class Trainer:
         self,
         checkpoint_every: int,
         tensorboard: bool,
-        on_step: Callable[[DistillEvent], None] | None,
+        progress: Progress = SILENT,
     ) -> None:
+        """Runs the steps that are left, with checkpoints, log and progress.
+
+        Raises:
+            ValueError: If the folder has a run of another recipe, or the loss is not finite.
+        """
         recipe, start = self.recipe, self._restore()
+        progress.stage("distilling", recipe.steps, done=start)
         call: Any = self.accelerator.prepare(self.student)
         if recipe.compile:
             call = torch.compile(call)
@@ -148,7 +147,7 @@ class Trainer:
             if (step + 1) % LOG_EVERY == 0 or saving:
                 each = torch.stack(pending).mean(0)
                 pending.clear()
-                row = self._told(each, step)
+                row = self._log_row(each, step)
                 if saving:
                     row["heldout"] = self.evaluate()
                     self.heldout = row["heldout"][-1]
@@ -164,11 +163,16 @@ class Trainer:
                     average=self.average,
                     optimizer=self.optimizer,
                 )
-            if on_step is not None:
-                on_step(DistillEvent(step + 1, recipe.steps, self.loss or math.nan, self.heldout))
+            progress.tick(1, self._note())
         if log is not None:
             log.close()
         self.accelerator.wait_for_everyone()
+
+    def _note(self) -> str:
+        if self.loss is None:
+            return ""
+        heldout = "" if self.heldout is None else f", held out {self.heldout:.4f}"
+        return f"loss {self.loss:.4f}{heldout}"
 
     def _step(self, call: Any, step: int) -> Tensor:
         """Does one update; returns the loss of each frame, on the device."""
@@ -197,13 +201,13 @@ class Trainer:
     def _distances(self, states: Tensor, target: Tensor) -> Tensor:
         """Returns the mean distance of each frame, with shape (M)."""
         batch, frames = states.shape[:2]
-        found = self.measure(states.float().flatten(0, 1), target.flatten(0, 1))
-        if found.shape != (batch * frames,):
+        each = self.state_loss(states.float().flatten(0, 1), target.flatten(0, 1))
+        if each.shape != (batch * frames,):
             raise ValueError(
                 f"a distance returns one number a state, shape ({batch * frames},), got "
-                f"{tuple(found.shape)}"
+                f"{tuple(each.shape)}"
             )
-        return found.unflatten(0, (batch, frames)).mean(0)
+        return each.unflatten(0, (batch, frames)).mean(0)
 
     def _indices(self, part: int) -> list[int]:
         """Returns the trajectories of a forward pass: a slice of the epoch's permutation."""
@@ -245,15 +249,15 @@ class Trainer:
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
-        held = new_average(self.network)
+        present = new_average(self.network)
         self.network.load_state_dict(self.average)
         try:
             yield
         finally:
-            self.network.load_state_dict(held)
+            self.network.load_state_dict(present)
 
-    def _told(self, each: Tensor, step: int) -> dict[str, Any]:
-        """Returns the row of the log, and follows the loss."""
+    def _log_row(self, each: Tensor, step: int) -> dict[str, Any]:
+        """Returns the row of the log, and updates the smoothed loss."""
         whole: Any = self.accelerator.reduce(each, reduction="mean")
         loss = float((self.weights * whole).mean())
         if not math.isfinite(loss):
@@ -277,7 +281,7 @@ class Trainer:
         ):
             raise ValueError(
                 f"the folder {str(self.out)!r} has a run of another recipe, at step "
-                f"{state['step']}; give the same recipe to go on, or another folder"
+                f"{state['step']}; give the same recipe to resume it, or another folder"
             )
         check_inputs(self.out, state, self.inputs)
         step, self.loss = load_checkpoint(
@@ -291,7 +295,7 @@ class Trainer:
         return step
 
     def finish(self) -> OperatorModel:
-        """Writes the operator with the averaged weights; returns it as it is read again."""
+        """Writes the operator with the averaged weights, reads it again and returns it."""
         if self.accelerator.is_main_process:
             about = {
                 "recipe": asdict(self.recipe),
