@@ -134,7 +134,7 @@ def test_what_does_not_fit_the_script_is_refused(net, tmp_path) -> None:
     path, digest = write(net, tmp_path / "net.pt")
     with pytest.raises(ValueError, match=r"failed on images of shape \(3, 1, 4, 4\)"):
         Features.load(path, sha256=digest)(images(3))
-    with pytest.raises(ValueError, match="looks at 3 channels, the images have 2"):
+    with pytest.raises(ValueError, match="takes 3 channels, the images have 2"):
         Features.load(path, sha256=digest, channels=3)(images(3, 2))
     path, digest = write(Alone(), tmp_path / "alone.pt")
     with pytest.raises(ValueError, match=r"must return features with shape \(B, D\), got \(\)"):
@@ -167,7 +167,7 @@ def test_pixels_are_the_samples() -> None:
 
 def test_images_of_another_kind_are_refused_by_the_embedded_classifier() -> None:
     look = Features.load("fashion")
-    with pytest.raises(ValueError, match=r"looks at images of shape \(n, 1, H, W\), got \(2, 3"):
+    with pytest.raises(ValueError, match=r"takes images of shape \(n, 1, H, W\), got \(2, 3"):
         look(torch.zeros(2, 3, 28, 28))
     assert look(torch.zeros(2, 1, 28, 28)).shape == (2, 128)
     with pytest.raises(ValueError, match="'pixels' does not classify"):

@@ -209,6 +209,24 @@ def test_guidance_is_a_number(scale):
         fewstep.Guided(labelled(), scale)
 
 
+def test_a_guided_model_needs_its_condition_in_each_evaluation():
+    guided = fewstep.Guided(labelled(), 2.0)
+    with pytest.raises(ValueError, match="guidance needs a condition, one of: class_labels"):
+        guided(states(), 0.5)
+
+
+def test_wrappers_are_where_the_model_is():
+    elsewhere = fewstep.Denoiser.wrap(
+        lambda x, t, y: x,
+        schedule=SCHEDULE,
+        prediction="eps",
+        null_condition={"y": 0},
+        device="meta",
+    )
+    for model in (fewstep.Guided(elsewhere, 2.0), fewstep.Clipped(elsewhere)):
+        assert model.device.type == "meta"
+
+
 def test_guidance_is_finite():
     with pytest.raises(ValueError, match="finite"):
         fewstep.Guided(labelled(), float("nan"))
@@ -252,7 +270,7 @@ def test_thresholds_are_in_range(options):
 
 
 def test_wrappers_wrap_denoisers_and_each_other():
-    with pytest.raises(TypeError, match="a denoiser is wrapped, got function"):
+    with pytest.raises(TypeError, match="Clipped needs a Denoiser, got function"):
         fewstep.Clipped(lambda x, t: x)
     outer = fewstep.Clipped(fewstep.Guided(labelled(), 5.0))
     assert outer.calls == 2

@@ -1,4 +1,4 @@
-"""Feature extractors: what a metric looks at."""
+"""Feature extractors: networks that map images to the vectors that metrics compare."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Features:
     Attributes:
         name: Its name, for reports.
         sha256: The checksum of its weights, or of its file.
-        settings: What else decides the features, such as the range that images are brought to.
-        network: What gives the features: (B, C, H, W) in [-1, 1] to (B, D).
+        settings: What else the features depend on, such as the range that images are brought to.
+        network: The map from images (B, C, H, W) in [-1, 1] to features (B, D).
         module: The network's parameters, or ``None``; images are brought to their device.
-        batch_size: The most images that are looked at together.
+        batch_size: The most images in one evaluation of the network.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Features:
         return torch.cat([self.network(part) for part in self._batches(images, batch_size)])
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        r"""Returns what every stage sees in a batch, (n, C, \*) each; a gradient goes through.
+        r"""Returns the features of every stage for a batch, (n, C, \*) each; a gradient goes through.
 
         A network of which only the features are known has one stage, these. The network is
         brought to the images' device.
@@ -76,8 +76,8 @@ class Features:
         """
         if not isinstance(self.module, SmallClassifier):
             raise ValueError(f"the feature extractor {self.name!r} does not classify")
-        found = [self.module(part).argmax(1) for part in self._batches(images, batch_size)]
-        return torch.cat(found)
+        classes = [self.module(part).argmax(1) for part in self._batches(images, batch_size)]
+        return torch.cat(classes)
 
     def _batches(self, images: Tensor, size: int | None) -> Iterator[Tensor]:
         weight = None if self.module is None else next(self.module.parameters(), None)
@@ -90,7 +90,7 @@ class Features:
             channels = self.module.config["in_channels"]
             if images.ndim != 4 or images.shape[1] != channels:
                 raise ValueError(
-                    f"the feature extractor {self.name!r} looks at images of shape "
+                    f"the feature extractor {self.name!r} takes images of shape "
                     f"(n, {channels}, H, W), got {tuple(images.shape)}"
                 )
 
@@ -127,20 +127,20 @@ class Features:
             ValueError: If there is none, it is damaged, or the checksum differs.
         """
         name, path = str(source), Path(source)
-        script = path.suffix in SCRIPTS
-        if not script and (sha256, input, channels) != (None, None, None):
+        is_script = path.suffix in SCRIPTS
+        if not is_script and (sha256, input, channels) != (None, None, None):
             raise ValueError(
                 f"sha256, input and channels are for TorchScript files ({', '.join(SCRIPTS)}), "
                 f"and {name!r} is none"
             )
-        if script:
-            made = read_script(path, digest=sha256, takes=input, channels=channels)
+        if is_script:
+            script = read_script(path, digest=sha256, takes=input, channels=channels)
             return cls(
-                made.look,
+                script.extract,
                 name=path.name,
-                sha256=made.sha256,
-                settings=made.settings,
-                module=made.module,
+                sha256=script.sha256,
+                settings=script.settings,
+                module=script.module,
                 batch_size=50,
             )
         if name == "pixels":
@@ -207,18 +207,20 @@ FeatureMap = str | Callable[[Tensor], Tensor] | None
 
 
 def extractor(features: FeatureMap) -> Callable[[Tensor], Tensor]:
-    """Returns what gives the features: named extractors loaded, ``None`` as pixels."""
+    """Returns an extractor: one of that name is loaded, ``None`` is the samples themselves."""
     if features is None:
         return pixels()
     return Features.load(features) if isinstance(features, str) else features
 
 
-def identity(look: object) -> str:
+def identity(features: object) -> str:
     """Returns the checksum of an extractor and its settings; empty if it has no ``sha256``."""
-    found, settings = getattr(look, "sha256", "") or "", getattr(look, "settings", "")
-    return hashlib.sha256(f"{found} {settings}".encode()).hexdigest() if settings else found
+    checksum, settings = getattr(features, "sha256", "") or "", getattr(features, "settings", "")
+    return hashlib.sha256(f"{checksum} {settings}".encode()).hexdigest() if settings else checksum
 
 
-def name_of(look: object) -> str:
+def name_of(features: object) -> str:
     """Returns the name of an extractor or any callable, for reports."""
-    return getattr(look, "name", None) or getattr(look, "__name__", type(look).__name__)
+    return getattr(features, "name", None) or getattr(
+        features, "__name__", type(features).__name__
+    )

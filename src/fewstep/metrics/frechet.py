@@ -46,10 +46,21 @@ def fid(
     blocks: int = 20,
     seed: int = 0,
 ) -> Estimate:
-    r"""Returns the Fréchet distance between two sets of samples, with an interval.
+    r"""Returns the Fréchet distance (FID) between two sets of samples, with an interval.
 
-    FID of n samples is biased upwards by about c / n. With ``extrapolate`` it is measured on
-    random subsets of n, n/2 and n/4 of both sides, and a line in 1/n is carried to 0.
+    .. math:: \| m_a - m_b \|^2 + \operatorname{tr} \left( S_a + S_b - 2 (S_a^{1/2} S_b S_a^{1/2})^{1/2} \right)
+
+    where m and S are the mean and the covariance of the features of either set.
+
+    .. code-block:: python
+
+        reference = fewstep.metrics.Reference.load("fashion")
+        print(fewstep.metrics.fid(images, reference))       # value, low and high end of the interval
+
+    Cost: features of all samples once, and an eigendecomposition, O(D³), for each block.
+
+    FID of n samples is biased upwards by about c / n. With ``extrapolate`` it is computed on
+    random subsets of n, n/2 and n/4 of both sides, and a line in 1/n is extrapolated to 0.
 
     Against a :class:`~fewstep.metrics.Reference` the statistics of all its data are taken as they
     are: the interval is about the samples alone, and only their side is cut.
@@ -63,9 +74,9 @@ def fid(
     Arguments:
         a: Samples, with shape (n, \*), n >= 2.
         b: Samples, with shape (m, \*), m >= 2; or a reference.
-        features: What to look at: the name of an embedded extractor, a
-            :class:`~fewstep.metrics.Features`, any callable (n, \*) to (n, D); left out, what
-            the reference looks at, or else the samples themselves, flattened. Against a
+        features: The feature extractor: the name of an embedded one, a
+            :class:`~fewstep.metrics.Features`, any callable (n, \*) to (n, D); left out, that
+            of the reference, or else the samples themselves, flattened. Against a
             reference, ``a`` may also be its features already, with shape (n, D).
         heldout: Whether to compare with the held-out samples of the reference instead.
         extrapolate: Whether to remove the bias of finite samples.
@@ -73,8 +84,12 @@ def fid(
         blocks: The number of blocks of the jackknife.
         seed: The seed of the blocks and subsets.
 
+    Returns:
+        The distance, in squared units of the features, with the interval of the jackknife.
+
     Raises:
-        ValueError: If there is one sample, the dimensions differ, or a value is not finite.
+        ValueError: If there are too few samples, the dimensions differ, a value is not finite, or
+            other features are requested than those of the reference.
     """
     least = 8 if extrapolate else 2
     distance = _extrapolated if extrapolate else _plain

@@ -19,7 +19,7 @@ class Estimate:
         low: The lower end of the interval.
         high: The upper end.
         level: The probability with which such intervals cover the expected value.
-        method: How the interval was made.
+        method: How the interval was estimated.
         sizes: The numbers of samples on the two sides.
     """
 
@@ -61,7 +61,7 @@ def jackknife(
         | https://doi.org/10.1137/1.9781611970319
 
     Arguments:
-        statistic: Takes the indices kept on each side, returns the statistics, shape (S).
+        statistic: Takes the indices mask on each side, returns the statistics, shape (S).
         sizes: The numbers of samples on each side.
         fixed: Which sides are known exactly.
         level: The probability of covering.
@@ -81,10 +81,10 @@ def jackknife(
         order = torch.randperm(n, generator=generator)
         left_out = []
         for block in order.tensor_split(used[side]):
-            kept = torch.ones(n, dtype=torch.bool)
-            kept[block] = False
+            mask = torch.ones(n, dtype=torch.bool)
+            mask[block] = False
             indices = list(everything)
-            indices[side] = kept.nonzero().flatten()
+            indices[side] = mask.nonzero().flatten()
             left_out.append(statistic(*indices))
         values = torch.stack(left_out)
         share = (used[side] - 1) / used[side]

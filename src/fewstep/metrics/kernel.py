@@ -18,7 +18,7 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 def linear(a: Tensor, b: Tensor) -> Tensor:
-    r"""Returns :math:`a \cdot b / D`: sees the means of the features and nothing else."""
+    r"""Returns :math:`a \cdot b / D`: it compares the means of the features and nothing else."""
     return a @ b.T / a.shape[1]
 
 
@@ -82,7 +82,7 @@ def kid(
 ) -> Estimate:
     r"""Returns the kernel distance between two sets of samples, unbiased, with an interval.
 
-    It may be negative: its mean is 0 if the two laws are the same.
+    It may be negative: its mean is 0 if the two distributions are the same.
 
     References:
         | Demystifying MMD GANs (Binkowski et al., 2018)
@@ -91,7 +91,7 @@ def kid(
     Arguments:
         a: Samples, with shape (n, \*), n >= 3.
         b: Samples, with shape (m, \*), m >= 3; or a reference.
-        features: What to look at, see :func:`fewstep.metrics.fid`.
+        features: The feature extractor, see :func:`fewstep.metrics.fid`.
         heldout: Whether to compare with the held-out samples of the reference.
         kernel: ``"cubic"``, ``"linear"``, ``"gaussian"``, or a callable.
         level: The probability that the interval covers.
@@ -139,7 +139,7 @@ class _Sums:
         return total - entries.sum() + entries[rows].sum()
 
 
-def _others(kept: Tensor, n: int) -> Tensor:
+def _others(index: Tensor, n: int) -> Tensor:
     out = torch.ones(n, dtype=torch.bool)
-    out[kept] = False
+    out[index] = False
     return out.nonzero().flatten()

@@ -55,7 +55,7 @@ def precision_recall(
     Arguments:
         a: Samples, with shape (n, \*), n > ``neighbours`` + 1.
         b: Real data, with shape (m, \*), likewise; or a reference.
-        features: What to look at, see :func:`fewstep.metrics.fid`.
+        features: The feature extractor, see :func:`fewstep.metrics.fid`.
         heldout: Whether to compare with the held-out samples of the reference.
         neighbours: The number k of neighbours.
         level: The probability that the intervals cover.
@@ -91,14 +91,14 @@ def precision_recall(
         )
 
     sizes = (len(fa), len(fb))
-    found = jackknife(statistic, sizes, level=level, blocks=blocks, seed=seed)
-    precision, recall, density, coverage = found
+    estimates = jackknife(statistic, sizes, level=level, blocks=blocks, seed=seed)
+    precision, recall, density, coverage = estimates
     return PrecisionRecall(_share(precision), _share(recall), density, _share(coverage))
 
 
-def _share(found: Estimate) -> Estimate:
-    """Cuts the interval to [0, 1]: what lies outside no share can be."""
-    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+def _share(estimate: Estimate) -> Estimate:
+    """Clips the interval of a share to [0, 1]."""
+    return replace(estimate, low=max(0.0, estimate.low), high=min(1.0, estimate.high))
 
 
 class _Reach:
@@ -108,16 +108,16 @@ class _Reach:
         self.distances, self.rank = distances, rank
         # With a list of the nearest there is no need to sort anew for each block left out.
         listed = min(len(distances), 4 * rank + 8)
-        self.near, self.who = distances.topk(listed, dim=1, largest=False)
+        self.near, self.neighbours = distances.topk(listed, dim=1, largest=False)
 
-    def __call__(self, kept: Tensor) -> Tensor:
-        there = torch.zeros(len(self.distances), dtype=torch.bool)
-        there[kept] = True
-        alive = there[self.who[kept]]
+    def __call__(self, index: Tensor) -> Tensor:
+        selected = torch.zeros(len(self.distances), dtype=torch.bool)
+        selected[index] = True
+        alive = selected[self.neighbours[index]]
         hit = alive & (alive.cumsum(1) == self.rank)
-        found = self.near[kept].gather(1, hit.int().argmax(1, keepdim=True))[:, 0]
+        radius = self.near[index].gather(1, hit.int().argmax(1, keepdim=True))[:, 0]
         short = ~hit.any(1)
         if bool(short.any()):
-            rows = self.distances[kept[short]][:, kept]
-            found[short] = rows.kthvalue(self.rank, dim=1).values
-        return found
+            rows = self.distances[index[short]][:, index]
+            radius[short] = rows.kthvalue(self.rank, dim=1).values
+        return radius

@@ -22,7 +22,7 @@ class RealData:
     """Real samples.
 
     Attributes:
-        data: Gives the samples (n, *) of n indices, in the model's range.
+        data: Returns the samples (n, *) of n indices, in the model's range.
         n: How many there are.
         heldout: The same of the samples held out.
         m: How many those are.
@@ -48,7 +48,7 @@ class RealData:
 
     @classmethod
     def read(cls, source: str | Path, *, size: int | None = None) -> RealData:
-        """Reads a user's images and parts them, see :meth:`fewstep.metrics.Reference.load`.
+        """Reads a user's images and splits them, see :meth:`fewstep.metrics.Reference.load`.
 
         Raises:
             ValueError: If there are none, or fewer than 20.
@@ -59,7 +59,7 @@ class RealData:
 
 
 def order(n: int) -> Tensor:
-    """Returns the numbers below n in an order that looks random and is always the same."""
+    """Returns the numbers below n in a fixed random order."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,4 +1,4 @@
-"""Reference statistics of real data: embedded, or made from the user's and cached."""
+"""Reference statistics of real data: embedded, or computed from the user's data and cached."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ FORMAT, VERSION = "fewstep.reference", 1
 HERE = Path(__file__).parent.parent / "embedded" / "references"
 EMBEDDED = ("fashion",)
 """Data whose references ship, in the features of each embedded extractor."""
-KEPT = 5000
-"""The features that are kept of each part."""
+MOST_FEATURES = 5000
+"""The most features of each part (training, held out) that are stored."""
 
 logger = logging.getLogger("fewstep")
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    r"""What metrics need to know of real data; made once.
+    r"""The statistics and features of real data that metrics compare samples with, computed once.
 
     It takes the place of the second set: ``metrics.fid(samples, reference)``.
 
@@ -83,10 +83,10 @@ class Reference:
         r"""Returns the reference of a data set.
 
         An embedded one (``"fashion"``) ships in the package. Otherwise the images are read and
-        looked at, once: the result is cached in files named by the checksums of the data and of
+        their features extracted once: the result is cached in files named by the checksums of the data and of
         the features. Real samples are held out as follows: from a folder of MNIST's files the
         test images; else a fifth of the images, at most 5000, chosen at random (always the same).
-        At most 5000 features of each part are kept.
+        At most 5000 features of each part are stored.
 
         Arguments:
             source: ``"fashion"``, a folder of images, an idx or npz file.
@@ -101,22 +101,22 @@ class Reference:
             ValueError: If there is no such data, it has fewer than 20 images, or the features
                 are not those of the embedded reference.
         """
-        look = extractor(features)
+        extract = extractor(features)
         if str(source) in EMBEDDED:
-            name = name_of(look)
+            name = name_of(extract)
             folder = HERE / str(source) / (name if name in EXTRACTORS else str(source))
-            return _read(folder, look, str(source))
-        real, name, of = RealData.read(source, size=size), Path(source).name, identity(look)
+            return _read(folder, extract, str(source))
+        real, name, of = RealData.read(source, size=size), Path(source).name, identity(extract)
         folder = _cache_folder(cache) / f"reference-{real.sha256[:20]}-{of[:20]}"
         if of and (folder / "reference.json").exists():
             try:
-                return _read(folder, look, name, data=real.sha256)
+                return _read(folder, extract, name, data=real.sha256)
             except ValueError as error:
-                logger.warning("the cached reference is made anew: %s", error)
-        made = _measure(look, real, name)
+                logger.warning("the cached reference is computed again: %s", error)
+        reference = _measure(extract, real, name)
         if of:
-            made.write(folder)
-        return made
+            reference.write(folder)
+        return reference
 
     @classmethod
     def of(
@@ -162,7 +162,7 @@ class Reference:
 
 
 def _read(
-    folder: Path, look: Callable[[Tensor], Tensor], name: str, *, data: str | None = None
+    folder: Path, extract: Callable[[Tensor], Tensor], name: str, *, data: str | None = None
 ) -> Reference:
     about = read_json(folder / "reference.json", what="reference")
     file = folder / "reference.safetensors"
@@ -174,10 +174,10 @@ def _read(
         if data is not None and about["data"] != data:
             raise ValueError("it is of other data")
         wanted = about["features"]
-        if identity(look) != wanted["sha256"]:
+        if identity(extract) != wanted["sha256"]:
             raise ValueError(
                 f"it holds features of {wanted['name']!r} (SHA-256 {wanted['sha256'][:12]}…), but "
-                f"those of {name_of(look)!r} were asked for. Give the data itself (a folder of "
+                f"those of {name_of(extract)!r} are requested. Give the data itself (a folder of "
                 "images, an idx or npz file) for other features"
             )
         numbers = read_tensors(file)
@@ -191,7 +191,7 @@ def _read(
             name=name,
             sha256=about["data"],
             features_sha256=wanted["sha256"],
-            extractor=look,
+            extractor=extract,
             event_shape=None if shape is None else tuple(shape),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -200,23 +200,23 @@ def _read(
 
 
 @torch.no_grad()
-def _measure(look: Callable[[Tensor], Tensor], real: RealData, name: str) -> Reference:
-    def found(samples: Callable[[Tensor], Tensor], index: Tensor) -> Tensor:
-        return look(samples(index)).detach().cpu().flatten(1)
+def _measure(extract: Callable[[Tensor], Tensor], real: RealData, name: str) -> Reference:
+    def extracted(samples: Callable[[Tensor], Tensor], index: Tensor) -> Tensor:
+        return extract(samples(index)).detach().cpu().flatten(1)
 
-    def kept(samples: Callable[[Tensor], Tensor], n: int) -> Tensor:
-        index = order(n)[:KEPT].sort().values
-        return torch.cat([found(samples, some).float() for some in index.split(500)])
+    def subset(samples: Callable[[Tensor], Tensor], n: int) -> Tensor:
+        index = order(n)[:MOST_FEATURES].sort().values
+        return torch.cat([extracted(samples, some).float() for some in index.split(500)])
 
     batches = torch.arange(real.n).split(500)
     return Reference(
-        features=kept(real.data, real.n),
-        heldout=kept(real.heldout, real.m),
-        statistics=Statistics.over(found(real.data, index) for index in batches),
+        features=subset(real.data, real.n),
+        heldout=subset(real.heldout, real.m),
+        statistics=Statistics.over(extracted(real.data, index) for index in batches),
         name=name,
         sha256=real.sha256,
-        features_sha256=identity(look),
-        extractor=look,
+        features_sha256=identity(extract),
+        extractor=extract,
         event_shape=real.event_shape,
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fewstep.metrics.features import FeatureMap, extractor, identity, name_of
 from fewstep.metrics.reference import Reference
 
-Look = Callable[[Tensor], Tensor]
+Extractor = Callable[[Tensor], Tensor]
 
 
 def two_sides(
@@ -27,9 +27,9 @@ def two_sides(
     else:
         if heldout:
             raise ValueError("heldout chooses a part of a Reference; the second set is a tensor")
-        look = extractor(features)
+        extract = extractor(features)
         left, right = (
-            _checked(name, side, look, least) for name, side in (("first", a), ("second", b))
+            _checked(name, side, extract, least) for name, side in (("first", a), ("second", b))
         )
     if left.shape[1] != right.shape[1]:
         raise ValueError(
@@ -41,46 +41,46 @@ def two_sides(
 
 
 def against(a: Tensor, reference: Reference, features: FeatureMap, *, least: int) -> Tensor:
-    """Returns the features of a set as a reference looks at it, float64, shape (n, D).
+    """Returns the features of a set by the extractor of a reference, float64, shape (n, D).
 
     Raises:
-        ValueError: If other features are asked for than those of the reference, the samples do
-            not have the shape of its data, or they are not fit (see :func:`two_sides`).
+        ValueError: If other features are requested than those of the reference, the samples do
+            not have the shape of its data, or they are not valid (see :func:`two_sides`).
     """
     width = reference.features.shape[1]
     shape = reference.event_shape
     if isinstance(a, Tensor) and a.ndim == 2 and a.shape[1] == width and shape != (width,):
-        look = extractor(None)  # features already
+        extract = extractor(None)  # features already
     else:
-        look = _agreed(features, reference)
+        extract = _agreed(features, reference)
         if isinstance(a, Tensor) and shape is not None and tuple(a.shape[1:]) != shape:
             raise ValueError(
                 f"the data of the reference {reference.name!r} have shape {shape}, the samples "
                 f"{tuple(a.shape[1:])}"
             )
-    return _checked("first", a, look, least)
+    return _checked("first", a, extract, least)
 
 
-def _agreed(features: FeatureMap, reference: Reference) -> Look:
+def _agreed(features: FeatureMap, reference: Reference) -> Extractor:
     if features is None or features is reference.extractor:
         return extractor(reference.extractor)
-    look = extractor(features)
-    if not identity(look) or identity(look) != reference.features_sha256:
+    extract = extractor(features)
+    if not identity(extract) or identity(extract) != reference.features_sha256:
         raise ValueError(
             f"the reference {reference.name!r} holds features of {reference.features_name!r}, but "
-            f"those of {name_of(look)!r} were asked for; leave features out, or make "
+            f"those of {name_of(extract)!r} are requested; leave features out, or make "
             "a reference with Reference.load(data, features)"
         )
-    return look
+    return extract
 
 
-def _checked(name: str, side: Tensor, look: Look, least: int) -> Tensor:
+def _checked(name: str, side: Tensor, extract: Extractor, least: int) -> Tensor:
     if not isinstance(side, Tensor) or side.ndim < 2:
         got = tuple(side.shape) if isinstance(side, Tensor) else type(side).__name__
         raise ValueError(f"the {name} set must be a tensor with shape (n, *), got {got}")
     if len(side) < least:
         raise ValueError(f"the {name} set has {len(side)} samples; at least {least} are needed")
-    found = look(side).flatten(1).cpu().double()
-    if not bool(found.detach().isfinite().all()):
+    values = extract(side).flatten(1).cpu().double()
+    if not bool(values.detach().isfinite().all()):
         raise ValueError(f"the features of the {name} set are not all finite")
-    return found
+    return values

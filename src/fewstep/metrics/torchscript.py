@@ -34,7 +34,7 @@ INPUTS: Registry[Callable[[Tensor], Tensor]] = Registry(
 class Script(NamedTuple):
     """A loaded file: images (B, C, H, W) in [-1, 1] to (B, D), its checksum and settings."""
 
-    look: Callable[[Tensor], Tensor]
+    extract: Callable[[Tensor], Tensor]
     module: nn.Module
     sha256: str
     settings: str
@@ -56,11 +56,11 @@ def read_script(
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"file {str(path)!r} cannot be read: {error.strerror}") from None
-    found = hashlib.sha256(content).hexdigest()
+    checksum = hashlib.sha256(content).hexdigest()
     if digest is None:
-        logger.warning("%s is run as a program; its SHA-256 is %s", path.name, found)
-    elif digest.lower() != found:
-        raise ValueError(f"file {str(path)!r} has the SHA-256 {found}, not {digest}")
+        logger.warning("%s is run as a program; its SHA-256 is %s", path.name, checksum)
+    elif digest.lower() != checksum:
+        raise ValueError(f"file {str(path)!r} has the SHA-256 {checksum}, not {digest}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, as a whole
@@ -73,12 +73,12 @@ def read_script(
     schema = module._c._get_method("forward").schema  # no public way to the signature
     options = {"return_features": True} if "return_features" in str(schema) else {}
 
-    def look(images: Tensor) -> Tensor:
+    def extract(images: Tensor) -> Tensor:
         ready = convert(images)
         if channels is not None and ready.shape[1] != channels:
             if ready.shape[1] != 1:
                 raise ValueError(
-                    f"{path.name} looks at {channels} channels, the images have {ready.shape[1]}"
+                    f"{path.name} takes {channels} channels, the images have {ready.shape[1]}"
                 )
             ready = ready.expand(-1, channels, -1, -1)
         try:
@@ -96,4 +96,4 @@ def read_script(
             raise ValueError(f"{path.name} must return features with shape (B, D), got {got}")
         return features.flatten(1)
 
-    return Script(look, module, found, f"input={takes}, channels={channels or 'any'}")
+    return Script(extract, module, checksum, f"input={takes}, channels={channels or 'any'}")

@@ -35,7 +35,7 @@ def sliced_wasserstein(
     Arguments:
         a: Samples, with shape (n, \*).
         b: Samples, with shape (m, \*); or a reference.
-        features: What to look at, see :func:`fewstep.metrics.fid`.
+        features: The feature extractor, see :func:`fewstep.metrics.fid`.
         heldout: Whether to compare with the held-out samples of the reference.
         projections: The number P of directions.
         level: The probability that the interval covers.
@@ -47,16 +47,16 @@ def sliced_wasserstein(
     # Sorted once; what is left out later keeps the order. One direction a row.
     pa, pb = ((side @ directions).T.contiguous().sort(1) for side in (fa, fb))
 
-    def kept(projected: torch.return_types.sort, index: Tensor) -> Tensor:
+    def select(projected: torch.return_types.sort, index: Tensor) -> Tensor:
         n = projected.values.shape[1]
         if len(index) == n:
             return projected.values
-        there = torch.zeros(n, dtype=torch.bool)
-        there[index] = True
-        return projected.values[there[projected.indices]].reshape(-1, len(index))
+        selected = torch.zeros(n, dtype=torch.bool)
+        selected[index] = True
+        return projected.values[selected[projected.indices]].reshape(-1, len(index))
 
     def statistic(i: Tensor, j: Tensor) -> Tensor:
-        return _gap(kept(pa, i), kept(pb, j)).sqrt()[None]
+        return _gap(select(pa, i), select(pb, j)).sqrt()[None]
 
     return jackknife(statistic, (len(fa), len(fb)), level=level, blocks=blocks, seed=seed)[0]
 

@@ -287,15 +287,22 @@ class WrappedNetwork(Denoiser):
             return self._place
         return next((p.device for p in tensors), torch.device("cpu"))
 
-    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def model_time(self, t: Tensor) -> Tensor:
+        """Returns the conditioning timesteps that the network is given at times of the schedule, (B)."""
         if self.integer_times:
             t = t.round().long()
         if self.time_reversed:
             t = 1 - t
-        if self.to_model_time is not None:
-            t = self.to_model_time(t)
+        return t if self.to_model_time is None else self.to_model_time(t)
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         value = self._caller(
-            self.network, x, t, cond, prediction=self.native, training=self.training
+            self.network,
+            x,
+            self.model_time(t),
+            cond,
+            prediction=self.native,
+            training=self.training,
         )
         return -value if self.time_reversed and self.native is Prediction.FLOW else value
 

@@ -190,6 +190,4 @@ class Probe:
             return given.round() if self.whole and hypothesis.time in ("t", "t_max - t") else given
         if not isinstance(self.claimed, WrappedNetwork):
             return t
-        given = t.round() if self.whole else t
-        convert = self.claimed._to_model_time
-        return given if convert is None else torch.as_tensor(convert(given)).double()
+        return torch.as_tensor(self.claimed.model_time(t)).double()

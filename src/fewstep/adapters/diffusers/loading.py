@@ -288,6 +288,16 @@ def _denoiser(
         event_shape=(int(network.config.in_channels), *map(int, sides)),
         to_model_time=to_model_time,
         null_condition=null,
+        num_classes=_classes(network),
     )
     model.vae = extra.get("vae")
     return model
+
+
+def _classes(network: Any) -> int | None:
+    """Returns the number of classes of a network that takes class labels."""
+    for key in ("num_class_embeds", "num_embeds_ada_norm"):
+        found = network.config.get(key)
+        if type(found) is int:
+            return found
+    return None
