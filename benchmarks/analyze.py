@@ -21,7 +21,7 @@ from torch import Tensor
 from _common import Setting
 from fewstep.base.files import read_tensors, sha256, write_tensors
 from fewstep.metrics.intervals import jackknife
-from fewstep.sampling.fitted import FittedGrids
+from fewstep.sampling.profile import Profile
 
 OTHERS = ("unipc3", "tab3")
 """The best on the power grid with power 1.5, which was the best named one."""
@@ -47,7 +47,7 @@ def main() -> None:
     )
     print("NFE  " + "  ".join(f"{name}, power 1.5".ljust(26) for name in OTHERS) + "  recommended")
     mark = sha256(options.grids)[:12] if options.grids else ""
-    found = FittedGrids.load(options.grids) if options.grids else None
+    found = Profile.load(options.grids) if options.grids else None
     for nfe in (int(k) for k in options.nfe.split(",")):
         errors = []
         for name in OTHERS:

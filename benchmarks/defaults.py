@@ -16,7 +16,7 @@ import json
 import torch
 
 from _common import Setting
-from fewstep.sampling.planning import choose
+from fewstep.sampling.auto import choose
 
 SOLVERS = (
     "ddim",

@@ -49,6 +49,7 @@ from fewstep.learned.unrolled import Unrolled, backpropagate
 from fewstep.metrics import Reference, fid, kid, precision_recall
 from fewstep.plans.execute import execute
 from fewstep.plans.plan import Plan
+from fewstep.sampling.request import SamplerRequest
 from fewstep.training.data import read_images
 
 BUDGETS = (3, 4, 5, 6, 8, 10)
@@ -119,9 +120,8 @@ def baselines(model: Any, steps: int) -> dict[str, float]:
     }
     for solver in ("ddim", "ddpm", "tab2", "tab3", "dpmpp-2m", "unipc3"):
         for name, times in grids.items():
-            base = Base.of(
-                solver, schedule, nfe=steps, grid="explicit", times=[*times, schedule.t_zero]
-            )
+            options = {"times": [*times, schedule.t_zero]}
+            base = Base.of(schedule, SamplerRequest(solver, nfe=steps, options=options))
             found[f"{solver} {name}"] = judged(model, base.plan())
     return found
 
@@ -151,9 +151,8 @@ def mixture_cell(
         options={"times": quadratic(steps, model.schedule)}, search=search, features=features,
         seed=seed,
     )  # fmt: skip
-    start = Base.of(
-        solver, model.schedule, nfe=steps, grid="explicit", times=quadratic(steps, model.schedule)
-    )
+    options = {"times": quadratic(steps, model.schedule)}
+    start = Base.of(model.schedule, SamplerRequest(solver, nfe=steps, options=options))
     losses = [h["loss"] for h in made.history if h["loss"] is not None]
     return {
         "start": judged(model, start.plan()),

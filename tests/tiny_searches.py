@@ -10,6 +10,7 @@ import fewstep
 from fewstep.learned import Base
 from fewstep.models import exact
 from fewstep.plans.execute import execute
+from fewstep.sampling.request import SamplerRequest
 
 VP = fewstep.schedule("vp-linear")
 MODEL = exact.sharp(VP, std=0.05)
@@ -26,7 +27,10 @@ def onto_zero(steps: int, kind: str, schedule=VP) -> list[float]:
 
 
 def base_of(solver: str, steps: int, kind: str = "quadratic", **options) -> Base:
-    return Base.of(solver, VP, nfe=steps, grid="explicit", times=onto_zero(steps, kind), **options)
+    return Base.of(
+        VP,
+        SamplerRequest(solver, nfe=steps, options={"times": onto_zero(steps, kind), **options}),
+    )
 
 
 def run(plan, *, model=MODEL, dtype=torch.float64, n: int = 20):

@@ -33,9 +33,12 @@ if TYPE_CHECKING:
     from fewstep.operators.distillation import distill as distill
     from fewstep.plans.plan import Plan as Plan
     from fewstep.sampling.likelihood import log_likelihood as log_likelihood
-    from fewstep.sampling.planning import plan as plan
+    from fewstep.sampling.profile import Profile as Profile
     from fewstep.sampling.protocol import Trajectory as Trajectory
     from fewstep.sampling.recipe import SamplerRecipe as SamplerRecipe
+    from fewstep.sampling.request import SamplerRequest as SamplerRequest
+    from fewstep.sampling.resolve import plan as plan
+    from fewstep.sampling.resolve import resolve as resolve
     from fewstep.sampling.sample import sample as sample
     from fewstep.sampling.sample import steps as steps
     from fewstep.solvers import SOLVERS as SOLVERS
@@ -60,13 +63,16 @@ _HOMES = {
     "log_likelihood": "sampling.likelihood",
     "metrics": "metrics",
     "NoiseSchedule": "diffusion.schedules",
-    "plan": "sampling.planning",
+    "plan": "sampling.resolve",
     "Plan": "plans.plan",
     "preconditioned": "models.preconditioning",
     "Prediction": "diffusion.prediction",
+    "Profile": "sampling.profile",
     "record": "trajectories",
+    "resolve": "sampling.resolve",
     "sample": "sampling.sample",
     "SamplerRecipe": "sampling.recipe",
+    "SamplerRequest": "sampling.request",
     "schedule": "diffusion.schedules",
     "SCHEDULES": "diffusion.schedules",
     "Solver": "solvers",

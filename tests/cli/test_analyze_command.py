@@ -11,7 +11,7 @@ import torch
 
 import fewstep
 from fewstep.cli import run
-from fewstep.sampling.fitted import FittedGrids
+from fewstep.sampling.profile import Profile
 from fewstep.sampling.recipe import SamplerRecipe
 
 pytest.importorskip("matplotlib")
@@ -65,7 +65,7 @@ def test_recipes_and_grids_are_what_was_measured(done):
     end = fewstep.sample(model, 8, first=8, solver="tab3", grid=fine)
     ours = fewstep.sample(model, 8, first=8, recipe=recipe)
     assert float((ours - end).square().mean().sqrt()) == pytest.approx(best["held_out"], rel=0.02)
-    grids = FittedGrids.load(done / "grid.json")
+    grids = Profile.load(done / "grid.json")
     assert grids.recommended == {3: results["advice"][0]["best"]["solver"], 4: best["solver"]}
     same = fewstep.sample(model, 8, first=8, nfe=4, grid=f"auto:{done / 'grid.json'}")
     assert torch.equal(same, ours)

@@ -97,7 +97,7 @@ def test_without_a_command_there_is_help(told):
         (["sample", "fashon"], r"(?i)requires an argument|missing|required"),
         (["sample", "mixture-smoth", "--out", "OUT"], "Did you mean 'mixture-smooth'"),
         (["sample", "mixture-smooth", "--solver", "dpmp-2m", "--out", "OUT"], "'dpmpp-2m'"),
-        (["sample", "mixture-smooth", "--nfe", "0", "--out", "OUT"], "--nfe must be a positive"),
+        (["sample", "mixture-smooth", "--nfe", "0", "--out", "OUT"], "nfe must be a positive"),
         (["sample", "mixture-smooth", "--nfe", "ten", "--out", "OUT"], "(?i)int"),
         (
             ["sample", "mixture-smooth", "--solver", "heun", "--nfe", "4", "--out", "OUT"],
@@ -229,7 +229,7 @@ def test_sample_writes_what_it_says(told, tiny, tmp_path):
 
 def test_the_recipe_of_auto_reproduces_what_auto_chose(told, tmp_path):
     text = told("sample", "mixture-smooth", "-n", 6, "--nfe", 6, "--out", tmp_path / "a")
-    assert re.search(r"auto chose \S+ .*with 6 calls", text)
+    assert re.search(r"auto chose \S+ .*with 6 evaluations", text)
     recipe = tmp_path / "a" / "recipe.json"
     assert fewstep.SamplerRecipe.load(recipe).name != "auto"
     told("sample", "mixture-smooth", "-n", 6, "--recipe", recipe, "--out", tmp_path / "b")
@@ -249,10 +249,10 @@ def test_a_recipe_or_a_plan_leaves_nothing_to_choose(told, tmp_path):
     model = fewstep.load("mixture-smooth")
     assert torch.equal(samples, fewstep.sample(model, 3, plan=fewstep.Plan.load(file)))
     err = told(
-        *("sample", "mixture-smooth", "--recipe", file, "--nfe", 4, "--out", tmp_path / "b"),
+        *("sample", "mixture-smooth", "--recipe", file, "--nfe", 5, "--out", tmp_path / "b"),
         code=2,
     )
-    assert "--nfe as well" in err
+    assert "this recipe makes 4 evaluations, not 5" in err
 
 
 def test_adaptive_solver_from_the_command_line(told, tmp_path):

@@ -145,7 +145,7 @@ def test_drawn_labels_and_kept_knots(tiny, tmp_path, told):
         (["MODEL", "--out", "OUT", "-n", "4", "--solver", "ddpm"], "draws noise"),
         (["MODEL", "--out", "OUT", "-n", "4", "--dtype", "int8"], "dtype must be one of"),
         (["MODEL", "--out", "OUT", "-n", "4", "--class-labels", "random"], "not known"),
-        (["MODEL", "--out", "OUT", "-n", "4", "--recipe", "x", "--nfe", "3"], "says everything"),
+        (["MODEL", "--out", "OUT", "-n", "4", "--recipe", "x", "--nfe", "3"], "cannot be read"),
         (["MODEL", "--out", "OUT", "-n", "4", "--device", "warp"], "device 'warp'"),
         (["--verify", "OUT"], "no store of trajectories"),
         (["--verify", "OUT", "--seed", "3"], "leave --seed out"),

@@ -383,7 +383,7 @@ def test_mistakes_at_the_command_line(tmp_path, capsys):
     for extra, told in (
         (["--family", "nothing"], "Unknown family"),
         (["--setting", "nothing=1"], "no setting"),
-        (["--nfe", "0"], "--nfe must be"),
+        (["--nfe", "0"], "nfe must be"),
         (["--family-option", "nothing=1"], "family 'gs'"),
         (["--out", str(tmp_path)], "is a folder"),
     ):

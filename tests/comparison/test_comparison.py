@@ -14,7 +14,7 @@ from fewstep.comparison.entries import identity
 from fewstep.comparison.scores import less_fid, less_rms, root
 from fewstep.comparison.verdicts import best_recipe, judge, measure_of, pareto
 from fewstep.metrics import Reference
-from fewstep.sampling.planning import choose
+from fewstep.sampling.auto import choose
 from fewstep.sampling.sample import sampler
 
 N, SEED, CALLS = 24, 3, 12
@@ -107,10 +107,10 @@ def test_a_folder_has_a_recipe_for_each_budget(tmp_path, vp):
 
 
 def test_fitted_grids_bring_their_solver(tmp_path, vp):
-    from fewstep.sampling.fitted import FittedGrid, FittedGrids
+    from fewstep.sampling.profile import Profile, ProfileEntry
 
     times = (1.0, 0.8, 0.5, 0.2, 0.001)
-    made = FittedGrids(vp, "", (FittedGrid("tab2", times),), {4: "tab2"})
+    made = Profile(vp, "", (ProfileEntry("tab2", times),), {4: "tab2"})
     made.save(tmp_path / "grid.json")
     model = fewstep.models.exact.smooth(vp)
     for text in (f"auto@auto:{tmp_path}/grid.json", f"tab2@auto:{tmp_path}/grid.json"):
@@ -138,7 +138,6 @@ def test_lists_are_split_outside_of_brackets_only():
         ("ddim@", r"NAME\[@GRID"),
         ("@karras", r"NAME\[@GRID"),
         ("tab3@power:x", "is a number, for example power:2"),
-        ("dopri5", "no place at a budget"),
         ("none/there", "no file or operator"),
         ("none.json", "cannot be read"),
     ],

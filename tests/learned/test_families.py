@@ -12,6 +12,7 @@ from fewstep.learned.moving import LearnedTimes, Shifts
 from fewstep.learned.solver_families import SolverFamily
 from fewstep.learned.starts import start_of
 from fewstep.plans.plan import Plan
+from fewstep.sampling.request import SamplerRequest
 from fewstep.solvers import SOLVERS, solver
 from tiny_searches import MODEL, VP, base_of, run
 
@@ -108,7 +109,7 @@ EXACT = [
 def test_gs_starts_from_every_deterministic_solver(name):
     """Also from those of several stages."""
     nfe = next(k for k in range(4, 13) if _affordable(name, k))
-    base = Base.of(name, VP, nfe=nfe, grid="quadratic")
+    base = Base.of(VP, SamplerRequest(name, nfe=nfe, grid="quadratic"))
     model = family("gs", base)
     truth = run(base.plan())
     torch.testing.assert_close(
@@ -126,7 +127,7 @@ def _affordable(name: str, nfe: int) -> bool:
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_gs_keeps_the_draws_of_a_stochastic_base(eta):
-    base = Base.of("ddim", VP, nfe=4, grid="quadratic", eta=eta)
+    base = Base.of(VP, SamplerRequest("ddim", nfe=4, grid="quadratic", options={"eta": eta}))
     model = family("gs", base)
     torch.testing.assert_close(run(model.plan()), run(base.plan()), rtol=0, atol=1e-11)
     assert model.count == 4 + 4 + sum(n + 2 for n in range(4))
@@ -139,7 +140,7 @@ def test_the_theory_follows_the_times():
     for model in (gs, free):
         model.times.logits.data = torch.tensor([0.2, -0.1, 0.3, 0.0, -0.2], dtype=torch.float64)
     knots = gs().knots.detach()
-    moved = Base.of("tab3", VP, nfe=5, grid="explicit", times=knots.tolist())
+    moved = Base.of(VP, SamplerRequest("tab3", nfe=5, options={"times": knots.tolist()}))
     assert float((knots - base.grid.times).abs().max()) > 0.01
     torch.testing.assert_close(run(gs.plan()), run(moved.plan()), rtol=0, atol=1e-11)
     assert torch.equal(free().values, free.frozen)

@@ -11,6 +11,7 @@ from fewstep.learned.families import family
 from fewstep.learned.ggdm import Table, marginals, matched_table, table_of, vars_table
 from fewstep.learned.state_families import GGDM
 from fewstep.plans.execute import execute
+from fewstep.sampling.request import SamplerRequest
 from tiny_searches import MODEL, VP, base_of, run
 
 
@@ -125,7 +126,7 @@ def test_multistep_solvers_are_ggdms(solver, steps):
 
 def test_a_last_row_that_is_not_the_prediction_is_learned_too():
     """A grid that ends above sigma = 0: the sample is a combination of states as well."""
-    base = Base.of("tab3", VP, nfe=5, grid="quadratic")
+    base = Base.of(VP, SamplerRequest("tab3", nfe=5, grid="quadratic"))
     model = GGDM(base, noise=False)
     torch.testing.assert_close(run(model.plan()), run(base.plan()), rtol=0, atol=1e-10)
     assert model.count > GGDM(base_of("tab3", 5), noise=False).count
@@ -141,12 +142,14 @@ def test_vars_is_ddpm_where_the_variances_are_the_diffusions(steps):
 
 def test_what_is_no_ggdm_is_refused():
     with pytest.raises(ValueError, match="evaluations in"):
-        GGDM(Base.of("rho-heun", VP, nfe=6))
+        GGDM(Base.of(VP, SamplerRequest("rho-heun", nfe=6)))
     with pytest.raises(ValueError, match="does not preserve the marginals"):
-        GGDM(Base.of("euler", VP, nfe=4))
+        GGDM(Base.of(VP, SamplerRequest("euler", nfe=4)))
     with pytest.raises(ValueError, match="starts from ddpm"):
         family("vars", base_of("ddim", 3))
     with pytest.raises(ValueError, match="preserves variance"):
-        family("vars", Base.of("ddpm", fewstep.schedule("ve"), nfe=3, grid="karras"))
+        family(
+            "vars", Base.of(fewstep.schedule("ve"), SamplerRequest("ddpm", nfe=3, grid="karras"))
+        )
     with pytest.raises(ValueError, match="Theorem 1"):
         GGDM(base_of("ddim", 3), matched=True, pred="vars")

@@ -25,6 +25,7 @@ from fewstep.metrics import Reference
 from fewstep.metrics.intervals import Estimate
 from fewstep.metrics.kernel import mmd2
 from fewstep.plans.execute import execute
+from fewstep.sampling.request import SamplerRequest
 from tiny_searches import RING, VP, base_of
 
 WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -258,7 +259,8 @@ def test_the_teacher_goes_the_same_way():
         assert plan.knots[0] == base.grid.times[0]
         assert plan.knots[-1] == base.grid.times[-1]
         assert score(plan) < 4e-4
-    short = teacher_plan(fewstep.learned.Base.of("tab3", VP, nfe=4, grid="quadratic"), 60)
+    base = fewstep.learned.Base.of(VP, SamplerRequest("tab3", nfe=4, grid="quadratic"))
+    short = teacher_plan(base, 60)
     assert float(short.knots[-1]) == VP.t_min
 
 

@@ -218,7 +218,7 @@ PLAN = fewstep.plan("ddim", SCHEDULE, nfe=3)
 OTHER = fewstep.schedule("vp-linear", beta_max=15.0)
 MISTAKES = {
     "unknown solver": ({"solver": "dpmp-2m"}, ValueError, "Did you mean 'dpmpp-2m'"),
-    "a number as solver": ({"solver": 3}, ValueError, "Unknown solver 3"),
+    "a number as solver": ({"solver": 3}, TypeError, "solver must be a name or a solver"),
     "unknown grid": ({"solver": "ddim", "grid": "karas"}, ValueError, "Did you mean 'karras'"),
     "unknown option": ({"solver": "ddim", "options": {"etta": 1}}, TypeError, "etta"),
     "option out of range": ({"solver": "ddim", "options": {"eta": -1}}, ValueError, "eta"),
@@ -254,7 +254,7 @@ MISTAKES = {
     "plan and recipe": (
         {"plan": PLAN, "recipe": SamplerRecipe(name="ddim", nfe=3)},
         ValueError,
-        "a plan or a recipe, not both",
+        "plan and recipe each are a whole sampler",
     ),
     "plan and grid": ({"plan": PLAN, "grid": "karras"}, ValueError, "got grid as well"),
     "plan and options": ({"plan": PLAN, "options": {"eta": 1.0}}, ValueError, "got eta as well"),
@@ -289,13 +289,13 @@ MISTAKES = {
     "times that are not nfe": (
         {"solver": "ddim", "grid": "explicit", "nfe": 5, "options": {"times": [0.9, 0.1]}},
         ValueError,
-        "1 calls on this grid of 1 steps, not 5",
+        "1 evaluations on this grid of 1 steps, not 5",
     ),
     "head start out of range": ({"solver": "ddim", "head_start": 2.0}, ValueError, "t_start"),
     "head start and grid": (
         {"solver": "ddim", "head_start": 0.5, "options": {"t_start": 0.4}},
         ValueError,
-        "not both",
+        "both the first time",
     ),
     "head start without statistics": (
         {"solver": "ddim", "head_start": 0.5},
@@ -339,7 +339,7 @@ def test_budget_given_twice_or_not_at_all():
     with pytest.raises(ValueError, match="not both; got nfe=3 and steps=3"):
         fewstep.plan("ddim", SCHEDULE, nfe=3, steps=3)
     for solver in ("ddim", "auto"):
-        with pytest.raises(ValueError, match="give nfe, the number of network calls"):
+        with pytest.raises(ValueError, match="give nfe, the number of network evaluations"):
             fewstep.plan(solver, SCHEDULE)
 
 

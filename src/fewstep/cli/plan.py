@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
@@ -139,8 +139,11 @@ def make(
     *,
     schedule: str,
     nfe: int | None = None,
+    steps: int | None = None,
     out: Path,
     grid: str | None = None,
+    profile: Path | None = None,
+    integer_times: Flag = False,
     option: Options = None,
     schedule_option: Annotated[list[str] | None, Parameter(negative="")] = None,
     head_start: float | None = None,
@@ -151,38 +154,42 @@ def make(
     Args:
         solver: A solver (see `fewstep solvers`), or auto.
         schedule: The name of a noise schedule, for example vp-linear or ddpm-linear.
-        nfe: The number of network evaluations.
+        nfe: The number of network evaluations; or
+        steps: the number of steps.
         out: The file to write.
-        grid: The name of a time grid; left out, the solver's own.
+        grid: The name of a time grid, or auto:FILE for the times of a profile; left out, the solver's own.
+        profile: A file of what was measured of a model (`fewstep analyze`), for auto.
+        integer_times: Round the grid to training timesteps.
         option: An option of solver or grid as key=value; can be repeated.
         schedule_option: An option of the schedule as key=value; can be repeated.
         head_start: The time above which the Gaussian solution replaces evaluations.
         overwrite: Replace the file if it is there.
     """
     from fewstep.diffusion.schedules import schedule as make_schedule
-    from fewstep.sampling.planning import choose
-    from fewstep.sampling.planning import plan as make_plan
+    from fewstep.sampling.request import SamplerRequest
+    from fewstep.sampling.resolve import resolve_plan
 
     if out.is_dir():
         raise ValueError(f"{str(out)!r} is a folder; --out must be a file")
     if out.exists() and not overwrite:
         raise exists(out)
-    made = make_schedule(schedule, **parse_options(schedule_option))
-    if solver == "auto" and nfe is not None:
-        say(f"auto chose {choose(made, nfe)}")
-    plan = make_plan(solver, made, nfe=nfe, grid=grid, head_start=head_start, **_keywords(option))
+    request = SamplerRequest(
+        solver=solver,
+        nfe=nfe,
+        steps=steps,
+        grid=grid,
+        head_start=head_start,
+        options=parse_options(option),
+        profile=profile,
+    )
+    on = make_schedule(schedule, **parse_options(schedule_option))
+    made = resolve_plan(on, request, integer_times=integer_times)
+    if made.chosen is not None:
+        say(f"auto chose {made.chosen}")
+    plan = made.plan
     plan.save(out)
-    say(f"wrote {out}: {plan.nfe} calls, {plan.n_noise} noise draws")
+    say(f"wrote {out}: {plan.nfe} evaluations, {plan.n_noise} noise draws")
     say(f"next: fewstep plan show {out}")
-
-
-def _keywords(option: list[str] | None) -> dict[str, Any]:
-    options = parse_options(option)
-    taken = {"solver", "schedule", "nfe", "steps", "grid", "head_start", "integer_times"}
-    for key in options:
-        if key in taken - {"integer_times", "steps"}:
-            raise ValueError(f"{key} is not an option of solver or grid; give --{key}")
-    return options
 
 
 def _check_size(*plans: Plan) -> None:

@@ -102,7 +102,7 @@ def record(
 def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwrite: bool) -> int:
     from fewstep.trajectories import record, resume
 
-    for name in ("n", "nfe", "shard_size", "batch_size"):
+    for name in ("n", "shard_size", "batch_size"):
         positive("-n" if name == "n" else f"--{name.replace('_', '-')}", given.get(name))
     output_folder(out)
     if "n" not in given and (given or overwrite or not (out / "manifest.json").exists()):
@@ -114,12 +114,6 @@ def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwr
     if not given:
         store = resume(denoiser, out, progress=True)
     else:
-        if "recipe" in given:
-            extra = [f"--{k}" for k in ("solver", "nfe") if k in given]
-            if extra:
-                raise ValueError(
-                    f"a recipe says everything itself, got {', '.join(extra)} as well"
-                )
         cond = _conditions(given.pop("class_labels", None), denoiser)
         if "keep" in given:
             given["keep"] = _keep(given["keep"])

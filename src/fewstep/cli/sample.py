@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fewstep.sampling.recipe import SamplerRecipe
 
 SAMPLES, PICTURE, RECIPE = "samples.safetensors", "grid.png", "recipe.json"
-DEFAULT_NFE, DEFAULT_BATCH = 10, 64
+DEFAULT_BATCH = 64
 MOST_SHOWN = 100
 """The most samples in the picture."""
 
@@ -45,6 +45,7 @@ def sample(
     nfe: int | None = None,
     n: Annotated[int, Parameter(name=["-n", "--n"])] = 64,
     recipe: Path | None = None,
+    profile: Path | None = None,
     force: Flag = False,
     grid: str | None = None,
     option: Options = None,
@@ -61,7 +62,7 @@ def sample(
 
     Samples of a latent model are latents; the picture shows what its autoencoder makes of them.
 
-    A run that was interrupted goes on when the same command is given again.
+    A run that was interrupted is resumed when the same command is given again.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
@@ -70,9 +71,9 @@ def sample(
         nfe: The number of network evaluations; 10 if left out.
         n: How many samples.
         recipe: A file with a recipe, a plan or a tuned sampler, instead of a solver.
-        force: Take a recipe although it was made for another model or schedule.
-        grid: The name of a time grid, or auto:FILE for those that `fewstep analyze` fitted; left out, the
-            solver's own.
+        profile: A file of what was measured of this model (`fewstep analyze`), for auto.
+        force: Take a recipe or profile although it was made for another model or schedule.
+        grid: The name of a time grid, or auto:FILE for the times of a profile; left out, the solver's own.
         option: An option of solver or grid as key=value; can be repeated.
         head_start: The time above which the Gaussian solution replaces evaluations.
         class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all).
@@ -86,14 +87,27 @@ def sample(
     import torch
 
     from fewstep.diffusion.noise import NoiseSource
-    from fewstep.models.wrappers import Guided
+    from fewstep.sampling.request import SamplerRequest
+    from fewstep.sampling.resolve import resolve
 
     positive("-n", n)
     positive("--batch-size", batch_size)
     NoiseSource(seed, ())
     output_folder(out)
     denoiser = load_model(model, device)
-    chosen = _chosen(denoiser, solver, nfe, recipe, grid, option, head_start, guidance)
+    request = SamplerRequest(
+        solver=solver,
+        nfe=nfe,
+        grid=grid,
+        head_start=head_start,
+        options=parse_options(option),
+        recipe=recipe,
+        profile=profile,
+    )
+    resolved = resolve(denoiser, request, guidance=guidance, force=force)
+    if resolved.chosen is not None:
+        say(f"auto chose {resolved.chosen}")
+    chosen, made = resolved.recipe, resolved.sampler
     labels = parse_labels(class_labels, denoiser, n)
     decode = getattr(denoiser, "decode", None)
 
@@ -103,9 +117,7 @@ def sample(
             texts if labels is None else {"class_labels": labels[rows.start : rows.stop], **texts}
         )
 
-    if chosen.guidance not in (None, 1):
-        denoiser = Guided(denoiser, chosen.guidance)  # type: ignore[arg-type]
-    made = chosen.build(denoiser, force=force)
+    denoiser = made.denoiser  # with its guidance
     event_shape(denoiser)
     denoiser.prepare(n, conditions(range(n)))
 
@@ -144,98 +156,6 @@ def sample(
     if prompt is not None:
         again += ["--prompt", prompt]
     say(f"next: {shlex.join([*again, '--out', f'{out}-2'])}")
-
-
-def _chosen(
-    denoiser: Denoiser,
-    solver: str | None,
-    nfe: int | None,
-    recipe: Path | None,
-    grid: str | None,
-    option: list[str] | None,
-    head_start: float | None,
-    guidance: float | None,
-) -> SamplerRecipe:
-    """Returns the recipe that the arguments describe, with everything that ``auto`` chose."""
-    from dataclasses import replace
-
-    from fewstep.sampling.fitted import is_fitted
-    from fewstep.sampling.planning import choose
-    from fewstep.sampling.recipe import SamplerRecipe
-
-    options = parse_options(option)
-    if recipe is not None:
-        given = {
-            "--solver": solver,
-            "--nfe": nfe,
-            "--grid": grid,
-            "--option": option,
-            "--head-start": head_start,
-        }
-        extra = [name for name, value in given.items() if value is not None]
-        if extra:
-            raise ValueError(f"a recipe says everything itself, got {', '.join(extra)} as well")
-        found = SamplerRecipe.load(recipe)
-        return found if guidance is None else replace(found, guidance=guidance)
-    positive("--nfe", nfe)
-    if denoiser.built_in_sampler() is not None:
-        return _own(denoiser, solver, nfe, grid, options, head_start, guidance)
-    name = solver or "auto"
-    if name == "dopri5":
-        if nfe is not None or grid is not None or head_start is not None:
-            raise ValueError(
-                "dopri5 chooses its times itself: leave --nfe, --grid and --head-start out and "
-                "give --option rtol=1e-4"
-            )
-        return SamplerRecipe(kind="adaptive", name=name, options=options, guidance=guidance)
-    budget = nfe if nfe is not None else DEFAULT_NFE
-    if grid == "explicit" and nfe is None:
-        budget = None
-    if name == "auto" and not is_fitted(grid):
-        choice = choose(denoiser.schedule, budget or DEFAULT_NFE)
-        say(f"auto chose {choice}")
-        name, budget = choice.solver, choice.nfe
-        options = {**choice.options_on(grid), **options}
-        grid = grid or choice.grid
-        head_start = choice.head_start if head_start is None else head_start
-    return SamplerRecipe(
-        name=name,
-        nfe=budget,
-        options=options,
-        grid=grid,
-        head_start=head_start,
-        schedule=denoiser.schedule.to_record(),
-        guidance=guidance,
-    )
-
-
-def _own(
-    denoiser: Denoiser,
-    solver: str | None,
-    nfe: int | None,
-    grid: str | None,
-    options: dict[str, Any],
-    head_start: float | None,
-    guidance: float | None,
-) -> SamplerRecipe:
-    """Returns the recipe of a model that brings its own sampler."""
-    from fewstep.sampling.recipe import SamplerRecipe
-    from fewstep.sampling.sample import sampler
-
-    made = sampler(
-        denoiser,
-        solver=solver or "auto",
-        nfe=nfe,
-        grid=grid,
-        head_start=head_start,
-        **options,
-    )
-    if guidance not in (None, 1) or nfe not in (None, made.nfe):
-        given = "--nfe" if guidance in (None, 1) else "--guidance"
-        raise ValueError(
-            f"this model brings its own sampler, of {made.nfe} call; leave {given} out"
-        )
-    return SamplerRecipe(kind="operator", name="operator", nfe=made.nfe)
 
 
 def _settings(

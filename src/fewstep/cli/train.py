@@ -132,15 +132,15 @@ def train(
 
 def _draw(out: Path, recipe: TrainRecipe, classes: int | None, *, device: str) -> None:
     """Draws samples of the finished model."""
-    from fewstep.cli.sample import DEFAULT_NFE
     from fewstep.loading import load
-    from fewstep.sampling.planning import choose
-    from fewstep.sampling.recipe import SamplerRecipe
+    from fewstep.sampling.request import SamplerRequest
+    from fewstep.sampling.resolve import resolve
 
-    model, nfe = load(out, device=device), 2 * DEFAULT_NFE
-    name = choose(model.schedule, nfe).solver
+    model, nfe = load(out, device=device), 20
+    resolved = resolve(model, SamplerRequest(nfe=nfe))
+    name = resolved.recipe.name
     picture = picture_of(
-        SamplerRecipe(name="auto", nfe=nfe).build(model),
+        resolved.sampler,
         classes=classes,
         seed=recipe.seed,
         title=f"after {recipe.steps} steps · {name} · {nfe} evaluations",

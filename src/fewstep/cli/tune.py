@@ -80,7 +80,6 @@ def tune(
     from fewstep.learned.tuning import tune as run
     from fewstep.learned.verdict import WORSE
 
-    positive("--nfe", nfe)
     positive("--steps", steps)
     if out.is_dir():
         raise ValueError(f"{str(out)!r} is a folder; --out must be a file, for example tuned.json")

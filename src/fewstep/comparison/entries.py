@@ -13,9 +13,10 @@ from typing import Any
 from fewstep.base.files import loads_json
 from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.plan_sampler import PlanSampler
-from fewstep.sampling.planning import choose
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.resolve import Resolved, resolve
 
 SYNTAX = "NAME[@GRID[:VALUE]][+OPTION=VALUE]..."
 """How a sampler is written; the other ways are the path of a file or of an operator's folder."""
@@ -160,44 +161,31 @@ def _grid(text: str, options: dict[str, Any]) -> tuple[str | None, dict[str, Any
 
 def _solver(name: str, solver: str, grid: str | None, options: dict[str, Any]) -> Entry:
     options = dict(options)
-    head_start = options.pop("head_start", None)
-    if solver == "dopri5":
-        raise ValueError(
-            "dopri5 chooses its number of calls itself, so it has no place at a budget"
-        )
+    head_start, steps = options.pop("head_start", None), options.pop("steps", None)
 
-    def recipe(denoiser: Denoiser, nfe: int) -> SamplerRecipe:
-        made = SamplerRecipe(
-            name=solver,
-            nfe=nfe,
-            options=options,
-            grid=grid,
-            head_start=head_start,
-            schedule=denoiser.schedule.to_record(),
+    def resolved(denoiser: Denoiser, nfe: int) -> Resolved:
+        request = SamplerRequest(
+            solver, nfe=nfe, steps=steps, grid=grid, head_start=head_start, options=options
         )
-        if made.name != "auto":  # a fitted grid says its solver
-            return made
-        choice = choose(denoiser.schedule, nfe)
-        return replace(
-            made,
-            name=choice.solver,
-            nfe=choice.nfe,
-            options={**choice.options_on(grid), **options},
-            grid=grid or choice.grid,
-            head_start=choice.head_start if head_start is None else head_start,
-        )
+        return resolve(denoiser, request)
 
-    return Entry(name, lambda denoiser, nfe: recipe(denoiser, nfe).build(denoiser), recipe)
+    return Entry(
+        name,
+        lambda denoiser, nfe: resolved(denoiser, nfe).sampler,
+        lambda denoiser, nfe: resolved(denoiser, nfe).recipe,
+    )
 
 
 def _file(path: Path) -> Entry:
     found = SamplerRecipe.load(path)
     if found.kind == "adaptive":
-        raise ValueError(f"{str(path)!r} is adaptive, so it has no number of calls beforehand")
+        raise ValueError(
+            f"{str(path)!r} is adaptive, so it has no number of evaluations beforehand"
+        )
     nfe = found.plan.nfe if found.plan is not None else found.nfe
 
     def build(denoiser: Denoiser, _: int) -> Sampler:
-        return found.build(denoiser)
+        return resolve(denoiser, SamplerRequest(recipe=found)).sampler
 
     return Entry(path.stem, build, lambda _, __: found, nfe)
 
@@ -217,9 +205,10 @@ def _folder(text: str, files: Mapping[int, Path]) -> Entry:
             raise ValueError(f"the folder {text!r} has recipes for {known} calls, not for {nfe}")
         return SamplerRecipe.load(files[nfe])
 
-    return Entry(
-        text.rstrip("/"), lambda denoiser, nfe: recipe(denoiser, nfe).build(denoiser), recipe
-    )
+    def build(denoiser: Denoiser, nfe: int) -> Sampler:
+        return resolve(denoiser, SamplerRequest(recipe=recipe(denoiser, nfe), nfe=nfe)).sampler
+
+    return Entry(text.rstrip("/"), build, recipe)
 
 
 def _operator(folder: Path) -> Entry:

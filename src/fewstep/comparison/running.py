@@ -18,6 +18,7 @@ from fewstep.diffusion.noise import NoiseSource
 from fewstep.metrics import Reference
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
+from fewstep.sampling.request import Contradiction
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def _jobs(
                 built = part.build(denoiser, nfe)
                 if built.nfe != nfe:
                     raise ValueError(f"it makes {built.nfe} network calls, not {nfe}")
+            except Contradiction:
+                raise
             except ValueError as error:
                 reasons.append((part.name, nfe, str(error)))
                 continue
@@ -160,6 +163,8 @@ def _reference_job(text: str, nfe: int, denoiser: Denoiser) -> Job:
     part = read_entry(text)
     try:
         made = part.build(denoiser, nfe)
+    except Contradiction:
+        raise
     except ValueError as error:
         raise ValueError(f"the reference {text!r}: {error}") from None
     return Job(part, nfe, made, identity(made))

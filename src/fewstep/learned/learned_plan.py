@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Eval, Lin, Noise, Row, Structure
 from fewstep.plans.tape import Tape
-from fewstep.sampling.planning import GRID_OPTIONS
-from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.resolve import resolve_plan
 from fewstep.solvers import Solver
-from fewstep.solvers import solver as make_solver
 
 
 @dataclass(frozen=True)
@@ -53,33 +52,11 @@ class Base:
 
     @classmethod
     def of(
-        cls,
-        solver: str | Solver,
-        schedule: NoiseSchedule,
-        *,
-        nfe: int,
-        grid: str | TimeGrid | None = None,
-        head_start: float | None = None,
-        integer_times: bool = False,
-        **options: Any,
+        cls, schedule: NoiseSchedule, request: SamplerRequest, *, integer_times: bool = False
     ) -> Base:
-        """Returns the base with a budget; arguments as of :func:`fewstep.plan`."""
-        if isinstance(solver, str):
-            own = {k: v for k, v in options.items() if k not in GRID_OPTIONS}
-            options = {k: v for k, v in options.items() if k in GRID_OPTIONS}
-            method = make_solver(solver, **own)
-        else:
-            method = solver
-        plan = make_plan(
-            method,
-            schedule,
-            nfe=nfe,
-            grid=grid,
-            head_start=head_start,
-            integer_times=integer_times,
-            **options,
-        )
-        return cls(method, plan.grid, plan.head, integer_times)
+        """Returns the base that a request stands for; arguments as of :func:`~fewstep.sampling.resolve.resolve_plan`."""
+        made = resolve_plan(schedule, request, integer_times=integer_times)
+        return cls(made.solver, made.plan.grid, made.plan.head, integer_times)
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -10,7 +10,7 @@ from fewstep.diffusion.grids import grid as make_grid
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.learned.families import FAMILIES
 from fewstep.learned.learned_plan import Base
-from fewstep.sampling.planning import choose
+from fewstep.sampling.request import SamplerRequest
 from fewstep.solvers import Solver
 
 
@@ -46,27 +46,12 @@ def start_of(
     """
     options = dict(options or {})
     declared = FAMILIES[name].start.solver
-    if solver == "auto":
-        solver = declared = None
-    common: dict[str, Any] = {"nfe": nfe, "integer_times": integer_times}
-    if declared is None and solver is None and grid is None:
-        choice = choose(schedule, nfe)
-        options = {**choice.options, **options}
-        start = choice.head_start if head_start is None else head_start
-        return Base.of(
-            choice.solver, schedule, grid=choice.grid, head_start=start, **common, **options
-        )
-    if declared is not None and grid is None and not options and head_start is None:
-        options = {"times": _power_to_zero(schedule, nfe, rounded=integer_times)}
-        grid = "explicit"
-    return Base.of(
-        solver or declared or choose(schedule, nfe).solver,
-        schedule,
-        grid=grid,
-        head_start=head_start,
-        **common,
-        **options,
-    )
+    if declared is not None and solver != "auto":
+        solver = declared if solver is None else solver
+        if grid is None and not options and head_start is None:
+            options = {"times": _power_to_zero(schedule, nfe, rounded=integer_times)}
+    request = SamplerRequest(solver, nfe=nfe, grid=grid, head_start=head_start, options=options)
+    return Base.of(schedule, request, integer_times=integer_times)
 
 
 def _power_to_zero(schedule: NoiseSchedule, nfe: int, *, rounded: bool) -> list[float]:

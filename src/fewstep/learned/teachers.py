@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.plans.plan import Plan
 from fewstep.sampling.batches import run_batches
 from fewstep.sampling.plan_sampler import PlanSampler
-from fewstep.sampling.planning import choose
-from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.resolve import resolve_plan
 
 
 def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
@@ -47,13 +48,13 @@ def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
             knots = knots.round().unique().flip(0)
         if zero:
             knots = torch.cat([knots, times[-1:]])
-        plan = make_plan("tab3", schedule, grid="explicit", times=knots.tolist())
+        request = SamplerRequest("tab3", options={"times": knots.tolist()})
+        plan = resolve_plan(schedule, request).plan
     else:
-        choice = choose(schedule, nfe)
-        ends = {"t_start": float(times[0])}
+        ends: dict[str, Any] = {"t_start": float(times[0])}
         ends |= {"to_zero": True} if zero else {"t_end": float(times[-1])}
-        options = {"grid": choice.grid, "integer_times": base.integer_times, **choice.options}
-        plan = make_plan(choice.solver, schedule, nfe=choice.nfe, **{**options, **ends})
+        request = SamplerRequest(nfe=nfe, options=ends)
+        plan = resolve_plan(schedule, request, integer_times=base.integer_times).plan
     return replace(plan, head=base.head)
 
 

@@ -1,143 +1,290 @@
-"""From names and numbers to a plan: the one place where solver, grid and budget meet."""
+r"""From solver, grid and budget to a plan; each plan is made once."""
 
 from __future__ import annotations
 
+import inspect
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fewstep.diffusion.grids import TimeGrid
+from torch import Tensor
+
+from fewstep.diffusion.grids import GRIDS, TimeGrid
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.plan import Plan
-from fewstep.sampling.fitted import is_fitted, read_fitted
-from fewstep.solvers import Solver
+from fewstep.sampling.auto import AUTO, choose, describe
+from fewstep.sampling.request import UNSET, Contradiction, SamplerRequest, as_text
+from fewstep.solvers import SOLVERS, Solver
 from fewstep.solvers import solver as make_solver
-from fewstep.solvers.base import NO_PLAN
 
-GRID_OPTIONS = frozenset({"t_start", "t_end", "to_zero", "power", "rho", "times"})
-"""The options of a plan that belong to its grid; all others are the solver's."""
+EXPLICIT = "explicit"
+ENDS = ("t_start", "t_end", "to_zero")
+"""The options that every evenly spaced grid has."""
+
+GRID_OPTIONS = frozenset({*ENDS, "power", "rho", "times"})
+"""The options of a request that belong to its grid; all others are the solver's."""
+
+MOST_PLANS = 128
+"""So many plans are held; the one that was not asked for the longest is dropped first."""
+
+NO_BUDGET = "give nfe, the number of network evaluations, or steps"
+
+ADAPTIVE = (
+    "{name} chooses its steps while it runs, so it {takes}has no plan beforehand; leave {out} out and "
+    "give rtol and atol, or freeze one of its runs with fewstep.sampling.adaptive.freeze"
+)
 
 
-def plan(
-    solver: str | Solver,
+@dataclass(frozen=True)
+class Planned:
+    """A plan, with what it was made of.
+
+    Attributes:
+        plan: The plan.
+        solver: The solver.
+        grid: Its grid.
+        name: The solver's name in the registry, or ``None`` for a solver that was given as an object.
+        grid_name: The name of the grid; ``None`` is the solver's own.
+        options: The options of solver and grid, by name.
+        head_start: The time of an analytic head start, or ``None``.
+        chosen: What ``auto`` chose, in one line; ``None`` if the solver was named.
+    """
+
+    plan: Plan
+    solver: Solver
+    grid: TimeGrid
+    name: str | None
+    grid_name: str | None
+    options: Mapping[str, Any]
+    head_start: float | None
+    chosen: str | None = None
+
+
+def planned(
     schedule: NoiseSchedule,
+    request: SamplerRequest,
     *,
-    nfe: int | None = None,
-    steps: int | None = None,
-    grid: str | TimeGrid | None = None,
-    head_start: float | None = None,
     integer_times: bool = False,
-    **options: Any,
-) -> Plan:
-    r"""Returns the plan of a solver.
+    default_nfe: int | None = None,
+) -> Planned:
+    """Returns the plan of a solver, a grid and a budget; the same request has the same plan.
 
     Arguments:
-        solver: A name in :data:`fewstep.SOLVERS`, ``"auto"``, or a solver.
         schedule: The noise schedule.
-        nfe: The number of network calls; or
-        steps: the number of steps. Neither is needed if the grid has its times.
-        grid: A name in :data:`fewstep.GRIDS`, ``"auto:FILE"`` for the grids that ``fewstep analyze``
-            fitted to a model (and, with solver ``"auto"``, its solver), or a grid; left out, the
-            solver's own.
-        head_start: A time below the schedule's largest: the calls above it are replaced by the
-            Gaussian solution with the mean and the variance of the data.
-        integer_times: Whether the grid is rounded to trained levels.
-        options: Options of the grid (``t_start``, ``t_end``, ``to_zero``, ``power``, ``rho``,
-            ``times``) and of the solver.
+        request: The request; it has neither plan nor recipe nor profile.
+        integer_times: Whether the grid is rounded to training timesteps.
+        default_nfe: The budget if none is given; left out, a budget must be given.
 
     Raises:
-        ValueError: If a name is unknown, or the budget cannot be met (the message has the
-            nearest budgets).
-        TypeError: If solver or grid have no such option.
+        Contradiction: If it says two things at once.
+        ValueError: If a name is unknown, or the budget cannot be met (with the nearest budgets).
+        TypeError: If neither solver nor grid have an option (with those that they have).
     """
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(
-            f"schedule must be a NoiseSchedule, got {schedule!r}; make one with fewstep.schedule(name)"
+    try:
+        key = _key(schedule, request, integer_times, default_nfe)
+    except TypeError:  # an option that cannot be compared
+        return _planned(schedule, request, integer_times, default_nfe)
+    return _MEMORY.get(key) or _MEMORY.put(
+        key, schedule, _planned(schedule, request, integer_times, default_nfe)
+    )
+
+
+def _planned(
+    schedule: NoiseSchedule, request: SamplerRequest, integer_times: bool, default_nfe: int | None
+) -> Planned:
+    if request.nfe is not UNSET and request.steps is not UNSET:
+        raise Contradiction(
+            f"give nfe or steps, not both; got nfe={request.nfe} and steps={request.steps}"
         )
-    if is_fitted(grid):
-        return _fitted(
-            solver, schedule, nfe, steps, grid, head_start, integer_times=integer_times, **options
-        )
-    if solver == "auto":
-        choice = choose(
-            schedule, grid.steps if isinstance(grid, TimeGrid) else _budget(nfe, steps)
-        )
-        nfe, steps = (None if isinstance(grid, TimeGrid) else choice.nfe), None
+    solver = AUTO if request.solver is None else request.solver
+    if is_adaptive(solver):
+        check_adaptive(request)
+    nfe, steps, grid = request.nfe, request.steps, request.grid
+    head_start = request.head_start
+    options = dict(request.options)
+    if "times" in options:
+        _check_times(grid)
+        grid = EXPLICIT
+    own = _own_steps(grid, options)
+    if nfe is None and steps is None and own is None:
+        if default_nfe is None:
+            raise ValueError(NO_BUDGET)
+        nfe = default_nfe
+    chosen = solver == AUTO
+    if solver == AUTO:
+        choice = choose(schedule, nfe or steps or own or 1)
         solver = choice.solver
-        options = {**choice.options_on(grid), **options}
-        grid = choice.grid if grid is None else grid
-        head_start = choice.head_start if head_start is None else head_start
-    grid_options = {k: v for k, v in options.items() if k in GRID_OPTIONS}
-    solver_options = {k: v for k, v in options.items() if k not in GRID_OPTIONS}
-    if isinstance(solver, Solver):
-        if solver_options:
-            raise TypeError(
-                f"a solver that is made already takes no options, got {', '.join(solver_options)}"
-            )
-        method = solver
-    else:
-        method = make_solver(solver, **solver_options)
-    if method.adaptive:
-        raise ValueError(NO_PLAN.format(method.name))
+        if grid is None:
+            grid, options = choice.grid, {**choice.options, **options}
+            if head_start is None and "t_start" not in options:
+                head_start = choice.head_start
+    method, for_grid = _method(solver, grid, options)
     if head_start is not None:
-        if grid == "explicit":
-            _check_head(head_start, grid_options.get("times"))
-        elif grid_options.get("t_start") is not None or isinstance(grid, TimeGrid):
-            raise ValueError("give head_start, or the start of the grid, not both")
-        else:
-            grid_options["t_start"] = head_start
-    knots = _grid(method, schedule, nfe=nfe, steps=steps, grid=grid, options=grid_options)
+        _check_head(head_start, grid, for_grid)
+        if not isinstance(grid, TimeGrid) and grid != EXPLICIT:
+            for_grid["t_start"] = head_start
+    knots = _grid(method, schedule, nfe=nfe, steps=steps, grid=grid, options=for_grid)
     if integer_times:
         knots = knots.rounded()
-    made = method.plan(knots)
-    return replace(made, head=True) if head_start is not None else made
-
-
-def _check_head(head_start: float, times: Any) -> None:
-    try:
-        first = float(times[0])
-    except (TypeError, ValueError, IndexError):
-        return  # the grid says what is wrong with its times
-    if first != head_start:
-        raise ValueError(f"head_start is {head_start:g}, but the first of the times is {first:g}")
-
-
-def _fitted(
-    solver: str | Solver,
-    schedule: NoiseSchedule,
-    nfe: int | None,
-    steps: int | None,
-    grid: Any,
-    head_start: float | None,
-    *,
-    integer_times: bool,
-    **options: Any,
-) -> Plan:
-    """Returns the plan on a grid of a file."""
-    given = sorted(GRID_OPTIONS & {k for k, v in options.items() if v is not None})
+    plan = method.plan(knots)
     if head_start is not None:
-        given.append("head_start")
-    if given:
-        raise ValueError(f"the grid {grid!r} has its times already, got {given[0]} as well")
-    found = read_fitted(grid, schedule)
-    if nfe is not None and steps is not None:
-        raise ValueError(f"give nfe or steps, not both; got nfe={nfe} and steps={steps}")
-    budget = _budget(nfe, steps)
-    if solver == "auto":
-        solver = found.solver_for(budget)
-    method = solver if isinstance(solver, Solver) else make_solver(solver, **options)
-    if steps is None:
-        steps = method.steps_for(budget)
-    knots, head = found.fit(method.name, steps)
-    made = plan(method, schedule, nfe=nfe, grid=knots, integer_times=integer_times)
-    return replace(made, head=head)
+        plan = replace(plan, head=True)
+    name = solver if isinstance(solver, str) else None
+    if isinstance(grid, TimeGrid):
+        named, options = EXPLICIT, {**options, "times": grid.times.tolist()}
+    else:
+        named = grid
+        if steps is not None and named != EXPLICIT and _steps_of(method, plan, knots) != steps:
+            named, options = EXPLICIT, {**_solver_options(method, options), "times": _times(knots)}
+    said = None
+    if chosen:
+        label = "given" if isinstance(grid, TimeGrid) else grid
+        said = describe(method.name, label, options, plan.nfe)
+    plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in options.items()}
+    return Planned(plan, method, knots, name, named, plain, head_start, said)
 
 
-def _budget(nfe: int | None, steps: int | None) -> int:
-    budget = nfe if nfe is not None else steps
-    if budget is None:
-        raise ValueError("give nfe, the number of network calls")
-    return budget
+def check_adaptive(request: SamplerRequest, *, plan: bool = True) -> None:
+    """Raises for what an adaptive solver does not take, or because it has no plan.
+
+    Raises:
+        Contradiction: If a budget, a grid or a head start is given, or a plan is needed.
+    """
+    given = [n for n in ("nfe", "steps", "grid", "head_start") if getattr(request, n) is not UNSET]
+    if not given and not plan:
+        return
+    name = (
+        request.solver if isinstance(request.solver, str) else getattr(request.solver, "name", "")
+    )
+    takes = f"takes no {as_text(given)} and " if given else ""
+    out = as_text(given) if given else "the plan"
+    raise Contradiction(ADAPTIVE.format(name=name, takes=takes, out=out))
+
+
+def is_adaptive(solver: object) -> bool:
+    """Whether a solver, or the one of a name, chooses its steps while it runs."""
+    if isinstance(solver, str):
+        return solver != AUTO and SOLVERS[solver]().adaptive
+    return isinstance(solver, Solver) and solver.adaptive
+
+
+def grid_options(grid: str | None) -> frozenset[str]:
+    """Returns the options of a grid by name; of no grid those of any evenly spaced one."""
+    if grid is None:
+        return frozenset(ENDS)
+    names = [
+        name
+        for name, parameter in inspect.signature(GRIDS[grid]).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD and name not in ("schedule", "steps")
+    ]
+    return frozenset(names or ENDS)
+
+
+def solver_options(solver: str) -> frozenset[str]:
+    """Returns the options of a solver by name."""
+    return frozenset(inspect.signature(SOLVERS[solver]).parameters)
+
+
+def _method(
+    solver: str | Solver,
+    grid: str | TimeGrid | None,
+    options: Mapping[str, Any],
+) -> tuple[Solver, dict[str, Any]]:
+    """Returns the solver, and the options of the grid."""
+    if isinstance(grid, TimeGrid):
+        of_grid = frozenset[str]()
+        if taken := sorted(GRID_OPTIONS & set(options)):
+            raise Contradiction(
+                f"a grid that is made already has its times, got {as_text(taken)} as well; leave "
+                f"{'it' if len(taken) == 1 else 'them'} out"
+            )
+    else:
+        if grid is None and not isinstance(solver, Solver):
+            build = SOLVERS[solver]
+            own = getattr(build, "func", build).default_grid[0]  # type: ignore[attr-defined]
+        else:
+            own = grid if grid is not None else solver.default_grid[0]  # type: ignore[union-attr]
+        of_grid = grid_options(own)
+    if isinstance(solver, Solver):
+        if others := sorted(set(options) - of_grid):
+            raise Contradiction(
+                f"a solver that is made already takes no options, got {as_text(others)}"
+            )
+        return solver, dict(options)
+    of_solver = solver_options(solver) - of_grid
+    check_options(
+        solver, None if isinstance(grid, TimeGrid) else grid, options, of_solver, of_grid
+    )
+    method = make_solver(solver, **{k: v for k, v in options.items() if k in of_solver})
+    return method, {k: v for k, v in options.items() if k in of_grid}
+
+
+def check_options(
+    solver: str,
+    grid: str | None,
+    options: Mapping[str, Any],
+    of_solver: frozenset[str],
+    of_grid: frozenset[str],
+) -> None:
+    """Raises ``TypeError`` for an option that neither solver nor grid have, with those that they have."""
+    others = sorted(set(options) - of_solver - of_grid)
+    if not others:
+        return
+    place = f"the grid {grid!r}" if grid else "its grid"
+    parts = (
+        f"the solver {solver!r}: {', '.join(sorted(of_solver)) or 'none'}",
+        f"{place}: {', '.join(sorted(of_grid)) or 'none'}",
+    )
+    raise TypeError(f"Unknown option {others[0]!r}. Options of {'; of '.join(parts)}")
+
+
+def _check_times(grid: str | TimeGrid | None) -> None:
+    if isinstance(grid, TimeGrid):
+        raise Contradiction(
+            "a grid that is made already has its times, got times as well; leave it out"
+        )
+    if grid is not None and grid != EXPLICIT:
+        GRIDS[grid]  # an unknown name is said first
+        raise Contradiction(
+            f"the grid {grid!r} places its own times, got times as well; leave one of them out "
+            "(times alone are the grid 'explicit')"
+        )
+
+
+def _check_head(
+    head_start: float, grid: str | TimeGrid | None, options: Mapping[str, Any]
+) -> None:
+    if isinstance(grid, TimeGrid) or grid == EXPLICIT:
+        times = grid.times if isinstance(grid, TimeGrid) else options.get("times")
+        try:
+            first = float(times[0])  # type: ignore[index]
+        except (TypeError, ValueError, IndexError):
+            return  # the grid says what is wrong with its times
+        if first != head_start:
+            raise Contradiction(
+                f"head_start is {head_start:g}, but the first of the times is {first:g}"
+            )
+    elif "t_start" in options:
+        raise Contradiction(
+            "head_start and t_start are both the first time of the grid; give one of them"
+        )
+
+
+def _own_steps(grid: str | TimeGrid | None, options: Mapping[str, Any]) -> int | None:
+    """Returns the number of steps that a grid has by itself."""
+    if isinstance(grid, TimeGrid):
+        return grid.steps
+    if grid != EXPLICIT:
+        return None
+    times = options.get("times")
+    if times is None:
+        raise ValueError("the grid 'explicit' needs times, for example times=[1.0, 0.5, 0.01]")
+    try:
+        return max(1, len(times) - (0 if options.get("to_zero") else 1))
+    except TypeError:
+        return 1  # the grid says what is wrong with its times
 
 
 def _grid(
@@ -149,68 +296,112 @@ def _grid(
     grid: str | TimeGrid | None,
     options: Mapping[str, Any],
 ) -> TimeGrid:
-    if nfe is not None and steps is not None:
-        raise ValueError(f"give nfe or steps, not both; got nfe={nfe} and steps={steps}")
     if isinstance(grid, TimeGrid):
-        if options:
-            raise ValueError(
-                f"a grid that is made already takes no options, got {', '.join(options)}"
-            )
         if grid.schedule != schedule:
             raise ValueError(
                 f"the grid was made for schedule {grid.schedule.name!r}, the plan is for {schedule.name!r}"
             )
         found = grid
     else:
+        count = steps
         if nfe is not None:
             own = method.default_grid[1] if grid is None else {}
-            to_zero = bool({**own, **options}.get("to_zero", False))
-            steps = method.steps_for(nfe, ends_at_zero=to_zero)
-            if (grid or method.default_grid[0]) == "explicit":
-                steps = None
-        elif steps is None and "times" not in options:
-            raise ValueError("give nfe, the number of network calls, or steps")
-        found = method.make_grid(schedule, steps, grid, **options)  # type: ignore[arg-type]
-    made = method.nfe(found.steps, ends_at_zero=found.ends_at_zero)
-    if nfe is not None and made != nfe:
+            count = method.steps_for(nfe, ends_at_zero=_to_zero(schedule, {**own, **options}))
+        if grid == EXPLICIT:
+            count = None
+        found = method.make_grid(schedule, count, grid, **options)  # type: ignore[arg-type]
+    cost = method.nfe(found.steps, ends_at_zero=found.ends_at_zero)
+    if nfe is not None and cost != nfe:
         raise ValueError(
-            f"{method.name} makes {made} calls on this grid of {found.steps} steps, not {nfe}"
+            f"{method.name} makes {cost} evaluations on this grid of {found.steps} steps, not {nfe}"
         )
     if steps is not None and found.steps != steps:
         raise ValueError(f"the grid has {found.steps} steps, not {steps}")
     return found
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What ``solver="auto"`` stands for."""
-
-    solver: str
-    nfe: int
-    grid: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    head_start: float | None = None
-
-    def options_on(self, grid: object) -> dict[str, Any]:
-        """Returns the options, without those of the grid where another grid is given."""
-        if grid is None:
-            return dict(self.options)
-        return {key: value for key, value in self.options.items() if key not in GRID_OPTIONS}
-
-    def __str__(self) -> str:
-        options = ", ".join(f"{k}={v}" for k, v in self.options.items())
-        grid = f" on the grid {self.grid!r}" if self.grid else ""
-        return f"{self.solver}{grid}{f' ({options})' if options else ''} with {self.nfe} calls"
+def _to_zero(schedule: NoiseSchedule, options: Mapping[str, Any]) -> bool:
+    end = options.get("t_end")
+    return bool(options.get("to_zero", False)) or (
+        end is not None and end == schedule.t_zero and end < schedule.t_min
+    )
 
 
-def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
-    """Returns what ``auto`` stands for at a budget, for this kind of schedule.
+def _steps_of(method: Solver, plan: Plan, knots: TimeGrid) -> int:
+    """Returns the number of steps that a budget stands for: some methods meet one in two ways."""
+    return method.steps_for(plan.nfe, ends_at_zero=knots.ends_at_zero)
 
-    The table is in ``docs/choosing.md``, with the measurements behind it.
+
+def _solver_options(method: Solver, options: Mapping[str, Any]) -> dict[str, Any]:
+    names = solver_options(method.name) if method.name in SOLVERS else frozenset()
+    return {k: v for k, v in options.items() if k in names}
+
+
+def _times(knots: TimeGrid) -> list[float]:
+    return knots.times.tolist()
+
+
+class _Memory:
+    """The plans of late; the least recently used is dropped first."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Any, tuple[NoiseSchedule, Planned]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> Planned | None:
+        with self._lock:
+            entry = self._plans.get(key)
+            if entry is None:
+                return None
+            self._plans.move_to_end(key)
+            return entry[1]
+
+    def put(self, key: Any, schedule: NoiseSchedule, value: Planned) -> Planned:
+        # The schedule is held, so that its id in the key stays its own.
+        with self._lock:
+            self._plans[key] = schedule, value
+            while len(self._plans) > MOST_PLANS:
+                self._plans.popitem(last=False)
+        return value
+
+
+_MEMORY = _Memory()
+
+
+def _key(
+    schedule: NoiseSchedule, request: SamplerRequest, integer_times: bool, default_nfe: int | None
+) -> Any:
+    key = (
+        id(schedule),
+        _frozen(request.solver),
+        request.nfe,
+        request.steps,
+        _frozen(request.grid),
+        _frozen(request.head_start),
+        tuple(sorted((name, _frozen(value)) for name, value in request.options.items())),
+        integer_times,
+        default_nfe,
+    )
+    hash(key)
+    return key
+
+
+def _frozen(value: Any) -> Any:
+    """Returns what stands for a value in a key: equal only for values of one type.
+
+    Raises:
+        TypeError: If nothing does.
     """
-    if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
-        raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
-    if not schedule.discrete:
-        return Choice("tab3", nfe, "quadratic")
-    solver = "unipc3" if nfe < 10 else "tab3"
-    return Choice(solver, nfe, "power", {"power": 1.5})
+    if isinstance(value, (list, tuple, range)):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError("a plan with gradients is made anew")
+        return "tensor", str(value.dtype), _frozen(value.tolist())
+    if isinstance(value, TimeGrid):
+        if value.times.requires_grad:
+            raise TypeError("a plan with gradients is made anew")
+        return value
+    if isinstance(value, (bool, int, float, str, Solver)) or value is UNSET:
+        return type(value).__qualname__, value
+    raise TypeError(f"no key for {type(value).__name__}")

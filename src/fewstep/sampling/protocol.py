@@ -20,7 +20,7 @@ DEFAULT_BATCH = 256
 
 
 BUILT_IN_SAMPLER = (
-    "this model brings its own sampler, of one evaluation, and takes no other; leave {} out, or "
+    "this model has a built-in sampler, of one evaluation, and takes no other; leave {} out, or "
     "take the model that it was distilled from"
 )
 

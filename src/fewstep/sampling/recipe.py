@@ -14,10 +14,10 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
 from fewstep.plans.plan import Plan
 from fewstep.plans.serial import FORMAT as PLAN_FORMAT
-from fewstep.sampling.fitted import PREFIX, FittedGrids, is_fitted
 from fewstep.sampling.plan_sampler import PlanSampler
-from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.planning import Planned, planned
 from fewstep.sampling.protocol import Sampler
+from fewstep.sampling.request import SamplerRequest
 
 FORMAT, VERSION = "fewstep.recipe", 1
 KINDS = ("solver", "plan", "adaptive", "operator")
@@ -35,12 +35,11 @@ class SamplerRecipe:
 
     Attributes:
         kind: ``"solver"`` (built by name for a schedule), ``"plan"`` (coefficients and all),
-            ``"adaptive"``, or ``"operator"`` (the sampler that the model brings).
+            ``"adaptive"``, or ``"operator"`` (the sampler that is built into the model).
         name: The name of the solver.
-        nfe: The number of network calls (of a solver).
+        nfe: The number of network evaluations (of a solver).
         options: The options of the solver and its grid.
-        grid: The name of the grid, or ``None`` for the solver's own. Of ``"auto:FILE"`` the times
-            are taken over at once: the recipe then has the grid ``"explicit"``.
+        grid: The name of the grid, or ``None`` for the solver's own.
         head_start: The time of an analytic head start.
         schedule: The schedule, as :meth:`NoiseSchedule.to_record` writes it; ``None`` if any.
         plan: The plan, of kind ``"plan"``.
@@ -66,12 +65,15 @@ class SamplerRecipe:
             raise ValueError(
                 f"the kind of a recipe is one of {', '.join(KINDS)}, got {self.kind!r}"
             )
-        if is_fitted(self.grid):
-            self._unfold()
+        if self.grid is not None and self.grid.startswith("auto:"):
+            raise ValueError(
+                "a recipe has its times itself, not in another file; make it of the file with "
+                "fewstep.resolve, or Profile.load(FILE).recipe(nfe)"
+            )
         if (self.plan is not None) != (self.kind == "plan"):
             raise ValueError("a recipe has a plan if and only if its kind is 'plan'")
         if self.kind == "solver" and self.nfe is None and "times" not in self.options:
-            raise ValueError("a recipe of a solver has nfe, the number of network calls")
+            raise ValueError("a recipe of a solver has nfe, the number of network evaluations")
         if self.nfe is not None and (
             not isinstance(self.nfe, int) or isinstance(self.nfe, bool) or self.nfe < 1
         ):
@@ -82,26 +84,6 @@ class SamplerRecipe:
                 raise ValueError(f"{name} must be a finite number, got {value!r:.40}")
         if self.schedule is not None:
             schedule_from_record(self.schedule)
-
-    def _unfold(self) -> None:
-        """Takes the times out of the file that the grid names, so that the recipe needs no other file."""
-        assert self.grid is not None
-        made = make_plan(
-            self.name,
-            FittedGrids.load(self.grid.removeprefix(PREFIX)).schedule
-            if self.schedule is None
-            else schedule_from_record(self.schedule),
-            nfe=self.nfe,
-            grid=self.grid,
-            head_start=self.head_start,
-            **self.options,
-        )
-        name = made.name if self.name == "auto" else self.name
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "grid", "explicit")
-        object.__setattr__(self, "options", {**self.options, "times": made.knots.tolist()})
-        object.__setattr__(self, "head_start", float(made.knots[0]) if made.head else None)
-        object.__setattr__(self, "schedule", made.schedule.to_record())
 
     def plan_for(
         self, schedule: NoiseSchedule, *, integer_times: bool = False, force: bool = False
@@ -126,14 +108,16 @@ class SamplerRecipe:
         if self.plan is not None:
             self.plan.check_schedule(schedule)
             return self.plan
-        return make_plan(
+        return planned(schedule, self.request(), integer_times=integer_times).plan
+
+    def request(self) -> SamplerRequest:
+        """Returns the request that this recipe of a solver answers."""
+        return SamplerRequest(
             self.name,
-            schedule,
             nfe=self.nfe,
             grid=self.grid,
             head_start=self.head_start,
-            integer_times=integer_times,
-            **self.options,
+            options=self.options,
         )
 
     def build(self, denoiser: Denoiser, *, force: bool = False) -> Sampler:
@@ -158,7 +142,7 @@ class SamplerRecipe:
             own = denoiser.built_in_sampler()
             if own is None:
                 raise ValueError(
-                    "the recipe is for a model that brings its own sampler; this one has none"
+                    "the recipe is for a model with a built-in sampler; this one has none"
                 )
             return own
         if self.kind == "adaptive":
@@ -223,14 +207,12 @@ class SamplerRecipe:
                 raise ValueError(f"the recipe has an unknown key {key!r}")
             if not isinstance(value, types[key]) or isinstance(value, bool):
                 raise ValueError(f"{key!r} of a recipe cannot be {value!r:.60}")
-        if is_fitted(fields.get("grid")):
-            raise ValueError("a recipe in a file has its times itself, not in another file")
         if "plan" in fields:
             fields["plan"] = Plan.from_record(fields["plan"])
         return cls(**fields)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the recipe, whole or not at all; returns the path."""
+        """Writes the recipe, atomically; returns the path."""
         return write_atomic(path, self.to_json() + "\n")
 
     @classmethod
@@ -250,12 +232,26 @@ class SamplerRecipe:
             raise ValueError(f"recipe {str(path)!r}: {error}") from None
 
 
+def recipe_of(schedule: NoiseSchedule, made: Planned) -> SamplerRecipe:
+    """Returns the recipe of a plan: by names where they say it all, and else with its coefficients."""
+    if made.name is None:
+        return SamplerRecipe(kind="plan", name=made.plan.name, plan=made.plan)
+    return SamplerRecipe(
+        name=made.name,
+        nfe=made.plan.nfe,
+        options=made.options,
+        grid=made.grid_name,
+        head_start=made.head_start,
+        schedule=schedule.to_record(),
+    )
+
+
 def _for_schedule(plan: Plan, schedule: NoiseSchedule) -> Plan:
     """Returns a plan with its numbers for another schedule, whatever comes of it."""
     top = float(plan.times.max())
     if not schedule.t_zero < float(plan.times.min()) <= top <= schedule.t_max * (1 + 1e-9):
         raise ValueError(
-            f"the plan calls the network at times up to {top:g}, the schedule {schedule.name!r} has "
+            f"the plan evaluates the network at times up to {top:g}, the schedule {schedule.name!r} has "
             f"{schedule.t_min:g} to {schedule.t_max:g}: it cannot be forced onto it"
         )
     return replace(plan, schedule=schedule)

@@ -2,7 +2,6 @@ r"""Sampling: ``sample`` and ``steps``."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +16,16 @@ from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.prediction import Prediction, convert
 from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.wrappers import Guided
 from fewstep.plans.execute import Evaluation
 from fewstep.plans.plan import Plan
 from fewstep.sampling.batches import initial_noise, run_batches
-from fewstep.sampling.fitted import is_fitted
 from fewstep.sampling.plan_sampler import PlanSampler
-from fewstep.sampling.planning import choose
-from fewstep.sampling.planning import plan as make_plan
-from fewstep.sampling.protocol import BUILT_IN_SAMPLER, DEFAULT_BATCH, Run, Sampler, Trajectory
+from fewstep.sampling.profile import Profile
+from fewstep.sampling.protocol import DEFAULT_BATCH, Run, Sampler, Trajectory
+from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.resolve import resolve
 from fewstep.solvers import Solver
-
-logger = logging.getLogger("fewstep")
 
 
 @dataclass(frozen=True)
@@ -53,102 +50,42 @@ class Step:
 def sampler(
     denoiser: Denoiser,
     *,
-    solver: str | Solver = "auto",
-    nfe: int | None = 10,
+    solver: str | Solver | None = None,
+    nfe: int | None = None,
     steps: int | None = None,
     plan: Plan | None = None,
-    recipe: Any = None,
+    recipe: SamplerRecipe | str | Path | None = None,
+    profile: Profile | str | Path | None = None,
     force: bool = False,
     grid: str | TimeGrid | None = None,
     head_start: float | None = None,
-    image: Tensor | None = None,
+    guidance: float | None = None,
     **options: Any,
 ) -> Sampler:
     """Returns the sampler that these arguments of :func:`sample` describe."""
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"a Denoiser is needed, got {type(denoiser).__name__}; "
-            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
-        )
-    if plan is not None and recipe is not None:
-        raise ValueError("give a plan or a recipe, not both")
-    if recipe is None and (own := denoiser.built_in_sampler()) is not None:
-        other = {"plan": plan, "steps": steps, "grid": grid, "head_start": head_start}
-        other |= {"image": image, **options, "solver": None if solver == "auto" else solver}
-        # 10 is the default of sample, for any model.
-        other["nfe"] = None if nfe in (None, 10, own.nfe) else nfe
-        given = [name for name, value in other.items() if value is not None]
-        if given:
-            raise ValueError(BUILT_IN_SAMPLER.format(" and ".join(given)))
-        return own
-    if plan is not None or recipe is not None:
-        extra = {"grid": grid, "head_start": head_start, **options}
-        given = [name for name, value in extra.items() if value is not None]
-        if given:
-            kind = "plan" if plan is not None else "recipe"
-            raise ValueError(
-                f"a {kind} has its times and options already, got {', '.join(given)} as well"
-            )
-    if isinstance(recipe, (str, Path)):
-        from fewstep.sampling.recipe import SamplerRecipe
-
-        recipe = SamplerRecipe.load(recipe)
-    if recipe is not None:
-        return _with_image(_recipe(recipe).build(denoiser, force=force), image)
-    if plan is None:
-        if isinstance(solver, str) and solver == "dopri5":
-            from fewstep.sampling.adaptive import AdaptiveSampler
-
-            if grid is not None or head_start is not None:
-                raise ValueError("dopri5 chooses its times itself; leave grid and head_start out")
-            return _with_image(AdaptiveSampler(denoiser, **options), image)
-        if solver == "auto" and not is_fitted(grid):
-            logger.info("auto chose %s", choose(denoiser.schedule, nfe or steps or 0))
-        plan = make_plan(
-            solver,
-            denoiser.schedule,
-            nfe=None if steps is not None or isinstance(grid, TimeGrid) else nfe,
-            steps=steps,
-            grid=grid,
-            head_start=head_start,
-            integer_times=denoiser.integer_times,
-            **options,
-        )
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
-    return PlanSampler(plan, denoiser)
-
-
-def _recipe(recipe: Any) -> Any:
-    from fewstep.sampling.recipe import SamplerRecipe
-
-    if isinstance(recipe, str) or hasattr(recipe, "__fspath__"):
-        return SamplerRecipe.load(recipe)
-    if not isinstance(recipe, SamplerRecipe):
-        raise TypeError(
-            f"recipe must be a SamplerRecipe or the path of one, got {type(recipe).__name__}"
-        )
-    return recipe
-
-
-def _with_image(made: Sampler, image: Tensor | None) -> Sampler:
-    if image is None:
-        return made
-    from fewstep.sampling.adaptive import AdaptiveSampler
-
-    if not isinstance(made, (PlanSampler, AdaptiveSampler)):
-        raise ValueError(f"{type(made).__name__} cannot start from an image")
-    return made
+    request = SamplerRequest(
+        solver=solver,
+        nfe=nfe,
+        steps=steps,
+        plan=plan,
+        recipe=recipe,
+        profile=profile,
+        grid=grid,
+        head_start=head_start,
+        options=options,
+    )
+    return resolve(denoiser, request, guidance=guidance, force=force).sampler
 
 
 def sample(
     denoiser: Denoiser,
     n: int | None = None,
     *,
-    solver: str | Solver = "auto",
-    nfe: int = 10,
+    solver: str | Solver | None = None,
+    nfe: int | None = None,
     plan: Plan | None = None,
-    recipe: Any = None,
+    recipe: SamplerRecipe | str | Path | None = None,
+    profile: Profile | str | Path | None = None,
     force: bool = False,
     grid: str | TimeGrid | None = None,
     head_start: float | None = None,
@@ -170,13 +107,15 @@ def sample(
     Arguments:
         denoiser: The model.
         n: How many samples; left out, as many as ``noise`` has.
-        solver: A name in :data:`fewstep.SOLVERS`, ``"dopri5"``, ``"auto"``, or a solver.
-        nfe: The number of network calls.
+        solver: A name in :data:`fewstep.SOLVERS`, ``"auto"`` (the default), or a solver.
+        nfe: The number of network evaluations, 10 by default.
         plan: A plan to run, instead of a solver; or
-        recipe: a recipe.
-        force: Whether to take a recipe although it was made for another model or schedule.
-        grid: The name of a grid, ``"auto:FILE"`` for those that ``fewstep analyze`` fitted, or a grid.
-        head_start: The time above which the Gaussian solution replaces network calls.
+        recipe: a recipe, or the path of one; or
+        profile: what was measured of the model, or the path of it.
+        force: Whether to take a recipe or a profile although it was made for another model.
+        grid: The name of a grid, ``"auto:FILE"`` for the times of a profile, or a grid; left out,
+            the solver's own.
+        head_start: The time above which the Gaussian solution replaces network evaluations.
         options: Further options of solver and grid, e.g. ``{"eta": 0.5, "t_end": 0.01}``.
         image: Data to start from, with shape (n, \*) or (\*): it is noised to the first time of
             the grid (see ``t_start``).
@@ -195,25 +134,27 @@ def sample(
         The samples, with shape (n, \*), or a :class:`Trajectory`.
 
     Raises:
-        ValueError, TypeError: Before the first network call, if anything does not fit; and if
+        ValueError, TypeError: Before the first network evaluation, if anything does not fit; and if
             the network returns NaN (which evaluation, which time).
     """
     if save not in (None, "states"):
         raise ValueError(f"save must be None or 'states', got {save!r}")
-    n, noise, denoiser, conditions = _checked(denoiser, n, noise, guidance, cond, first)
-    image = _image(image, n, denoiser, noise)
-    made = sampler(
-        denoiser,
+    request = SamplerRequest(
         solver=solver,
         nfe=nfe,
         plan=plan,
         recipe=recipe,
-        force=force,
+        profile=profile,
         grid=grid,
         head_start=head_start,
-        image=image,
-        **(options or {}),
+        options=options or {},
     )
+    made = resolve(
+        denoiser, request, guidance=guidance, image=image is not None, force=force
+    ).sampler
+    denoiser = made.denoiser
+    n, noise, conditions = _checked(denoiser, n, noise, cond, first)
+    image = _image(image, n, denoiser, noise)
     size = batch_size if batch_size is not None else min(n, DEFAULT_BATCH)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
@@ -253,10 +194,11 @@ def steps(
     guidance: float | None = None,
     image: Tensor | None = None,
     options: Mapping[str, Any] | None = None,
-    solver: str | Solver = "auto",
-    nfe: int = 10,
+    solver: str | Solver | None = None,
+    nfe: int | None = None,
     plan: Plan | None = None,
-    recipe: Any = None,
+    recipe: SamplerRecipe | str | Path | None = None,
+    profile: Profile | str | Path | None = None,
     force: bool = False,
     grid: str | TimeGrid | None = None,
     head_start: float | None = None,
@@ -269,20 +211,22 @@ def steps(
     Raises:
         ValueError: If the sampler has no steps known beforehand.
     """
-    n, noise, denoiser, conditions = _checked(denoiser, n, noise, guidance, cond)
-    image = _image(image, n, denoiser, noise)
-    made = sampler(
-        denoiser,
+    request = SamplerRequest(
         solver=solver,
         nfe=nfe,
         plan=plan,
         recipe=recipe,
-        force=force,
+        profile=profile,
         grid=grid,
         head_start=head_start,
-        image=image,
-        **(options or {}),
+        options=options or {},
     )
+    made = resolve(
+        denoiser, request, guidance=guidance, image=image is not None, force=force
+    ).sampler
+    denoiser = made.denoiser
+    n, noise, conditions = _checked(denoiser, n, noise, cond)
+    image = _image(image, n, denoiser, noise)
     if not isinstance(made, PlanSampler):
         raise ValueError("only samplers with a plan can be followed step by step")
     source = NoiseSource(seed, range(n))
@@ -301,15 +245,15 @@ def _follow(made: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
         with torch.no_grad():
             # The state may be overwritten when the run goes on, so predictions come first.
             answer = call(request.x, request.at)
-            x0, eps = _told(made.native, request, answer)
+            x0, eps = _predictions(made.native, request, answer)
             execution.advance(answer)
         for knot, state in reached:
             yield Step(knot - 1, knots[knot], state, x0, eps)
         reached.clear()
 
 
-def _told(plan: Plan, request: Evaluation, answer: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the data and the noise that an answer of the network predicts."""
+def _predictions(plan: Plan, request: Evaluation, answer: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the data and the noise that an output of the network predicts."""
     alpha, sigma = plan.scales[request.at].detach()
     x0, eps = (
         convert(answer, request.x, alpha=alpha, sigma=sigma, source=plan.prediction, target=target)
@@ -322,15 +266,9 @@ def _checked(
     denoiser: Denoiser,
     n: int | None,
     noise: Tensor | None,
-    guidance: float | None,
     cond: Mapping[str, Any],
     first: int = 0,
-) -> tuple[int, Tensor | None, Denoiser, Conditions]:
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"a Denoiser is needed, got {type(denoiser).__name__}; "
-            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
-        )
+) -> tuple[int, Tensor | None, Conditions]:
     if noise is not None:
         if not isinstance(noise, Tensor) or noise.dtype not in (torch.float32, torch.float64):
             got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
@@ -353,9 +291,7 @@ def _checked(
         raise ValueError("give n, the number of samples, or noise")
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"n must be a positive integer, got {n!r}")
-    if guidance is not None and guidance != 1:
-        denoiser = Guided(denoiser, guidance)
-    return n, noise, denoiser, Conditions.of(denoiser, n, cond, first=first)
+    return n, noise, Conditions.of(denoiser, n, cond, first=first)
 
 
 def _image(

@@ -16,7 +16,7 @@ from fewstep.models.conditions import joined, select
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Eval, Lin
-from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.resolve import plan as make_plan
 from fewstep.studies.reference import Reference, coordinate, grid_of, run_plan
 from fewstep.studies.spline import spline_matrix
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from fewstep.base.progress import SILENT, Progress
 from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
-from fewstep.sampling.fitted import FittedGrid, FittedGrids
-from fewstep.sampling.planning import choose
-from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.auto import choose
+from fewstep.sampling.profile import Profile, ProfileEntry
+from fewstep.sampling.resolve import plan as make_plan
 from fewstep.solvers import solver as make_solver
 from fewstep.studies.dynamic import BestGrid, StepCosts, best_grids
 from fewstep.studies.local_errors import Path, step_errors
@@ -326,9 +326,9 @@ def _hold_out(
 
 def fitted_grids(
     denoiser: Denoiser, advice: Sequence[Advice], *, fingerprint: str | None = None
-) -> FittedGrids:
-    """Returns the grids for a file: of each number of evaluations the recommended one, and each solver's best."""
-    grids: dict[tuple[str, int], FittedGrid] = {}
+) -> Profile:
+    """Returns the times for a file: of each number of evaluations the recommended ones, and each solver's best."""
+    grids: dict[tuple[str, int], ProfileEntry] = {}
     for item in advice:
         order = sorted(
             (t for t in item.tried if t.measured is not None or t.held_out is not None),
@@ -341,8 +341,8 @@ def fitted_grids(
         for tried in [item.best, *order]:
             key = (tried.solver, len(tried.times) - 1)
             if key not in grids:
-                grids[key] = FittedGrid(tried.solver, tried.times, tried.head, tried.held_out)
-    return FittedGrids(
+                grids[key] = ProfileEntry(tried.solver, tried.times, tried.head, tried.held_out)
+    return Profile(
         denoiser.schedule,
         denoiser.fingerprint() if fingerprint is None else fingerprint,
         tuple(grids.values()),

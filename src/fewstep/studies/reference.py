@@ -19,7 +19,7 @@ from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
 from fewstep.sampling.binding import bind
 from fewstep.sampling.plan_sampler import PlanSampler
-from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.resolve import plan as make_plan
 
 NODES = 48
 """The number of intervals between nodes."""

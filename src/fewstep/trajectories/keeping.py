@@ -3,9 +3,8 @@ r"""Which states are kept: from what a user asks for to a sampler whose states t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +18,16 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Lin
 from fewstep.sampling.adaptive import AdaptiveSampler
-from fewstep.sampling.planning import GRID_OPTIONS, choose
-from fewstep.sampling.planning import plan as make_plan
+from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.recipe import SamplerRecipe
-from fewstep.solvers import Solver
+from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.resolve import resolve, resolve_plan
 
 Keep = int | str | Sequence[int] | Sequence[float]
 """What may be asked for; see :func:`fewstep.record`."""
 
 DEFAULT_GRID = "quadratic"
+DEFAULT_NFE = 20
 ALL = "all"
 
 
@@ -47,47 +47,26 @@ class Kept:
 
 
 def kept(
-    denoiser: Denoiser,
-    keep: Keep,
-    *,
-    solver: str | Solver,
-    nfe: int | None,
-    plan: Plan | None,
-    recipe: SamplerRecipe | str | Path | None,
-    grid: str | TimeGrid | None,
-    options: Mapping[str, Any],
-    guidance: float | None,
+    denoiser: Denoiser, keep: Keep, request: SamplerRequest, *, guidance: float | None
 ) -> Kept:
     """Returns the sampler that the arguments of :func:`fewstep.record` describe, and what is kept.
 
     Raises:
         ValueError, TypeError: If something does not fit, or the sampler draws noise on its way.
     """
-    schedule = denoiser.schedule
+    resolved = resolve(denoiser, request, guidance=guidance, default_nfe=DEFAULT_NFE)
+    sampler = resolved.sampler
+    if isinstance(sampler, AdaptiveSampler):
+        return _adaptive(keep, sampler, resolved.recipe)
+    if not isinstance(sampler, PlanSampler):
+        raise ValueError(
+            "this model has a built-in sampler of one evaluation, which has no trajectory; record "
+            "the model that it was distilled from"
+        )
     integer = denoiser.integer_times
-    if plan is not None or recipe is not None:
-        if plan is not None and recipe is not None:
-            raise ValueError("give a plan or a recipe, not both")
-        extra = {"grid": grid, **options}
-        if given := [name for name, value in extra.items() if value is not None]:
-            raise ValueError(
-                f"a plan or a recipe has its times and options already, got {', '.join(given)}"
-            )
-        if plan is None:
-            read = recipe if isinstance(recipe, SamplerRecipe) else SamplerRecipe.load(recipe)  # type: ignore[arg-type]
-            guidance = read.guidance if guidance is None else guidance
-            guidance = None if guidance == 1 else guidance
-            if read.kind == "adaptive":
-                return _adaptive(denoiser, keep, read.options, guidance)
-            plan = read.plan_for(schedule, integer_times=integer)
-    elif solver == "dopri5":
-        if grid is not None:
-            raise ValueError("dopri5 chooses its times itself; leave the grid out")
-        return _adaptive(denoiser, keep, options, guidance)
-    else:
-        plan = _plan(schedule, keep, solver, nfe, grid, options, integer)
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
+    plan = sampler.plan
+    if _is_spaced(request):
+        plan = _bent_plan(denoiser, keep, request, integer=integer)
     if plan.stochastic:
         raise ValueError(
             f"{plan.name or 'the plan'} draws noise on its way, so x_T does not determine the "
@@ -99,55 +78,44 @@ def kept(
             "which an operator starts; take a plan without one"
         )
     knots = _knots(plan, _wanted(keep, plan.grid, integer))
-    made = SamplerRecipe(kind="plan", name=plan.name, plan=plan, guidance=guidance)
-    return Kept(made, [float(plan.knots[k]) for k in knots], knots)
+    recipe = SamplerRecipe(
+        kind="plan", name=plan.name, plan=plan, guidance=resolved.recipe.guidance
+    )
+    return Kept(recipe, [float(plan.knots[k]) for k in knots], knots)
 
 
-def _adaptive(
-    denoiser: Denoiser, keep: Keep, options: Mapping[str, Any], guidance: float | None
-) -> Kept:
-    try:
-        made = AdaptiveSampler(denoiser, **options)
-    except TypeError as error:
-        raise TypeError(f"dopri5: {error}") from None
-    ends = make_grid("log-rho", denoiser.schedule, 32, t_start=made.t_start, t_end=made.t_end)
+def _adaptive(keep: Keep, sampler: AdaptiveSampler, recipe: SamplerRecipe) -> Kept:
     if isinstance(keep, (list, tuple)) and keep and all(isinstance(k, int) for k in keep):
         raise ValueError(
             f"dopri5 has no knots that could be numbered, got keep = {keep}; give times as "
             "decimal numbers, or a grid such as 'quadratic:4'"
         )
-    recipe = SamplerRecipe(
-        kind="adaptive", name="dopri5", options=dict(options), guidance=guidance
-    )
-    times = _wanted(keep, ends, False)
-    return Kept(recipe, [float(t) for t in times], None)
+    schedule = sampler.denoiser.schedule
+    ends = make_grid("log-rho", schedule, 32, t_start=sampler.t_start, t_end=sampler.t_end)
+    return Kept(recipe, [float(t) for t in _wanted(keep, ends, False)], None)
 
 
-def _plan(
-    schedule: NoiseSchedule,
-    keep: Keep,
-    solver: str | Solver,
-    nfe: int | None,
-    grid: str | TimeGrid | None,
-    options: Mapping[str, Any],
-    integer: bool,
-) -> Plan:
+def _is_spaced(request: SamplerRequest) -> bool:
+    """Whether the grid is one that has a name: other times are meant as they are, and are not bent."""
+    if any(source is not None for source in (request.plan, request.recipe, request.profile)):
+        return False
+    if "times" in request.options:
+        return False
+    grid = request.grid
+    return grid is None or (isinstance(grid, str) and grid in GRIDS and grid != "explicit")
+
+
+def _bent_plan(denoiser: Denoiser, keep: Keep, request: SamplerRequest, *, integer: bool) -> Plan:
     """Returns the plan of a solver, its grid bent so that the kept times are among its knots."""
-    # The times of other grids, made or read from files, are meant; they are not bent.
-    spaced = grid is None or (isinstance(grid, str) and grid in GRIDS and grid != "explicit")
-    if solver == "auto" and spaced:
-        choice = choose(schedule, nfe if nfe is not None else 0)
-        solver, options = choice.solver, {**choice.options_on(grid), **options}
-        grid = choice.grid if grid is None else grid
-    calls = None if isinstance(grid, TimeGrid) or grid == "explicit" else nfe
-    first = make_plan(solver, schedule, nfe=calls, grid=grid, integer_times=integer, **options)
+    schedule = denoiser.schedule
+    first = resolve_plan(schedule, request, integer_times=integer, default_nfe=DEFAULT_NFE)
     times = _wanted(keep, first.grid, integer)
-    known = set(first.knots.tolist())
-    if not spaced or all(isinstance(t, int) for t in times) or set(times) <= known:
-        return first
+    known = set(first.grid.times.tolist())
+    if first.plan.head or all(isinstance(t, int) for t in times) or set(times) <= known:
+        return first.plan
     bent = _bent(first.grid, [float(t) for t in times], integer)
-    own = {name: value for name, value in options.items() if name not in GRID_OPTIONS}
-    return make_plan(solver, schedule, grid=TimeGrid(schedule, bent, first.ends_at_zero), **own)
+    grid = TimeGrid(schedule, bent, first.grid.ends_at_zero)
+    return resolve_plan(schedule, SamplerRequest(first.solver, grid=grid)).plan
 
 
 def _wanted(keep: Keep, grid: TimeGrid, integer: bool) -> list[int] | list[float]:

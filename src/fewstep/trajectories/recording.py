@@ -15,8 +15,10 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.plan import Plan
+from fewstep.sampling.profile import Profile
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.sampling.request import SamplerRequest
 from fewstep.solvers import Solver
 from fewstep.trajectories.conditions import Condition, condition
 from fewstep.trajectories.keeping import Keep, Kept, kept
@@ -32,7 +34,6 @@ from fewstep.trajectories.store import TrajectoryStore
 from fewstep.trajectories.writing import Writer, unguided, wrappers, writer_of
 
 DEFAULT_BATCH = 64
-DEFAULT_NFE = 20
 
 
 def record(
@@ -40,10 +41,11 @@ def record(
     folder: str | Path,
     *,
     n: int,
-    solver: str | Solver = "auto",
-    nfe: int | None = DEFAULT_NFE,
+    solver: str | Solver | None = None,
+    nfe: int | None = None,
     plan: Plan | None = None,
     recipe: SamplerRecipe | str | Path | None = None,
+    profile: Profile | str | Path | None = None,
     grid: str | TimeGrid | None = None,
     options: Mapping[str, Any] | None = None,
     keep: Keep = 4,
@@ -72,11 +74,12 @@ def record(
         denoiser: The model.
         folder: Where to write.
         n: How many trajectories.
-        solver: A name in :data:`fewstep.SOLVERS`, ``"dopri5"``, ``"auto"``, or a solver. It must
+        solver: A name in :data:`fewstep.SOLVERS`, ``"auto"`` (the default), or a solver. It must
             not draw noise on its way.
-        nfe: The number of network calls.
+        nfe: The number of network evaluations, 20 by default.
         plan: A plan to run, instead of a solver; or
-        recipe: a recipe, or the file of one.
+        recipe: a recipe, or the file of one; or
+        profile: what was measured of the model, or the file of it.
         grid: The name of a grid, or a grid. Grids that have a name are bent a little, so that
             the kept times are among their points.
         options: Further options of solver and grid.
@@ -117,17 +120,16 @@ def record(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     NoiseSource(seed, ())  # checks the seed
-    chosen = kept(
-        denoiser,
-        keep,
+    request = SamplerRequest(
         solver=solver,
         nfe=nfe,
         plan=plan,
         recipe=recipe,
+        profile=profile,
         grid=grid,
         options=options or {},
-        guidance=guidance,
     )
+    chosen = kept(denoiser, keep, request, guidance=guidance)
     rules = {name: condition(name, value, n) for name, value in sorted(cond.items())}
     made = chosen.recipe.build(denoiser)
     _check_conditions(made, rules)

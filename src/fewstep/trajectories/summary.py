@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fewstep.diffusion.schedules import schedule_from_record
 from fewstep.models.denoiser import Denoiser
-from fewstep.sampling.planning import plan as make_plan
 from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.sampling.resolve import plan as make_plan
 from fewstep.studies.spectrum import Spectrum, time_spectrum
 from fewstep.trajectories.shards import shard_file
 from fewstep.trajectories.store import TrajectoryStore

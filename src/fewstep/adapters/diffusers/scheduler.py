@@ -35,7 +35,7 @@ from fewstep.adapters.diffusers.stepping import Stepping
 from fewstep.base.registry import unknown
 from fewstep.diffusion.grids import GRIDS
 from fewstep.diffusion.schedules import Flow
-from fewstep.sampling.fitted import is_fitted
+from fewstep.sampling.profile import names_profile
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
@@ -216,7 +216,7 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         is_continuous(self.config)
         _one_of("count", count, ["steps", "calls"])
         _one_of("time_shift_type", time_shift_type, ["exponential", "linear"])
-        if grid not in (None, "auto") and not is_fitted(grid):
+        if grid not in (None, "auto") and not names_profile(grid):
             GRIDS[grid]
         chosen = [use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas]
         if sum(map(bool, chosen)) > 1:

@@ -22,8 +22,9 @@ from fewstep.plans.buffers import buffer_schedule
 from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import convert_plan, plan_for
 from fewstep.plans.structure import Eval
-from fewstep.sampling.fitted import is_fitted, read_fitted
-from fewstep.sampling.planning import GRID_OPTIONS, choose
+from fewstep.sampling.auto import choose
+from fewstep.sampling.planning import GRID_OPTIONS
+from fewstep.sampling.profile import names_profile, read_profile
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
@@ -172,13 +173,13 @@ class Planner:
         points = [s for s in asked.levels or asked.times or () if s != 0 or asked.levels is None]
         count = len(points) or asked.steps
         assert count is not None
-        fitted = read_fitted(own_grid, schedule) if is_fitted(own_grid) else None
+        fitted = read_profile(own_grid, schedule) if names_profile(own_grid) else None
         if name == "auto" and fitted is not None:
             name = fitted.solver_for(count)
         if name == "auto":
             choice = choose(schedule, count)
             other = None if own_grid == "auto" else own_grid
-            name, options = choice.solver, {**choice.options_on(other), **options}
+            name, options = choice.solver, {**({} if other else choice.options), **options}
             own_grid = other or choice.grid or "auto"
         grid_options = {
             **{k: options.pop(k) for k in list(options) if k in GRID_OPTIONS},

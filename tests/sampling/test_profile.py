@@ -10,7 +10,7 @@ import torch
 
 import fewstep
 from fewstep.models.exact import smooth
-from fewstep.sampling.fitted import FittedGrid, FittedGrids, is_fitted, read_fitted
+from fewstep.sampling.profile import Profile, ProfileEntry, names_profile, read_profile
 from fewstep.sampling.recipe import SamplerRecipe
 
 VP = fewstep.schedule("vp-linear")
@@ -23,16 +23,16 @@ def grids(**changes):
     options = {
         "schedule": VP,
         "fingerprint": "abc",
-        "grids": (
-            FittedGrid("unipc3", FOUR, error=0.1),
-            FittedGrid("unipc3", EIGHT),
-            FittedGrid("tab3", (*EIGHT[:4], 0.41, 0.25, 0.1, 0.02, 1e-3)),
-            FittedGrid("ddim", HEAD, head=True),
+        "entries": (
+            ProfileEntry("unipc3", FOUR, error=0.1),
+            ProfileEntry("unipc3", EIGHT),
+            ProfileEntry("tab3", (*EIGHT[:4], 0.41, 0.25, 0.1, 0.02, 1e-3)),
+            ProfileEntry("ddim", HEAD, head=True),
         ),
         "recommended": {4: "unipc3", 8: "tab3"},
         **changes,
     }
-    return FittedGrids(**options)
+    return Profile(**options)
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def file(tmp_path):
 
 
 def test_files_come_back(file):
-    assert FittedGrids.load(file) == grids()
-    assert is_fitted(f"auto:{file}")
-    assert not is_fitted("uniform")
-    assert not is_fitted(None)
+    assert Profile.load(file) == grids()
+    assert names_profile(f"auto:{file}")
+    assert not names_profile("uniform")
+    assert not names_profile(None)
 
 
 def test_a_grid_that_is_there_is_taken():
@@ -74,8 +74,8 @@ def test_numbers_of_steps_between_are_between():
     assert first == sorted(first)
     # Grids that are even in t^(2/3) are interpolated to just such ones.
     even = {k: fewstep.grid("power", VP, k, power=1.5).times for k in (4, 6, 12)}
-    both = FittedGrids(
-        VP, "", tuple(FittedGrid("tab3", tuple(even[k].tolist())) for k in (4, 12)), {}
+    both = Profile(
+        VP, "", tuple(ProfileEntry("tab3", tuple(even[k].tolist())) for k in (4, 12)), {}
     )
     assert torch.allclose(both.fit("tab3", 6)[0].times, even[6], atol=1e-12)
     with pytest.raises(ValueError, match="recommends no solver"):
@@ -93,7 +93,7 @@ def test_numbers_of_steps_beyond_stretch_the_nearest():
 
 
 def test_grids_onto_the_data():
-    found = grids(grids=(FittedGrid("tab3", (1.0, 0.4, 0.01, 0.0)),), recommended={})
+    found = grids(entries=(ProfileEntry("tab3", (1.0, 0.4, 0.01, 0.0)),), recommended={})
     grid, _ = found.fit("tab3", 6)
     assert grid.ends_at_zero
     assert grid.is_last_zero(5)
@@ -120,7 +120,11 @@ def test_plans_and_samples(file):
 def test_a_head_start(file):
     plan = fewstep.plan("ddim", VP, nfe=2, grid=f"auto:{file}")
     assert plan.head
-    recipe = SamplerRecipe(name="ddim", nfe=2, grid=f"auto:{file}")
+    request = fewstep.SamplerRequest("ddim", nfe=2, grid=f"auto:{file}")
+    model = fewstep.Denoiser.wrap(
+        lambda x, t: x, schedule=VP, prediction="eps", data_mean=0.0, data_std=1.0
+    )
+    recipe = fewstep.resolve(model, request).recipe
     assert recipe.head_start == 0.9
     again = recipe.plan_for(VP)
     assert again.head
@@ -130,7 +134,10 @@ def test_a_head_start(file):
 
 
 def test_recipes_take_the_times_over(file):
-    recipe = SamplerRecipe(nfe=8, grid=f"auto:{file}")
+    request = fewstep.SamplerRequest(nfe=8, grid=f"auto:{file}")
+    resolved = fewstep.resolve(smooth(VP), request)
+    recipe = resolved.recipe
+    assert resolved.chosen == "tab3 at the times of the profile with 8 evaluations"
     assert (recipe.name, recipe.grid) == ("tab3", "explicit")
     assert recipe.schedule == VP.to_record()
     text = recipe.to_json()
@@ -138,7 +145,7 @@ def test_recipes_take_the_times_over(file):
     file.unlink()
     again = SamplerRecipe.from_json(text)
     assert again == recipe
-    assert again.plan_for(VP).knots.tolist() == list(grids().grids[2].times)
+    assert again.plan_for(VP).knots.tolist() == list(grids().entries[2].times)
     outside = json.loads(text) | {"grid": f"auto:{file}"}
     with pytest.raises(ValueError, match="not in another file"):
         SamplerRecipe.from_json(json.dumps(outside))
@@ -146,10 +153,10 @@ def test_recipes_take_the_times_over(file):
 
 def test_what_does_not_fit(file):
     name = f"auto:{file}"
-    with pytest.raises(ValueError, match="fitted for the schedule 'vp-linear'"):
+    with pytest.raises(ValueError, match="measured for the schedule 'vp-linear'"):
         fewstep.plan("tab3", fewstep.schedule("ddpm-linear"), nfe=4, grid=name)
-    with pytest.raises(ValueError, match="fitted for the schedule"):
-        SamplerRecipe(nfe=4, grid=name, schedule={"name": "flow"})
+    with pytest.raises(ValueError, match="not in another file"):
+        SamplerRecipe(nfe=4, grid=name)
     with pytest.raises(ValueError, match="has its times already, got power"):
         fewstep.plan("tab3", VP, nfe=4, grid=name, power=2.0)
     with pytest.raises(ValueError, match="has its times already, got head_start"):
@@ -160,35 +167,35 @@ def test_what_does_not_fit(file):
         fewstep.plan("tab3", VP, grid=name)
     with pytest.raises(ValueError, match="cannot be read"):
         fewstep.plan("tab3", VP, nfe=4, grid="auto:/nowhere/grid.json")
-    assert read_fitted(name, VP).fingerprint == "abc"
+    assert read_profile(name, VP).fingerprint == "abc"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format="fewstep.plan"), "no fitted grids"),
+        (lambda c: c.update(format="fewstep.plan"), "no profile"),
         (lambda c: c.update(version=2), "version 2"),
         (lambda c: c.update(extra=1), "'extra'"),
         (lambda c: c.pop("schedule"), "'schedule'"),
         (lambda c: c.update(schedule="vp"), "JSON object"),
         (lambda c: c.update(schedule={"name": "vp"}), "vp-linear"),
         (lambda c: c.update(fingerprint=3), "text"),
-        (lambda c: c.update(grids=[]), "no grids"),
-        (lambda c: c.update(grids={}), "list"),
-        (lambda c: c.update(recommended={"4": "euler"}), "without such a grid"),
+        (lambda c: c.update(entries=[]), "no times"),
+        (lambda c: c.update(entries={}), "list"),
+        (lambda c: c.update(recommended={"4": "euler"}), "without such an entry"),
         (lambda c: c.update(recommended={"four": "tab3"}), "numbers of steps"),
-        (lambda c: c["grids"].append(c["grids"][0]), "two grids"),
-        (lambda c: c["grids"].append(3), "JSON object"),
-        (lambda c: c["grids"][0].update(more=3), "unknown key 'more'"),
-        (lambda c: c["grids"][0].update(solver=3), "a name"),
-        (lambda c: c["grids"][0].update(steps=3), "are not 3 steps"),
-        (lambda c: c["grids"][0].update(times=[1.0]), "two or more"),
-        (lambda c: c["grids"][0].update(times=[1.0, "x"]), "two or more"),
-        (lambda c: c["grids"][0].update(times=[1, True, 0.5, 0.2, 0.1]), "two or more"),
-        (lambda c: c["grids"][0].update(times=[1, 0.5, 0.6, 0.2, 0.1]), "decrease"),
-        (lambda c: c["grids"][0].update(times=[2, 0.5, 0.4, 0.2, 0.1]), "outside"),
-        (lambda c: c["grids"][0].update(head="yes"), "true or false"),
-        (lambda c: c["grids"][0].update(error="small"), "a number"),
+        (lambda c: c["entries"].append(c["entries"][0]), "two entries"),
+        (lambda c: c["entries"].append(3), "JSON object"),
+        (lambda c: c["entries"][0].update(more=3), "unknown key 'more'"),
+        (lambda c: c["entries"][0].update(solver=3), "a name"),
+        (lambda c: c["entries"][0].update(steps=3), "are not 3 steps"),
+        (lambda c: c["entries"][0].update(times=[1.0]), "two or more"),
+        (lambda c: c["entries"][0].update(times=[1.0, "x"]), "two or more"),
+        (lambda c: c["entries"][0].update(times=[1, True, 0.5, 0.2, 0.1]), "two or more"),
+        (lambda c: c["entries"][0].update(times=[1, 0.5, 0.6, 0.2, 0.1]), "decrease"),
+        (lambda c: c["entries"][0].update(times=[2, 0.5, 0.4, 0.2, 0.1]), "outside"),
+        (lambda c: c["entries"][0].update(head="yes"), "true or false"),
+        (lambda c: c["entries"][0].update(error="small"), "a number"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, change, message):
@@ -197,7 +204,7 @@ def test_damaged_files_are_refused(tmp_path, change, message):
     path = tmp_path / "grid.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
-        FittedGrids.load(path)
+        Profile.load(path)
     assert "grid.json" in str(error.value)
 
 
@@ -205,7 +212,7 @@ def test_a_file_that_is_no_json(tmp_path):
     path = tmp_path / "grid.json"
     path.write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
-        FittedGrids.load(path)
+        Profile.load(path)
     with pytest.raises(ValueError, match="from 1 to"):
         grids().fit("tab3", 0)
 
@@ -216,10 +223,10 @@ def test_schedulers_take_fitted_grids(tmp_path):
 
     ddpm = fewstep.schedule("ddpm-linear")
     times = (999.0, 650.5, 300.25, 80.0, 0.0)
-    found = FittedGrids(
+    found = Profile(
         ddpm,
         "",
-        (FittedGrid("unipc3", times), FittedGrid("ddim", (900.0, 400.0, 0.0), head=True)),
+        (ProfileEntry("unipc3", times), ProfileEntry("ddim", (900.0, 400.0, 0.0), head=True)),
         {4: "unipc3"},
     )
     name = f"auto:{found.save(tmp_path / 'grid.json')}"

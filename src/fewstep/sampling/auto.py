@@ -1,0 +1,54 @@
+r"""The table behind ``solver="auto"``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fewstep.diffusion.schedules import NoiseSchedule
+
+AUTO = "auto"
+"""The name that stands for the choice."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``auto`` stands for at a budget.
+
+    Attributes:
+        solver: The name of the solver.
+        nfe: The number of network evaluations.
+        grid: The name of the grid, or ``None`` for the solver's own.
+        options: The options of that grid.
+        head_start: The time of an analytic head start, or ``None``.
+    """
+
+    solver: str
+    nfe: int
+    grid: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    head_start: float | None = None
+
+    def __str__(self) -> str:
+        return describe(self.solver, self.grid, self.options, self.nfe)
+
+
+def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
+    """Returns what ``auto`` stands for at a budget, for this kind of schedule.
+
+    The table is in ``docs/choosing.md``, with the measurements behind it.
+    """
+    if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
+        raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
+    if not schedule.discrete:
+        return Choice("tab3", nfe, "quadratic")
+    solver = "unipc3" if nfe < 10 else "tab3"
+    return Choice(solver, nfe, "power", {"power": 1.5})
+
+
+def describe(solver: str, grid: str | None, options: Mapping[str, Any], nfe: int) -> str:
+    """Returns a sampler in one line, for logs."""
+    told = ", ".join(f"{k}={v}" for k, v in options.items() if k != "times")
+    place = f" on the grid {grid!r}" if grid else ""
+    return f"{solver}{place}{f' ({told})' if told else ''} with {nfe} evaluations"

@@ -1,0 +1,375 @@
+r"""What was measured of a model: for each budget the solver and the times that suit it best."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from fewstep.base.files import loads_json, write_json
+from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, explicit
+from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
+from fewstep.sampling.planning import NO_BUDGET, planned
+from fewstep.sampling.recipe import SamplerRecipe, recipe_of
+from fewstep.sampling.request import SamplerRequest
+from fewstep.solvers import Solver
+from fewstep.solvers import solver as make_solver
+
+FORMAT, VERSION = "fewstep.profile", 1
+GRIDS_FORMAT = "fewstep.grids"
+"""The format before: times without the costs, the default's errors and the guidance."""
+
+PREFIX = "auto:"
+"""What the name of a grid begins with if it is the path of a profile."""
+
+MOST_ENTRIES = 10_000
+
+
+@dataclass(frozen=True)
+class ProfileEntry:
+    """The times that suit a solver at a number of steps.
+
+    Attributes:
+        solver: The solver's name.
+        times: The times, from the start to the end; the last may be the schedule's zero.
+        head: Whether it begins with an analytic head start.
+        error: The distance to the model's own many-step solution that is expected, or ``None``.
+        default_error: That of the static default at the same budget, or ``None``.
+        cost: The network evaluations that it took to find the times, or ``None``.
+    """
+
+    solver: str
+    times: tuple[float, ...]
+    head: bool = False
+    error: float | None = None
+    default_error: float | None = None
+    cost: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return len(self.times) - 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Solvers and times for several budgets, measured of one model.
+
+    Attributes:
+        schedule: The model's schedule.
+        fingerprint: The model's fingerprint; an empty text if it is not known.
+        entries: The times; of one solver at one number of steps there is only one entry.
+        recommended: For each number of steps, the solver that is recommended.
+        guidance: The scale of guidance that it was measured with, 1 for none; ``None`` if it is not
+            known.
+    """
+
+    schedule: NoiseSchedule
+    fingerprint: str
+    entries: tuple[ProfileEntry, ...]
+    recommended: Mapping[int, str]
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.entries:
+            raise ValueError("there are no times in it")
+        keys = {(entry.solver, entry.steps) for entry in self.entries}
+        if len(keys) != len(self.entries):
+            raise ValueError("it has two entries of one solver for one number of steps")
+        for entry in self.entries:
+            self._times(entry.times)  # raises if they do not fit the schedule
+        for steps, solver in self.recommended.items():
+            if (solver, steps) not in keys:
+                raise ValueError(
+                    f"it recommends {solver!r} for {steps} steps without such an entry"
+                )
+
+    def recipe(self, nfe: int) -> SamplerRecipe:
+        """Returns the sampler that is recommended for a budget, as a recipe for this model.
+
+        For a budget between those that were measured the times are interpolated, see :meth:`fit`.
+
+        Arguments:
+            nfe: The number of network evaluations.
+
+        Raises:
+            ValueError: If the solver cannot meet the budget (with the nearest ones).
+        """
+        made = recipe_of(self.schedule, planned(self.schedule, self.request(nfe=nfe)))
+        return replace(
+            made,
+            guidance=None if self.guidance == 1 else self.guidance,
+            model=self.fingerprint or None,
+        )
+
+    def request(
+        self,
+        *,
+        nfe: int | None = None,
+        steps: int | None = None,
+        solver: str | Solver | None = None,
+    ) -> SamplerRequest:
+        """Returns the request for a budget: solver and times, from this profile.
+
+        Arguments:
+            nfe: The number of network evaluations; or
+            steps: the number of steps.
+            solver: The solver; left out, the one that is recommended.
+        """
+        budget = nfe if nfe is not None else steps
+        if budget is None:
+            raise ValueError(NO_BUDGET)
+        chosen = self.solver_for(budget) if solver is None else solver
+        method = chosen if isinstance(chosen, Solver) else make_solver(chosen)
+        grid, head = self.fit(method.name, method.steps_for(budget) if steps is None else steps)
+        start = float(grid.times[0]) if head else None
+        return SamplerRequest(chosen, nfe=nfe, grid=grid, head_start=start)  # type: ignore[arg-type]
+
+    def table(self) -> list[dict[str, Any]]:
+        """Returns one row for each budget: what is recommended, its error, the default's, the cost."""
+        rows = []
+        for steps, name in sorted(self.recommended.items()):
+            entry = next(e for e in self.entries if (e.solver, e.steps) == (name, steps))
+            zero = self._is_zero(entry)
+            rows.append(
+                {
+                    "nfe": make_solver(name).nfe(steps, ends_at_zero=zero),
+                    "steps": steps,
+                    "solver": name,
+                    "head_start": entry.times[0] if entry.head else None,
+                    "error": entry.error,
+                    "default_error": entry.default_error,
+                    "cost": entry.cost,
+                }
+            )
+        return rows
+
+    def _times(self, times: tuple[float, ...] | Tensor) -> TimeGrid:
+        return explicit(self.schedule, times=times)
+
+    def solver_for(self, steps: int) -> str:
+        """Returns the solver that is recommended for a number of steps, or for the nearest."""
+        if not self.recommended:
+            raise ValueError("the file recommends no solver; name one")
+        return self.recommended[min(self.recommended, key=lambda k: (abs(k - steps), k))]
+
+    def fit(self, solver: str, steps: int) -> tuple[TimeGrid, bool]:
+        """Returns the grid for a solver and a number of steps, and whether it has a head start.
+
+        Grids of that solver, or else of the recommended ones; for a number of steps between those
+        in the file the times are interpolated at equal fractions of the way, and beyond them the
+        nearest grid is stretched.
+
+        Raises:
+            ValueError: If the number of steps is out of range.
+        """
+        if not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"steps must be from 1 to {MOST_STEPS}, got {steps}")
+        own = {entry.steps: entry for entry in self.entries if entry.solver == solver}
+        if not own:
+            best = {(name, k) for k, name in self.recommended.items()}
+            own = {e.steps: e for e in self.entries if (e.solver, e.steps) in best}
+            own = own or {e.steps: e for e in self.entries}
+        if steps in own:
+            return self._times(own[steps].times), own[steps].head
+        known = sorted(own)
+        place = bisect.bisect(known, steps)
+        low, high = own[known[max(place - 1, 0)]], own[known[min(place, len(known) - 1)]]
+        alike = low.head == high.head and self._is_zero(low) == self._is_zero(high)
+        if low is high or not alike:
+            nearest = min(low, high, key=lambda entry: abs(entry.steps - steps))
+            return self._times(_stretch(nearest, steps)), nearest.head
+        share = (1 / low.steps - 1 / steps) / (1 / low.steps - 1 / high.steps)
+        times = torch.lerp(_stretch(low, steps), _stretch(high, steps), share)
+        return self._times(times), low.head
+
+    def _is_zero(self, entry: ProfileEntry) -> bool:
+        return entry.times[-1] < self.schedule.t_min
+
+    def to_record(self) -> dict[str, Any]:
+        """Returns it as JSON has it."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "schedule": self.schedule.to_record(),
+            "fingerprint": self.fingerprint,
+            "guidance": self.guidance,
+            "recommended": {str(k): name for k, name in sorted(self.recommended.items())},
+            "entries": [
+                {
+                    "solver": entry.solver,
+                    "steps": entry.steps,
+                    "times": list(entry.times),
+                    **({"head": True} if entry.head else {}),
+                    **{
+                        key: getattr(entry, key)
+                        for key in ("error", "default_error", "cost")
+                        if getattr(entry, key) is not None
+                    },
+                }
+                for entry in self.entries
+            ],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the file, atomically; returns its path."""
+        return write_json(path, self.to_record())
+
+    @classmethod
+    def from_record(cls, content: Any) -> Profile:
+        """Returns the profile that JSON describes.
+
+        Raises:
+            ValueError: If it describes none; the message says why.
+        """
+        if not isinstance(content, dict) or content.get("format") not in (FORMAT, GRIDS_FORMAT):
+            got = content.get("format") if isinstance(content, dict) else content
+            raise ValueError(f"it holds no profile: its format is {got!r:.40}, not {FORMAT!r}")
+        if content.get("version") != VERSION:
+            raise ValueError(
+                f"it has version {content.get('version')!r:.20}; this fewstep reads version {VERSION}"
+            )
+        of = "entries" if content["format"] == FORMAT else "grids"
+        expected = {"format", "version", "schedule", "fingerprint", "recommended", of}
+        expected |= {"guidance"} if content["format"] == FORMAT else set()
+        if set(content) != expected:
+            wrong = sorted(set(content) ^ expected)
+            raise ValueError(
+                f"its keys must be {sorted(expected)}; {wrong[0]!r:.40} is not as expected"
+            )
+        entries, recommended = content[of], content["recommended"]
+        if not isinstance(entries, list) or len(entries) > MOST_ENTRIES:
+            raise ValueError(f"its {of} must be a list")
+        guidance = content.get("guidance")
+        if guidance is not None and not _is_number(guidance):
+            raise ValueError(f"its guidance must be a number, got {guidance!r:.40}")
+        if not isinstance(content["fingerprint"], str):
+            raise ValueError("its fingerprint must be a text")
+        if not isinstance(recommended, dict) or not all(
+            isinstance(name, str) and steps.isascii() and steps.isdigit() and len(steps) < 7
+            for steps, name in recommended.items()
+        ):
+            raise ValueError("what it recommends must be names of solvers by numbers of steps")
+        if not isinstance(content["schedule"], dict):
+            raise ValueError("its schedule must be a JSON object")
+        return cls(
+            schedule_from_record(content["schedule"]),
+            content["fingerprint"],
+            tuple(_entry(entry) for entry in entries),
+            {int(steps): name for steps, name in recommended.items()},
+            guidance,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Reads a file: a profile, or the grids that earlier versions fitted.
+
+        Raises:
+            ValueError: If it is missing or holds no profile.
+        """
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
+        try:
+            return cls.from_record(loads_json(text, what="it"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"profile {str(path)!r}: {error}") from None
+
+
+def _stretch(entry: ProfileEntry, steps: int) -> Tensor:
+    """Returns times at equal fractions of the way of an entry's."""
+    times = torch.tensor(entry.times, dtype=torch.float64)
+    where = torch.linspace(0, entry.steps, steps + 1, dtype=torch.float64)
+    below = where.floor().long().clamp(max=entry.steps - 1)
+    # In this root of time good grids are nearly even, so lines between their points are good.
+    root = times.clamp_min(0).pow(2 / 3)
+    made = torch.lerp(root[below], root[below + 1], where - below).pow(1.5)
+    made[0], made[-1] = times[0], times[-1]
+    return made
+
+
+def _entry(content: Any) -> ProfileEntry:
+    if not isinstance(content, dict):
+        raise ValueError(f"an entry is a JSON object, got {content!r:.40}")
+    keys = {"solver", "steps", "times", "head", "error", "default_error", "cost"}
+    if others := set(content) - keys:
+        raise ValueError(f"an entry has an unknown key {min(others)!r:.40}")
+    solver, times = content.get("solver"), content.get("times")
+    if not isinstance(solver, str):
+        raise ValueError(f"the solver of an entry is a name, got {solver!r:.40}")
+    if (
+        not isinstance(times, list)
+        or not 2 <= len(times) <= MOST_STEPS
+        or not all(_is_number(t) for t in times)
+    ):
+        raise ValueError("the times of an entry are a list of two or more numbers")
+    if content.get("steps") != len(times) - 1:
+        raise ValueError(f"{len(times)} times are not {content.get('steps')!r:.20} steps")
+    head, cost = content.get("head", False), content.get("cost")
+    if not isinstance(head, bool):
+        raise ValueError(f"the head of an entry is true or false, got {head!r:.40}")
+    for key in ("error", "default_error"):
+        if content.get(key) is not None and not _is_number(content[key]):
+            raise ValueError(f"the {key} of an entry is a number, got {content[key]!r:.40}")
+    if cost is not None and (type(cost) is not int or cost < 0):
+        raise ValueError(f"the cost of an entry is a number of evaluations, got {cost!r:.40}")
+    return ProfileEntry(
+        solver,
+        tuple(float(t) for t in times),
+        head,
+        content.get("error"),
+        content.get("default_error"),
+        cost,
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def names_profile(grid: object) -> TypeGuard[str]:
+    """Whether the name of a grid means the times of a profile."""
+    return isinstance(grid, str) and grid.startswith(PREFIX)
+
+
+def read_profile(source: Profile | str | Path, schedule: NoiseSchedule) -> Profile:
+    """Returns a profile for a model with this schedule: itself, or that of a path or an ``auto:`` name.
+
+    Raises:
+        ValueError: If the file is missing or damaged, or is for another schedule.
+        TypeError: If it is neither profile nor path.
+    """
+    if not isinstance(source, (Profile, str, Path)):
+        raise TypeError(
+            f"profile must be a Profile or the path of one, got {type(source).__name__}"
+        )
+    where = "" if isinstance(source, Profile) else f" {str(source).removeprefix(PREFIX)!r}"
+    found = (
+        source if isinstance(source, Profile) else Profile.load(str(source).removeprefix(PREFIX))
+    )
+    if not _alike(found.schedule, schedule):
+        raise ValueError(
+            f"the profile{where} was measured for the schedule {found.schedule.name!r}, the model has "
+            f"{schedule.name!r}; measure this model (fewstep analyze)"
+        )
+    return found if found.schedule is schedule else replace(found, schedule=schedule)
+
+
+def _alike(one: NoiseSchedule, two: NoiseSchedule) -> bool:
+    """Whether two schedules are the same curve in the same times: a table may have been rounded."""
+    if one == two:
+        return True
+    if (one.t_min, one.t_max, one.t_zero) != (two.t_min, two.t_max, two.t_zero):
+        return False
+    times = torch.linspace(one.t_min, one.t_max, 33, dtype=torch.float64)
+    return all(
+        torch.allclose(f(times), g(times), rtol=1e-4, atol=1e-7)
+        for f, g in ((one.alpha, two.alpha), (one.sigma, two.sigma))
+    )

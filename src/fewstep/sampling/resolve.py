@@ -1,0 +1,455 @@
+r"""The one resolver: from a request to a sampler and its recipe, or to a plan.
+
+Every door (``sample``, ``steps``, ``record``, ``compare``, ``tune``, ``plan``, ``PlanScheduler``, the commands) turns its
+arguments into a :class:`SamplerRequest` and calls one of two functions:
+
+- :func:`resolve` has a model: it knows the model's schedule, fingerprint, guidance and built-in sampler;
+- :func:`resolve_plan` has a schedule only: for plans without a model, and for adapters. Its result has the plan, the
+  solver object and the grid::
+
+      made = resolve_plan(schedule, SamplerRequest("auto", nfe=8), integer_times=True)
+      made.plan, made.solver, made.grid, made.chosen
+
+What is decided here and nowhere else, by what goes together:
+
+=====================  ================================================================================
+plan, recipe, profile  one of them, with nothing but an nfe (or steps) that is its own; a profile takes any
+nfe, steps             one of them; with given times only the number that these times make
+grid, times            ``times`` alone are the grid ``explicit``; with another grid a contradiction
+head_start             not with ``t_start``, nor with an image; with given times only their first
+auto                   solver, grid and head start that measured best; a grid that is given is held
+dopri5                 its own options, ``t_start`` and ``t_end`` only; no plan, nfe, steps, grid, head start
+a built-in sampler     ``auto`` and its own nfe only; no image
+=====================  ================================================================================
+
+Each contradiction is a :class:`~fewstep.sampling.request.Contradiction` with one text at every door.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.wrappers import Guided
+from fewstep.plans.plan import Plan
+from fewstep.sampling.adaptive import AdaptiveSampler
+from fewstep.sampling.auto import AUTO
+from fewstep.sampling.plan_sampler import PlanSampler
+from fewstep.sampling.planning import (
+    GRID_OPTIONS,
+    Planned,
+    check_adaptive,
+    check_options,
+    is_adaptive,
+    planned,
+    solver_options,
+)
+from fewstep.sampling.profile import Profile, names_profile, read_profile
+from fewstep.sampling.protocol import BUILT_IN_SAMPLER, Sampler
+from fewstep.sampling.recipe import SamplerRecipe, recipe_of
+from fewstep.sampling.request import UNSET, Contradiction, SamplerRequest, as_text
+from fewstep.solvers import Solver
+
+logger = logging.getLogger("fewstep")
+
+DEFAULT_NFE = 10
+"""The budget if none is given."""
+
+SOURCES = ("plan", "recipe", "profile")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A request that was decided: what runs, and how it is written down.
+
+    Attributes:
+        sampler: The sampler; its ``denoiser`` has the guidance around it.
+        chosen: What ``auto`` chose, in one line, or ``None``.
+    """
+
+    sampler: Sampler
+    chosen: str | None = None
+    _recipe: Callable[[], SamplerRecipe] = field(repr=False, kw_only=True)
+
+    @cached_property
+    def recipe(self) -> SamplerRecipe:
+        """The recipe: what is stored and shown; the same sampler when it is run again."""
+        return self._recipe()
+
+
+def resolve(
+    denoiser: Denoiser,
+    request: SamplerRequest,
+    *,
+    guidance: float | None = None,
+    image: bool = False,
+    force: bool = False,
+    default_nfe: int = DEFAULT_NFE,
+) -> Resolved:
+    """Returns the sampler that a request stands for with a model, and its recipe.
+
+    The plan of a request is made once: the second call costs a look-up. No network evaluation.
+
+    Arguments:
+        denoiser: The model.
+        request: The request.
+        guidance: The scale of classifier-free guidance, 1 for none; it replaces that of a recipe.
+        image: Whether the run starts from an image instead of noise.
+        force: Whether a recipe or profile is taken although it was made for another model.
+        default_nfe: The number of network evaluations if neither nfe nor steps nor times are given.
+
+    Raises:
+        Contradiction: If the request says two things at once, or what the model does not do.
+        ValueError: If a name is unknown, a budget cannot be met, or a file cannot be read.
+        TypeError: If something has the wrong type, or an option is unknown.
+    """
+    check_denoiser(denoiser)
+    if not isinstance(request, SamplerRequest):
+        raise TypeError(f"request must be a SamplerRequest, got {type(request).__name__}")
+    _check_sources(request)
+    if isinstance(request.profile, (str, Path, Profile)):
+        budget = request.steps or request.nfe or default_nfe
+        _check_operator(denoiser, request, guidance, image=image)
+        profile = read_profile(request.profile, denoiser.schedule)
+        _check_profile(profile, denoiser, guidance, force=force)
+        inner = profile.request(nfe=None if request.steps else budget, steps=request.steps)
+        return _of_solver(denoiser, inner, guidance, image=image, chose=True)
+    recipe = request.recipe
+    if recipe is not UNSET:
+        made = recipe if isinstance(recipe, SamplerRecipe) else _loaded(recipe)
+        return _of_recipe(denoiser, request, made, guidance, image=image, force=force)
+    _check_operator(denoiser, request, guidance, image=image)
+    if (own := denoiser.built_in_sampler()) is not None:
+        return Resolved(
+            own, _recipe=lambda: SamplerRecipe(kind="operator", name="operator", nfe=own.nfe)
+        )
+    if isinstance(request.plan, Plan):
+        plan = request.plan
+        _check_budget(request, "plan", plan)
+        _check_image(plan, image=image)
+        sampler = PlanSampler(plan, _guided(denoiser, guidance))
+        return Resolved(
+            sampler,
+            _recipe=lambda: SamplerRecipe(
+                kind="plan", name=plan.name, plan=plan, guidance=_stored(guidance)
+            ),
+        )
+    if is_adaptive(request.solver):
+        return _of_adaptive(denoiser, request, guidance)
+    return _of_solver(denoiser, request, guidance, image=image, default_nfe=default_nfe)
+
+
+def resolve_plan(
+    schedule: NoiseSchedule,
+    request: SamplerRequest,
+    *,
+    integer_times: bool = False,
+    default_nfe: int | None = None,
+) -> Planned:
+    """Returns the plan that a request stands for on a schedule, with its solver and its grid.
+
+    Arguments:
+        schedule: The noise schedule.
+        request: The request. A plan or a recipe of a plan has no solver: give those to
+            :func:`resolve`, or run them as they are.
+        integer_times: Whether the grid is rounded to training timesteps.
+        default_nfe: The budget if none is given; left out, a budget must be given.
+
+    Raises:
+        Contradiction, ValueError, TypeError: As :func:`resolve`.
+    """
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(
+            f"schedule must be a NoiseSchedule, got {schedule!r}; make one with fewstep.schedule(name)"
+        )
+    _check_sources(request)
+    if request.plan is not UNSET:
+        raise TypeError("a plan is made already; run it as it is")
+    chose = request.profile is not UNSET
+    if isinstance(request.profile, (str, Path, Profile)):
+        profile = read_profile(request.profile, schedule)
+        request = profile.request(
+            nfe=request.nfe or (None if request.steps else default_nfe),
+            steps=request.steps,
+        )
+    elif request.recipe is not UNSET:
+        recipe = (
+            request.recipe
+            if isinstance(request.recipe, SamplerRecipe)
+            else _loaded(request.recipe)
+        )
+        if recipe.kind != "solver":
+            raise TypeError(f"a recipe of kind {recipe.kind!r} is not of a solver")
+        made = planned(schedule, recipe.request(), integer_times=integer_times)
+        _check_budget(request, "recipe", made.plan)
+        return made
+    chose = chose or (names_profile(request.grid) and request.solver in (UNSET, AUTO))
+    request = _unfolded(schedule, request, default_nfe)
+    made = planned(schedule, request, integer_times=integer_times, default_nfe=default_nfe)
+    return replace(made, chosen=_measured(made)) if chose else made
+
+
+def plan(
+    solver: str | Solver,
+    schedule: NoiseSchedule,
+    *,
+    nfe: int | None = None,
+    steps: int | None = None,
+    grid: str | TimeGrid | None = None,
+    head_start: float | None = None,
+    profile: Profile | str | Path | None = None,
+    integer_times: bool = False,
+    **options: Any,
+) -> Plan:
+    r"""Returns the plan of a solver.
+
+    Arguments:
+        solver: A name in :data:`fewstep.SOLVERS`, ``"auto"``, or a solver.
+        schedule: The noise schedule.
+        nfe: The number of network evaluations; or
+        steps: the number of steps. Neither is needed if the grid has its times.
+        grid: A name in :data:`fewstep.GRIDS`, ``"auto:FILE"`` for the times of a profile (and, with
+            solver ``"auto"``, its solver), or a grid; left out, the solver's own.
+        head_start: A time below the schedule's largest: the evaluations above it are replaced by the
+            Gaussian solution with the mean and the variance of the data.
+        profile: What was measured of a model, or its path; with solver ``"auto"``.
+        integer_times: Whether the grid is rounded to training timesteps.
+        options: Options of the grid (``t_start``, ``t_end``, ``to_zero``, ``power``, ``rho``,
+            ``times``) and of the solver.
+
+    Raises:
+        ValueError: If a name is unknown, the budget cannot be met (the message has the
+            nearest budgets), or two arguments contradict each other.
+        TypeError: If neither solver nor grid have such an option (the message has theirs).
+    """
+    request = SamplerRequest(
+        solver,
+        nfe,
+        steps,
+        grid,
+        head_start,
+        options,
+        profile=profile,
+    )
+    return resolve_plan(schedule, request, integer_times=integer_times).plan
+
+
+def check_denoiser(denoiser: object) -> None:
+    """Raises ``TypeError`` unless a model is a :class:`Denoiser`; the message says how to make one."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"a Denoiser is needed, got {type(denoiser).__name__}; "
+            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
+        )
+
+
+def _check_sources(request: SamplerRequest) -> None:
+    sources = [name for name in SOURCES if getattr(request, name) is not UNSET]
+    if len(sources) > 1:
+        raise Contradiction(f"{as_text(sources)} each are a whole sampler; give one of them")
+    if request.nfe is not UNSET and request.steps is not UNSET:
+        raise Contradiction(
+            f"give nfe or steps, not both; got nfe={request.nfe} and steps={request.steps}"
+        )
+    if sources:
+        ours = (*sources, "nfe", "steps")
+        if sources == ["profile"] and request.solver == AUTO:
+            ours = (*ours, "solver")  # auto is what takes a profile
+        extra = [name for name in request.given if name not in ours]
+        if extra:
+            raise Contradiction(
+                f"a {sources[0]} has its solver, times and options already, got {as_text(extra)} as "
+                f"well; leave {'it' if len(extra) == 1 else 'them'} out"
+            )
+
+
+def _check_operator(
+    denoiser: Denoiser, request: SamplerRequest, guidance: float | None, *, image: bool
+) -> None:
+    own = denoiser.built_in_sampler()
+    if own is None:
+        return
+    given = [
+        n for n in request.given if n != "nfe" and not (n == "solver" and request.solver == AUTO)
+    ]
+    given += ["image"] * image + ["guidance"] * (guidance not in (None, 1))
+    if request.nfe is not UNSET and request.nfe != own.nfe:
+        given.insert(0, f"nfe={request.nfe}")
+    if given:
+        raise Contradiction(BUILT_IN_SAMPLER.format(as_text(given)))
+
+
+def _check_budget(request: SamplerRequest, kind: str, plan: Plan) -> None:
+    if request.nfe is not UNSET and request.nfe != plan.nfe:
+        raise Contradiction(
+            f"this {kind} makes {plan.nfe} evaluations, not {request.nfe}; leave nfe out, or take "
+            f"another {kind}"
+        )
+    steps = len(plan.knots) - 1
+    if request.steps is not UNSET and request.steps != steps:
+        raise Contradiction(
+            f"this {kind} has {steps} steps, not {request.steps}; leave steps out, or take another "
+            f"{kind}"
+        )
+
+
+def _check_image(plan: Plan, *, image: bool) -> None:
+    if image and plan.head:
+        raise Contradiction(
+            "an image and a head start are two beginnings of one run; leave one of them out (t_start "
+            "says how much noise the image gets)"
+        )
+
+
+def _check_profile(
+    profile: Profile, denoiser: Denoiser, guidance: float | None, *, force: bool
+) -> None:
+    if force:
+        return
+    if profile.fingerprint and denoiser.fingerprint() != profile.fingerprint:
+        raise ValueError(
+            "the profile was measured of another model (fingerprint "
+            f"{profile.fingerprint[:12]}…); measure this model, or use it all the same: force=True "
+            "(--force)"
+        )
+    scale = _scale(denoiser, guidance)
+    if profile.guidance is not None and profile.guidance != scale:
+        raise ValueError(
+            f"the profile was measured with guidance {profile.guidance:g}, this run has {scale:g}; "
+            "measure the model with that guidance, or use it all the same: force=True (--force)"
+        )
+
+
+def _of_solver(
+    denoiser: Denoiser,
+    request: SamplerRequest,
+    guidance: float | None,
+    *,
+    image: bool,
+    default_nfe: int | None = None,
+    chose: bool = False,
+) -> Resolved:
+    schedule = denoiser.schedule
+    chose = chose or (names_profile(request.grid) and request.solver in (UNSET, AUTO))
+    request = _unfolded(schedule, request, default_nfe)
+    integer = denoiser.integer_times
+    made = planned(schedule, request, integer_times=integer, default_nfe=default_nfe)
+    _check_image(made.plan, image=image)
+    chosen = _measured(made) if chose else made.chosen
+    if chosen is not None:
+        logger.info("auto chose %s", chosen)
+
+    def recipe() -> SamplerRecipe:
+        return replace(recipe_of(schedule, made), guidance=_stored(guidance))
+
+    return Resolved(PlanSampler(made.plan, _guided(denoiser, guidance)), chosen, _recipe=recipe)
+
+
+def _of_adaptive(denoiser: Denoiser, request: SamplerRequest, guidance: float | None) -> Resolved:
+    check_adaptive(request, plan=False)
+    options = dict(request.options)
+    solver = request.solver
+    if isinstance(solver, str):
+        name = solver
+        check_options(name, None, options, solver_options(name), frozenset({"t_start", "t_end"}))
+    else:
+        assert isinstance(solver, Solver)
+        name = solver.name
+        own = {key: getattr(solver, key) for key in solver_options(name)}
+        if others := sorted(set(options) - {"t_start", "t_end"}):
+            raise Contradiction(
+                f"a solver that is made already takes no options, got {as_text(others)}"
+            )
+        options = {**own, **options}
+    sampler = AdaptiveSampler(_guided(denoiser, guidance), **options)
+    return Resolved(
+        sampler,
+        _recipe=lambda: SamplerRecipe(
+            kind="adaptive", name=name, options=options, guidance=_stored(guidance)
+        ),
+    )
+
+
+def _of_recipe(
+    denoiser: Denoiser,
+    request: SamplerRequest,
+    recipe: SamplerRecipe,
+    guidance: float | None,
+    *,
+    image: bool,
+    force: bool,
+) -> Resolved:
+    if recipe.kind != "operator" and denoiser.built_in_sampler() is not None:
+        raise Contradiction(BUILT_IN_SAMPLER.format("recipe"))
+    if guidance is not None:
+        recipe = replace(recipe, guidance=_stored(guidance))
+    elif isinstance(denoiser, Guided) and recipe.guidance not in (None, denoiser.scale):
+        raise Contradiction(
+            f"the model is guided with scale {denoiser.scale:g}, the recipe with "
+            f"{recipe.guidance:g}; give the model without guidance"
+        )
+    if recipe.kind == "adaptive":
+        check_adaptive(replace(request, solver=recipe.name, recipe=UNSET), plan=False)
+    sampler = recipe.build(denoiser, force=force)
+    if recipe.kind == "operator":
+        _check_operator(denoiser, replace(request, recipe=UNSET), guidance, image=image)
+    if isinstance(sampler, PlanSampler):
+        _check_budget(request, "recipe", sampler.plan)
+        _check_image(sampler.plan, image=image)
+    return Resolved(sampler, _recipe=lambda: recipe)
+
+
+def _unfolded(
+    schedule: NoiseSchedule, request: SamplerRequest, default_nfe: int | None
+) -> SamplerRequest:
+    """Returns a request with the times that ``auto:FILE`` stands for."""
+    if not names_profile(request.grid):
+        return request
+    extra = sorted(GRID_OPTIONS & set(request.options))
+    extra += ["head_start"] if request.head_start is not UNSET else []
+    if extra:
+        raise Contradiction(
+            f"the grid {request.grid!r} has its times already, got {as_text(extra)} as well; leave "
+            f"{'it' if len(extra) == 1 else 'them'} out"
+        )
+    profile = read_profile(request.grid, schedule)
+    solver = request.solver if request.solver not in (UNSET, AUTO) else None
+    found = profile.request(
+        nfe=request.nfe or (None if request.steps else default_nfe),
+        steps=request.steps,
+        solver=solver,  # type: ignore[arg-type]
+    )
+    return replace(found, options=request.options)
+
+
+def _measured(made: Planned) -> str:
+    return f"{made.solver.name} at the times of the profile with {made.plan.nfe} evaluations"
+
+
+def _loaded(recipe: Any) -> SamplerRecipe:
+    if isinstance(recipe, str) or hasattr(recipe, "__fspath__"):
+        return SamplerRecipe.load(recipe)
+    raise TypeError(
+        f"recipe must be a SamplerRecipe or the path of one, got {type(recipe).__name__}"
+    )
+
+
+def _guided(denoiser: Denoiser, guidance: float | None) -> Denoiser:
+    return denoiser if guidance in (None, 1) else Guided(denoiser, guidance)  # type: ignore[arg-type]
+
+
+def _stored(guidance: float | None) -> float | None:
+    return None if guidance in (None, 1) else guidance
+
+
+def _scale(denoiser: Denoiser, guidance: float | None) -> float:
+    if guidance is not None:
+        return float(guidance)
+    return denoiser.scale if isinstance(denoiser, Guided) else 1.0
