@@ -47,8 +47,8 @@ def test_the_recipe_says_everything(made):
     assert about["base"]["solver"] == "tab3"
     assert len(set(about["seeds"].values())) == 3
     for when in ("before", "after"):
-        for found in about["scores"][when].values():
-            assert found["low"] <= found["value"] <= found["high"]
+        for result in about["scores"][when].values():
+            assert result["low"] <= result["value"] <= result["high"]
     better = [about["scores"][w]["rms to the teacher"]["value"] for w in ("before", "after")]
     assert better[1] < better[0]
     assert set(about["versions"]) == {"fewstep", "torch"}
@@ -146,9 +146,9 @@ def test_checkpoints_of_another_search_are_refused(tmp_path):
         fewstep.tune(RING, **arguments, search=TINY, seed=1)
 
 
-def test_wrong_arguments_are_told_before_any_call():
+def test_wrong_arguments_are_refused_before_any_evaluation():
     def network(x, t):
-        raise AssertionError("a network call")
+        raise AssertionError("a network evaluation")
 
     levels = fewstep.schedule("ddpm-linear")
     model = fewstep.Denoiser.wrap(
@@ -158,7 +158,7 @@ def test_wrong_arguments_are_told_before_any_call():
         network, schedule=levels, prediction="eps", event_shape=(2,), integer_times=True
     )
     unknown = fewstep.Denoiser.wrap(network, schedule=levels, prediction="eps")
-    for told, denoiser, arguments in (
+    for message, denoiser, arguments in (
         ("a Denoiser is needed", network, {}),
         ("Unknown family 'gss'", model, {"family": "gss"}),
         ("an objective is one of", model, {"objective": "fid"}),
@@ -177,7 +177,7 @@ def test_wrong_arguments_are_told_before_any_call():
         ("moves the noises", model, {"objective": "mmd", "data": torch.rand(50, 1, 4, 4),
                                      "search": {"radius": 1.0}}),
     ):  # fmt: skip
-        with pytest.raises((ValueError, TypeError), match=told):
+        with pytest.raises((ValueError, TypeError), match=message):
             fewstep.tune(denoiser, **{"nfe": 3, **arguments})
 
 
@@ -251,7 +251,7 @@ def test_networks_of_whole_times():
     assert all(t.dtype == torch.int64 for t in asked)
 
 
-def test_one_call():
+def test_one_evaluation():
     tuned = fewstep.tune(RING, nfe=1, objective="endpoint", data=DATA, search=TINY)
     assert tuned.plan.nfe == 1
     assert tuned.verdict.state != "worse"

@@ -7,7 +7,8 @@ import torch
 
 import fewstep
 from fewstep.learned import FAMILIES, Base
-from fewstep.learned.families import family
+from fewstep.learned.families import Family, family
+from fewstep.learned.learned_plan import Start
 from fewstep.learned.moving import LearnedTimes, Shifts
 from fewstep.learned.solver_families import SolverFamily
 from fewstep.learned.starts import start_of
@@ -27,12 +28,14 @@ def gradients(model, seed: int = 0):
 
     x = torch.randn((6, 2), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     z = torch.randn((9, 6, 2), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = model()
+    numbers = model()
 
     def network(y, t):
         return MODEL(y, t, prediction=model.structure.prediction)
 
-    end = functional(model.structure, found.values, found.times, network, x, draw=lambda i: z[i])
+    end = functional(
+        model.structure, numbers.values, numbers.times, network, x, draw=lambda i: z[i]
+    )
     model.zero_grad()
     end.square().sum().backward()
     return end.square().sum().detach()
@@ -81,7 +84,7 @@ def test_parameters_away_from_the_start_make_a_plan_that_comes_back(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families_work_on_trained_levels(name):
+def test_families_work_on_training_timesteps(name):
     """Levels of a table, fractional times: the start is met, and times have gradients."""
     schedule = fewstep.schedule("ddpm-linear")
     model = family(name, start(name, schedule=schedule))
@@ -163,22 +166,22 @@ def test_times_stay_in_order_and_in_range(coordinate, zero, schedule):
     for _ in range(100):
         optimizer.zero_grad()
         knots = times()
-        told = knots[:6] + shifts(knots[:6])
-        ((knots * weights).sum() - told.sum()).backward()
+        timesteps = knots[:6] + shifts(knots[:6])
+        ((knots * weights).sum() - timesteps.sum()).backward()
         optimizer.step()
-    knots, told = times().detach(), (times()[:6] + shifts(times()[:6])).detach()
+    knots, timesteps = times().detach(), (times()[:6] + shifts(times()[:6])).detach()
     assert float((knots - grid.times).abs().max()) > 0.05 * own.t_max
     assert bool((knots.diff() < 0).all())
-    assert bool((told.diff() < 0).all())
+    assert bool((timesteps.diff() < 0).all())
     assert knots[0] == grid.times[0]
     assert knots[-1] == grid.times[-1]
-    assert own.t_min <= float(told.min())
-    assert float(told.max()) <= own.t_max
+    assert own.t_min <= float(timesteps.min())
+    assert float(timesteps.max()) <= own.t_max
     gaps = -knots[:6].diff()
-    assert bool(((told - knots[:6]).abs()[1:] <= gaps / 2 + 1e-12).all())
+    assert bool(((timesteps - knots[:6]).abs()[1:] <= gaps / 2 + 1e-12).all())
 
 
-def test_networks_of_whole_times_cannot_learn_them():
+def test_networks_of_whole_timesteps_cannot_learn_times():
     levels = fewstep.schedule("ddpm-linear")
     base = start_of("gs", levels, 5, integer_times=True)
     assert torch.equal(base.grid.times, base.grid.times.round())
@@ -193,7 +196,7 @@ def test_networks_of_whole_times_cannot_learn_them():
     assert torch.equal(fixed().times, base.grid.times[:5])
 
 
-def test_ggdm_starts_from_ddim_unless_told():
+def test_ggdm_starts_from_ddim_unless_asked():
     own, chosen = (start_of("ggdm+pred+time", VP, 5, solver=s) for s in (None, "auto"))
     best = start_of("gs", VP, 5)
     assert own.solver == solver("ddim")
@@ -217,7 +220,7 @@ def test_counts_are_those_of_the_table():
         assert family("ggdm+pred-free", bases["ggdm"]).count == full - 2 + 2 * steps
 
 
-def test_unknown_names_and_options_are_told():
+def test_unknown_names_and_options_are_refused():
     with pytest.raises(ValueError, match="Did you mean 'ggdm"):
         family("ggdn", base_of("ddim", 3))
     with pytest.raises(TypeError, match="family 'gs'"):
@@ -227,3 +230,16 @@ def test_unknown_names_and_options_are_told():
     with pytest.raises(ValueError, match="pred must be"):
         family("ggdm", base_of("ddim", 3), pred="x")
     assert isinstance(family("gs", base_of("ddim", 3)), SolverFamily)
+
+
+def test_a_family_is_a_class_and_a_line(monkeypatch):
+    class Late(SolverFamily):
+        """The times of a solver, from a start of its own."""
+
+        default_start = Start("tab2")
+
+    monkeypatch.setitem(FAMILIES._entries, "late", Family(Late, {"corrections": True}))
+    base = start("late")
+    assert base.solver == solver("tab2")
+    assert base.grid.ends_at_zero
+    assert family("late", base).count > 4

@@ -13,7 +13,15 @@ from fewstep.learned.distances import feature_distance, pseudo_huber
 from fewstep.learned.families import family
 from fewstep.learned.judges import Judge, random_features
 from fewstep.learned.kernels import named_kernel
-from fewstep.learned.objectives import MMD, Batch, Endpoint, Outcome, Trajectory
+from fewstep.learned.objectives import (
+    MMD,
+    OBJECTIVES,
+    Batch,
+    Endpoint,
+    Objective,
+    Outcome,
+    Trajectory,
+)
 from fewstep.learned.settings import Search
 from fewstep.learned.stages import stages_of
 from fewstep.learned.teachers import Source, make_pairs, teacher_plan
@@ -132,8 +140,10 @@ def test_distances():
     torch.testing.assert_close(
         pseudo_huber(x, y), ((x - y).square().mean((1, 2, 3)) + 9e-4).sqrt() - 0.03
     )
-    look = random_features((1, 6, 6))
-    torch.testing.assert_close(feature_distance(look)(x, y), (look(x) - look(y)).square().mean(1))
+    extract = random_features((1, 6, 6))
+    torch.testing.assert_close(
+        feature_distance(extract)(x, y), (extract(x) - extract(y)).square().mean(1)
+    )
     batch = Batch((0, 0), 2, y[:2], (y[:2], y[:2]))
     assert float(Endpoint().loss(Outcome(x), batch)) == pytest.approx(
         float((x - y)[:2].square().mean())
@@ -186,9 +196,9 @@ def gradient(run, learned, *, microbatch=None, n=12):
         )
 
     learned.zero_grad()
-    found = backpropagate(learned, run, x, draws, {}, value, microbatch=microbatch)
+    total = backpropagate(learned, run, x, draws, {}, value, microbatch=microbatch)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned.parameters()]
-    return found, torch.cat([p.reshape(-1) for p in parts])
+    return total, torch.cat([p.reshape(-1) for p in parts])
 
 
 @pytest.mark.parametrize("name", ["gs", "ggdm+pred+time", "ggdm"])
@@ -209,14 +219,14 @@ def test_remat_and_micro_batches_change_nothing(name, states):
         torch.testing.assert_close(parts, plain, rtol=1e-10, atol=1e-12)
 
 
-def test_cut_takes_answers_as_constants():
+def test_cut_takes_model_outputs_as_constants():
     learned = family("gs", base_of("tab2", 4))
     run = Unrolled(RING, learned.structure, gradient="cut")
     value, cut = gradient(run, learned)
     whole_value, whole = gradient(Unrolled(RING, learned.structure), learned)
     assert float(value) == float(whole_value)
     assert float((cut - whole).abs().max()) > 1e-3
-    # The last row comes after the last call, so the derivatives of its corrections are the same.
+    # The last row comes after the last evaluation, so the derivatives of its corrections are the same.
     last = slice(learned.corrections.numel() - 5, learned.corrections.numel())
     torch.testing.assert_close(cut[last], whole[last])
 
@@ -426,6 +436,25 @@ def test_the_teacher_is_trusted_where_the_data_agree():
     assert tuned.history[-1]["taken"]
 
 
+def test_an_objective_is_a_class_and_a_line(monkeypatch):
+    class Spread(Objective):
+        """Wants samples of a standard deviation of 0.7."""
+
+        @classmethod
+        def build(cls, given):
+            return cls()
+
+        def loss(self, outcome, batch):
+            return (outcome.x.std() - 0.7).square()
+
+    monkeypatch.setitem(OBJECTIVES._entries, "spread", Spread)
+    tuned = tune(
+        RING, nfe=2, objective="endpoint+0.5*spread,spread", data=DATA,
+        search={"steps": 3, "pairs": 8, "heldout": 20, "test": 20, "teacher_nfe": 6, "batch_size": 8},
+    )  # fmt: skip
+    assert [h["stage"] for h in tuned.history] == [0, 0, 1, 1]
+
+
 def scores(**values):
     kinds = {"rms": TEACHER, "fid": DATA_KIND, "mmd2": JUDGE, "recall": RECALL}
     return [
@@ -469,12 +498,12 @@ def test_a_search_that_finds_nothing_gives_back_the_start():
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted():
-    calls = []
+    batches = []
 
     def distance(x, y):
-        calls.append(len(x))
+        batches.append(len(x))
         value = (x - y).square().mean(1)
-        return value * (math.nan if x.requires_grad and len(calls) % 2 else 1.0)
+        return value * (math.nan if x.requires_grad and len(batches) % 2 else 1.0)
 
     tuned = tune(
         RING, nfe=3, objective="endpoint", data=DATA,
@@ -512,8 +541,8 @@ def test_the_judge_prefers_the_truth():
 
 def test_random_features_see_images_and_are_always_the_same():
     x = normal(6, 3, 8, 8).float()
-    look = random_features((3, 8, 8))
-    assert torch.equal(look(x), random_features((3, 8, 8))(x))
-    assert float((look(x) - random_features((3, 8, 8), seed=1)(x)).abs().max()) > 0.1
-    assert look.sha256 != random_features((3, 8, 8), seed=1).sha256
-    assert look(x).shape == (6, 2 * (32 + 64 + 128))
+    extract = random_features((3, 8, 8))
+    assert torch.equal(extract(x), random_features((3, 8, 8))(x))
+    assert float((extract(x) - random_features((3, 8, 8), seed=1)(x)).abs().max()) > 0.1
+    assert extract.sha256 != random_features((3, 8, 8), seed=1).sha256
+    assert extract(x).shape == (6, 2 * (32 + 64 + 128))

@@ -58,13 +58,13 @@ class Steps:
 def test_weights_of_the_published_schedule():
     """The table of the paper's settings: cosine schedule, quadratic grid of four frames."""
     schedule = fewstep.schedule("vp-cosine", s=0.0)
-    found = loss_weights(schedule, [0.5625, 0.25, 0.0625, 0.0])
+    result = loss_weights(schedule, [0.5625, 0.25, 0.0625, 0.0])
     torch.testing.assert_close(
-        found, torch.tensor([1.0, 2.414, 10.153, 1e4]).double(), rtol=1e-3, atol=0
+        result, torch.tensor([1.0, 2.414, 10.153, 1e4]).double(), rtol=1e-3, atol=0
     )
-    found = loss_weights(schedule, [0.75, 0.5, 0.25, 0.0], lambda_max=20.0)
+    result = loss_weights(schedule, [0.75, 0.5, 0.25, 0.0], lambda_max=20.0)
     torch.testing.assert_close(
-        found, torch.tensor([1.0, 1.0, 2.414, 20.0]).double(), rtol=1e-3, atol=0
+        result, torch.tensor([1.0, 1.0, 2.414, 20.0]).double(), rtol=1e-3, atol=0
     )
     assert loss_weights(schedule, [0.5, 0.0], "uniform").tolist() == [1, 1]
     assert loss_weights(schedule, [0.5, 0.0], [0.2, 3.0]).tolist() == [0.2, 3.0]
@@ -255,9 +255,9 @@ def test_the_distance_in_the_features_of_a_classifier(model, store, tmp_path):
         seen = [(s.abs().sum(1) > 0).float() for s in (one, two)]  # no direction where all is zero
         expected = expected + (seen[0] + seen[1] - 2 * cosine).flatten(1).mean(1)
     distance = loss_of("features", None, model, "fashion-robust")
-    found = distance(a, b)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    (gradient,) = torch.autograd.grad(found.sum(), a)
+    result = distance(a, b)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(result.sum(), a)
     assert float(gradient.abs().max()) > 0
     distill(
         model, store, tmp_path, mode="endpoint", loss="features", features="fashion-robust", **SHORT

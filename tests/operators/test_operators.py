@@ -188,7 +188,7 @@ def test_the_published_network_runs():
 @pytest.mark.parametrize("schedule", ["vp-cosine", "ddpm-linear", "ve", "edm", "flow", "sub-vp"])
 @pytest.mark.parametrize("native", ["eps", "x0", "v", "score", "flow"])
 def test_the_state_that_is_consistent_with_the_data(schedule, native):
-    """If the network's answer is that of data x0 and the input's noise, the frames are the path."""
+    """If the model output is that of data x0 and the input's noise, the frames are the path."""
     made = fewstep.schedule(schedule)
     span = made.t_max - made.t_min
     times = [made.t_min + share * span for share in (0.8, 0.3, 0.1, 0.0)]
@@ -198,12 +198,12 @@ def test_the_state_that_is_consistent_with_the_data(schedule, native):
     at = torch.tensor(made.t_max, dtype=torch.float64)
     alpha, sigma = made.alpha(at), made.sigma(at)
     p, q = fewstep.diffusion.prediction.mixture(fewstep.Prediction.of(native), alpha, sigma)
-    start, answer = alpha * x0 + sigma * eps, p * x0 + q * eps
+    start, output = alpha * x0 + sigma * eps, p * x0 + q * eps
     assert table["scale"].tolist() == [1.0] * 4
     for k, t in enumerate(torch.tensor(times, dtype=torch.float64)):
-        found = table["keep"][k] * start + table["gain"][k] * answer
+        result = table["keep"][k] * start + table["gain"][k] * output
         expected = made.alpha(t) * x0 + made.sigma(t) * eps
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_end_at_zero_noise_is_the_data():
@@ -364,9 +364,9 @@ def test_checkpointing_of_diffusers_sees_the_blocks(kind):
     for _ in range(2):
         network.zero_grad()
         call(kind, network, x, t).square().mean().backward()
-        found = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
-        assert any(".temporal." in name for name in found)
-        gradients.append({n: g.clone() for n, g in found.items()})
+        result = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+        assert any(".temporal." in name for name in result)
+        gradients.append({n: g.clone() for n, g in result.items()})
         network.enable_gradient_checkpointing()
         network.train()  # diffusers checkpoints in training alone; there is no dropout
     for name, value in gradients[0].items():
@@ -400,9 +400,9 @@ def test_an_operator_of_diffusers_comes_back(tmp_path):
         write_operator(tmp_path / kind, operator, dtype=torch.float32)
         again = fewstep.load(tmp_path / kind)
         expected = fewstep.sample(OperatorModel(operator), 2, seed=3, save="states", **cond)
-        found = fewstep.sample(again, 2, seed=3, save="states", **cond)
-        torch.testing.assert_close(found.states, expected.states, rtol=1e-4, atol=1e-4)
-        assert found.times.tolist() == [999.0, 500.0, 100.0, 0.0]
+        result = fewstep.sample(again, 2, seed=3, save="states", **cond)
+        torch.testing.assert_close(result.states, expected.states, rtol=1e-4, atol=1e-4)
+        assert result.times.tolist() == [999.0, 500.0, 100.0, 0.0]
 
 
 def test_an_operator_of_a_preconditioned_network_is_read_back(tmp_path):
@@ -543,7 +543,7 @@ def test_sampling_by_default_arguments():
 def test_other_samplers_are_refused(tmp_path):
     model = OperatorModel(trained())
     plan = fewstep.plan("ddim", model.schedule, nfe=2)
-    for change, told in (
+    for change, message in (
         ({"solver": "ddim"}, "leave solver out"),
         ({"plan": plan}, "leave plan out"),
         ({"recipe": fewstep.SamplerRecipe(name="ddim", nfe=2)}, "leave a plan out"),
@@ -552,7 +552,7 @@ def test_other_samplers_are_refused(tmp_path):
         ({"options": {"eta": 0.5}}, "leave eta out"),
         ({"guidance": 2.0, "class_labels": 1}, "cannot be wrapped in Guided"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             fewstep.sample(model, 2, **change)
     with pytest.raises(ValueError, match="one evaluation"):
         model(torch.zeros(1, 1, 8, 8), 0.5)

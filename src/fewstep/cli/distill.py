@@ -72,7 +72,7 @@ def distill(
         mode: dsno (the whole path, temporal blocks), folded (without them), endpoint (the sample
             alone), same-parameters or same-flops (endpoint, as large or as costly as dsno).
         times: The number of frames (4), or their times among the stored ones (0.56,0.25,0).
-        modes: The temporal modes J that are kept; 2 if left out.
+        modes: The number J of temporal modes; 2 if left out.
         basis: dft, dct or dense.
         loss: l1, l2, huber, or features (l1, and the distance in features of a network).
         features: The feature extractor: fashion, fashion-robust, a folder or a TorchScript file;
@@ -104,9 +104,9 @@ def distill(
     finished = (out / "operator.json").exists() and (out / PICTURE).exists()
     if finished and not overwrite:
         raise exists(out)
-    made = DistillRecipe()
+    settings = DistillRecipe()
     if recipe is not None:
-        made = DistillRecipe.from_json(read_json(recipe, what="the recipe"))
+        settings = DistillRecipe.from_json(read_json(recipe, what="the recipe"))
     given: dict[str, Any] = {
         "mode": mode,
         "modes": modes,
@@ -125,29 +125,29 @@ def distill(
         "seed": seed,
     }
     changes = {key: value for key, value in given.items() if value is not None}
-    made = replace(made, **changes, **_times(times))
+    settings = replace(settings, **changes, **_times(times))
     teacher, store = load_model(model, device), TrajectoryStore.open(trajectories)
-    inputs = distill_inputs(teacher, store, made)
-    before = begin(out, made, inputs, OURS, finished=finished, overwrite=overwrite)
+    inputs = distill_inputs(teacher, store, settings)
+    before = begin(out, settings, inputs, OURS, finished=finished, overwrite=overwrite)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launched
     tell = say if first else lambda _: None
-    tell(f"{len(store)} trajectories; {made.mode}, {made.steps} steps on {device}")
+    tell(f"{len(store)} trajectories; {settings.mode}, {settings.steps} steps on {device}")
     if before:
         tell(f"resumed at step {before}")
     student = run(
         teacher,
         store,
         out,
-        recipe=made,
+        recipe=settings,
         device=device,
         checkpoint_every=checkpoint_every,
         tensorboard=tensorboard,
         progress=True,
     )
     if first:
-        title = f"{made.mode} after {made.steps} steps · 1 evaluation"
+        title = f"{settings.mode} after {settings.steps} steps · 1 evaluation"
         classes, sampler = _classes(student), student.built_in_sampler()
-        picture = picture_of(sampler, classes=classes, seed=made.seed, title=title)
+        picture = picture_of(sampler, classes=classes, seed=settings.seed, title=title)
         write_atomic(out / PICTURE, picture)
     own, added = student.operator.overhead()
     rms = student.about["training"]["heldout_rms"]

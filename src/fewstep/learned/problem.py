@@ -261,7 +261,7 @@ class Problem:
     def _result(
         self, plan: Plan, state: State, scores: Mapping[str, list[Score]], verdict: Verdict
     ) -> TunedSampler:
-        values = {when: records(found) for when, found in scores.items()}
+        values = {when: records(each) for when, each in scores.items()}
         about = {
             **self.record(),
             "by": "fewstep tune",

@@ -178,7 +178,7 @@ def make_pairs(
         seed: The seed of the noises.
         n: The number of pairs.
         batch_size: The samples drawn at a time.
-        keep: Times whose states are kept too.
+        keep: The times of further states in the pairs.
         file: The file, or ``None``.
         key: A hash of everything that determines the pairs.
         progress: Ticks once for each evaluation of each sample.
