@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.registry import Registry
+from fewstep.diffusion.scalars import column
 from fewstep.diffusion.schedules import NoiseSchedule
 
 MOST_STEPS = 100_000
@@ -92,6 +93,21 @@ class TimeGrid:
     def rho(self) -> Tensor:
         r"""The ratios :math:`\rho(t_i) = \sigma / \alpha`, shape (K + 1)."""
         return self._evaluate(self.schedule.rho, 0.0)
+
+    def numeric(self) -> TimeGrid:
+        """Returns the same grid with elements that are numbers instead of tensors without dimensions.
+
+        For the equations of solvers: ``grid.alpha[i]`` is then a number with the methods of a tensor, at a
+        hundredth of the cost. Where the times require gradients they stay tensors.
+        """
+        if self.times.requires_grad:
+            return self
+        twin = object.__new__(TimeGrid)
+        fields = {
+            name: column(getattr(self, name)) for name in ("times", "alpha", "sigma", "lam", "rho")
+        }
+        twin.__dict__.update(schedule=self.schedule, ends_at_zero=self.ends_at_zero, **fields)
+        return twin
 
     def rounded(self) -> TimeGrid:
         """Returns the grid with every time moved to the nearest trained level (an integer).

@@ -87,6 +87,8 @@ def phi(order: int, z: Tensor) -> Tensor:
     """
     if order == 0:
         return z.exp()
+    if isinstance(z, float):
+        return type(z)(_phi(order, float(z)))
     small = z.abs() < 1.0
     safe = torch.where(small, torch.ones_like(z), z)
     value = torch.expm1(safe) / safe
@@ -97,3 +99,15 @@ def phi(order: int, z: Tensor) -> Tensor:
     for n in reversed(range(20)):
         series = series * near + 1 / math.factorial(n + order)
     return torch.where(small, series, value)
+
+
+def _phi(order: int, z: float) -> float:
+    if abs(z) < 1.0:
+        series = 0.0
+        for n in reversed(range(20)):
+            series = series * z + 1 / math.factorial(n + order)
+        return series
+    value = math.expm1(z) / z
+    for k in range(1, order):
+        value = (value - 1 / math.factorial(k)) / z
+    return value

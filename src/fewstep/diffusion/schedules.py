@@ -6,6 +6,7 @@ Everything downstream needs only :math:`\alpha`, :math:`\sigma` and the inverse 
 
 from __future__ import annotations
 
+import bisect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -407,6 +408,8 @@ class Tabulated(NoiseSchedule):
         )
         self._lam = 0.5 * (table.log() - torch.log1p(-table))
         self._table = table
+        self._numbers: list[float] = self._lam.tolist()
+        self._ascending = [-lam for lam in self._numbers]
         self.t_min, self.t_max = 0.0, float(table.numel() - 1)
 
     def options(self) -> dict[str, Any]:
@@ -426,6 +429,9 @@ class Tabulated(NoiseSchedule):
         return torch.arange(self.levels, dtype=torch.float64)
 
     def _lam_at(self, t: Tensor) -> Tensor:
+        if isinstance(t, float):  # a number that stands for a tensor; see diffusion.scalars
+            k = min(max(math.floor(t), 0), self.levels - 2)
+            return self._numbers[k] + (t - k) * (self._numbers[k + 1] - self._numbers[k])
         table = self._lam.to(t)
         low = t.detach().floor().clamp(0, self.levels - 2).long()
         return table[low] + (t - low) * (table[low + 1] - table[low])
@@ -437,6 +443,9 @@ class Tabulated(NoiseSchedule):
         return 0.5 * logsigmoid(-2 * self._lam_at(t))
 
     def time(self, lam: Tensor) -> Tensor:
+        if isinstance(lam, float):
+            k = min(max(bisect.bisect_right(self._ascending, -lam) - 1, 0), self.levels - 2)
+            return k + (lam - self._numbers[k]) / (self._numbers[k + 1] - self._numbers[k])
         table = self._lam.to(lam)
         # lam decreases with the index; searchsorted wants an ascending table.
         low = torch.searchsorted(-table, -lam.detach().contiguous(), right=True) - 1

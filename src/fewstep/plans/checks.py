@@ -6,14 +6,19 @@ of the initial draw and of the further draws, instead of on samples: closed form
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction, coefficients, mixture
 from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Eval, Lin, Noise
+
+MOST_COORDINATES = 64
+"""How many coordinates the noise of a register has in the point-mass check before they are compressed."""
 
 
 class Moments(NamedTuple):
@@ -59,37 +64,69 @@ def point_mass_defect(plan: Plan, alpha: Tensor, sigma: Tensor) -> float:
     r"""Returns how far the plan is from exact when the data are a single point c.
 
     Then :math:`\varepsilon` is constant along every trajectory: each network input, and the sample,
-    must be :math:`\alpha \, c + \sigma z` with a standard normal z. The network's answers are the
-    ideal ones, so that rounding is not amplified from call to call as the defect of a slip is.
+    must be :math:`\alpha \, c + \sigma z` with a standard normal z. The model outputs are the ideal
+    ones, so that rounding is not amplified from evaluation to evaluation as the defect of a slip is.
 
     Arguments:
         plan: The plan.
         alpha: The scale of the data at the last knot.
         sigma: The scale of the noise at the last knot.
     """
+    # A register is the weight of c, and the coordinates of its noise in an orthonormal basis: the
+    # draws, or a basis of what the registers still in use span, so that long plans cost no more a row.
+    width, used = min(1 + plan.n_noise, MOST_COORDINATES), 1
     with torch.no_grad():
-        basis = torch.eye(2 + plan.n_noise, dtype=torch.float64)
-        start_alpha, start_sigma = _start(plan)
-        registers: list[Tensor] = [start_alpha * basis[0] + start_sigma * basis[1]]
-        p, q = mixture(plan.prediction, plan.scales[:, 0], plan.scales[:, 1])
-        defects: list[Tensor] = []
+        start_alpha, start_sigma = (float(scale) for scale in _start(plan))
+        scales: list[list[float]] = plan.scales.tolist()
+        ideal = [p.tolist() for p in mixture(plan.prediction, *plan.scales.unbind(1))]
+    numbers, defect = plan.numbers, 0.0
+    first = numpy.zeros(width)
+    first[0] = start_sigma
+    registers: list[tuple[float, Any] | None] = [(start_alpha, first)]
 
-        def check(state: Tensor, a: Tensor, s: Tensor) -> Tensor:
-            noise = state[1:].norm()
-            defects.extend([(state[0] - a).abs(), (noise - s).abs()])
-            return torch.cat([torch.zeros(1, dtype=torch.float64), state[1:] / noise])
+    def eps(state: tuple[float, Any] | None, a: float, s: float) -> Any:
+        nonlocal defect
+        assert state is not None
+        data, noise = state[0], math.sqrt(state[1] @ state[1])
+        gap = max(abs(data - a), abs(noise - s))
+        defect = gap if not gap <= defect else defect  # NaN stays
+        return state[1] / noise if noise else state[1] * math.nan
 
-        for row in plan.structure.rows:
-            if isinstance(row, Lin):
-                weights = plan.values[row.offset : row.offset + len(row.terms)]
-                registers.append(weights @ torch.stack([registers[r] for r in row.terms]))
-            elif isinstance(row, Eval):
-                eps = check(registers[row.of], *plan.scales[row.at])
-                registers.append(p[row.at] * basis[0] + q[row.at] * eps)
-            else:
-                registers.append(basis[2 + row.draw])
-        check(registers[plan.structure.result], alpha, sigma)
-        return float(torch.stack(defects).max())
+    for i, row in enumerate(plan.structure.rows):
+        if isinstance(row, Lin):
+            data, noise = 0.0, 0.0
+            for place, r in enumerate(row.terms, start=row.offset):
+                c, other = numbers[place], registers[r]
+                assert other is not None
+                data, noise = data + c * other[0], noise + c * other[1]
+            registers.append((data, noise))
+        elif isinstance(row, Eval):
+            z = eps(registers[row.of], *scales[row.at])
+            registers.append((ideal[0][row.at], ideal[1][row.at] * z))
+        else:
+            if used == width:
+                width, used = _compressed(registers)
+            draw = numpy.zeros(width)
+            draw[used] = 1.0
+            used += 1
+            registers.append((0.0, draw))
+        for r in plan.structure.last_reads[i]:
+            registers[r] = None
+    eps(registers[plan.structure.result], float(alpha.detach()), float(sigma.detach()))
+    return defect
+
+
+def _compressed(registers: list[Any]) -> tuple[int, int]:
+    """Writes the noises of the registers in use in a basis of their span; returns its room and its size."""
+    live = [k for k, register in enumerate(registers) if register is not None]
+    triangle = numpy.linalg.qr(numpy.stack([registers[k][1] for k in live], 1), mode="r")
+    size = len(triangle)
+    width = max(MOST_COORDINATES, 2 * size)
+    for column, k in enumerate(live):
+        noise = numpy.zeros(width)
+        noise[:size] = triangle[:, column]
+        registers[k] = (registers[k][0], noise)
+    return width, size
 
 
 def gaussian_moments(plan: Plan, mean: float, std: float) -> Moments:

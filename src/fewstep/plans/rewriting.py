@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from fewstep.diffusion.prediction import Prediction, coefficients
+from fewstep.diffusion.scalars import column
 from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Eval, Lin
 from fewstep.plans.tape import Form, Tape
@@ -33,17 +34,19 @@ def convert_plan(plan: Plan, prediction: Prediction | str, *, shared: bool = Fal
         return plan
     a, b = coefficients(target, plan.prediction, alpha=plan.scales[:, 0], sigma=plan.scales[:, 1])
     by_state = (a.detach().abs() >= b.detach().abs()).tolist()
+    # Numbers, or tensors where there are gradients to carry.
+    a, b, values, times = (column(v) for v in (a, b, plan.values, plan.times))
     tape = Tape(plan.grid, target)
     registers: list[Form] = [tape.x]
     for row in plan.structure.rows:
         if isinstance(row, Lin):
             total = Form({})
             for place, r in enumerate(row.terms, start=row.offset):
-                total = total + registers[r] * plan.values[place]
+                total = total + registers[r] * values[place]
             registers.append(tape.state(total, row.state))
         elif isinstance(row, Eval):
             k = row.at
-            y, f = tape.evaluate(registers[row.of], plan.times[k])
+            y, f = tape.evaluate(registers[row.of], times[k])
             if not shared:
                 registers.append(y * a[k] + f * b[k])
             elif by_state[k]:

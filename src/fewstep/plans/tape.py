@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.scalars import vector
 from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Eval, Lin, Noise, Row, Structure
 
@@ -20,11 +20,11 @@ Scalar = Tensor | float
 
 
 class Form:
-    r"""A linear combination :math:`\sum_j c_j r_j` of registers, with 0-dimensional float64 weights."""
+    r"""A linear combination :math:`\sum_j c_j r_j` of registers; the weights are numbers or 0-dimensional tensors."""
 
     __slots__ = ("is_register", "weights")
 
-    def __init__(self, weights: Mapping[int, Tensor], *, is_register: bool = False) -> None:
+    def __init__(self, weights: Mapping[int, Scalar], *, is_register: bool = False) -> None:
         self.weights = dict(weights)
         self.is_register = is_register
 
@@ -64,13 +64,13 @@ class Tape:
         self.prediction = prediction
         self.x = self._register(0)
         self._rows: list[Row] = []
-        self._values: list[Tensor] = []
-        self._times: list[Tensor] = []
+        self._values: list[Scalar] = []
+        self._times: list[Scalar] = []
         self._noises = 0
 
     @staticmethod
     def _register(index: int) -> Form:
-        return Form({index: torch.ones((), dtype=torch.float64)}, is_register=True)
+        return Form({index: 1.0}, is_register=True)
 
     def _append(self, row: Row) -> Form:
         self._rows.append(row)
@@ -82,8 +82,8 @@ class Tape:
         self._values.extend(form.weights.values())
         return self._append(row)
 
-    def evaluate(self, form: Form, t: Tensor) -> tuple[Form, Form]:
-        """Calls the network at a form and a time; returns the form as a register, and the answer."""
+    def evaluate(self, form: Form, t: Scalar) -> tuple[Form, Form]:
+        """Evaluates the network at a form and a time; returns the form as a register, and the model output."""
         y = form if form.is_register else self.state(form)
         (register,) = y.weights
         self._times.append(t)
@@ -101,8 +101,8 @@ class Tape:
         (register,) = result.weights
         return Plan(
             Structure(self.prediction, tuple(self._rows), register),
-            torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in self._values]),
-            torch.stack(self._times),
+            vector(self._values),
+            vector(self._times),
             self.grid.times,
             self.grid.schedule,
             name=name,

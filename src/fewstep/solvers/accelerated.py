@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.scalars import column
 from fewstep.plans.tape import Form, Tape
 from fewstep.solvers.base import Solver, transfer
 
@@ -22,10 +23,11 @@ class _Levels:
     """The levels A of a grid, and the scale that makes the state variance preserving."""
 
     def __init__(self, grid: TimeGrid) -> None:
-        self.cumulative = 1 / (1 + grid.rho.square())
-        self.scale = self.cumulative.sqrt() / grid.alpha
+        cumulative = 1 / (1 + grid.rho.square())
+        self.cumulative = column(cumulative)
+        self.scale = column(cumulative.sqrt() / grid.alpha)
         # 1 - A without cancellation, and the eps form of a score: s = -eps / sqrt(1 - A).
-        self.noise = grid.rho * self.cumulative.sqrt()
+        self.noise = column(grid.rho * cumulative.sqrt())
 
     def step(self, i: int) -> tuple[Tensor, Tensor]:
         r"""Returns (a, 1 - a) of step i, :math:`a = A_i / A_{i+1}`."""
@@ -142,7 +144,7 @@ class AcceleratedDDIM(Solver):
             _, f = tape.evaluate(x, grid.times[i])
             form = transfer(x, f, grid, i, i + 1)
             if previous is not None:
-                weight = arcsin_weight(*levels.cumulative[i - 1 : i + 2])
+                weight = arcsin_weight(*(levels.cumulative[k] for k in (i - 1, i, i + 1)))
                 form = form + weight / levels.scale[i + 1] * (previous - f)
             x = tape.state(form, i + 1)
             previous = f

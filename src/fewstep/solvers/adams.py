@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fewstep.diffusion.grids import TimeGrid
-from fewstep.diffusion.quadrature import ADAMS_BASHFORTH, integrate, lagrange
+from fewstep.diffusion.quadrature import ADAMS_BASHFORTH, gauss_legendre
+from fewstep.diffusion.scalars import column
 from fewstep.plans.tape import Form, Tape
 from fewstep.solvers.base import Solver, check_order, transfer
 
@@ -44,27 +46,61 @@ class _ExponentialAdams(Solver):
         # A last step of degree 0 has a local error of order 2.
         return min(self.degree + 1, 2) if self.lower_final else self.degree + 1
 
-    @abstractmethod
-    def _variable(self, grid: TimeGrid, log_rho: Tensor) -> Tensor:
-        r"""Returns the variable of the polynomial at points given by :math:`\log\rho`."""
+    _nodes_each: ClassVar[int] = 32
 
     @abstractmethod
-    def _nodes(self, grid: TimeGrid) -> Tensor:
-        """Returns the same variable at the grid points."""
+    def _variable(self, grid: TimeGrid, u: Tensor) -> Tensor:
+        """Returns the variable of the polynomial at points u of the variable of integration."""
 
-    def _weights(self, grid: TimeGrid, i: int, degree: int) -> Tensor:
-        nodes = [self._nodes(grid)[i - j] for j in range(degree + 1)]
+    def _points(self, grid: TimeGrid) -> tuple[Tensor, Tensor]:
+        """Returns the variable of integration and that of the polynomial at the grid points."""
         # In u = log rho the integrand is smooth over many orders of magnitude of rho.
-        start, end = -grid.lam[i], -grid.lam[i + 1]
+        return -grid.lam, self._variable(grid, -grid.lam)
 
-        def integrand(u: Tensor) -> Tensor:
-            return lagrange(nodes, self._variable(grid, u)) * u.exp()
+    def _density(self, u: Tensor) -> Tensor:
+        r"""Returns :math:`d\rho / du`."""
+        return u.exp()
 
-        breaks = _kinks(grid, i)
-        nodes_each = 32 if breaks is None else 8
-        return grid.alpha[i + 1] * integrate(
-            integrand, start, end, nodes=nodes_each, breaks=breaks
-        )
+    def _kinks(self, grid: TimeGrid) -> Tensor | None:
+        """Returns the points of the variable of integration where the integrand has a kink."""
+        del grid
+        return None
+
+    def _weights(self, grid: TimeGrid) -> list[list[Tensor]]:
+        r"""Returns the weights of each step's model outputs, newest first; all steps at once."""
+        degrees = [self._degree_at(grid, i) for i in range(grid.steps)]
+        weights: list[list[Tensor]] = [[]] * grid.steps
+        curved = [i for i, degree in enumerate(degrees) if degree]
+        if not curved:
+            return weights
+        first, last = curved[0], curved[-1] + 1  # one after the other
+        u, v = self._points(grid)
+        kinks = self._kinks(grid)
+        edges, owners = _pieces(u[first : last + 1], kinks)
+        owners = owners + first
+        nodes, shares = gauss_legendre(self._nodes_each if kinks is None else 8)
+        half = edges.diff()[:, None] / 2
+        points = (edges[1:] + edges[:-1])[:, None] / 2 + half * nodes
+        value = self._variable(grid, points.reshape(-1)).reshape(points.shape)
+        measure = half * shares * self._density(points)
+        for degree in sorted(set(degrees) - {0}):
+            steps = [i for i in curved if degrees[i] == degree]
+            inside = torch.tensor(degrees)[owners] == degree
+            owner, at, share = owners[inside], value[inside], measure[inside]
+            rows = []
+            for j in range(degree + 1):
+                row = share
+                for k in range(degree + 1):
+                    if k != j:
+                        near, other = v[owner - j], v[owner - k]
+                        row = row * ((at - other[:, None]) / (near - other)[:, None])
+                rows.append(row.sum(1))
+            table = torch.zeros(grid.steps, degree + 1, dtype=torch.float64)
+            table = table.index_add(0, owner, torch.stack(rows, 1)) * grid.alpha[1:, None]
+            for i in steps:
+                row = column(table[i])
+                weights[i] = [row[j] for j in range(degree + 1)]
+        return weights
 
     def _degree_at(self, grid: TimeGrid, i: int) -> int:
         degree = min(self.degree, i)
@@ -75,29 +111,29 @@ class _ExponentialAdams(Solver):
         return degree
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
-        x, history = tape.x, list[Form]()
+        x, history, weights = tape.x, list[Form](), self._weights(grid)
         for i in range(grid.steps):
             _, f = tape.evaluate(x, grid.times[i])
             history = [f, *history[: self.degree]]
-            degree = self._degree_at(grid, i)
-            if degree == 0:
+            if not weights[i]:
                 x = tape.state(transfer(x, f, grid, i, i + 1), i + 1)
                 continue
             form = grid.alpha[i + 1] / grid.alpha[i] * x
-            for c, e in zip(self._weights(grid, i, degree), history, strict=False):
+            for c, e in zip(weights[i], history, strict=False):
                 form = form + c * e
             x = tape.state(form, i + 1)
         return x
 
 
-def _kinks(grid: TimeGrid, i: int) -> Tensor | None:
-    """Returns log rho at the schedule's kinks strictly inside step i, from its start to its end."""
-    times = grid.schedule.breakpoints()
-    if times is None:
-        return None
-    high, low = grid.times[i : i + 2].detach().tolist()
-    inside = times[(times > low + 1e-9) & (times < high - 1e-9)].flip(0)
-    return -grid.schedule.lam(inside)
+def _pieces(ends: Tensor, kinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the edges of the pieces of all steps, descending, and to which step each piece belongs."""
+    if kinks is None:
+        return ends, torch.arange(len(ends) - 1)
+    inside = (kinks < ends[0].detach()) & (kinks > ends[-1].detach())
+    edges = torch.cat([ends, kinks[inside]])
+    order = torch.argsort(edges.detach(), descending=True, stable=True)
+    starts = (order < len(ends)).cumsum(0)[:-1] - 1
+    return edges[order], starts
 
 
 class TAB(_ExponentialAdams):
@@ -127,11 +163,23 @@ class TAB(_ExponentialAdams):
 
     _prefix = "tab"
 
-    def _variable(self, grid: TimeGrid, log_rho: Tensor) -> Tensor:
-        return grid.schedule.time(-log_rho)
+    def _variable(self, grid: TimeGrid, u: Tensor) -> Tensor:
+        return grid.schedule.time(-u)
 
-    def _nodes(self, grid: TimeGrid) -> Tensor:
-        return grid.times
+    def _points(self, grid: TimeGrid) -> tuple[Tensor, Tensor]:
+        return -grid.lam, grid.times
+
+    def _kinks(self, grid: TimeGrid) -> Tensor | None:
+        """Returns log rho at the kinks of the schedule strictly inside of the steps."""
+        times = grid.schedule.breakpoints()
+        if times is None:
+            return None
+        ends = grid.times.detach().flip(0)
+        ends = ends[1:] if grid.ends_at_zero else ends
+        times = times[(times > ends[0] + 1e-9) & (times < ends[-1] - 1e-9)]
+        above = torch.searchsorted(ends, times).clamp(1, len(ends) - 1)
+        near = torch.minimum((ends[above] - times).abs(), (times - ends[above - 1]).abs())
+        return -grid.schedule.lam(times[near > 1e-9])
 
 
 class RhoAB(_ExponentialAdams):
@@ -159,16 +207,16 @@ class RhoAB(_ExponentialAdams):
     _prefix = "rhoab"
     _reaches_zero = True
 
-    def _variable(self, grid: TimeGrid, log_rho: Tensor) -> Tensor:
-        return log_rho.exp()
+    _nodes_each = 2  # a polynomial of degree 3 at most: exact
 
-    def _nodes(self, grid: TimeGrid) -> Tensor:
-        return grid.rho
+    def _variable(self, grid: TimeGrid, u: Tensor) -> Tensor:
+        return u
 
-    def _weights(self, grid: TimeGrid, i: int, degree: int) -> Tensor:
-        nodes = [grid.rho[i - j] for j in range(degree + 1)]
-        value = integrate(lambda r: lagrange(nodes, r), grid.rho[i], grid.rho[i + 1], nodes=2)
-        return grid.alpha[i + 1] * value
+    def _points(self, grid: TimeGrid) -> tuple[Tensor, Tensor]:
+        return grid.rho, grid.rho
+
+    def _density(self, u: Tensor) -> Tensor:
+        return torch.ones_like(u)
 
 
 class LogRhoAB(_ExponentialAdams):
@@ -201,18 +249,8 @@ class LogRhoAB(_ExponentialAdams):
     lowers_final: ClassVar[bool] = True
     default_grid = ("log-rho", {})
 
-    def _variable(self, grid: TimeGrid, log_rho: Tensor) -> Tensor:
-        return log_rho
-
-    def _nodes(self, grid: TimeGrid) -> Tensor:
-        return -grid.lam
-
-    def _weights(self, grid: TimeGrid, i: int, degree: int) -> Tensor:
-        nodes = [-grid.lam[i - j] for j in range(degree + 1)]
-        value = integrate(
-            lambda u: lagrange(nodes, u) * u.exp(), -grid.lam[i], -grid.lam[i + 1], nodes=32
-        )
-        return grid.alpha[i + 1] * value
+    def _variable(self, grid: TimeGrid, u: Tensor) -> Tensor:
+        return u
 
 
 @dataclass(frozen=True)

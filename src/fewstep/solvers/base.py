@@ -117,7 +117,7 @@ class Solver(ABC):
             ValueError: If the method is not defined on this grid.
         """
         tape = Tape(grid, self.prediction)
-        plan = tape.finish(self.equations(tape, grid), self.name)
+        plan = tape.finish(self.equations(tape, grid.numeric()), self.name)
         expected = self.nfe(grid.steps, ends_at_zero=grid.ends_at_zero)
         if plan.nfe != expected:
             raise AssertionError(f"{self.name} declares {expected} calls and makes {plan.nfe}")

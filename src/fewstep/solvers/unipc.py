@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class UniPC(Solver):
             (answers[k] - answers[0]) / r for k, r in zip(range(1, degree), ratios, strict=True)
         ]
         if newest is not None:
-            ratios.append(torch.ones((), dtype=torch.float64))
+            ratios.append(1.0)
             slopes.append(newest - answers[0])
         if not slopes:
             return form
@@ -117,14 +117,18 @@ class UniPC(Solver):
         return form
 
     @staticmethod
-    def _weights(h: Tensor, ratios: list[Tensor], scale: Tensor) -> Tensor:
-        r = torch.stack(ratios)
+    def _weights(h: Tensor, ratios: list[Any], scale: Tensor) -> list[Any]:
         count = len(ratios)
         if count == 1:
             # One difference: the value of UniPC's authors, instead of the solution of the system.
-            return torch.full((1,), 0.5, dtype=torch.float64)
-        matrix = torch.stack([r**n for n in range(count)])
-        right = torch.stack(
-            [math.factorial(n) * -h * phi(n + 1, -h) / scale for n in range(1, count + 1)]
-        )
-        return torch.linalg.solve(matrix, right)
+            return [0.5]
+        b = [math.factorial(n) * -h * phi(n + 1, -h) / scale for n in range(1, count + 1)]
+        # The system is a Vandermonde matrix: a_k has the coefficients of the Lagrange basis at r_k.
+        if count == 2:
+            r, s = ratios
+            return [(b[1] - s * b[0]) / (r - s), (b[1] - r * b[0]) / (s - r)]
+        solution = []
+        for k, r in enumerate(ratios):
+            s, u = (other for j, other in enumerate(ratios) if j != k)
+            solution.append((b[2] - (s + u) * b[1] + s * u * b[0]) / ((r - s) * (r - u)))
+        return solution
