@@ -10,7 +10,7 @@ import bisect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from fewstep.base.registry import Registry
 
 MOST_LEVELS = 1_000_000
 """The most levels of a tabulated schedule; a guard against hostile files."""
+
+
+# The default grid of Heun is EDM's, for EDM's range of noise; that of a VP chain is even in time.
+VP_SUITS = {"karras": "uniform"}
 
 
 class NoiseSchedule(ABC):
@@ -34,6 +38,12 @@ class NoiseSchedule(ABC):
         t_zero: The label of the point with :math:`\sigma = 0` in a grid; no function of the
             schedule is ever evaluated there.
         discrete: Whether times are (fractional) indices of trained levels.
+        flow_coordinate: Whether one-step methods of several stages take
+            :math:`s = \sigma / (\alpha + \sigma)` as their coordinate, in which every schedule is a
+            rectified flow, :math:`d(x / (\alpha + \sigma)) / ds = \varepsilon - x_0`, and not
+            :math:`\rho`, which falls so steeply near pure noise that the stages amplify errors.
+        suits: For solvers' default grids that waste steps or diverge in this schedule's time, the grid
+            that takes their place.
     """
 
     name: str
@@ -41,6 +51,8 @@ class NoiseSchedule(ABC):
     t_max: float
     t_zero: float = 0.0
     discrete: bool = False
+    flow_coordinate: bool = False
+    suits: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
@@ -179,6 +191,7 @@ class VPLinear(_LinearBeta):
     """
 
     name = "vp-linear"
+    suits = VP_SUITS
 
     def log_sigma(self, t: Tensor) -> Tensor:
         return _log_sigma_vp(self.log_alpha(t))
@@ -196,6 +209,7 @@ class SubVP(_LinearBeta):
     """
 
     name = "sub-vp"
+    suits = VP_SUITS
 
     def log_sigma(self, t: Tensor) -> Tensor:
         return torch.log(-torch.expm1(2 * self.log_alpha(t)))
@@ -220,6 +234,8 @@ class VPCosine(NoiseSchedule):
     """
 
     name = "vp-cosine"
+    flow_coordinate = True
+    suits = VP_SUITS
 
     def __init__(self, s: float = 0.008) -> None:
         _check(0 <= s < 1, f"s must be in [0, 1), got {s}")
@@ -251,6 +267,7 @@ class VE(NoiseSchedule):
     """
 
     name = "ve"
+    suits = dict.fromkeys(("quadratic", "power"), "log-rho")
     t_zero = -1.0
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
@@ -283,6 +300,7 @@ class EDM(NoiseSchedule):
     """
 
     name = "edm"
+    suits = dict.fromkeys(("uniform", "quadratic", "power"), "karras")
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
         _check(
@@ -358,6 +376,8 @@ class Flow(NoiseSchedule):
     """
 
     name = "flow"
+    flow_coordinate = True
+    suits = dict.fromkeys(("quadratic", "power", "karras"), "uniform")
 
     def __init__(self, t_max: float = 0.999) -> None:
         _check(1e-3 < t_max < 1, f"t_max must be between 0.001 and 1, got {t_max}")
@@ -388,6 +408,7 @@ class Tabulated(NoiseSchedule):
     """
 
     name = "tabulated"
+    suits = VP_SUITS
     t_zero = -1.0
     discrete = True
 
@@ -509,6 +530,7 @@ class DDPMCosine(Tabulated):
     """
 
     name = "ddpm-cosine"
+    flow_coordinate = True
 
     def __init__(self, s: float = 0.008, max_beta: float = 0.999, levels: int = 1000) -> None:
         _check(0 <= s < 1, f"s must be in [0, 1), got {s}")

@@ -66,7 +66,7 @@ class Base:
     def plan(self, knots: Tensor | None = None) -> Plan:
         """Returns the solver's plan, at other knots if given; differentiable in them, not audited."""
         grid = self.grid if knots is None else replace(self.grid, times=knots)
-        tape = Tape(grid, self.solver.prediction)
+        tape = Tape(grid, self.solver.prediction_on(grid.schedule))
         plan = tape.finish(self.solver.equations(tape, grid), self.solver.name)
         return replace(plan, head=self.head)
 

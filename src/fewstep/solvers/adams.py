@@ -342,6 +342,12 @@ class PNDM(Solver):
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
         t, schedule = grid.times, grid.schedule
+        if schedule.flow_coordinate:
+            raise ValueError(
+                f"pndm begins with steps of several stages, which near pure noise amplify errors by the "
+                f"ratios of sigma / alpha ({float(grid.rho[0] / grid.rho[1]):.3g} in the first step); on "
+                f"{schedule.name!r} take ipndm, which has none, or heun"
+            )
         x, history = tape.x, list[Form]()
         for i in range(grid.steps):
             _, e1 = tape.evaluate(x, t[i])

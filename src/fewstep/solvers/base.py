@@ -37,7 +37,10 @@ class Solver(ABC):
             :math:`\varepsilon` exactly; checked whenever a plan is made.
         adaptive: Whether it chooses its steps while it runs. Then it has no plan, no number of
             evaluations beforehand and no grid: :meth:`plan` and :meth:`nfe` raise.
-        default_grid: The grid used when none is given: its name and options.
+        default_grid: The grid used when none is given: its name and options. On a schedule for which
+            it does not suit, another; see :meth:`default_grid_on`.
+        grid_on_flows: The default grid on schedules with a flow coordinate, if it is another than the
+            schedule would take.
         twin: The scheduler of diffusers that has the same table, if there is one; what follows
             says how that scheduler, or the family that it belongs to, behaves there.
         spacing: Its ``timestep_spacing``.
@@ -55,6 +58,7 @@ class Solver(ABC):
     exact: ClassVar[bool] = True
     adaptive: ClassVar[bool] = False
     default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = ("uniform", {})
+    grid_on_flows: ClassVar[str | None] = None
     twin: ClassVar[str | None] = None
     spacing: ClassVar[str] = "linspace"
     spaces_points: ClassVar[bool] = False
@@ -62,6 +66,22 @@ class Solver(ABC):
     lowers_final: ClassVar[bool] = False
     always_lowers_final: ClassVar[bool] = False
     starts_flows_at_noise: ClassVar[bool] = False
+
+    def prediction_on(self, schedule: NoiseSchedule) -> Prediction:
+        """Returns what the equations ask of the network on a schedule."""
+        del schedule
+        return self.prediction
+
+    @final
+    def default_grid_on(self, schedule: NoiseSchedule) -> tuple[str, Mapping[str, Any]]:
+        """Returns the default grid on a schedule: its name and options."""
+        name, options = self.default_grid
+        other = schedule.suits.get(name)
+        if schedule.flow_coordinate and self.grid_on_flows is not None:
+            other = self.grid_on_flows
+        if other is None:
+            return name, options
+        return other, {key: value for key, value in options.items() if key == "to_zero"}
 
     @property
     @abstractmethod
@@ -83,7 +103,7 @@ class Solver(ABC):
     ) -> TimeGrid:
         """Returns the grid of that name, or the solver's own; ``options`` override its options."""
         if name is None:
-            name, own = self.default_grid
+            name, own = self.default_grid_on(schedule)
             options = {**own, **options}
         return grid(name, schedule, steps, **options)
 
@@ -116,7 +136,7 @@ class Solver(ABC):
         Raises:
             ValueError: If the method is not defined on this grid.
         """
-        tape = Tape(grid, self.prediction)
+        tape = Tape(grid, self.prediction_on(grid.schedule))
         plan = tape.finish(self.equations(tape, grid.numeric()), self.name)
         expected = self.nfe(grid.steps, ends_at_zero=grid.ends_at_zero)
         if plan.nfe != expected:

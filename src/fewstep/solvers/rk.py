@@ -10,14 +10,22 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.quadrature import phi
+from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.tape import Form, Tape
 from fewstep.solvers.base import Solver, check_number, transfer
 
 
 @dataclass(frozen=True)
 class _RhoRK(Solver):
-    r"""Common part: an explicit tableau (A, b, c) on :math:`dy/d\rho = \varepsilon`."""
+    r"""Common part: an explicit tableau (A, b, c) on :math:`dy/d\rho = \varepsilon`.
+
+    Where the schedule has a flow coordinate (rectified flows, cosines) it is on
+    :math:`d(x / (\alpha + \sigma)) / ds = \varepsilon - x_0`, :math:`s = \sigma / (\alpha + \sigma)`: there
+    :math:`\rho` is in the hundreds or thousands near pure noise, and stages weighted with its changes
+    amplify every error by as much. On a rectified flow s is the time.
+    """
 
     _matrix: ClassVar[tuple[tuple[float, ...], ...]]
     _weights: ClassVar[tuple[float, ...]]
@@ -31,7 +39,12 @@ class _RhoRK(Solver):
         stages = len(self._weights)
         return stages * (steps - 1) + 1 if ends_at_zero else stages * steps
 
+    def prediction_on(self, schedule: NoiseSchedule) -> Prediction:
+        return Prediction.FLOW if schedule.flow_coordinate else Prediction.EPS
+
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
+        if grid.schedule.flow_coordinate:
+            return self._in_flow(tape, grid)
         x = tape.x
         for i in range(grid.steps):
             if grid.is_last_zero(i):
@@ -42,6 +55,51 @@ class _RhoRK(Solver):
             end = (grid.times[i + 1], grid.alpha[i + 1], grid.rho[i + 1])
             x = tape.state(self._step(tape, grid, x, start, end), i + 1)
         return x
+
+    def _in_flow(self, tape: Tape, grid: TimeGrid) -> Form:
+        x = tape.x
+        for i in range(grid.steps):
+            start = (grid.times[i], grid.alpha[i], grid.sigma[i])
+            x = tape.state(self._flow_step(tape, grid, x, start, i), i + 1)
+        return x
+
+    def _flow_step(
+        self, tape: Tape, grid: TimeGrid, x: Form, start: tuple[Tensor, Tensor, Tensor], i: int
+    ) -> Form:
+        """One step from a point (t, alpha, sigma) to grid point i + 1 in the flow coordinate."""
+        t, a, s = start
+        total, end = a + s, grid.alpha[i + 1] + grid.sigma[i + 1]
+        here, there = s / total, grid.sigma[i + 1] / end
+        h = there - here
+        form = x / total
+        if grid.is_last_zero(i):
+            x, f = tape.evaluate(x, t)
+            return end / total * x + end * h * f
+        slopes: list[Form] = []
+        for stage, row in enumerate(self._matrix):
+            c = sum(row)
+            if c == 0:
+                time, scale = t, total
+            elif c == 1:
+                time, scale = grid.times[i + 1], end
+            else:
+                place = here + c * h
+                time = grid.schedule.time(torch.log((1 - place) / place))
+                scale = grid.schedule.alpha(time) + grid.schedule.sigma(time)
+            y = x
+            if row:
+                y = scale / total * x
+                for weight, k in zip(row, slopes, strict=True):
+                    if weight:
+                        y = y + scale * h * weight * k
+            if stage == 3:
+                # The slopes so far are summed up before the fourth evaluation, which frees them.
+                y, form = tape.state(y), tape.state(form)
+            y, f = tape.evaluate(y, time)
+            slopes.append(f)
+            if self._weights[stage]:
+                form = form + h * self._weights[stage] * f
+        return form * end
 
     def _step(
         self,
@@ -100,7 +158,7 @@ class RhoMidpoint(_RhoRK):
 
     name = "rho-midpoint"
     ends_above_zero: ClassVar[bool] = True
-    default_grid = ("quadratic", {})
+    default_grid = ("power", {"power": 1.5})
     _matrix = ((), (0.5,))
     _weights = (0.0, 1.0)
     _order = 2
@@ -123,7 +181,7 @@ class RhoHeun(_RhoRK):
 
     name = "rho-heun"
     ends_above_zero: ClassVar[bool] = True
-    default_grid = ("quadratic", {})
+    default_grid = ("power", {"power": 1.5})
     _matrix = ((), (1.0,))
     _weights = (0.5, 0.5)
     _order = 2
@@ -146,7 +204,7 @@ class RhoKutta3(_RhoRK):
 
     name = "rho-kutta3"
     ends_above_zero: ClassVar[bool] = True
-    default_grid = ("quadratic", {})
+    default_grid = ("power", {"power": 1.5})
     _matrix = ((), (0.5,), (-1.0, 2.0))
     _weights = (1 / 6, 4 / 6, 1 / 6)
     _order = 3
@@ -169,7 +227,7 @@ class RhoRK4(_RhoRK):
 
     name = "rho-rk4"
     ends_above_zero: ClassVar[bool] = True
-    default_grid = ("quadratic", {})
+    default_grid = ("power", {"power": 1.5})
     _matrix = ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0))
     _weights = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
     _order = 4
@@ -252,6 +310,7 @@ class EDMStochastic(_RhoRK):
         x = tape.x
         most = float(grid.schedule.rho(torch.tensor(grid.schedule.t_max, dtype=torch.float64)))
         churn = min(self.s_churn / grid.steps, math.sqrt(2) - 1)
+        flow = grid.schedule.flow_coordinate
         for i in range(grid.steps):
             start = (grid.times[i], grid.alpha[i], grid.rho[i])
             level = float(grid.rho[i].detach())
@@ -262,6 +321,10 @@ class EDMStochastic(_RhoRK):
                 spread = self.s_noise * torch.sqrt(rho.square() - grid.rho[i].square())
                 x = scale / grid.alpha[i] * x + scale * spread * tape.noise()
                 start = (time, scale, rho)
+            if flow:
+                point = (start[0], start[1], start[1] * start[2])
+                x = tape.state(self._flow_step(tape, grid, x, point, i), i + 1)
+                continue
             if grid.is_last_zero(i):
                 x, f = tape.evaluate(x, start[0])
                 ratio = grid.alpha[i + 1] / start[1]
@@ -286,6 +349,7 @@ class _DPMSolver(Solver):
     _stages: ClassVar[int]
 
     default_grid = ("log-rho", {})
+    grid_on_flows: ClassVar[str | None] = "uniform"
 
     @property
     def order(self) -> int:

@@ -54,6 +54,7 @@ class UniPC(Solver):
 
     prediction: ClassVar[Prediction] = Prediction.X0
     default_grid = ("log-rho", {})
+    grid_on_flows: ClassVar[str | None] = "uniform"
     twin = "diffusers:UniPCMultistepScheduler"
     lowers_final: ClassVar[bool] = True
     always_lowers_final: ClassVar[bool] = True

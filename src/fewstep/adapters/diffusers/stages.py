@@ -57,6 +57,8 @@ def check_jump(method: Solver, grid: TimeGrid) -> None:
     """Refuses a first step of several stages that would amplify what the network says."""
     if method.nfe(2) <= 2 or grid.steps < 2 or grid.is_last_zero(0):
         return
+    if method.prediction_on(grid.schedule) is Prediction.FLOW:
+        return  # its stages are weighted in sigma / (alpha + sigma), and nothing is amplified
     jump = float(grid.rho[0] / grid.rho[1])
     if jump > LARGEST_JUMP:
         raise ValueError(
