@@ -257,3 +257,25 @@ def test_the_registry_is_the_public_one() -> None:
         *("vp-linear", "vp-cosine", "sub-vp", "ve", "edm", "flow"),
         *("ddpm-linear", "ddpm-scaled-linear", "ddpm-cosine", "tabulated"),
     }
+
+
+def test_betas_give_the_same_levels_as_their_products() -> None:
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    given = schedule("tabulated", betas=betas.tolist())
+    products = schedule("tabulated", alphas_cumprod=torch.cumprod(1 - betas, 0).tolist())
+    assert given == products
+    t = torch.tensor([0.0, 17.5, 999.0], dtype=torch.float64)
+    assert torch.equal(given.alpha(t), schedule("ddpm-linear").alpha(t))
+    for options, message in (
+        ({}, "neither"),
+        ({"betas": [0.1, 0.2], "alphas_cumprod": [0.9, 0.7]}, "both"),
+        ({"betas": [0.1, 1.5]}, "betas must lie strictly between 0 and 1; got values from 0.1 to"),
+        ({"betas": [0.1]}, "at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            schedule("tabulated", **options)
+
+
+def test_unknown_options_name_the_known_ones() -> None:
+    with pytest.raises(TypeError, match=r"'beta_maxx'.*beta_min, beta_max.*mean 'beta_max'"):
+        schedule("vp-linear", beta_maxx=20.0)

@@ -9,6 +9,7 @@ import torch
 
 import fewstep
 from fewstep.diffusion.grids import MOST_STEPS, TimeGrid
+from fewstep.diffusion.schedules import NoiseSchedule
 
 VP = fewstep.schedule("vp-linear")
 DDPM = fewstep.schedule("ddpm-linear")
@@ -127,3 +128,22 @@ def test_rounding_refuses_duplicates():
 def test_the_type_of_times_is_float64():
     with pytest.raises(TypeError, match=r"float64, got torch.float32"):
         TimeGrid(VP, torch.tensor([0.9, 0.1]))
+
+
+def test_exponential_is_the_name_of_others_for_even_steps_in_log_rho(vp: NoiseSchedule) -> None:
+    """k-diffusion: exp(linspace(log sigma_max, log sigma_min, n))."""
+    grid = fewstep.grid("exponential", vp, 7)
+    ends = grid.rho[[0, -1]].log()
+    expected = torch.linspace(float(ends[0]), float(ends[1]), 8, dtype=torch.float64).exp()
+    assert torch.allclose(grid.rho, expected, rtol=1e-12)
+
+
+def test_grids_of_numbers_are_the_same_grids(vp: NoiseSchedule) -> None:
+    grid = fewstep.grid("quadratic", vp, 5, to_zero=True)
+    numbers = grid.numeric()
+    assert isinstance(numbers.alpha[1], float)
+    for name in ("times", "alpha", "sigma", "lam", "rho"):
+        assert torch.equal(getattr(numbers, name) + 0, getattr(grid, name))
+    assert numbers.is_last_zero(4)
+    learned = fewstep.grid("explicit", vp, None, times=grid.times[:-1].clone().requires_grad_())
+    assert learned.numeric() is learned

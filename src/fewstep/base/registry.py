@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -53,3 +55,46 @@ def unknown(kind: str, name: object, known: Mapping[str, object] | list[str]) ->
     close = [lowered[c] for c in difflib.get_close_matches(text, lowered, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"Unknown {kind} {name!r:.60}.{hint} Known: {', '.join(names)}."
+
+
+def check_options(
+    what: str,
+    build: Callable[..., Any],
+    options: Iterable[str],
+    *,
+    without: Iterable[str] = (),
+) -> None:
+    """Raises unless a factory has these options and gets those that it needs.
+
+    Arguments:
+        what: What is made, for the message (``"solver 'ddim'"``).
+        build: The factory.
+        options: The names that were given.
+        without: Arguments of the factory that are no options.
+
+    Raises:
+        TypeError: With what is unknown or missing, and the options that there are.
+    """
+    parameters = _parameters(build)
+    options = list(options)
+    if parameters is None:
+        return
+    known = {name: needed for name, needed in parameters.items() if name not in set(without)}
+    listed = f"its options: {', '.join(known)}" if known else "it has none"
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{what} has no option {name!r}; {listed}.{hint}")
+    missing = [name for name, needed in known.items() if needed and name not in options]
+    if missing:
+        raise TypeError(f"{what} needs the option {missing[0]!r}; {listed}")
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(build: Callable[..., Any]) -> dict[str, bool] | None:
+    """Returns the parameters of a factory and whether each is needed; ``None`` if it takes any."""
+    parameters = inspect.signature(build).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name: p.default is p.empty for p in parameters}

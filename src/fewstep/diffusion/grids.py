@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.base.registry import Registry
+from fewstep.base.registry import Registry, check_options
 from fewstep.diffusion.scalars import column
 from fewstep.diffusion.schedules import NoiseSchedule
 
@@ -207,14 +207,28 @@ def power(
     return _spaced(schedule, steps, place, t_start=t_start, t_end=t_end, to_zero=to_zero)
 
 
-def uniform(schedule: NoiseSchedule, steps: int, **ends: Any) -> TimeGrid:
+def uniform(
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    to_zero: bool = False,
+) -> TimeGrid:
     """Evenly spaced in time; see :func:`power` for the options."""
-    return power(schedule, steps, power=1.0, **ends)
+    return power(schedule, steps, power=1.0, t_start=t_start, t_end=t_end, to_zero=to_zero)
 
 
-def quadratic(schedule: NoiseSchedule, steps: int, **ends: Any) -> TimeGrid:
+def quadratic(
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    to_zero: bool = False,
+) -> TimeGrid:
     """Evenly spaced in the square root of time; see :func:`power` for the options."""
-    return power(schedule, steps, power=2.0, **ends)
+    return power(schedule, steps, power=2.0, t_start=t_start, t_end=t_end, to_zero=to_zero)
 
 
 def log_rho(
@@ -299,6 +313,7 @@ def explicit(
     return grid
 
 
+# "exponential" is what k-diffusion, ComfyUI and diffusers call even steps in log sigma.
 GRIDS: Registry[Callable[..., TimeGrid]] = Registry(
     "grid",
     {
@@ -307,6 +322,7 @@ GRIDS: Registry[Callable[..., TimeGrid]] = Registry(
         "power": power,
         "log-rho": log_rho,
         "lambda": log_rho,
+        "exponential": log_rho,
         "karras": karras,
         "explicit": explicit,
     },
@@ -329,7 +345,5 @@ def grid(name: str, schedule: NoiseSchedule, steps: int | None, **options: Any) 
     build = GRIDS[name]
     if steps is None and name != "explicit":
         raise ValueError(f"the grid {name!r} needs a number of steps")
-    try:
-        return build(schedule, steps, **options)
-    except TypeError as error:
-        raise TypeError(f"grid {name!r}: {error}") from None
+    check_options(f"grid {name!r}", build, options, without=("schedule", "steps"))
+    return build(schedule, steps, **options)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from fewstep.base.registry import Registry
+from fewstep.base.registry import Registry, check_options
 
 MOST_LEVELS = 1_000_000
 """The most levels of a tabulated schedule; a guard against hostile files."""
@@ -404,7 +404,9 @@ class Tabulated(NoiseSchedule):
 
     Arguments:
         alphas_cumprod: The cumulative products :math:`\alpha_n^2` of the levels, strictly
-            decreasing, in (0, 1).
+            decreasing, in (0, 1); or
+        betas: the variances :math:`\beta_n` of the chain's steps, in (0, 1), of which
+            :math:`\alpha_n^2 = \prod_{m \le n} (1 - \beta_m)`.
     """
 
     name = "tabulated"
@@ -412,7 +414,28 @@ class Tabulated(NoiseSchedule):
     t_zero = -1.0
     discrete = True
 
-    def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
+    def __init__(
+        self,
+        alphas_cumprod: Sequence[float] | Tensor | None = None,
+        betas: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        if (alphas_cumprod is None) == (betas is None):
+            raise ValueError(
+                "a tabulated schedule is given by alphas_cumprod or by betas, "
+                f"got {'neither' if betas is None else 'both'}"
+            )
+        if betas is not None:
+            steps = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+            _check(
+                steps.ndim == 1 and steps.numel() >= 2,
+                f"betas must be a list of at least 2 numbers, got shape {tuple(steps.shape)}",
+            )
+            _check(
+                bool(((steps > 0) & (steps < 1)).all()),
+                "betas must lie strictly between 0 and 1; "
+                f"got values from {float(steps.min()):.4g} to {float(steps.max()):.4g}",
+            )
+            alphas_cumprod = _cumulative(steps)
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu().clone()
         _check(
             table.ndim == 1 and table.numel() >= 2,
@@ -589,10 +612,8 @@ def schedule(name: str, **options: Any) -> NoiseSchedule:
         TypeError: If the schedule has no such option.
     """
     build = SCHEDULES[name]
-    try:
-        return build(**options)
-    except TypeError as error:
-        raise TypeError(f"schedule {name!r}: {error}") from None
+    check_options(f"schedule {name!r}", build, options)
+    return build(**options)
 
 
 def schedule_from_record(config: Mapping[str, Any]) -> NoiseSchedule:

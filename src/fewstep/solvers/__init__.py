@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fewstep.base.registry import Registry
+from fewstep.base.registry import Registry, check_options
 from fewstep.solvers.accelerated import (
     AcceleratedDDIM,
     AcceleratedDDIMLagged,
@@ -92,8 +92,5 @@ def solver(name: str, **options: Any) -> Solver:
         TypeError: If the solver has no such option.
     """
     build = SOLVERS[name]
-    try:
-        return build(**options)
-    except TypeError as error:
-        message = str(error).split("__init__() ")[-1]
-        raise TypeError(f"solver {name!r} {message}") from None
+    check_options(f"solver {name!r}", build, options)
+    return build(**options)
