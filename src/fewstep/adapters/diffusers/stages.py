@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fewstep.adapters.diffusers.runs import Setup
 from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.prediction import Prediction
 from fewstep.solvers import Solver
 
 LARGEST_JUMP = 200.0
