@@ -220,8 +220,8 @@ class NetworkCaller:
             return [(k, times) for k in kinds]
         wide = torch.float64 if own == torch.float64 else times
         # Half precision rounds times, so it is the last resort.
-        found = [(k, wide if k == own else times) for k in kinds] + [(kinds[-1], kinds[-1])]
-        return list(dict.fromkeys(found))
+        types = [(k, wide if k == own else times) for k in kinds] + [(kinds[-1], kinds[-1])]
+        return list(dict.fromkeys(types))
 
 
 def is_type_error(error: Exception) -> bool:
@@ -273,19 +273,19 @@ def model_output(value: Any, x: Tensor, prediction: Prediction) -> Tensor:
     Raises:
         ValueError: If there is none, or its shape is another.
     """
-    found = _tensor_in(value, prediction)
-    if not isinstance(found, Tensor):
+    output = _tensor_in(value, prediction)
+    if not isinstance(output, Tensor):
         raise ValueError(
             f"the network must return a tensor of the state's shape {tuple(x.shape)}, got "
             f"{_described(value)}; a tuple, a dict or an object with .sample that has one will do"
         )
-    if not found.is_floating_point():
-        raise ValueError(f"the network must return real numbers, got {found.dtype}")
-    if found.shape == x.shape:
-        return found
-    shape, got = tuple(x.shape), tuple(found.shape)
-    if found.ndim == x.ndim > 1 and got == (shape[0], 2 * shape[1], *shape[2:]):
-        return found[:, : shape[1]]
+    if not output.is_floating_point():
+        raise ValueError(f"the network must return real numbers, got {output.dtype}")
+    if output.shape == x.shape:
+        return output
+    shape, got = tuple(x.shape), tuple(output.shape)
+    if output.ndim == x.ndim > 1 and got == (shape[0], 2 * shape[1], *shape[2:]):
+        return output[:, : shape[1]]
     raise ValueError(
         f"the network must return a tensor of the state's shape {shape}, got {got}{_shape_hint(shape, got)}"
     )

@@ -51,8 +51,8 @@ class AcceptedConditions:
     ) -> AcceptedConditions:
         """Returns what the signature of ``network(x, t, **conditions)`` says."""
         if num_classes is None:
-            found = getattr(network, "num_classes", None)
-            num_classes = found if type(found) is int and found > 0 else None
+            own = getattr(network, "num_classes", None)
+            num_classes = own if type(own) is int and own > 0 else None
         target = network.forward if isinstance(network, nn.Module) else network
         try:
             parameters = list(inspect.signature(target).parameters.values())

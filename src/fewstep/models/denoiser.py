@@ -109,14 +109,17 @@ class Denoiser(nn.Module, ABC):
         return Conditions.of(self, n, cond).at(range(n))
 
     def built_in_sampler(self) -> Any:
-        """Returns the sampler that this model brings, or ``None``: any solver samples it then."""
+        """Returns the built-in sampler of this model, or ``None``: any solver samples it then."""
         return None
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 of what this model is: schedule, prediction, shape and every weight.
 
-        Two models with the same one give the same answers, as far as can be told without reading
-        code: a plain function has no weights to look at. Guidance is part of a sampler, not of it.
+        Two models with the same fingerprint predict the same, as far as can be told without reading
+        code: a plain function has no weights to hash. Guidance is part of a sampler, not of a model.
+
+        Cost: one pass over the weights, on the CPU. It is not cached: torch does not count changes that
+        are made through ``.data``, as averages of weights are.
         """
         digest = hashlib.sha256()
         shape = None if self.event_shape is None else list(self.event_shape)

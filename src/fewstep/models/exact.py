@@ -1,6 +1,6 @@
 r"""Denoisers in closed form: a mixture of isotropic Gaussians, and a finite data set.
 
-They know the truth, so a solver's error on them is the solver's alone.
+Their predictions are exact, so the error of a sample is that of the solver alone.
 """
 
 from __future__ import annotations

@@ -37,12 +37,12 @@ class SmallClassifier(nn.Module):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """Returns what every convolution sees, (B, C, H, W) each."""
-        found = []
+        stages = []
         for part in self.body:
             x = part(x)
             if isinstance(part, nn.ReLU):
-                found.append(x)
-        return found
+                stages.append(x)
+        return stages
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits, (B, classes)."""
