@@ -255,6 +255,40 @@ def costs(
     return cost, [operations(contenders[key](), x) / steps - 1 for key in counted]
 
 
+def through_sample(name: str, steps: int, rounds: int) -> tuple[float, float, float, float]:
+    """Returns what ``fewstep.sample`` costs of one small sample, without the network.
+
+    Returns:
+        The first and the second call and the executor alone, in milliseconds, and tensor operations
+        per step, network excluded. The schedule is a new one, so that no plan is there before.
+    """
+    denoiser = fewstep.Denoiser.wrap(
+        network,
+        schedule=fewstep.schedule("ddpm-linear"),
+        prediction="eps",
+        event_shape=SIZES[0][1:],
+    )
+
+    def call() -> Any:
+        return fewstep.sample(denoiser, 1, solver=name, nfe=steps)
+
+    def cost(function: Callable[[], Any]) -> float:
+        start = time.thread_time()
+        function()
+        return 1e3 * (time.thread_time() - start)
+
+    first = cost(call)
+    later = statistics.median(cost(call) for _ in range(rounds))
+    resolved = fewstep.resolve(denoiser, fewstep.SamplerRequest(name, nfe=steps))
+    native, x = resolved.sampler.native, torch.randn(SIZES[0])  # type: ignore[attr-defined]
+    loop = executions(native)
+    with torch.no_grad():
+        alone = statistics.median(cost(lambda: loop(x)) for _ in range(rounds))
+    with Count() as counter:
+        call()
+    return first, later, alone, counter.count / steps - 1
+
+
 def shown(cost: dict[str, float], key: str) -> str:
     """Returns a cost as text, or a dash where there is none."""
     return f"{cost[key]:.1f}" if key in cost else "-"
@@ -300,6 +334,14 @@ def main() -> None:
                 f"{' / '.join(f'{c:.1f}' for c in counts)}",
                 flush=True,
             )
+    print(
+        f"\n{'sample':>9} {'first ms':>9} {'second ms':>9} {'loop ms':>9} {'us/step':>8} ops/step"
+    )
+    for name in ("ddim", "tab3", "unipc3", "dpmpp-2m"):
+        first, later, alone, count = through_sample(name, steps, arguments.rounds)
+        print(
+            f"{name:>9} {first:9.2f} {later:9.2f} {alone:9.2f} {1e3 * later / steps:8.1f} {count:.1f}"
+        )
     for package in ("diffusers", "azula"):
         if version(package) == "not installed":
             print(f"{package} is not installed, so its column is empty (pip install {package})")

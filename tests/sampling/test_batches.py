@@ -1,6 +1,8 @@
 """The loop over numbered samples."""
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep
 from fewstep.diffusion.noise import INITIAL, NoiseSource
@@ -80,3 +82,31 @@ def test_initial_noise_is_that_of_the_numbers():
     assert torch.equal(initial_noise(MODEL, source), source.draw(INITIAL, (2,)))
     assert initial_noise(MODEL, source, dtype=torch.float64).dtype == torch.float64
     assert MODEL.device == torch.device("cpu")
+
+
+class Operations(TorchDispatchMode):
+    """Counts tensor operations, views apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = ("view", "expand", "select", "slice", "unbind", "detach", "alias")
+        self.count += not any(word in str(func) for word in views)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "tab3", "unipc3", "dpmpp-2m"])
+def test_the_second_call_of_sample_costs_what_the_loop_costs(solver):
+    """At most 12 tensor operations a step, of which the network is one."""
+    model = fewstep.Denoiser.wrap(
+        lambda x, t: x * 0.1,
+        schedule=fewstep.schedule("ddpm-linear"),
+        prediction="v",
+        event_shape=(2,),
+    )
+    fewstep.sample(model, 2, solver=solver, nfe=20)
+    with Operations() as operations:
+        fewstep.sample(model, 2, solver=solver, nfe=20)
+    assert operations.count <= 13 * 20

@@ -47,7 +47,7 @@ class AdaptiveSampler:
     (B), and samples that are done leave the batch. The step sizes are controlled by the last two
     errors (PI); the first comes from the size of the first two slopes.
 
-    Cost: 2 network calls to begin and 6 for each step, accepted or not.
+    Cost: 2 network evaluations to begin and 6 for each step, accepted or not.
 
     Attributes:
         denoiser: The model.
@@ -75,7 +75,7 @@ class AdaptiveSampler:
 
     @property
     def nfe(self) -> None:
-        """The number of network calls: not known beforehand."""
+        """The number of network evaluations: not known beforehand."""
         return None
 
     def start(self, noise: Tensor, image: Tensor | None = None) -> Tensor:
@@ -139,7 +139,7 @@ class AdaptiveSampler:
 def freeze(sampler: AdaptiveSampler, x: Tensor, *, row: int | None = None, **cond: Any) -> Plan:
     r"""Runs an adaptive sampler and returns the steps that it accepted as a plan.
 
-    The plan has no error estimate and no rejected steps: N accepted steps cost 6 N network calls,
+    The plan has no error estimate and no rejected steps: N accepted steps cost 6 N network evaluations,
     since the seventh stage of a step is the first of the next and the last step needs none. It
     gives the frozen sample again, to rounding, and serves any other sample.
 

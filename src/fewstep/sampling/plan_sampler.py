@@ -43,7 +43,7 @@ class PlanSampler:
 
     @property
     def nfe(self) -> int:
-        """The number of network calls."""
+        """The number of network evaluations."""
         return self.plan.nfe
 
     @functools.cached_property
@@ -108,7 +108,7 @@ class PlanSampler:
         return execution, bind(self.denoiser, self.native, len(x), run.cond, x)
 
     def _find_nan(self, x: Tensor, run: Run) -> None:
-        """Runs again, looking at each answer: the usual run reads nothing back from the device."""
+        """Runs again, looking at each model output: the usual run reads nothing back from the device."""
         with torch.no_grad():
             execution, call = self._begin(x, run, None)
             while (request := execution.request) is not None:
@@ -123,4 +123,4 @@ class PlanSampler:
                         f"{'finite' if bool(torch.isfinite(request.x).all()) else 'not finite either'}"
                     )
                 execution.advance(answer)
-        raise ValueError("the sample is not finite although every answer of the network is")
+        raise ValueError("the sample is not finite although every model output is")

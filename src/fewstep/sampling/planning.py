@@ -342,7 +342,7 @@ def _times(knots: TimeGrid) -> list[float]:
 
 
 class _Memory:
-    """The plans of late; the least recently used is dropped first."""
+    """The plans that were asked for last; the least recently used is dropped first."""
 
     def __init__(self) -> None:
         self._plans: OrderedDict[Any, tuple[NoiseSchedule, Planned]] = OrderedDict()

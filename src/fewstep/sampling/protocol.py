@@ -33,7 +33,7 @@ class Trajectory:
         x: The samples, with shape (B, \*).
         times: The times of the states, with shape (S), float64.
         states: The states, with shape (S, B, \*), or ``None`` if they were not saved.
-        nfe: The number of network calls for each sample (the mean, if it differs).
+        nfe: The number of network evaluations for each sample (the mean, if it differs).
     """
 
     x: Tensor
@@ -44,13 +44,13 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Run:
-    """What a sampler needs besides the state: draws, conditions, whom to tell, what to keep.
+    """What a sampler needs besides the state: draws, conditions, a callback, the states to keep.
 
     Attributes:
         noise: The source of draws, addressed by the samples' numbers.
         cond: The conditions of this batch.
         save: Whether to keep the states.
-        on_call: Called after each network call.
+        on_call: Called after each network evaluation.
         times: The times of the states to keep, decreasing; left out, all that the sampler has.
             A plan has those of its knots; others do not count.
     """
@@ -72,7 +72,7 @@ class Sampler(Protocol):
 
     @property
     def nfe(self) -> int | None:
-        """The number of network calls; ``None`` if it is not known beforehand."""
+        """The number of network evaluations; ``None`` if it is not known beforehand."""
         ...
 
     def start(self, noise: Tensor) -> Tensor:
