@@ -9,11 +9,13 @@ import torch
 
 import fewstep
 from fewstep import metrics
-from fewstep.comparison import Watcher, compare, read_entries, read_entry
+from fewstep.base.progress import Silent
+from fewstep.comparison import compare, read_entries, read_entry
 from fewstep.comparison.entries import identity
 from fewstep.comparison.scores import less_fid, less_rms, root
 from fewstep.comparison.verdicts import best_recipe, judge, measure_of, pareto
 from fewstep.metrics import Reference
+from fewstep.models.exact import smooth
 from fewstep.sampling.auto import choose
 from fewstep.sampling.sample import sampler
 
@@ -25,7 +27,7 @@ class Counting(fewstep.Denoiser):
 
     def __init__(self, schedule="vp-linear"):
         super().__init__()
-        self.inner = fewstep.models.exact.smooth(fewstep.schedule(schedule))
+        self.inner = smooth(fewstep.schedule(schedule))
         self.schedule, self.native = self.inner.schedule, self.inner.native
         self.event_shape, self.seen = (2,), 0
 
@@ -41,7 +43,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def data():
-    points = fewstep.models.exact.smooth(fewstep.schedule("vp-linear")).draw(400, seed=5).float()
+    points = smooth(fewstep.schedule("vp-linear")).draw(400, seed=5).float()
     return Reference.of(points[:200], points[200:], name="points")
 
 
@@ -69,20 +71,20 @@ def scores(comparison):
     ],
 )
 def test_a_text_is_the_sampler_that_it_says(vp, text, arguments):
-    model = fewstep.models.exact.smooth(vp)
+    model = smooth(vp)
     made = read_entry(text).build(model, 6)
     wanted = fewstep.plan(schedule=vp, nfe=6, **arguments)
     assert made.plan.to_json() == wanted.to_json()
 
 
 def test_auto_on_a_grid_of_ones_own_keeps_the_solver(vp):
-    made = read_entry("auto@karras").build(fewstep.models.exact.smooth(vp), 6)
+    made = read_entry("auto@karras").build(smooth(vp), 6)
     chosen = choose(vp, 6).solver
     assert made.plan.to_json() == fewstep.plan(chosen, vp, nfe=6, grid="karras").to_json()
 
 
 def test_head_starts_go_to_the_recipe(vp):
-    recipe = read_entry("tab2+head_start=0.7").recipe(fewstep.models.exact.smooth(vp), 4)
+    recipe = read_entry("tab2+head_start=0.7").recipe(smooth(vp), 4)
     assert (recipe.head_start, dict(recipe.options)) == (0.7, {})
 
 
@@ -91,7 +93,7 @@ def test_files_bring_their_own_budget(tmp_path, vp):
     plan.save(tmp_path / "mine.json")
     entry = read_entry(str(tmp_path / "mine.json"))
     assert (entry.name, entry.nfe) == ("mine", 4)
-    assert entry.build(fewstep.models.exact.smooth(vp), 99).plan.to_json() == plan.to_json()
+    assert entry.build(smooth(vp), 99).plan.to_json() == plan.to_json()
 
 
 def test_a_folder_has_a_recipe_for_each_budget(tmp_path, vp):
@@ -99,7 +101,7 @@ def test_a_folder_has_a_recipe_for_each_budget(tmp_path, vp):
         recipe = fewstep.SamplerRecipe(name=name, nfe=nfe)
         recipe.save(tmp_path / f"recipe-{nfe}.json")
     entry = read_entry(f"{tmp_path}/")
-    model = fewstep.models.exact.smooth(vp)
+    model = smooth(vp)
     assert [entry.build(model, nfe).plan.name for nfe in (4, 6)] == ["tab2", "ddim"]
     assert (entry.name, entry.nfe) == (str(tmp_path), None)
     with pytest.raises(ValueError, match="has recipes for 4, 6 calls, not for 5"):
@@ -112,7 +114,7 @@ def test_fitted_grids_bring_their_solver(tmp_path, vp):
     times = (1.0, 0.8, 0.5, 0.2, 0.001)
     made = Profile(vp, "", (ProfileEntry("tab2", times),), {4: "tab2"})
     made.save(tmp_path / "grid.json")
-    model = fewstep.models.exact.smooth(vp)
+    model = smooth(vp)
     for text in (f"auto@auto:{tmp_path}/grid.json", f"tab2@auto:{tmp_path}/grid.json"):
         plan = read_entry(text).build(model, 4).plan
         assert plan.name == "tab2"
@@ -148,7 +150,7 @@ def test_texts_that_cannot_be_read(text, message):
 
 
 def test_identities_differ_where_samplers_do(vp):
-    model = fewstep.models.exact.smooth(vp)
+    model = smooth(vp)
     texts = ["ddim", "ddim@karras", "tab0", "ddim+eta=0.5", "tab3"]
     made = [read_entry(text).build(model, 5) for text in texts] + [sampler(model, solver="ddim")]
     assert len({identity(one) for one in made}) == len(made)
@@ -164,7 +166,7 @@ def test_identities_differ_where_samplers_do(vp):
 
 def test_the_identity_of_a_scheduler_is_its_configuration(vp):
     class Scheduled:
-        denoiser, nfe, steps = fewstep.models.exact.smooth(vp), 5, 5
+        denoiser, nfe, steps = smooth(vp), 5, 5
 
         def __init__(self, **config):
             self.scheduler = type("Scheduler", (), {"config": config})()
@@ -241,7 +243,7 @@ def test_randomness_is_noticed_and_guidance_counted_twice(tmp_path, vp):
         cond={"label": labels},
     )
     assert [cell.stochastic for cell in found.cells] == [False, True]
-    assert [cell.calls for cell in found.cells] == [6, 6]
+    assert [cell.passes for cell in found.cells] == [6, 6]
     assert {tuple(part) for part in seen} == {(1, 2, 0, 0), (3, 4, 0, 0), (5, 0)}
 
 
@@ -309,19 +311,17 @@ def test_budgets_that_cannot_be_met_are_left_out_and_named(tmp_path, model):
     assert "3 or 5" in reason
 
 
-class Stop(Watcher):
-    """Interrupts after so many network calls."""
+class Stop(Silent):
+    """Interrupts after so many evaluations of a batch."""
 
     def __init__(self, after):
-        self.after, self.told = after, []
+        self.after, self.notes = after, []
 
-    def call(self, times=1):
-        self.after -= times
+    def tick(self, amount=1, note=""):
+        self.notes.append(note)
+        self.after -= amount
         if self.after < 0:
             raise KeyboardInterrupt
-
-    def cell(self, name, nfe, state):
-        self.told.append((name, nfe, state))
 
 
 @pytest.mark.parametrize("after", [1, 20, 3 * CALLS + 1, 3 * CALLS + 8, 3 * (CALLS + 3) + 4])
@@ -329,7 +329,7 @@ def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path, data, after):
     whole = run(Counting(), tmp_path / "whole", data=data)
     model = Counting()
     with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "cut", data=data, watcher=Stop(after))
+        run(model, tmp_path / "cut", data=data, progress=Stop(after))
     found = run(model, tmp_path / "cut", data=data)
     assert scores(found) == scores(whole)
     assert found.reference.scores == whole.reference.scores
@@ -343,10 +343,10 @@ def test_what_is_there_is_not_run_again(tmp_path, data):
     model = Counting()
     first = run(model, tmp_path, data=data)
     before, watch = model.seen, Stop(1000)
-    second = run(model, tmp_path, "ddim,tab2,tab1", (3, 5), data=data, watcher=watch)
+    second = run(model, tmp_path, "ddim,tab2,tab1", (3, 5), data=data, progress=watch)
     assert model.seen - before == N * (3 + 5)  # tab2 alone
-    assert ("ddim", 3, "kept") in watch.told
-    assert ("tab2", 3, "begun") in watch.told
+    assert "ddim, 3: there already" in watch.notes
+    assert "tab2, 3" in watch.notes
     both = scores(second)
     assert {key: both[key] for key in scores(first)} == scores(first)
     third = run(model, tmp_path, "tab2", (5,), data=data, metrics=["fid", "kid"])

@@ -232,3 +232,18 @@ def test_fuzzed_weights(original, tmp_path, place, byte, cut):
     except ValueError:
         return
     assert model.event_shape == (1, 8, 8)
+
+
+def test_the_input_skip_starts_as_the_identity():
+    """Silent layers give 0 and the factor is 1; the factor depends on the time, not on the pixels."""
+    options = {"channels": [8, 8], "blocks": [1, 1], "attention": []}
+    network = SmallUNet(**options, input_skip=True)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0])
+    assert torch.equal(network(x, t), x)
+    torch.nn.init.normal_(network.skip_factor.weight)
+    factor = (network(x, t) / x).detach()
+    torch.testing.assert_close(factor, factor[:, :, :1, :1].expand_as(factor))
+    assert float((factor[0] - factor[1]).abs().min()) > 1e-3
+    assert "input_skip" not in SmallUNet(**options).config
+    with pytest.raises(ValueError, match="input_skip must be true or false"):
+        SmallUNet(**options, input_skip=1)

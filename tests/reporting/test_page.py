@@ -13,8 +13,8 @@ from pages import Reader, requests
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-from fewstep.reporting.figures import Series, line_plot, look_of, svg
-from fewstep.reporting.page import MISSING, Cell, Page, number, told
+from fewstep.reporting.figures import Series, line_plot, style_of, svg
+from fewstep.reporting.page import MISSING, Cell, Page, estimate_texts, number
 
 
 def estimate(value, half):
@@ -140,7 +140,7 @@ def test_an_interval_says_how_many_digits_make_sense():
 )
 def test_estimates_as_text(value, half, texts):
     """Two digits of the width, the same number of decimals everywhere, no minus zero."""
-    assert told(estimate(value, half)) == texts
+    assert estimate_texts(estimate(value, half)) == texts
 
 
 def test_an_svg_has_the_values_and_follows_the_theme():
@@ -178,7 +178,7 @@ def test_a_logarithmic_axis_has_numbers_that_fit(high, shown):
 
 
 def test_looks_differ():
-    assert len({str(look_of(i)) for i in range(224)}) == 224
+    assert len({str(style_of(i)) for i in range(224)}) == 224
 
 
 # In a browser

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from fewstep.base.progress import Progress, progress_of
 from fewstep.cli._common import (
     Flag,
     console,
@@ -19,9 +17,10 @@ from fewstep.cli._common import (
     positive,
     say,
 )
+from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
-    from fewstep.comparison import Comparison, Watcher
+    from fewstep.comparison import Comparison
     from fewstep.comparison.verdicts import Verdict
     from fewstep.metrics import Reference
     from fewstep.models.denoiser import Denoiser
@@ -86,7 +85,7 @@ def compare(
         extend: Add to the finished comparison in OUT: its cells are kept, its report is replaced.
         overwrite: Replace the results that are there.
     """
-    command = _command(locals())
+    given = _command(locals())
     positive("-n", n)
     positive("--batch-size", batch_size)
     positive("--reference-nfe", reference_nfe)
@@ -99,46 +98,46 @@ def compare(
 
     from fewstep.comparison import METRICS
     from fewstep.comparison import compare as run
-    from fewstep.comparison.page import Told, write_report
+    from fewstep.comparison.page import write_report
+    from fewstep.comparison.results import Invocation
     from fewstep.comparison.verdicts import judge
 
     asked = METRICS if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
     real = None if data is None else _data(data, features, denoiser)
-    with progress_of(True) as progress:
-        comparison = run(
-            denoiser,
-            solvers,
-            nfe=budgets,
-            folder=out,
-            n=n,
-            seed=seed,
-            data=real,
-            metrics=asked,
-            reference_nfe=reference_nfe,
-            guidance=guidance,
-            cond=cond,
-            batch_size=min(n, batch_size),
-            extend=extend,
-            overwrite=overwrite,
-            watcher=_watcher(progress),
-        )
-    told = Told(
+    comparison = run(
+        denoiser,
+        solvers,
+        nfe=budgets,
+        folder=out,
+        n=n,
+        seed=seed,
+        data=real,
+        metrics=asked,
+        reference_nfe=reference_nfe,
+        guidance=guidance,
+        cond=cond,
+        batch_size=min(n, batch_size),
+        extend=extend,
+        overwrite=overwrite,
+        progress=True,
+    )
+    invocation = Invocation(
         model=model,
         data=data or "",
-        command=command,
-        notes=[("class labels", class_labels)] if class_labels is not None else [],
+        command=given,
+        class_labels=class_labels,
+        device=None if device == "cpu" else device,
     )
     verdicts = judge(comparison)
-    paths = write_report(comparison, told, verdicts)
+    paths = write_report(comparison, invocation, verdicts)
     _table(comparison, verdicts)
     say(f"\nwrote {', '.join(str(path) for path in paths[:2])}")
     recipes = [path for path in paths if path.name.startswith("best-")]
     if recipes:
         say(f"and the best of each budget: {', '.join(str(path) for path in recipes)}")
-        again = ["fewstep", "sample", model, "--recipe", str(recipes[0])]
-        if class_labels is not None:
-            again += ["--class-labels", class_labels]
-        say(f"next: {shlex.join([*again, '--out', f'{out}-samples'])}")
+        say(
+            f"next: {command('sample', model, recipe=recipes[0], class_labels=class_labels, device=invocation.device, out=f'{out}-samples')}"
+        )
 
 
 def _numbers(text: str) -> list[int]:
@@ -188,41 +187,21 @@ def _data(source: str, features: str, denoiser: Denoiser) -> Reference:
     return found
 
 
-def _watcher(progress: Progress) -> Watcher:
-    """Shows network evaluations, with the cell that is being run beside them."""
-    from fewstep.comparison import Watcher
-
-    class Shown(Watcher):
-        def begin(self, calls: int) -> None:
-            progress.stage("comparing", calls)
-
-        def cell(self, name: str, nfe: int, state: str) -> None:
-            if state == "begun":
-                progress.tick(0, f"{name}, {nfe}")
-
-        def call(self, times: int = 1) -> None:
-            progress.tick(times)
-
-    return Shown()
-
-
 def _command(given: dict[str, Any]) -> str:
     """Returns the command that was given, without what is the default."""
-    parts = ["fewstep", "compare", str(given["model"]), "--solvers", given["solvers"]]
-    parts += ["--nfe", given["nfe"], "-n", str(given["n"]), "--seed", str(given["seed"])]
-    for name, default in (
-        ("data", None),
-        ("features", "fashion"),
-        ("metrics", None),
-        ("reference_nfe", 200),
-        ("class_labels", None),
-        ("guidance", None),
-        ("device", "cpu"),
-        ("batch_size", 64),
-    ):
-        if given[name] != default:
-            parts += [f"--{name.replace('_', '-')}", str(given[name])]
-    return shlex.join([*parts, "--out", str(given["out"])])
+    defaults = {
+        "data": None,
+        "features": "fashion",
+        "metrics": None,
+        "reference_nfe": 200,
+        "class_labels": None,
+        "guidance": None,
+        "device": "cpu",
+        "batch_size": 64,
+    }
+    always = {name: given[name] for name in ("solvers", "nfe", "n", "seed")}
+    more = {name: given[name] for name, value in defaults.items() if given[name] != value}
+    return command("compare", given["model"], **always, **more, out=given["out"])
 
 
 def _table(comparison: Comparison, verdicts: Sequence[Verdict]) -> None:

@@ -1,6 +1,5 @@
 """Comparisons: samplers at budgets from the same noise, measured, judged and shown."""
 
-from fewstep.comparison.cells import Watcher as Watcher
 from fewstep.comparison.entries import Entry as Entry
 from fewstep.comparison.entries import read_entries as read_entries
 from fewstep.comparison.entries import read_entry as read_entry

@@ -18,8 +18,8 @@ from fewstep.reporting.figures import (
     label,
     legend_height,
     line_plot,
-    look_of,
     new_figure,
+    style_of,
     styled,
 )
 from fewstep.reporting.plots import image_grid, scatter
@@ -65,9 +65,9 @@ def styles(comparison: Comparison, measure: str) -> dict[str, int | None]:
 
 def against_nfe(comparison: Comparison, measure: str) -> Figure:
     """Returns the figure of a measure against the number of evaluations, with bands."""
-    looks = styles(comparison, measure)
+    style_by_name = styles(comparison, measure)
     series = []
-    for name, style in looks.items():
+    for name, style in style_by_name.items():
         cells = sorted(
             (c for c in comparison.cells if c.name == name and measure in c.scores),
             key=lambda cell: cell.nfe,
@@ -99,9 +99,9 @@ def against_nfe(comparison: Comparison, measure: str) -> Figure:
 
 def against_seconds(comparison: Comparison, measure: str, front: Sequence[Cell]) -> Figure:
     """Returns the figure of a measure against seconds for one sample, with the Pareto front."""
-    looks = styles(comparison, measure)
-    names = [name for name, style in looks.items() if style is not None]
-    made, axes = new_figure(height=3.3 + legend_height(names))
+    style_by_name = styles(comparison, measure)
+    names = [name for name, style in style_by_name.items() if style is not None]
+    figure, axes = new_figure(height=3.3 + legend_height(names))
     with styled():
         axes.plot(
             [1e3 * cell.seconds[0] for cell in front],
@@ -112,15 +112,15 @@ def against_seconds(comparison: Comparison, measure: str, front: Sequence[Cell])
             drawstyle="steps-post",
             zorder=1.8,
         )
-        for name, style in looks.items():
+        for name, style in style_by_name.items():
             cells = [c for c in comparison.cells if c.name == name and measure in c.scores]
             x = [1e3 * cell.seconds[0] for cell in cells]
             y = [cell.scores[measure].value for cell in cells]
             if style is None:
                 axes.plot(x, y, ".", color="#9a9aa5", ms=4, alpha=0.6, zorder=1.6)
                 continue
-            look = look_of(style)
-            axes.plot(x, y, ls="", marker=look["marker"], color=look["color"], ms=5.5, label=name)
+            line = style_of(style)
+            axes.plot(x, y, ls="", marker=line["marker"], color=line["color"], ms=5.5, label=name)
         values = [
             cell.scores[measure].value for cell in comparison.cells if measure in cell.scores
         ]
@@ -131,8 +131,8 @@ def against_seconds(comparison: Comparison, measure: str, front: Sequence[Cell])
             log_x=True,
             log_y=_logarithmic(measure, values),
         )
-        add_legend(made, names)
-    return made
+        add_legend(figure, names)
+    return figure
 
 
 def _logarithmic(measure: str, values: Sequence[float]) -> bool:

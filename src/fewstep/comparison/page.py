@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 from fewstep import __version__
 from fewstep.base.files import write_atomic, write_json
 from fewstep.comparison.drawing import NAMES, against_nfe, against_seconds, samples_picture
-from fewstep.comparison.results import Told, all_numbers, next_commands, versions
+from fewstep.comparison.results import Invocation, all_numbers, next_commands, versions
 from fewstep.comparison.running import Comparison
 from fewstep.comparison.scores import BETTER_HIGH, RMS, TITLES
 from fewstep.comparison.store import REPORT, RESULTS, Cell
 from fewstep.comparison.verdicts import Verdict, best_recipe, judge, measure_of, pareto
 from fewstep.reporting.page import Cell as Field
-from fewstep.reporting.page import Column, Page
-from fewstep.reporting.page import told as texts
+from fewstep.reporting.page import Column, Page, estimate_texts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,17 +27,18 @@ MOST_TIMES = 100
 
 
 def write_report(
-    comparison: Comparison, told: Told, verdicts: Sequence[Verdict] | None = None
+    comparison: Comparison, invocation: Invocation, verdicts: Sequence[Verdict] | None = None
 ) -> list[Path]:
     """Writes report, numbers, pictures and recipes; returns their paths, the report first."""
     verdicts = judge(comparison) if verdicts is None else verdicts
     recipes: dict[int, tuple[Cell, Path]] = {}
     folder = comparison.store.folder
     for verdict in verdicts:
-        found = best_recipe(comparison, verdict)
-        if found is not None:
-            path = found[1].save(folder / f"best-{verdict.nfe}.json")
-            recipes[verdict.nfe] = (found[0], path)
+        best = best_recipe(comparison, verdict)
+        if best is not None:
+            cell, recipe = best
+            path = recipe.save(folder / f"best-{verdict.nfe}.json")
+            recipes[verdict.nfe] = (cell, path)
     pictures = []
     for verdict in verdicts:
         image = samples_picture(comparison, verdict.nfe)
@@ -46,8 +46,10 @@ def write_report(
             path = folder / f"samples-{verdict.nfe}.png"
             pictures.append((verdict.nfe, image, write_atomic(path, _png(image))))
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    page = _page(comparison, verdicts, recipes, [p[:2] for p in pictures], told, when)
-    numbers = write_json(folder / RESULTS, all_numbers(comparison, verdicts, recipes, told, when))
+    page = _page(comparison, verdicts, recipes, [p[:2] for p in pictures], invocation, when)
+    numbers = write_json(
+        folder / RESULTS, all_numbers(comparison, verdicts, recipes, invocation, when)
+    )
     report = page.write(folder / REPORT)
     comparison.store.finish(comparison.question)
     return [report, numbers, *(p for _, p in recipes.values()), *(p[2] for p in pictures)]
@@ -58,7 +60,7 @@ def _page(
     verdicts: Sequence[Verdict],
     recipes: dict[int, tuple[Cell, Path]],
     pictures: Sequence[tuple[int, Image.Image]],
-    told: Told,
+    invocation: Invocation,
     when: str,
 ) -> Page:
     question, measure = comparison.question, measure_of(comparison)
@@ -66,7 +68,7 @@ def _page(
     plural = "sampler" if names == 1 else "samplers"
     budgets = ", ".join(str(v.nfe) for v in verdicts)
     page = Page(
-        f"Samplers for {told.model}",
+        f"Samplers for {invocation.model}",
         f"{names} {plural} at {budgets} network evaluations, {question['n']} samples each from the "
         f"same noise; {when}.",
     )
@@ -86,8 +88,8 @@ def _page(
                 image, "", alt=f"Samples of each sampler with {nfe} evaluations", fit=False
             )
     _table(page, comparison, verdicts, measure)
-    _what_ran(page, comparison, told, when)
-    _next(page, comparison, verdicts, recipes, told)
+    _settings(page, comparison, invocation, when)
+    _next(page, comparison, verdicts, recipes, invocation)
     page.footer = f"Made by fewstep {__version__}, {when}."
     return page
 
@@ -103,7 +105,7 @@ def _summary(
     facts = []
     for verdict in verdicts:
         score = verdict.best.scores[measure]
-        value = "{} {} ({} to {})".format(TITLES[measure], *texts(score))
+        value = "{} {} ({} to {})".format(TITLES[measure], *estimate_texts(score))
         facts.append(
             (
                 f"{verdict.nfe} evaluations",
@@ -126,7 +128,7 @@ def _summary(
         )
     else:
         page.paragraph(
-            "No real data were given (`--data`), so this tells how exactly a sampler follows the "
+            "No real data were given (`--data`), so this measures how exactly a sampler follows the "
             "model, not how good the model's samples are. A sampler that draws noise on the way "
             "goes elsewhere on purpose, and is far from the reference whatever its quality."
         )
@@ -244,13 +246,13 @@ def _lines(title: str) -> str:
     return f"{head}\n{tail}" if head and len(title) > 9 else title
 
 
-def _what_ran(page: Page, comparison: Comparison, told: Told, when: str) -> None:
+def _settings(page: Page, comparison: Comparison, invocation: Invocation, when: str) -> None:
     page.heading("What was run")
     question, reference = comparison.question, comparison.reference
-    if told.command:
-        page.code(told.command)
+    if invocation.command:
+        page.code(invocation.command)
     rows: list[tuple[str, Any]] = [
-        ("model", f"{told.model} (SHA-256 {question['model'][:16]}…)"),
+        ("model", f"{invocation.model} (SHA-256 {question['model'][:16]}…)"),
         ("samples", f"{question['n']}, seed {question['seed']}, the same noise for all samplers"),
         ("reference", f"{question['reference']} with {reference.nfe} evaluations"),
         ("guidance", question["guidance"] or "none"),
@@ -262,7 +264,7 @@ def _what_ran(page: Page, comparison: Comparison, told: Told, when: str) -> None
             ("features", f"{data.features_name} (SHA-256 {data.features_sha256[:16]}…)"),
         ]
     rows += [
-        *told.notes,
+        *invocation.notes.items(),
         ("device", f"{_device(comparison)}, batches of {question['batch_size']}"),
         ("date", when),
         *((name, version) for name, version in versions().items()),
@@ -273,7 +275,7 @@ def _what_ran(page: Page, comparison: Comparison, told: Told, when: str) -> None
         "sigma = 0, whichever is nearer, as libraries end at either. Times are those of the fastest "
         "batch, which other work on the machine disturbs least."
     )
-    with page.details("The times at which each sampler asks the network"):
+    with page.details("The times at which each sampler evaluates the network"):
         listed = [
             (cell.name, cell.nfe, " ".join(f"{t:.4g}" for t in cell.about["times"]))
             for cell in comparison.cells
@@ -290,10 +292,10 @@ def _next(
     comparison: Comparison,
     verdicts: Sequence[Verdict],
     recipes: dict[int, tuple[Cell, Path]],
-    told: Told,
+    invocation: Invocation,
 ) -> None:
     page.heading("Next")
-    commands = next_commands(comparison, verdicts, recipes, told)
+    commands = next_commands(comparison, verdicts, recipes, invocation)
     for text, command in commands:
         page.paragraph(text)
         page.code(command)

@@ -1,58 +1,69 @@
-"""The numbers of a comparison as JSON, and what to do with them next."""
+"""The numbers of a comparison as JSON, and the commands to go on with."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep import __version__
 from fewstep.comparison.running import Comparison
-from fewstep.comparison.scores import to_json
+from fewstep.comparison.scores import estimate_record
 from fewstep.comparison.store import FORMAT, VERSION, Cell
 from fewstep.comparison.verdicts import Verdict, measure_of, pareto
+from fewstep.loading import EMBEDDED
+from fewstep.reporting.commands import command
 
 
 @dataclass(frozen=True)
-class Told:
-    """What only the caller knows, for the report.
+class Invocation:
+    """The names in the command of a comparison, which its report repeats and its next commands need.
 
     Attributes:
         model: The model, as the commands name it.
         data: The data, as the commands name it; empty if none was given.
         command: The command that was given.
-        notes: Further settings to list, name and value.
+        class_labels: The class labels, as the commands write them.
+        prompt: The text of a text-to-image model.
+        device: The device, unless it is the default.
     """
 
     model: str
     data: str = ""
     command: str = ""
-    notes: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    class_labels: str | None = None
+    prompt: str | None = None
+    device: str | None = None
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Further settings to list."""
+        named = {"class labels": self.class_labels, "prompt": self.prompt}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def all_numbers(
     comparison: Comparison,
     verdicts: Sequence[Verdict],
     recipes: dict[int, tuple[Cell, Path]],
-    told: Told,
+    invocation: Invocation,
     when: str,
 ) -> dict[str, Any]:
-    """Returns every number of a comparison as JSON."""
+    """Returns every number of a comparison as JSON has them."""
     measure = measure_of(comparison)
     return {
         "format": FORMAT,
         "version": VERSION,
         "date": when,
-        "command": told.command,
+        "command": invocation.command,
         "versions": versions(),
-        "model": told.model,
-        "data": told.data or None,
-        **{"question": dict(comparison.question), "notes": dict(told.notes)},
+        "model": invocation.model,
+        "data": invocation.data or None,
+        **{"question": dict(comparison.question), "notes": invocation.notes},
         "measure": measure,
-        "reference": comparison.reference.to_json(),
-        "cells": [cell.to_json() for cell in comparison.cells],
+        "reference": comparison.reference.to_record(),
+        "cells": [cell.to_record() for cell in comparison.cells],
         "refused": [
             {"sampler": name, "nfe": nfe, "reason": reason}
             for name, nfe, reason in comparison.refused
@@ -63,7 +74,7 @@ def all_numbers(
                 "best": verdict.best.name,
                 "ties": [cell.name for cell in verdict.ties],
                 "behind": {
-                    cell.name: to_json(more)
+                    cell.name: estimate_record(more)
                     for cell, more in zip(verdict.order, verdict.behind, strict=True)
                 },
                 "recipe": recipes[verdict.nfe][1].name if verdict.nfe in recipes else None,
@@ -80,48 +91,70 @@ def next_commands(
     comparison: Comparison,
     verdicts: Sequence[Verdict],
     recipes: dict[int, tuple[Cell, Path]],
-    told: Told,
+    invocation: Invocation,
 ) -> list[tuple[str, str]]:
     """Returns what to do with the result: a sentence and a command each."""
-    made = []
+    model, guidance = invocation.model, comparison.question["guidance"]
+    conditions = {"class_labels": invocation.class_labels, "device": invocation.device}
+    commands = []
     for nfe, (_, path) in sorted(recipes.items())[:1]:
-        command = [
-            "fewstep",
-            "sample",
-            told.model,
-            "--recipe",
-            str(path),
-            "--out",
-            f"samples-{nfe}",
-        ]
-        made.append((f"Draw samples with the best at {nfe} evaluations:", shlex.join(command)))
-    analyze = ["fewstep", "analyze", told.model, *(["--data", told.data] if told.data else [])]
-    made.append(
+        commands.append(
+            (
+                f"Draw samples with the best at {nfe} evaluations:",
+                command(
+                    "sample",
+                    model,
+                    recipe=path,
+                    prompt=invocation.prompt,
+                    **conditions,
+                    out=f"{comparison.store.folder}-samples",
+                ),
+            )
+        )
+    if invocation.prompt is not None:
+        return commands  # the other commands have no prompts
+    # What ships for an embedded name is statistics of its images; the analysis needs the images.
+    statistics = invocation.data in EMBEDDED and not Path(invocation.data).exists()
+    commands.append(
         (
             "See where the error that is left comes from:",
-            shlex.join([*analyze, "--out", "analysis"]),
+            command(
+                "analyze",
+                model,
+                data=None if statistics else invocation.data or None,
+                guidance=guidance,
+                **conditions,
+                out=f"{comparison.store.folder}-analysis",
+            ),
         )
     )
     least = verdicts[0].nfe
-    tune = ["fewstep", "tune", told.model, "--nfe", str(least), "--family", "gs"]
-    tune += ["--objective", "endpoint", "--out", f"tuned-{least}.json"]
-    made.append(
+    commands.append(
         (
-            f"Fit coefficients to this model at {least} evaluations, and compare again:",
-            shlex.join(tune),
+            f"Fit a sampler to this model at {least} evaluations, and compare again:",
+            command(
+                "tune",
+                model,
+                nfe=least,
+                family="gs",
+                objective="endpoint",
+                guidance=guidance,
+                **conditions,
+                out=f"{comparison.store.folder}-tuned-{least}.json",
+            ),
         )
     )
-    return made
+    return commands
 
 
 def versions() -> dict[str, str]:
     """Returns the versions of this package and of those that decide the numbers."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"fewstep": __version__}
+    known = {"fewstep": __version__}
     for name in ("torch", "diffusers"):
         try:
-            found[name] = version(name)
+            known[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return known

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.comparison.cells import Job, Runner, Setting, Watcher
+from fewstep.base.progress import Progress, progress_of
+from fewstep.comparison.cells import Job, Runner, Setting
 from fewstep.comparison.entries import Build, Entry, identity, read_entries, read_entry
 from fewstep.comparison.scores import METRICS, check_metrics
 from fewstep.comparison.store import Cell, Store
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.metrics import Reference
+from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
 from fewstep.sampling.request import Contradiction
@@ -27,11 +29,11 @@ class Comparison:
 
     Attributes:
         store: Its folder.
-        question: What decides all numbers.
+        question: The inputs that decide all numbers.
         cells: The cells, by sampler in the order given, then by budget.
         reference: The reference as a cell.
         refused: Sampler, budget and reason of the cells that there cannot be.
-        entries: What took part.
+        entries: The samplers.
         setting: What all cells have in common.
     """
 
@@ -62,15 +64,15 @@ def compare(
     shown: int = 8,
     extend: bool = True,
     overwrite: bool = False,
-    watcher: Watcher | None = None,
+    progress: Progress | bool | None = None,
 ) -> Comparison:
     r"""Runs samplers at budgets from the same noise, and measures their samples.
 
     Each cell (a sampler at a budget) is written to the folder when it is done, so a run that was
-    interrupted goes on where it was, within a cell batch by batch; only features are kept, not the
-    samples. The distance of each sample to the reference is the root mean square over its values.
+    interrupted is resumed where it was, within a cell batch by batch; only features are stored, not
+    the samples. The distance of each sample to the reference is the root mean square over its values.
     Libraries end differently, at the lowest level of the schedule or at :math:`\sigma = 0`; a
-    sampler is compared with the reference at either end (the second by one more denoising call),
+    sampler is compared with the reference at either end (the second by one more evaluation),
     and the smaller distance counts.
 
     Arguments:
@@ -79,7 +81,7 @@ def compare(
             functions (denoiser, nfe) -> sampler.
         nfe: The budgets: numbers of network evaluations. A sampler that cannot meet one of them
             is left out there, and one with its own number runs at that.
-        folder: Where results are kept.
+        folder: Where results are written.
         n: The number of samples.
         seed: The seed; sample i starts from the noise of (seed, i) with every sampler.
         data: The real data to compare with; left out, only the distance to the reference is
@@ -90,14 +92,14 @@ def compare(
         guidance: The scale of classifier-free guidance.
         cond: The conditions, one value or n each.
         batch_size: How many samples go through the network at a time.
-        shown: How many images of each cell are kept for pictures.
+        shown: How many images of each cell are stored for pictures.
         extend: Whether a finished comparison in the folder may be added to.
-        overwrite: Whether a comparison in the folder is thrown away.
-        watcher: Is told how it goes on.
+        overwrite: Whether a comparison in the folder is replaced.
+        progress: Follows the evaluations: ``True`` for a bar, or an object that is called.
 
     Raises:
-        ValueError: Before the first network call: if a sampler is not known or can meet no
-            budget, if the folder answers another question, or a number is out of range.
+        ValueError: Before the first evaluation: if a sampler is not known or can meet no budget, if
+            the folder has a comparison with other settings, or a number is out of range.
     """
     budgets = _checked(nfe, n, batch_size, shown, reference_nfe)
     names = check_metrics(metrics)
@@ -113,19 +115,21 @@ def compare(
         )
     if guidance is not None and guidance != 1:
         denoiser = Guided(denoiser, guidance)
-    ready = denoiser.prepare(n, cond or {})
+    conditions = Conditions.of(denoiser, n, cond or {})
     parts = read_entries(samplers)
     jobs, refused = _jobs(parts, budgets, denoiser)
-    setting = Setting(denoiser, n, seed, ready, data, batch_size, shown)
+    setting = Setting(denoiser, n, seed, conditions, data, batch_size, shown)
     target = _reference_job(reference, reference_nfe, denoiser)
     question = _question(setting, target, guidance)
     store = Store(folder)
     store.open(question, extend=extend, overwrite=overwrite)
 
-    look = Runner(setting, store, names, watcher or Watcher())
-    look.watcher.begin(look.batches * (target.nfe + sum(job.nfe for job in jobs)))
-    base = look.reference(target)
-    cells = [look.cell(job) for job in jobs]
+    with progress_of(progress) as shown_progress:
+        total = len(setting.batches()) * (target.nfe + sum(job.nfe for job in jobs))
+        shown_progress.stage("comparing", total)
+        runner = Runner(setting, store, names, shown_progress)
+        base = runner.reference(target)
+        cells = [runner.cell(job) for job in jobs]
     return Comparison(store, question, cells, base, refused, parts, setting)
 
 
@@ -140,21 +144,21 @@ def _jobs(
     jobs: list[Job] = []
     refused: list[tuple[str, int, str]] = []
     for part in parts:
-        made, reasons = list[Job](), list[tuple[str, int, str]]()
+        possible, reasons = list[Job](), list[tuple[str, int, str]]()
         for nfe in [part.nfe] if part.nfe is not None else budgets:
             try:
                 built = part.build(denoiser, nfe)
                 if built.nfe != nfe:
-                    raise ValueError(f"it makes {built.nfe} network calls, not {nfe}")
+                    raise ValueError(f"it makes {built.nfe} evaluations, not {nfe}")
             except Contradiction:
                 raise
             except ValueError as error:
                 reasons.append((part.name, nfe, str(error)))
                 continue
-            made.append(Job(part, nfe, built, identity(built)))
-        if not made:
+            possible.append(Job(part, nfe, built, identity(built)))
+        if not possible:
             raise ValueError(f"{part.name}: {reasons[0][2]}")
-        jobs += made
+        jobs += possible
         refused += reasons
     return jobs, refused
 
@@ -162,12 +166,12 @@ def _jobs(
 def _reference_job(text: str, nfe: int, denoiser: Denoiser) -> Job:
     part = read_entry(text)
     try:
-        made = part.build(denoiser, nfe)
+        sampler = part.build(denoiser, nfe)
     except Contradiction:
         raise
     except ValueError as error:
         raise ValueError(f"the reference {text!r}: {error}") from None
-    return Job(part, nfe, made, identity(made))
+    return Job(part, nfe, sampler, identity(sampler))
 
 
 def _checked(nfe: Sequence[int], n: int, batch_size: int, shown: int, most: int) -> list[int]:
@@ -184,14 +188,14 @@ def _checked(nfe: Sequence[int], n: int, batch_size: int, shown: int, most: int)
 
 def _question(setting: Setting, target: Job, guidance: float | None) -> dict[str, Any]:
     data, digest = setting.data, hashlib.sha256()
-    for name, value in sorted(setting.cond.items()):
-        told = value.tolist() if isinstance(value, Tensor) else value
-        digest.update(f"{name}={told!r};".encode())
+    for name, value in sorted(setting.conditions.values.items()):
+        values = value.tolist() if isinstance(value, Tensor) else value
+        digest.update(f"{name}={values!r};".encode())
     return {
         "model": setting.denoiser.fingerprint(),
         "n": setting.n,
         "seed": setting.seed,
-        "conditions": digest.hexdigest() if setting.cond else None,
+        "conditions": digest.hexdigest() if setting.conditions.values else None,
         "guidance": None if guidance == 1 else guidance,
         "data": None if data is None else data.sha256,
         "features": None if data is None else data.features_sha256,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from fewstep.base.registry import unknown
 from fewstep.metrics import Estimate, Reference, fid, kid, precision_recall, sliced_wasserstein
 from fewstep.metrics.intervals import jackknife, student
+from fewstep.models.denoiser import Denoiser
 
 RMS = "rms"
 METRICS = ("fid", "kid", "precision-recall", "sliced-wasserstein")
-"""What can be asked for; the distance to the reference is always measured."""
+"""The metrics there are; the distance to the reference is always measured."""
 
 TITLES = {
     "fid": "FID",
@@ -43,14 +44,14 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
 def score(
     features: Tensor, reference: Reference, names: Sequence[str]
 ) -> tuple[dict[str, Estimate], dict[str, str]]:
-    r"""Returns estimates by name, and for those that could not be made the reason.
+    r"""Returns estimates by name, and the reason for those that are not defined.
 
     Arguments:
         features: Features of the samples, with shape (n, D).
         reference: The real data.
         names: Which of :data:`METRICS`.
     """
-    made: dict[str, Estimate] = {}
+    estimates: dict[str, Estimate] = {}
     failed: dict[str, str] = {}
     single: dict[str, Callable[..., Estimate]] = {
         "fid": fid,
@@ -60,12 +61,12 @@ def score(
     for name in names:
         try:
             if name in single:
-                made[name] = single[name](features, reference)
+                estimates[name] = single[name](features, reference)
             else:
-                made.update(precision_recall(features, reference)._asdict())
+                estimates.update(precision_recall(features, reference)._asdict())
         except ValueError as error:
             failed[name] = str(error)
-    return made, failed
+    return estimates, failed
 
 
 def root(squares: Tensor) -> Estimate:
@@ -95,13 +96,13 @@ def less_fid(others: Sequence[Tensor], first: Tensor, reference: Reference) -> l
     sides = [(x, x @ half) for x in (side.double() for side in [first, *others])]
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
-        # The singular values of the centred y are the roots of the eigenvalues that FID asks for.
+        # The singular values of the centred y are the roots of the eigenvalues in FID.
         cross = torch.linalg.svdvals(y - y.mean(0)).sum() / (len(y) - 1) ** 0.5
         return (x.mean(0) - real.mean).square().sum() + x.var(0).sum() - 2 * cross
 
     def statistic(i: Tensor, _: Tensor) -> Tensor:
-        found = torch.stack([distance(x[i], y[i]) for x, y in sides])
-        return found[1:] - found[0]
+        fids = torch.stack([distance(x[i], y[i]) for x, y in sides])
+        return fids[1:] - fids[0]
 
     return jackknife(statistic, (len(first), real.n), fixed=(False, True), level=LEVEL)
 
@@ -119,8 +120,8 @@ def less_rms(a: Tensor, b: Tensor) -> Estimate:
     )
 
 
-def to_json(estimate: Estimate) -> dict[str, Any]:
-    """Returns an estimate as JSON."""
+def estimate_record(estimate: Estimate) -> dict[str, Any]:
+    """Returns an estimate as JSON has it."""
     return {
         "value": estimate.value,
         "low": estimate.low,
@@ -131,17 +132,17 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def from_json(content: dict[str, Any]) -> Estimate:
-    """Returns the estimate that :func:`to_json` wrote."""
-    return Estimate(**{**content, "sizes": tuple(content["sizes"])})
+def estimate_from_record(record: Mapping[str, Any]) -> Estimate:
+    """Returns the estimate of a record of :func:`estimate_record`."""
+    return Estimate(**{**record, "sizes": tuple(record["sizes"])})
 
 
 def same_place(a: Tensor, b: Tensor) -> Tensor:
     r"""Returns per-sample mean squares (n) of the difference of samples, float64."""
-    return (a.double() - b.double()).square().flatten(1).mean(1).cpu()
+    return (a.cpu().double() - b.cpu().double()).square().flatten(1).mean(1)
 
 
-def denoised(denoiser: Any, x: Tensor, cond: Any) -> Tensor:
-    """Returns the data that a model sees in states at the lowest level of its schedule."""
+def denoised(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
+    """Returns the data that a model predicts from states at the lowest level of its schedule."""
     with torch.no_grad():
         return denoiser(x, denoiser.schedule.t_min, prediction="x0", **cond)

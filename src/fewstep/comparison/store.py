@@ -1,4 +1,4 @@
-"""The folder of a comparison: its question, and one finished cell after another."""
+"""The folder of a comparison: its settings, and one finished cell after another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
-from fewstep.comparison.scores import from_json, to_json
+from fewstep.comparison.scores import estimate_from_record, estimate_record
 from fewstep.metrics import Estimate
 
 FORMAT, VERSION = "fewstep.comparison", 1
@@ -25,25 +25,25 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Cell:
-    """A sampler at a budget, with what was measured.
+    """A sampler at a budget, with its measurements.
 
     Attributes:
         name: The name of the sampler.
         nfe: Its number of evaluations.
         identity: A checksum of what it does.
-        calls: The network calls for each image (twice the evaluations with guidance).
+        passes: The passes through the network for each sample (with guidance two an evaluation).
         seconds: The seconds for each image in the fastest batch, the median one and the slowest.
         stochastic: Whether it drew noise on the way.
         end: Which end of the reference it came closer to: ``"lowest level"`` or ``"sigma = 0"``.
         scores: The estimates by name.
-        failed: The metrics that could not be made, with the reason.
-        about: What else is known, such as the recipe.
+        failed: The metrics that are not defined, with the reason.
+        about: Further facts, such as the solver and its times.
     """
 
     name: str
     nfe: int
     identity: str
-    calls: int
+    passes: int
     seconds: tuple[float, float, float]
     stochastic: bool
     end: str
@@ -56,35 +56,35 @@ class Cell:
         """Its name and budget."""
         return self.name, self.nfe
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns it as JSON."""
+    def to_record(self) -> dict[str, Any]:
+        """Returns it as JSON has it."""
         return {
             "sampler": self.name,
             "nfe": self.nfe,
             "identity": self.identity,
-            "calls_per_image": self.calls,
+            "calls_per_image": self.passes,
             "seconds_per_image": list(self.seconds),
             "stochastic": self.stochastic,
             "end": self.end,
-            "scores": {name: to_json(value) for name, value in self.scores.items()},
+            "scores": {name: estimate_record(value) for name, value in self.scores.items()},
             "failed": dict(self.failed),
             "about": dict(self.about),
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Cell:
-        """Returns the cell that :meth:`to_json` wrote."""
+    def from_record(cls, record: Mapping[str, Any]) -> Cell:
+        """Returns the cell of a record."""
         return cls(
-            name=content["sampler"],
-            nfe=content["nfe"],
-            identity=content["identity"],
-            calls=content["calls_per_image"],
-            seconds=tuple(content["seconds_per_image"]),
-            stochastic=content["stochastic"],
-            end=content["end"],
-            scores={name: from_json(value) for name, value in content["scores"].items()},
-            failed=content["failed"],
-            about=content["about"],
+            name=record["sampler"],
+            nfe=record["nfe"],
+            identity=record["identity"],
+            passes=record["calls_per_image"],
+            seconds=tuple(record["seconds_per_image"]),
+            stochastic=record["stochastic"],
+            end=record["end"],
+            scores={name: estimate_from_record(value) for name, value in record["scores"].items()},
+            failed=record["failed"],
+            about=record["about"],
         )
 
 
@@ -99,15 +99,15 @@ class Store:
         self.folder = Path(folder)
 
     def open(self, question: Mapping[str, Any], *, extend: bool, overwrite: bool) -> None:
-        """Leaves a folder in which the comparison starts or goes on.
+        """Prepares a folder in which the comparison starts or is resumed.
 
         Arguments:
-            question: What decides all numbers: model, seed, number of samples, data.
-            extend: Whether a finished comparison may go on with more samplers or budgets.
-            overwrite: Whether what is there is thrown away.
+            question: The inputs that decide all numbers: model, seed, number of samples, data.
+            extend: Whether samplers or budgets may be added to a finished comparison.
+            overwrite: Whether the results that are there are removed.
 
         Raises:
-            ValueError: If the folder holds something else, or the answer to another question.
+            ValueError: If the folder holds something else, or a comparison with other settings.
         """
         state = self.folder / STATE
         before = None
@@ -129,9 +129,9 @@ class Store:
         asked = before.get("question") if isinstance(before, dict) else None
         if asked != question:
             key = next((k for k in question if (asked or {}).get(k) != question[k]), "")
-            told = f" ({key} {(asked or {}).get(key)!r:.40}, now {question.get(key)!r:.40})"
+            change = f" ({key} {(asked or {}).get(key)!r:.40}, now {question.get(key)!r:.40})"
             raise ValueError(
-                f"{str(self.folder)!r} holds a comparison with other settings{told if asked else ''}"
+                f"{str(self.folder)!r} holds a comparison with other settings{change if asked else ''}"
                 "; give --overwrite or another --out"
             )
         if before.get("finished") and not extend:
@@ -156,7 +156,7 @@ class Store:
         )
 
     def clear(self) -> None:
-        """Removes everything that a comparison writes."""
+        """Removes all files of a comparison."""
         shutil.rmtree(self.folder / CELLS, ignore_errors=True)
         names = (STATE, REPORT, RESULTS)
         ours = [self.folder / name for name in names]
@@ -174,21 +174,21 @@ class Store:
     def find(self, name: str, nfe: int, identity: str) -> Cell | None:
         """Returns the finished cell, if it is there, whole, and of the same sampler."""
         try:
-            found = Cell.from_json(read_json(self.file(name, nfe, ".json"), what="cell"))
+            cell = Cell.from_record(read_json(self.file(name, nfe, ".json"), what="cell"))
         except (ValueError, KeyError, TypeError):
             return None
         tensors = self.file(name, nfe, ".safetensors").exists()
-        return found if tensors and found.identity == identity else None
+        return cell if tensors and cell.identity == identity else None
 
     def all(self) -> list[Cell]:
         """Returns all finished cells, in the order of their names."""
-        found = []
+        cells = []
         for file in sorted((self.folder / CELLS).glob("*.json")):
             try:
-                found.append(Cell.from_json(read_json(file, what="cell")))
+                cells.append(Cell.from_record(read_json(file, what="cell")))
             except (ValueError, KeyError, TypeError):
                 continue
-        return found
+        return cells
 
     def write(
         self, cell: Cell, tensors: Mapping[str, Tensor] | None = None, *, keep_parts: bool = False
@@ -196,12 +196,12 @@ class Store:
         """Writes a cell: first its tensors, then the JSON that says that it is whole."""
         if tensors is not None:
             write_tensors(self.file(cell.name, cell.nfe, ".safetensors"), tensors)
-        write_json(self.file(cell.name, cell.nfe, ".json"), cell.to_json())
+        write_json(self.file(cell.name, cell.nfe, ".json"), cell.to_record())
         if not keep_parts:
             shutil.rmtree(self.file(cell.name, cell.nfe, ".parts"), ignore_errors=True)
 
     def tensors(self, cell: Cell) -> dict[str, Tensor]:
-        """Returns what was kept of a cell's samples: features, squares, and those that are shown."""
+        """Returns the features and squared distances of a cell's samples, and those that are shown."""
         return read_tensors(self.file(cell.name, cell.nfe, ".safetensors"))
 
     def part(self, name: str, nfe: int, identity: str, start: int) -> Path:
@@ -213,13 +213,11 @@ class Store:
         if not path.exists():
             return None
         try:
-            found = read_tensors(path)
+            tensors = read_tensors(path)
         except ValueError:
             return None
-        whole = all(key in found for key in keys) and all(
-            len(value) == rows for key, value in found.items() if key in keys
-        )
-        return found if whole else None
+        whole = all(key in tensors and len(tensors[key]) == rows for key in keys)
+        return tensors if whole else None
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a comparison says: the best at each budget, and how sure that is."""
+"""The verdicts of a comparison: the best at each budget, and how sure that is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fewstep.comparison.running import Comparison
 from fewstep.comparison.scores import RMS, less_fid, less_rms
 from fewstep.comparison.store import Cell
 from fewstep.metrics import Estimate
-from fewstep.reporting.page import told
+from fewstep.reporting.page import estimate_texts
 from fewstep.sampling.recipe import SamplerRecipe
 
 
@@ -19,7 +19,7 @@ class Verdict:
 
     Attributes:
         nfe: The budget.
-        measure: What they are ordered by: ``"fid"``, or ``"rms"`` to the reference.
+        measure: The measure they are ordered by: ``"fid"``, or ``"rms"`` to the reference.
         order: The cells, best first.
         behind: How much worse than the first each is, from the same noise, so in pairs.
     """
@@ -48,7 +48,7 @@ class Verdict:
         if len(self.order) == 1:
             return "nothing else ran at this budget"
         if not self.ties:
-            value, low, high = told(self.behind[1])
+            value, low, high = estimate_texts(self.behind[1])
             return f"clearly: `{self.order[1].name}` is behind by {value} ({low} to {high})"
         if len(self.ties) <= 3:
             return "a tie with " + ", ".join(f"`{cell.name}`" for cell in self.ties)
@@ -56,7 +56,7 @@ class Verdict:
 
 
 def measure_of(comparison: Comparison) -> str:
-    """Returns what samplers are ordered by: FID if all have one, or else the distance to the reference."""
+    """Returns the measure that samplers are ordered by: FID if all have one, or else the distance to the reference."""
     return "fid" if all("fid" in cell.scores for cell in comparison.cells) else RMS
 
 
@@ -64,22 +64,22 @@ def judge(comparison: Comparison) -> list[Verdict]:
     """Returns a verdict for each budget, in their order."""
     measure = measure_of(comparison)
     data = comparison.setting.data
-    made = []
+    verdicts = []
     for nfe in sorted({cell.nfe for cell in comparison.cells}):
         order = sorted(
             (cell for cell in comparison.cells if cell.nfe == nfe),
             key=lambda cell: cell.scores[measure].value,
         )
-        kept = [comparison.store.tensors(cell) for cell in order]
+        stored = [comparison.store.tensors(cell) for cell in order]
         if measure == RMS or data is None:
-            first, *others = (tensors["squares"] for tensors in kept)
+            first, *others = (tensors["squares"] for tensors in stored)
             more = [less_rms(other, first) for other in others]
         else:
-            first, *others = (tensors["features"] for tensors in kept)
+            first, *others = (tensors["features"] for tensors in stored)
             more = less_fid(others, first, data) if others else []
         behind = [_nothing(order[0].scores[measure]), *more]
-        made.append(Verdict(nfe, measure, order, behind))
-    return made
+        verdicts.append(Verdict(nfe, measure, order, behind))
+    return verdicts
 
 
 def _nothing(estimate: Estimate) -> Estimate:
@@ -101,8 +101,8 @@ def best_recipe(comparison: Comparison, verdict: Verdict) -> tuple[Cell, Sampler
     by_name = {entry.name: entry for entry in comparison.entries}
     denoiser, question = comparison.setting.denoiser, comparison.question
     for cell in verdict.order:
-        found = by_name[cell.name].recipe(denoiser, cell.nfe)
-        if found is None:
+        recipe = by_name[cell.name].recipe(denoiser, cell.nfe)
+        if recipe is None:
             continue
         score = cell.scores[verdict.measure]
         about = {
@@ -115,6 +115,6 @@ def best_recipe(comparison: Comparison, verdict: Verdict) -> tuple[Cell, Sampler
         }
         if denoiser.integer_times:
             about["integer_times"] = True
-        guidance = question["guidance"] if found.guidance is None else found.guidance
-        return cell, replace(found, guidance=guidance, about={**found.about, **about})
+        guidance = question["guidance"] if recipe.guidance is None else recipe.guidance
+        return cell, replace(recipe, guidance=guidance, about={**recipe.about, **about})
     return None

@@ -77,7 +77,7 @@ class Series:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Within the block, figures of matplotlib are made in the house's style.
+    """Within the block, figures of matplotlib have the style of these reports.
 
     Raises:
         ValueError: If matplotlib is not installed.
@@ -95,8 +95,8 @@ def new_figure(rows: int = 1, columns: int = 1, *, height: float = 3.6) -> tuple
     with styled():
         from matplotlib.figure import Figure
 
-        made = Figure(figsize=(WIDTH, height), layout="constrained")
-        return made, made.subplots(rows, columns)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        return figure, figure.subplots(rows, columns)
 
 
 def line_plot(
@@ -125,14 +125,14 @@ def line_plot(
         height: The height in inches; left out, as the legend needs.
     """
     names = [s.name for s in series if s.name and not s.muted]
-    made, axes = new_figure(height=height or 3.3 + legend_height(names))
+    figure, axes = new_figure(height=height or 3.3 + legend_height(names))
     with styled():
         # On a logarithmic axis a band that reaches below zero ends below the lowest point.
         floor = min((y for s in series for y in s.y if y > 0), default=1.0) / 3 if log_y else None
         draw_lines(axes, series, markers=markers, floor=floor)
         label(axes, x_label, y_label, title, log_x=log_x, log_y=log_y, x_ticks=x_ticks)
-        add_legend(made, names)
-    return made
+        add_legend(figure, names)
+    return figure
 
 
 def draw_lines(
@@ -143,17 +143,17 @@ def draw_lines(
         if one.muted:
             axes.plot(one.x, one.y, label="_", lw=0.8, color=PALE, alpha=0.45, zorder=1.5)
             continue
-        look = look_of(place if one.style is None else one.style)
+        line = style_of(place if one.style is None else one.style)
         if not markers:
-            look["marker"] = ""
-        axes.plot(one.x, one.y, label=one.name or "_", lw=1.6, ms=4.5, **look)
+            line["marker"] = ""
+        axes.plot(one.x, one.y, label=one.name or "_", lw=1.6, ms=4.5, **line)
         if one.low is not None and one.high is not None:
             low = one.low if floor is None else [max(v, floor) for v in one.low]
             high = one.high if floor is None else [max(v, floor) for v in one.high]
-            axes.fill_between(one.x, low, high, color=look["color"], alpha=0.16, linewidth=0)
+            axes.fill_between(one.x, low, high, color=line["color"], alpha=0.16, linewidth=0)
 
 
-def look_of(style: int) -> dict[str, Any]:
+def style_of(style: int) -> dict[str, Any]:
     """Returns colour, marker and dash number so-and-so; no two of the first 224 are the same."""
     return {
         "color": COLORS[style % len(COLORS)],
@@ -205,10 +205,10 @@ def legend_height(names: Sequence[str]) -> float:
     return 0.17 * -(-len(names) // legend_columns(names)) if len(names) > 1 else 0.0
 
 
-def add_legend(made: Figure, names: Sequence[str]) -> None:
+def add_legend(figure: Figure, names: Sequence[str]) -> None:
     """Writes one legend below the axes, if more than one line has a name."""
     if len(names) > 1:
-        made.legend(loc="outside lower center", ncols=legend_columns(names), handlelength=2.6)
+        figure.legend(loc="outside lower center", ncols=legend_columns(names), handlelength=2.6)
 
 
 def _plain(value: float, _: object = None) -> str:
@@ -225,18 +225,18 @@ def _leading(axis: Axis, value: float, _: object = None) -> str:
     return f"{value:g}" if head[0] in digits and head[1:8] == ".000000" else ""
 
 
-def svg(made: Figure, *, alt: str, prefix: str) -> str:
+def svg(figure: Figure, *, alt: str, prefix: str) -> str:
     """Returns a figure as an SVG element for a page: the same for the same figure.
 
     Arguments:
-        made: The figure.
-        alt: What it shows, in words.
-        prefix: What its ids begin with, so that two figures of a page share none.
+        figure: The figure.
+        alt: Its content in words.
+        prefix: The beginning of its ids, so that two figures of a page share none.
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with styled():
-        made.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # In a page neither the namespaces nor a size in points are needed.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "–"
-"""What stands in a table where there is nothing."""
+"""The text of a table's field without a value."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Column:
     """A column of a table.
 
     Attributes:
-        title: What stands above it.
+        title: Its title.
         number: Whether it holds numbers, which are aligned at the right; left out, it does if all
             its fields have a value to sort by.
     """
@@ -42,7 +42,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a field of a table shows, and what it is sorted by.
+    """The text of a field of a table, and the value that it is sorted by.
 
     Attributes:
         text: The text; ``code`` between backticks.
@@ -158,7 +158,7 @@ class Page:
         Arguments:
             image: The picture.
             caption: The text below.
-            alt: What it shows, in words.
+            alt: Its content in words.
             fit: Whether a picture that is too wide shrinks; else it is scrolled.
         """
         buffer = io.BytesIO()
@@ -168,7 +168,7 @@ class Page:
 
     @contextmanager
     def details(self, summary: str) -> Iterator[None]:
-        """What is added inside of the ``with`` block is folded away behind a line."""
+        """Folds everything that is added within the block behind a line."""
         outside, self._parts = self._parts, []
         try:
             yield
@@ -188,7 +188,7 @@ class Page:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Writes the file, whole or not at all; returns its path."""
+        """Writes the file atomically; returns its path."""
         return write_atomic(path, self.to_html())
 
     def _add(self, macro: str, *arguments: Any) -> None:
@@ -224,12 +224,12 @@ def _cell(value: Any) -> Cell:
     return Cell(str(value))
 
 
-def _estimate(found: Any) -> Cell:
-    value, low, high = told(found)
-    return Cell(value, float(found.value), f"{low} … {high}")
+def _estimate(estimate: Any) -> Cell:
+    value, low, high = estimate_texts(estimate)
+    return Cell(value, float(estimate.value), f"{low} … {high}")
 
 
-def told(estimate: Any) -> tuple[str, str, str]:
+def estimate_texts(estimate: Any) -> tuple[str, str, str]:
     """Returns value and ends of an estimate as texts, with at least two digits of the interval's width."""
     numbers = (estimate.value, estimate.low, estimate.high)
     width = abs(estimate.high - estimate.low)
@@ -255,12 +255,12 @@ def _templates() -> Environment:
         safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
         return Markup(re.sub(r"(?<=:)(?=\S)|(?=[+@])", "<wbr>", safe) if breaks else safe)
 
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["words"] = words
-    return made
+    environment.filters["words"] = words
+    return environment

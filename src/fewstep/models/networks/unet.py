@@ -80,6 +80,9 @@ class SmallUNet(nn.Module):
             ``num_classes`` is the null label of classifier-free guidance.
         time_scale: What a time is multiplied with before the sinusoidal embedding, so that it
             covers about 0 to 1000.
+        input_skip: Whether the input is added to the output, times a factor that depends on the time.
+            At high noise ``eps`` is almost the input, to an accuracy that normalised features do not
+            have; it matters where :math:`\sigma / \alpha` is large and ``eps`` is predicted.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class SmallUNet(nn.Module):
         attention: Sequence[int] = (2,),
         num_classes: int | None = None,
         time_scale: float = 1.0,
+        input_skip: bool = False,
     ) -> None:
         super().__init__()
         _check("in_channels", in_channels)
@@ -126,6 +130,10 @@ class SmallUNet(nn.Module):
             "num_classes": num_classes,
             "time_scale": time_scale,
         }
+        if not isinstance(input_skip, bool):
+            raise ValueError(f"input_skip must be true or false, got {input_skip!r:.40}")
+        if input_skip:  # files of before do not have it
+            self.config["input_skip"] = True
         self.checkpointing = False
         self.patch = patch
         self.time_scale = time_scale
@@ -167,6 +175,10 @@ class SmallUNet(nn.Module):
         self.norm_out = nn.GroupNorm(_groups(current), current)
         self.conv_out = nn.Conv2d(current, in_channels * patch**2, 3, padding=1)
         _silence(self.conv_out)
+        self.skip_factor = nn.Linear(width, 1) if input_skip else None
+        if self.skip_factor is not None:
+            nn.init.zeros_(self.skip_factor.weight)
+            nn.init.ones_(self.skip_factor.bias)
 
     def enable_gradient_checkpointing(self) -> None:
         """Lets the backward pass compute the stages again instead of keeping what is inside."""
@@ -193,7 +205,10 @@ class SmallUNet(nn.Module):
             if skips:
                 h = grow(functional.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
         h = self.conv_out(functional.silu(self.norm_out(h)))
-        return functional.pixel_shuffle(h, self.patch)
+        output = functional.pixel_shuffle(h, self.patch)
+        if self.skip_factor is None:
+            return output
+        return output + self.skip_factor(embedding)[:, :, None, None] * x
 
     def encode(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None = None

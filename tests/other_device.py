@@ -1,0 +1,137 @@
+"""A stand-in for another device: tensors that refuse to meet those of the CPU, as CUDA's do.
+
+Their numbers are on the CPU, their ``device`` is called meta. Within :func:`other_device` tensors that are
+made on, or moved to, that device are of this kind; :func:`on_other_device` moves a module there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+OTHER = torch.device("meta")
+aten = torch.ops.aten
+
+CROSSING = {aten._to_copy.default, aten.copy_.default}
+INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
+"""Operations whose integer indices may be on the CPU."""
+
+
+class OtherTensor(Tensor):
+    """A tensor of the other device."""
+
+    plain: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, plain: Tensor) -> OtherTensor:
+        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            plain.shape,
+            strides=plain.stride(),
+            storage_offset=plain.storage_offset(),
+            dtype=plain.dtype,
+            device=OTHER,
+            requires_grad=plain.requires_grad,
+        )
+        made.plain = plain.detach()
+        return made
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"OtherTensor({self.plain})"
+
+    def tolist(self) -> Any:
+        return self.plain.tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("can't convert a tensor of another device to numpy; use .cpu() first")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Literals(TorchFunctionMode):
+    """``torch.tensor(numbers, device="meta")`` leaves the numbers out; here they are moved."""
+
+    def __torch_function__(  # type: ignore[override]
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        literal = func in (torch.tensor, torch.as_tensor)
+        if literal and kwargs.get("device") is not None and not isinstance(args[0], Tensor):
+            device = kwargs.pop("device")
+            return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    flat, _ = tree_flatten((args, kwargs))
+    others = [a for a in flat if isinstance(a, OtherTensor)]
+    target = kwargs.get("device")
+    if others and func not in CROSSING:
+        checked = tree_flatten((args[0], args[2:], kwargs))[0] if func in INDEXED else flat
+        if func in INDEXED and not isinstance(args[0], OtherTensor):
+            checked = flat
+        strangers = [
+            a
+            for a in checked
+            if isinstance(a, Tensor) and not isinstance(a, OtherTensor) and a.ndim
+        ]
+        if strangers:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but {func} got {OTHER} and cpu"
+            )
+    by_inner = {id(a.plain): a for a in others}
+    if target is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    args, kwargs = tree_map(lambda a: a.plain if isinstance(a, OtherTensor) else a, (args, kwargs))
+    result = func(*args, **kwargs)
+    if target is not None:
+        stays = torch.device(target) == OTHER
+    elif func is aten.copy_.default:
+        stays = bool(by_inner) and id(result) in by_inner
+    else:
+        stays = bool(others)
+
+    def wrapped(value: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, OtherTensor):
+            return value
+        if not stays:
+            return value
+        same = by_inner.get(id(value))
+        return OtherTensor(value) if same is None else same
+
+    return tree_map(wrapped, result)
+
+
+@contextmanager
+def other_device() -> Iterator[torch.device]:
+    """Gives the device; within the block it can be allocated on and moved to."""
+    with _Mode(), _Literals():
+        yield OTHER
+
+
+def on_other_device(module: nn.Module) -> nn.Module:
+    """Moves parameters and buffers of a module to the other device, in place."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                value = OtherTensor(parameter.detach())
+                part._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = OtherTensor(buffer)
+    return module
