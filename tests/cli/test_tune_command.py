@@ -10,6 +10,7 @@ from torch import nn
 
 import fewstep
 from fewstep.base.files import read_json
+from fewstep.base.runs import locked
 from fewstep.cli import run
 from fewstep.learned import problem
 from fewstep.learned.condition_pool import ConditionPool
@@ -144,6 +145,23 @@ def test_checkpoints_of_another_search_are_refused(tmp_path):
     (tmp_path / "a.json").unlink()
     with pytest.raises(ValueError, match="safetensors"):
         fewstep.tune(RING, **arguments, search=TINY, seed=1)
+
+
+def test_damaged_pairs_are_sampled_again_and_two_searches_do_not_share_a_file(tmp_path):
+    arguments = {"nfe": 2, "objective": "endpoint", "out": tmp_path / "a.json", "search": TINY}
+    whole = fewstep.tune(RING, **arguments)
+    (tmp_path / "a.json").unlink()
+    folder = tmp_path / "a.search"
+    (folder / STATE).unlink()
+    path = folder / "teacher-train.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-9])
+    (folder / ".x.json.0123456789abcdef.tmp").write_text("")
+    with locked(folder), pytest.raises(ValueError, match="is being written by another run"):
+        fewstep.tune(RING, **arguments, overwrite=True)
+    assert fewstep.tune(RING, **arguments).recipe.to_json() == whole.recipe.to_json()
+    assert path.read_bytes() == content
+    assert not list(folder.glob(".*"))
 
 
 def test_wrong_arguments_are_refused_before_any_evaluation():

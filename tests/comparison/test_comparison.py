@@ -10,6 +10,7 @@ import torch
 import fewstep
 from fewstep import metrics
 from fewstep.base.progress import Silent
+from fewstep.base.runs import locked
 from fewstep.comparison import compare, read_entries, read_entry
 from fewstep.comparison.entries import identity
 from fewstep.comparison.scores import less_fid, less_rms, root
@@ -370,7 +371,7 @@ def test_a_sampler_of_the_same_name_that_does_something_else_is_run_again(tmp_pa
     [
         ({"n": 20}, "n 24, now 20"),
         ({"seed": 9}, "seed 3, now 9"),
-        ({"batch_size": 8}, "batch_size"),
+        ({"batch_size": 8}, "batch size 10, now 8"),
     ],
 )
 def test_another_question_is_refused(tmp_path, model, change, word):
@@ -385,9 +386,9 @@ def test_another_question_is_refused(tmp_path, model, change, word):
 
 def test_another_model_or_other_data_are_refused(tmp_path, model, data):
     run(model, tmp_path, data=data)
-    with pytest.raises(ValueError, match=r"other settings \(model"):
+    with pytest.raises(ValueError, match=r"other settings \(another model"):
         run(Counting("ddpm-linear"), tmp_path, data=data)
-    with pytest.raises(ValueError, match=r"other settings \(data"):
+    with pytest.raises(ValueError, match=r"other settings \((another )?data"):
         run(model, tmp_path)
 
 
@@ -409,6 +410,24 @@ def test_damaged_cells_are_run_again(tmp_path, model, suffix):
     before = model.seen
     assert scores(run(model, tmp_path)) == scores(first)
     assert model.seen - before == N * 3
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_a_damaged_cell_is_run_again(tmp_path, model, suffix):
+    first = run(model, tmp_path)
+    file = next((tmp_path / "cells").glob(f"ddim*.{suffix}"))
+    content = bytearray(file.read_bytes())
+    for damaged in (content[:-7], content[:60] + bytes([content[60] ^ 1]) + content[61:]):
+        file.write_bytes(damaged)
+        (file.parent / f".{file.name}.0123456789abcdef.tmp").write_bytes(b"litter")
+        assert scores(run(model, tmp_path)) == scores(first)
+        assert file.read_bytes() == content or suffix == "json"
+        assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_comparisons_do_not_write_one_folder(tmp_path, model):
+    with locked(tmp_path), pytest.raises(ValueError, match="is being written by another run"):
+        run(model, tmp_path)
 
 
 def test_a_damaged_batch_of_the_reference_is_drawn_again(tmp_path, model):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.base.progress import Progress, progress_of
+from fewstep.base.runs import locked
 from fewstep.comparison.cells import Job, Runner, Setting
 from fewstep.comparison.entries import Build, Entry, identity, read_entries, read_entry
 from fewstep.comparison.scores import METRICS, check_metrics
@@ -122,9 +123,11 @@ def compare(
     target = _reference_job(reference, reference_nfe, denoiser)
     question = _question(setting, target, guidance)
     store = Store(folder)
-    store.open(question, extend=extend, overwrite=overwrite)
-
-    with progress_of(progress) as shown_progress:
+    with (
+        progress_of(progress) as shown_progress,
+        locked(store.folder, progress=shown_progress),
+    ):
+        store.open(question, extend=extend, overwrite=overwrite)
         total = len(setting.batches()) * (target.nfe + sum(job.nfe for job in jobs))
         shown_progress.stage("comparing", total)
         runner = Runner(setting, store, names, shown_progress)

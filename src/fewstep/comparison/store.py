@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.base.files import read_json, read_tensors, sweep, write_json, write_tensors
+from fewstep.base.runs import difference
 from fewstep.comparison.scores import estimate_from_record, estimate_record
 from fewstep.metrics import Estimate
 
@@ -123,16 +124,17 @@ class Store:
                 raise ValueError(f"{str(self.folder)!r} exists; give --overwrite or another --out")
         if overwrite:
             self.clear()
+        for folder in (self.folder, self.folder / CELLS, *self.folder.glob(f"{CELLS}/*.parts")):
+            sweep(folder)
         self._write(question, finished=False)
 
     def _check(self, before: Any, question: Mapping[str, Any], extend: bool) -> None:
         asked = before.get("question") if isinstance(before, dict) else None
-        if asked != question:
-            key = next((k for k in question if (asked or {}).get(k) != question[k]), "")
-            change = f" ({key} {(asked or {}).get(key)!r:.40}, now {question.get(key)!r:.40})"
+        changed = difference(asked, question)
+        if changed is not None:
             raise ValueError(
-                f"{str(self.folder)!r} holds a comparison with other settings{change if asked else ''}"
-                "; give --overwrite or another --out"
+                f"{str(self.folder)!r} holds a comparison with other settings ({changed}); give "
+                "--overwrite or another --out"
             )
         if before.get("finished") and not extend:
             raise ValueError(
@@ -172,13 +174,13 @@ class Store:
         return self.folder / CELLS / f"{plain}-{nfe}-{digest}{suffix}"
 
     def find(self, name: str, nfe: int, identity: str) -> Cell | None:
-        """Returns the finished cell, if it is there, whole, and of the same sampler."""
+        """Returns the finished cell of the same sampler; ``None`` if it is missing or damaged."""
         try:
             cell = Cell.from_record(read_json(self.file(name, nfe, ".json"), what="cell"))
-        except (ValueError, KeyError, TypeError):
+            self.tensors(cell)  # reading checks them
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
-        tensors = self.file(name, nfe, ".safetensors").exists()
-        return cell if tensors and cell.identity == identity else None
+        return cell if cell.identity == identity else None
 
     def all(self) -> list[Cell]:
         """Returns all finished cells, in the order of their names."""

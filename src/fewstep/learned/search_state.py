@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.base.files import read_metadata, read_tensors, write_tensors
+from fewstep.base.files import read_tensors_and_metadata, write_tensors
 
 STATE = "state.safetensors"
 
@@ -54,6 +54,14 @@ class State:
         # Python's JSON writes and reads infinity; the file's metadata are texts anyway.
         write_tensors(folder / STATE, self.tensors, {"state": json.dumps(record)})
 
+    def check(self) -> None:
+        """Raises ``ValueError`` unless the entries have their types."""
+        kinds: dict[str, Any] = {"norms": dict, "history": list, "best_score": (int, float)}
+        kinds |= dict.fromkeys(("stage", "step", "updates", "stale", "skipped"), int)
+        for key, kind in kinds.items():
+            if not isinstance(getattr(self, key), kind):
+                raise ValueError(f"{key} is {getattr(self, key)!r:.40}")
+
     @classmethod
     def load(cls, folder: Path) -> State | None:
         """Returns the state in a folder, or ``None`` if there is none.
@@ -65,6 +73,9 @@ class State:
         if not file.exists():
             return None
         try:
-            return cls(read_tensors(file), **json.loads(read_metadata(file)["state"]))
+            tensors, metadata = read_tensors_and_metadata(file)
+            state = cls(tensors, **json.loads(metadata["state"]))
+            state.check()
+            return state
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint {str(file)!r} is damaged: {error}") from None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.base.files import read_metadata, read_tensors, write_tensors
+from fewstep.base.files import read_tensors_and_metadata, write_tensors
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.learned.condition_pool import ConditionPool
@@ -183,8 +183,11 @@ def make_pairs(
         key: A hash of everything that determines the pairs.
         progress: Ticks once for each evaluation of each sample.
     """
-    if file is not None and file.exists() and read_metadata(file).get("key") == key:
-        stored = read_tensors(file)
+    try:
+        stored, metadata = ({}, {}) if file is None else read_tensors_and_metadata(file)
+    except ValueError:  # missing or damaged: sampled again
+        stored, metadata = {}, {}
+    if metadata.get("key") == key and "target" in stored:
         progress.tick(len(stored["target"]) * plan.nfe)
         return Pairs(seed, stored["target"], stored.get("states"))
     target, states = source.sampled(

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.base.files import read_json, write_json
+from fewstep.base.files import read_json, sweep, write_json
 from fewstep.base.progress import Progress, progress_of
+from fewstep.base.runs import LOCK, difference, locked
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.learned.problem import Problem
 from fewstep.learned.problem import TunedSampler as TunedSampler
@@ -130,9 +131,13 @@ def tune(
         cond=cond,
     )
     file = None if out is None else Path(out)
-    folder = None if file is None else _folder(file, problem, overwrite=overwrite)
     with progress_of(progress) as shown, frozen(denoiser):
-        tuned = problem.solve(folder, shown)
+        if file is None:
+            tuned = problem.solve(None, shown)
+        else:
+            with locked(checkpoint_folder(file), progress=shown):
+                folder = _folder(file, problem, overwrite=overwrite)
+                tuned = problem.solve(folder, shown)
     if file is not None:
         if tuned.verdict.state != WORSE or keep_worse:
             tuned.save(file)
@@ -150,15 +155,20 @@ def _folder(file: Path, problem: Problem, *, overwrite: bool) -> Path:
     folder = checkpoint_folder(file)
     if overwrite:
         file.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    sweep(folder)
     if file.exists():
         raise ValueError(f"{str(file)!r} exists; give overwrite (--overwrite) or another file")
     # Through JSON, as it will be read again.
     about = json.loads(json.dumps(problem.record()))
     if (folder / SETTINGS).exists():
-        if read_json(folder / SETTINGS, what="the settings of a search") != about:
+        before = read_json(folder / SETTINGS, what="the settings of a search")
+        changed = difference(before, about)
+        if changed is not None:
             raise ValueError(
-                f"{str(folder)!r} has the checkpoints of another search; give the same call to resume "
+                f"{str(folder)!r} has the checkpoints of another search ({changed}); give the same call to resume "
                 "it, overwrite (--overwrite), or another file"
             )
     else:
