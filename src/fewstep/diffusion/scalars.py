@@ -172,7 +172,8 @@ def _tensors(value: Any) -> Any:
 class Column(Tensor):
     """A float64 vector whose elements are :class:`Scalar`; in all other respects a tensor."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+    # Results are plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     _numbers: list[float]
 

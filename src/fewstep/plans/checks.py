@@ -119,7 +119,8 @@ def point_mass_defect(plan: Plan, alpha: Tensor, sigma: Tensor) -> float:
 def _compressed(registers: list[Any]) -> tuple[int, int]:
     """Writes the noises of the registers in use in a basis of their span; returns its room and its size."""
     live = [k for k, register in enumerate(registers) if register is not None]
-    triangle = numpy.linalg.qr(numpy.stack([registers[k][1] for k in live], 1), mode="r")
+    columns = numpy.stack([registers[k][1] for k in live], 1)
+    triangle: Any = numpy.linalg.qr(columns, mode="r")
     size = len(triangle)
     width = max(MOST_COORDINATES, 2 * size)
     for column, k in enumerate(live):

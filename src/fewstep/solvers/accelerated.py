@@ -48,7 +48,7 @@ class DDIMTheory(Solver):
         | Towards Faster Non-Asymptotic Convergence for Diffusion-Based Generative Models (Li et al., 2024)
         | https://arxiv.org/abs/2306.09251
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 1.
     """
@@ -86,7 +86,7 @@ class DDPMTheory(Solver):
         | Accelerating Convergence of Score-Based Diffusion Models, Provably (Li et al., 2024)
         | https://arxiv.org/abs/2403.03852
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 1 (of the marginals).
     """
@@ -120,14 +120,14 @@ class AcceleratedDDIM(Solver):
         w_t = \sqrt{A_{t-1}} \, \frac{G_t(A_{t-1}) - G_t(A_t)}{A_t - A_{t+1}}, \qquad
         G_t(g) = A_t \sqrt{\tfrac{1 - g}{g}} + \arcsin \sqrt g
 
-    It integrates the line through the last two answers, as a function of A, exactly. The first
+    It integrates the line through the last two model outputs, as a function of A, exactly. The first
     step is DDIM's. A last step onto :math:`\sigma = 0` (A = 1) is regular.
 
     References:
         | Accelerating Convergence of Score-Based Diffusion Models, Provably (Li et al., 2024), and its code
         | https://arxiv.org/abs/2403.03852
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 2.
     """
@@ -175,7 +175,7 @@ class AcceleratedDDIMTheory(Solver):
         | Accelerating Convergence of Score-Based Diffusion Models, Provably (Li et al., 2024), eq. (15)
         | https://arxiv.org/abs/2403.03852
 
-    Cost: two network calls per step, one in the first: 2 K - 1.
+    Cost: two network evaluations per step, one in the first: 2 K - 1.
 
     Order: 2.
     """
@@ -227,7 +227,7 @@ class AcceleratedDDIMLagged(Solver):
         | Accelerating Convergence of Score-Based Diffusion Models, Provably (Li et al., 2024), eq. (15)
         | https://arxiv.org/abs/2403.03852
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 2.
     """
@@ -257,7 +257,7 @@ _VARIANTS = ("inside", "readme", "cifar-code", "fork")
 
 @dataclass(frozen=True)
 class AcceleratedDDPM(Solver):
-    r"""Accelerated DDPM: half of the noise before the network call, half after.
+    r"""Accelerated DDPM: half of the noise before the network evaluation, half after.
 
     .. math:: Y_t^+ = Y_t + \sqrt{\tfrac{1 - a_t}{2}} \, Z_t, \qquad
         Y_{t-1} = \frac{1}{\sqrt{a_t}} \left( Y_t^+ + (1 - a_t) s_t(Y_t^+) + \sqrt{\tfrac{1 - a_t}{2}} \, Z_t^+ \right)
@@ -270,7 +270,7 @@ class AcceleratedDDPM(Solver):
         | Accelerating Convergence of Score-Based Diffusion Models, Provably (Li et al., 2024), eq. (24)
         | https://arxiv.org/abs/2403.03852
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 1 (of the marginals), with a constant some 2.5 times below DDPM's; 2 on Gaussian data.
 

@@ -2,7 +2,7 @@ r"""Multistep methods: exponential Adams–Bashforth (DEIS) and the PNDM family.
 
 For any scalar schedule the probability-flow ODE is :math:`dy/d\rho = \varepsilon` with
 :math:`y = x / \alpha` and :math:`\rho = \sigma / \alpha`. The DEIS methods integrate a polynomial
-through the last answers exactly; they differ in the variable of the polynomial.
+through the last model outputs exactly; they differ in the variable of the polynomial.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class TAB(_ExponentialAdams):
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), tAB-DEIS
         | https://arxiv.org/abs/2204.13902
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: ``degree + 1`` observed from few to some hundred steps. Asymptotically the first DDIM
     step, of local order 2, caps it at 2, with a constant too small to be seen before errors of 1e-8.
@@ -195,7 +195,7 @@ class RhoAB(_ExponentialAdams):
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), rhoAB-DEIS
         | https://arxiv.org/abs/2204.13902
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: ``degree + 1``, with the remark of :class:`TAB` on the first step.
 
@@ -234,7 +234,7 @@ class LogRhoAB(_ExponentialAdams):
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023)
         | https://arxiv.org/abs/2204.13902
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: ``degree + 1``, with the remark of :class:`TAB` on the first step. With steps that
     grow towards the data (uniform in time) degrees 2 and 3 are unstable at few steps: use the
@@ -267,13 +267,13 @@ class IPNDM(Solver):
         | Pseudo Numerical Methods for Diffusion Models on Manifolds (Liu et al., 2022)
         | https://arxiv.org/abs/2202.09778
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 2, whatever the number of answers used: constant weights ignore how :math:`\rho`
     curves along the grid. At few steps the third and fourth answer still help by a constant.
 
     Arguments:
-        answers: The number of answers combined, 1 (DDIM) to 4.
+        answers: The number of model outputs combined, 1 (DDIM) to 4.
     """
 
     answers: int = 4
@@ -322,7 +322,7 @@ class PNDM(Solver):
         | Pseudo Numerical Methods for Diffusion Models on Manifolds (Liu et al., 2022)
         | https://arxiv.org/abs/2202.09778
 
-    Cost: K + 9 network calls for K >= 3 steps, 4 K below.
+    Cost: K + 9 network evaluations for K >= 3 steps, 4 K below.
 
     Order: 2, see :class:`IPNDM`.
     """

@@ -33,7 +33,7 @@ class DDIM(Solver):
         | Denoising Diffusion Implicit Models (Song et al., 2021), eq. (12), (16)
         | https://arxiv.org/abs/2010.02502
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 1.
 
@@ -93,7 +93,7 @@ class GDDIM(Solver):
         | gDDIM: Generalized denoising diffusion implicit models (Zhang et al., 2023)
         | https://arxiv.org/abs/2206.05564
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 1.
 
@@ -147,7 +147,7 @@ class DDPM(Solver):
         | Denoising Diffusion Probabilistic Models (Ho et al., 2020), algorithm 2
         | https://arxiv.org/abs/2006.11239
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 1.
 
@@ -203,7 +203,7 @@ class AnalyticDDIM(Solver):
         | Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance (Bao et al., 2022)
         | https://arxiv.org/abs/2201.06503
 
-    Cost: one network call per step, and once the estimate of :math:`\Gamma`.
+    Cost: one network evaluation per step, and once the estimate of :math:`\Gamma`.
 
     Order: 1.
 
@@ -262,7 +262,7 @@ class Euler(Solver):
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), eq. (13)
         | https://arxiv.org/abs/2011.13456
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 1.
     """
@@ -290,7 +290,7 @@ class EulerMaruyama(Solver):
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021)
         | https://arxiv.org/abs/2011.13456
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 1 (of the marginals).
 
@@ -355,7 +355,7 @@ class EIScore(Solver):
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), ingredient 1
         | https://arxiv.org/abs/2204.13902
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 1.
     """

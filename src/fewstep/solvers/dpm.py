@@ -16,7 +16,7 @@ from fewstep.solvers.base import Solver, check_number
 
 
 def difference(grid: TimeGrid, i: int, newer: Form, older: Form, *, back: int = 1) -> Form:
-    r"""Returns the slope between two answers in :math:`\lambda`, times the coming step h.
+    r"""Returns the slope between two model outputs in :math:`\lambda`, times the coming step h.
 
     ``newer`` was made at grid point ``i - back + 1``, ``older`` one before.
     """
@@ -78,7 +78,7 @@ class DPMpp2M(_DPMpp):
         | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (Lu et al., 2022), algorithm 2
         | https://arxiv.org/abs/2211.01095
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 2.
 
@@ -98,7 +98,7 @@ class DPMpp2M(_DPMpp):
 
 @dataclass(frozen=True)
 class DPMpp3M(_DPMpp):
-    r"""DPM-Solver++(3M): multistep in data prediction with three answers.
+    r"""DPM-Solver++(3M): multistep in data prediction with three model outputs.
 
     .. math:: x_s = \frac{\sigma_s}{\sigma_t} x_t - \alpha_s (e^{-h} - 1) D_t
         + \alpha_s h \varphi_2(-h) \, D' + c \, \alpha_s h \varphi_3(-h) \, D''
@@ -115,7 +115,7 @@ class DPMpp3M(_DPMpp):
         | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (Lu et al., 2022)
         | https://arxiv.org/abs/2211.01095
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 2; with ``consistent=True`` 3, up to the cap of 2 that the first DDIM step sets
     asymptotically.
@@ -163,7 +163,7 @@ class DPMpp2MSDE(Solver):
         | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (Lu et al., 2022)
         | https://arxiv.org/abs/2211.01095
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: 1 of the marginals in general (the noise within a step is not resolved), 2 as
     :math:`\eta \to 0`.

@@ -151,7 +151,7 @@ class RhoMidpoint(_RhoRK):
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), rhoRK-DEIS
         | https://arxiv.org/abs/2204.13902
 
-    Cost: two network calls per step.
+    Cost: two network evaluations per step.
 
     Order: 2.
     """
@@ -174,7 +174,7 @@ class RhoHeun(_RhoRK):
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), rhoRK-DEIS
         | https://arxiv.org/abs/2204.13902
 
-    Cost: two network calls per step; one in a last step onto :math:`\sigma = 0`, which is DDIM's.
+    Cost: two network evaluations per step; one in a last step onto :math:`\sigma = 0`, which is DDIM's.
 
     Order: 2.
     """
@@ -197,7 +197,7 @@ class RhoKutta3(_RhoRK):
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), rhoRK-DEIS
         | https://arxiv.org/abs/2204.13902
 
-    Cost: three network calls per step; one in a last step onto :math:`\sigma = 0`, which is DDIM's.
+    Cost: three network evaluations per step; one in a last step onto :math:`\sigma = 0`, which is DDIM's.
 
     Order: 3.
     """
@@ -220,7 +220,7 @@ class RhoRK4(_RhoRK):
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), rhoRK-DEIS
         | https://arxiv.org/abs/2204.13902
 
-    Cost: four network calls per step; one in a last step onto :math:`\sigma = 0`, which is DDIM's.
+    Cost: four network evaluations per step; one in a last step onto :math:`\sigma = 0`, which is DDIM's.
 
     Order: 4.
     """
@@ -243,7 +243,7 @@ class Heun(_RhoRK):
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), algorithm 1
         | https://arxiv.org/abs/2206.00364
 
-    Cost: 2 K - 1 network calls for K steps that end at :math:`\sigma = 0`.
+    Cost: 2 K - 1 network evaluations for K steps that end at :math:`\sigma = 0`.
 
     Order: 2.
     """
@@ -271,7 +271,7 @@ class EDMStochastic(_RhoRK):
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), algorithm 2
         | https://arxiv.org/abs/2206.00364
 
-    Cost: 2 K - 1 network calls for K steps that end at :math:`\sigma = 0`.
+    Cost: 2 K - 1 network evaluations for K steps that end at :math:`\sigma = 0`.
 
     Order: 1 (of the marginals, at constant :math:`S_{churn}`: the churn of each step is a first-order splitting).
 
@@ -383,7 +383,7 @@ class DPM2(_DPMSolver):
         | DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling (Lu et al., 2022), algorithm 1
         | https://arxiv.org/abs/2206.00927
 
-    Cost: two network calls per step; one in a last step onto :math:`\sigma = 0`, which is DDIM's.
+    Cost: two network evaluations per step; one in a last step onto :math:`\sigma = 0`, which is DDIM's.
 
     Order: 2.
     """
@@ -412,7 +412,7 @@ class DPM3(_DPMSolver):
         | DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling (Lu et al., 2022), algorithm 2
         | https://arxiv.org/abs/2206.00927
 
-    Cost: three network calls per step; one in a last step onto :math:`\sigma = 0`, which is DDIM's.
+    Cost: three network evaluations per step; one in a last step onto :math:`\sigma = 0`, which is DDIM's.
 
     Order: 3.
     """

@@ -1,4 +1,4 @@
-r"""UniPC: a predictor and a corrector that share their network calls."""
+r"""UniPC: a predictor and a corrector that share their network evaluations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class UniPC(Solver):
         | UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models (Zhao et al., 2023)
         | https://arxiv.org/abs/2302.04867
 
-    Cost: one network call per step.
+    Cost: one network evaluation per step.
 
     Order: p, and p + 1 observed where the first steps do not matter; at most 2 with
     ``lower_final``, whose last step is of first order. The first steps cap it at 2 to 3
@@ -103,7 +103,7 @@ class UniPC(Solver):
         h = lam[i + 1] - lam[i]
         expm1 = torch.expm1(-h)
         form = -a * expm1 * answers[0]
-        ratios = [(lam[i - k] - lam[i]) / h for k in range(1, degree)]
+        ratios: list[Any] = [(lam[i - k] - lam[i]) / h for k in range(1, degree)]
         slopes = [
             (answers[k] - answers[0]) / r for k, r in zip(range(1, degree), ratios, strict=True)
         ]
