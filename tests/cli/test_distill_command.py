@@ -75,8 +75,8 @@ def test_other_solvers_of_an_operator_are_refused(folders, tmp_path, capsys):
     assert distill(folders, out, "--mode", "endpoint") == 0
     for more, told in (
         (["--solver", "ddim"], "leave solver out"),
-        (["--nfe", "10"], "leave --nfe out"),
-        (["--guidance", "2"], "leave --guidance out"),
+        (["--nfe", "10"], "leave nfe=10 out"),
+        (["--guidance", "2"], "leave guidance out"),
     ):
         assert run(["sample", str(out), "--out", str(tmp_path / "x"), *more]) == 2
         assert told in " ".join(capsys.readouterr().err.split())

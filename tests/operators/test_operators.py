@@ -546,11 +546,11 @@ def test_other_samplers_are_refused(tmp_path):
     for change, message in (
         ({"solver": "ddim"}, "leave solver out"),
         ({"plan": plan}, "leave plan out"),
-        ({"recipe": fewstep.SamplerRecipe(name="ddim", nfe=2)}, "leave a plan out"),
-        ({"nfe": 5}, "leave nfe out"),
+        ({"recipe": fewstep.SamplerRecipe(name="ddim", nfe=2)}, "leave recipe out"),
+        ({"nfe": 5}, "leave nfe=5 out"),
         ({"grid": "karras"}, "leave grid out"),
         ({"options": {"eta": 0.5}}, "leave eta out"),
-        ({"guidance": 2.0, "class_labels": 1}, "cannot be wrapped in Guided"),
+        ({"guidance": 2.0, "class_labels": 1}, "leave guidance out"),
     ):
         with pytest.raises(ValueError, match=message):
             fewstep.sample(model, 2, **change)
