@@ -1,4 +1,4 @@
-r"""A network as a plan calls it, with times and conversions laid out beforehand."""
+r"""A network as a plan evaluates it, with times and conversions laid out beforehand."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fewstep.plans.plan import Plan
 def bind(
     denoiser: Denoiser, plan: Plan, batch: int, cond: Mapping[str, Any], like: Tensor
 ) -> Callable[[Tensor, int], Tensor]:
-    r"""Returns the network as a plan calls it: ``f(x, k)`` in the plan's prediction at its k-th time.
+    r"""Returns the network as a plan evaluates it: ``f(x, k)`` in the plan's prediction at its k-th time.
 
-    Times and conversion factors are laid out beforehand, so that a call costs the network and at
+    Times and conversion factors are laid out beforehand, so that an evaluation costs the network and at
     most two tensor operations.
 
     Arguments:
@@ -39,10 +39,10 @@ def bind(
     factors: list[float] = factor.tolist()
     same = denoiser.native is plan.prediction
 
-    def call(x: Tensor, k: int) -> Tensor:
+    def evaluate(x: Tensor, k: int) -> Tensor:
         value = denoiser.raw(x, rows[k], **cond)
         if same:
             return value
         return torch.mul(value, factors[k]).add_(x, alpha=shifts[k])
 
-    return call
+    return evaluate

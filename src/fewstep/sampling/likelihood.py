@@ -47,7 +47,7 @@ class LogLikelihood(NamedTuple):
         bits_per_dim: :math:`-\text{nats} / (d \log 2)` in the model's own range, with shape (B).
             For images of 256 levels scaled to [-1, 1], add :math:`\log_2 127.5 = 6.99` to
             compare with densities in levels.
-        nfe: The number of network calls for each sample (the mean, if it differs). The backward
+        nfe: The number of network evaluations for each sample (the mean, if it differs). The backward
             passes are not counted: one for each probe, or with ``exact`` one for each dimension.
     """
 
@@ -99,8 +99,8 @@ def log_likelihood(
             gradients.
         x: The data, with shape (n, \*), float32 or float64.
         seed: The seed of the probes.
-        exact: Whether the divergence is exact: d backward passes for each network call.
-        probes: The number of probes; each costs a backward pass for each network call.
+        exact: Whether the divergence is exact: d backward passes for each network evaluation.
+        probes: The number of probes; each costs a backward pass for each network evaluation.
         probe: What a probe is: ``"rademacher"`` (signs) or ``"normal"``.
         solver: ``"dopri5"`` (the default without ``steps``), or with a fixed number of steps in
             rho ``"rho-midpoint"``, ``"rho-heun"``, ``"rho-kutta3"`` (the default with ``steps``)
@@ -116,7 +116,7 @@ def log_likelihood(
         cond: The conditions, e.g. ``class_labels``.
 
     Raises:
-        ValueError, TypeError: Before the first network call, if anything does not fit; and if
+        ValueError, TypeError: Before the first network evaluation, if anything does not fit; and if
             the network returns NaN, is not differentiable, or cannot meet the tolerance.
     """
     check_state(denoiser, x)

@@ -82,9 +82,9 @@ class PlanSampler:
                 kept[knot] = state
 
         with torch.no_grad():
-            execution, call = self._begin(x, run, keep if run.save else None)
+            execution, evaluate = self._begin(x, run, keep if run.save else None)
             while execution.request is not None:  # no name for it: that would keep its state alive
-                execution.advance(call(*execution.request))
+                execution.advance(evaluate(*execution.request))
                 if run.on_call is not None:
                     run.on_call()
         x = execution.result
@@ -110,11 +110,11 @@ class PlanSampler:
     def _find_nan(self, x: Tensor, run: Run) -> None:
         """Runs again, looking at each model output: the usual run reads nothing back from the device."""
         with torch.no_grad():
-            execution, call = self._begin(x, run, None)
+            execution, evaluate = self._begin(x, run, None)
             while (request := execution.request) is not None:
-                answer = call(request.x, request.at)
-                if not bool(torch.isfinite(answer).all()):
-                    wrong = ~torch.isfinite(answer.flatten(1)).all(1)
+                output = evaluate(request.x, request.at)
+                if not bool(torch.isfinite(output).all()):
+                    wrong = ~torch.isfinite(output.flatten(1)).all(1)
                     rows = wrong.nonzero().flatten().tolist()
                     raise ValueError(
                         f"the network returned NaN or infinity at evaluation {request.at + 1} of "
@@ -122,5 +122,5 @@ class PlanSampler:
                         f"{run.noise.samples[rows[0]]} and {len(rows) - 1} others; its input was "
                         f"{'finite' if bool(torch.isfinite(request.x).all()) else 'not finite either'}"
                     )
-                execution.advance(answer)
+                execution.advance(output)
         raise ValueError("the sample is not finite although every model output is")

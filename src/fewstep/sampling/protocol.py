@@ -1,4 +1,4 @@
-r"""The protocol that every kind of sampler answers to."""
+r"""The protocol that every kind of sampler has."""
 
 from __future__ import annotations
 

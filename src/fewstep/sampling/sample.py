@@ -240,23 +240,23 @@ def _follow(made: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
     plan, reached = made.plan, list[tuple[int, Tensor]]()
     knots = plan.knots.tolist()
     with torch.no_grad():
-        execution, call = made._begin(x, run, lambda k, state: reached.append((k, state)))
+        execution, evaluate = made._begin(x, run, lambda k, state: reached.append((k, state)))
     while (request := execution.request) is not None:
         with torch.no_grad():
             # The state may be overwritten when the run goes on, so predictions come first.
-            answer = call(request.x, request.at)
-            x0, eps = _predictions(made.native, request, answer)
-            execution.advance(answer)
+            output = evaluate(request.x, request.at)
+            x0, eps = _predictions(made.native, request, output)
+            execution.advance(output)
         for knot, state in reached:
             yield Step(knot - 1, knots[knot], state, x0, eps)
         reached.clear()
 
 
-def _predictions(plan: Plan, request: Evaluation, answer: Tensor) -> tuple[Tensor, Tensor]:
+def _predictions(plan: Plan, request: Evaluation, output: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the data and the noise that an output of the network predicts."""
     alpha, sigma = plan.scales[request.at].detach()
     x0, eps = (
-        convert(answer, request.x, alpha=alpha, sigma=sigma, source=plan.prediction, target=target)
+        convert(output, request.x, alpha=alpha, sigma=sigma, source=plan.prediction, target=target)
         for target in (Prediction.X0, Prediction.EPS)
     )
     return x0, eps
