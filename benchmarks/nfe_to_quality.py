@@ -28,9 +28,9 @@ from torch import Tensor
 import fewstep
 import quality
 from _common import FIGURES, figure, legend_beside, print_table, say_what_runs, ticks
-from fewstep.base.files import read_json, read_metadata, read_tensors, write_tensors
-from fewstep.comparison.store import STATE, Store
-from fewstep.metrics import Estimate, Features, Reference, Statistics, frechet_distance
+from fewstep.base.files import read_json
+from fewstep.comparison.store import Store
+from fewstep.metrics import Estimate, Reference, Statistics, frechet_distance
 from fewstep.metrics.intervals import jackknife
 from fewstep.models.denoiser import Denoiser
 
@@ -41,24 +41,11 @@ SHOWN = (
 """What the figure has."""
 
 
-def features(name: str, nfe: int, folder: Path, fingerprint: str, look: Features) -> Tensor | None:
-    """Returns the features of a cell, kept beside its samples, or ``None`` if it is not complete."""
-    if (folder / STATE).exists():
-        store = Store(folder)
-        there = {cell.key: cell for cell in store.all()}
-        cell = there.get((name, nfe))
-        return None if cell is None else store.tensors(cell)["features"].double()
-    file = folder / f"features-{name.replace(':', '_')}-{nfe}.safetensors"
-    about = {"fingerprint": fingerprint, "features": look.sha256}
-    if file.exists() and read_metadata(file) == about:
-        return read_tensors(file)["features"].double()
-    drawn = quality.gather(name, nfe, folder, fingerprint)
-    if drawn is None:
-        return None
-    with torch.no_grad():
-        found = look(drawn[0])
-    write_tensors(file, {"features": found}, metadata=about)
-    return found.double()
+def features(name: str, nfe: int, folder: Path) -> Tensor | None:
+    """Returns the features of a cell, or ``None`` if it is not there."""
+    store = Store(folder)
+    cell = {cell.key: cell for cell in store.all()}.get((name, nfe))
+    return None if cell is None else store.tensors(cell)["features"].double()
 
 
 def differences(
@@ -126,18 +113,14 @@ def told(calls: float, budgets: list[int]) -> str:
     return f"> {budgets[-1]}" if calls == math.inf else f"{calls:.1f}"
 
 
-def target_cell(
-    options: argparse.Namespace, fingerprint: str, look: Features
-) -> tuple[str, Tensor]:
+def target_cell(options: argparse.Namespace) -> tuple[str, Tensor]:
     """Returns the name and the features of the cell that sets the mark.
 
     Raises:
         SystemExit: If it is not there.
     """
-    name, _, nfe = (options.target or f"{quality.REFERENCE}-{quality.REFERENCE_CALLS}").rpartition(
-        "-"
-    )
-    found = features(name, int(nfe), options.results, fingerprint, look)
+    name, _, nfe = (options.target or f"reference-{quality.REFERENCE_NFE}").rpartition("-")
+    found = features(name, int(nfe), options.results)
     if found is None:
         raise SystemExit(
             f"error: {options.results} has no complete cell {name}-{nfe}; draw it first"
@@ -148,17 +131,16 @@ def target_cell(
 def measure(options: argparse.Namespace, denoiser: Denoiser) -> None:
     """Prints the table and draws the figure."""
     budgets = [int(k) for k in options.nfe.split(",")]
-    asked = [n for n in options.names.split(",") if n] or quality.names()[1:]
-    real, look = Reference.load(quality.MODEL), Features.load(quality.MODEL)
-    fingerprint = denoiser.fingerprint()
+    asked = [n for n in options.names.split(",") if n] or quality.names()
+    real = Reference.load(quality.MODEL)
     if options.draw:
-        quality.draw_all(asked, budgets, options.results, denoiser)
-    name, target = target_cell(options, fingerprint, look)
+        quality.run(asked, budgets, options.results, denoiser, quality.N)
+    name, target = target_cell(options)
     best = float(frechet_distance(Statistics.of(target), real.statistics))
     print(f"target: FID {best:.3f} of {name}, {len(target)} samples\n")
     rows, curves = [], {}
     for sampler in asked:
-        found = {k: features(sampler, k, options.results, fingerprint, look) for k in budgets}
+        found = {k: features(sampler, k, options.results) for k in budgets}
         there = {k: f for k, f in found.items() if f is not None}
         if len(there) < 2:
             continue

@@ -1,31 +1,28 @@
-"""Quality at equal numbers of network calls: every solver of ours and the peers', in one run.
+"""Quality at equal numbers of evaluations: every solver of ours and the peers', in one comparison.
 
 Usage: python benchmarks/quality.py draw --out DIR [--names tab3,unipc3,...] [--nfe 5,6,8,10,15,20,50]
        python benchmarks/quality.py score --out DIR [--samples 2000]
+       python benchmarks/quality.py show [FILE]
 
-``draw`` makes the samples of each sampler and budget from the same noise and the same labels, and
-keeps them in DIR; it can be interrupted, and several may run side by side on the same folder
-(each takes what no other has begun). ``score`` prints the table: FID to the real images in the
-features of two classifiers (``fashion``, which saw clean images, and ``fashion-robust``, which saw
-noisy and blurred ones), KID, with 95 % intervals, and the RMS distance to the reference. With
-``--samples 500`` only the first samples of each cell are drawn and scored; FID depends on their
-number, so compare within one table only.
+``draw`` runs `fewstep.comparison` on the embedded model: every sampler and budget from the same noise and the same
+labels, cell by cell, in DIR; it can be interrupted and given again, and other names or budgets are added to what is
+there. ``score`` prints the table of all cells and writes it: FID to the real images in the features of two
+classifiers (``fashion``, which saw clean images, and ``fashion-robust``, which saw noisy and blurred ones), KID, with
+95 % intervals, and the RMS distance to the reference. ``show`` prints the table of such a file, by default the one in
+benchmarks/results. With ``--samples 500`` a comparison of 500 samples is meant; FID depends on their number, so
+compare within one table only.
 
-The reference is ``tab3`` with 100 calls. Libraries end differently: at the schedule's last level
-(sigma = 0.01) or at sigma = 0. So a sampler is compared with the reference at either end, the
-latter by one more denoising call, and the smaller distance counts. FID is compared in pairs: the
-same noise and labels, so that the interval of a difference is much narrower than those of its
-parts; ``tie`` says that the interval of the difference to the best of the column contains 0.
+The reference is ``tab3`` with 100 evaluations. Libraries end differently, at the schedule's last level (sigma = 0.01) or
+at sigma = 0; a sampler is compared with the reference at either end, and the smaller distance counts. FID is compared
+in pairs: the same noise and labels, so that the interval of a difference is much narrower than those of its parts;
+``tie`` says that the interval of the difference to the best of the column contains 0.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import time
-from dataclasses import dataclass
-from datetime import date
-from importlib import metadata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +30,27 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep import metrics
+from _common import say_what_runs
 from fewstep.adapters.diffusers.peers import diffusers_sampler
-from fewstep.base.files import read_metadata, read_tensors, write_json, write_tensors
-from fewstep.diffusion.noise import INITIAL, NoiseSource
-from fewstep.metrics import Estimate, Features, Reference, Statistics
+from fewstep.base.files import read_json, write_json
+from fewstep.comparison import Cell, Comparison, compare
+from fewstep.comparison.scores import less_fid
+from fewstep.comparison.store import STATE, Store
+from fewstep.metrics import Estimate, Reference, fid
 from fewstep.metrics.features import EMBEDDED
-from fewstep.metrics.intervals import jackknife
 from fewstep.models.denoiser import Denoiser
-from fewstep.sampling.protocol import Run, Sampler
+from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.sample import sampler
 
 MODEL, SEED, N, CHUNK = "fashion", 5000, 2000, 100
 BUDGETS = (5, 6, 8, 10, 15, 20, 50)
-REFERENCE, REFERENCE_CALLS = "reference", 100
+REFERENCE, REFERENCE_NFE = "tab3", 100
+
 RECOMMENDED = Path(__file__).parent.parent / "recipes" / "fashion-grid.json"
 """What ``fewstep analyze`` wrote for the model: solvers and times, fitted on other seeds."""
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+MEASURED = ("fid", "robust", "kid", "rms")
 
 
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -89,7 +91,7 @@ def names() -> list[str]:
     """Returns the samplers that there are, the most telling first."""
     peers = [*DIFFUSERS, *_azula()]
     rest = [n for n, build in fewstep.SOLVERS.items() if n not in FIRST and not build().adaptive]
-    return [REFERENCE, *FIRST, *peers, *rest]
+    return [*FIRST, *peers, *rest]
 
 
 def _azula() -> list[str]:
@@ -115,241 +117,159 @@ def build(name: str, denoiser: Denoiser, nfe: int) -> Sampler:
         return diffusers_sampler(denoiser, kind, nfe, **options)
     if name == "recommended":
         return sampler(denoiser, solver="auto", grid=f"auto:{RECOMMENDED}", nfe=nfe)
-    return sampler(denoiser, solver="tab3" if name == REFERENCE else name, nfe=nfe)
+    return sampler(denoiser, solver=name, nfe=nfe)
 
 
-def labels(rows: range) -> Tensor:
+def labels(rows: Iterable[int]) -> Tensor:
     """Returns the class of each sample: 0 to 9, over and over."""
     return torch.tensor([i % 10 for i in rows])
 
 
-def draw(name: str, nfe: int, folder: Path, denoiser: Denoiser, n: int) -> None:
-    """Draws what is missing of one cell, piece by piece."""
-    made, fingerprint = build(name, denoiser, nfe), denoiser.fingerprint()
-    for start in range(0, n, CHUNK):
-        file = folder / f"{name.replace(':', '_')}-{nfe}-{start}.safetensors"
-        if file.exists() or not _claim(file):
-            continue
-        rows = range(start, start + CHUNK)
-        source = NoiseSource(SEED, rows)
-        assert denoiser.event_shape is not None
-        z = source.draw(INITIAL, denoiser.event_shape)
-        cond = denoiser.prepare(CHUNK, {"class_labels": labels(rows)})
-        begun = time.perf_counter()
-        x = made.run(made.start(z), Run(source, cond)).x
-        seconds = time.perf_counter() - begun
-        about = {"fingerprint": fingerprint, "seconds": f"{seconds:.3f}"}
-        write_tensors(file, {"samples": x.contiguous()}, metadata=about)
-        _lock(file).unlink()
-
-
-def _lock(file: Path) -> Path:
-    return file.with_suffix(f".{os.uname().nodename}.lock")
-
-
-def _claim(file: Path) -> bool:
-    """Returns whether this process may make a file: nobody else who still lives has claimed it."""
-    lock = _lock(file)
-    try:
-        with lock.open("x") as handle:
-            handle.write(str(os.getpid()))
-    except FileExistsError:
-        owner = lock.read_text() or "0"
-        if Path(f"/proc/{owner}").exists():
-            return False
-        lock.write_text(str(os.getpid()))
-    return True
+def run(
+    asked: Sequence[str], budgets: Sequence[int], folder: Path, denoiser: Denoiser, n: int
+) -> Comparison:
+    """Runs the cells that are missing; the samples of all are stored with them."""
+    samplers = {}
+    for name in asked:
+        reasons = []
+        for nfe in budgets:
+            try:
+                build(name, denoiser, nfe)
+            except ValueError as error:
+                reasons.append(str(error))
+        if len(reasons) < len(budgets):
+            samplers[name] = lambda model, nfe, name=name: build(name, model, nfe)
+        else:
+            print(f"{name}: left out: {reasons[0]}", flush=True)
+    return compare(
+        denoiser,
+        samplers,
+        nfe=budgets,
+        folder=folder,
+        n=n,
+        seed=SEED,
+        data=Reference.load(MODEL, EMBEDDED[0]),
+        metrics=("fid", "kid"),
+        reference=REFERENCE,
+        reference_nfe=REFERENCE_NFE,
+        cond={"class_labels": labels(range(n))},
+        batch_size=min(n, CHUNK),
+        shown=n,
+        progress=True,
+    )
 
 
 def gather(
     name: str, nfe: int, folder: Path, fingerprint: str, n: int = N
 ) -> tuple[Tensor, float] | None:
-    """Returns the samples of a cell and the seconds that they took, or ``None`` if incomplete."""
-    parts, seconds = [], 0.0
-    for start in range(0, n, CHUNK):
-        file = folder / f"{name.replace(':', '_')}-{nfe}-{start}.safetensors"
-        if not file.exists():
-            return None
-        about = read_metadata(file)
-        if about["fingerprint"] != fingerprint:
-            raise ValueError(f"{file} was drawn with another model; give another --out")
-        parts.append(read_tensors(file)["samples"])
-        seconds += float(about["seconds"])
-    return torch.cat(parts), seconds
+    """Returns the samples of a cell and the seconds that they took, or ``None`` if it is not there.
+
+    Raises:
+        ValueError: If the folder has samples of another model, or no comparison.
+    """
+    store = Store(folder)
+    about = read_json(folder / STATE, what="the state of a comparison")["question"]
+    if about["model"] != fingerprint:
+        raise ValueError(f"{folder} has samples of another model; give another folder")
+    cell = {cell.key: cell for cell in store.all()}.get((name, nfe))
+    if cell is None:
+        return None
+    samples = store.tensors(cell)["shown"]
+    return (samples, cell.seconds[1] * len(samples)) if len(samples) >= n else None
 
 
-MEASURED = ("fid", "robust", "kid", "rms")
+def score_record(cell: Cell, robust: Estimate, n: int) -> dict[str, Any]:
+    """Returns the scores of a cell as JSON has them."""
+    scores = {**cell.scores, "robust": robust}
+    record: dict[str, Any] = {"name": cell.name, "nfe": cell.nfe, "seconds": cell.seconds[1] * n}
+    values = {key: scores[key] for key in MEASURED if key in scores}
+    return record | {key: [e.value, e.low, e.high] for key, e in values.items()}
 
 
-@dataclass(frozen=True)
-class Score:
-    """What is told of a cell."""
-
-    name: str
-    nfe: int
-    fid: Estimate
-    robust: Estimate
-    kid: Estimate
-    rms: Estimate
-    seconds: float
-    features: Tensor
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns it without the features."""
-        values = {key: getattr(self, key) for key in MEASURED}
-        told: dict[str, Any] = {"name": self.name, "nfe": self.nfe, "seconds": self.seconds}
-        return told | {key: [e.value, e.low, e.high] for key, e in values.items()}
-
-
-def score_all(
-    asked: list[str], budgets: list[int], folder: Path, denoiser: Denoiser, n: int
-) -> None:
-    """Prints the tables of what was drawn, and writes them as JSON."""
-    print_header(n)
-    fingerprint = denoiser.fingerprint()
+def score(found: Comparison, n: int) -> dict[str, Any]:
+    """Returns all scores, with the differences to the best of each budget in pairs."""
     real, robust = (Reference.load(MODEL, features) for features in EMBEDDED)
-    found = gather(REFERENCE, REFERENCE_CALLS, folder, fingerprint, n)
-    if found is None:
-        raise SystemExit("the reference is not drawn yet: draw --names reference")
-    ends = [found[0], _denoised(denoiser, found[0])]
-    scores = []
-    for name, nfe in cells(asked, budgets):
-        drawn = gather(name, nfe, folder, fingerprint, n)
-        if drawn is not None:
-            scores.append(_score(name, nfe, *drawn, ends, real, robust))
-    top = max((s for s in scores if s.name == REFERENCE), key=lambda s: s.nfe)
-    print(f"reference, {top.nfe} calls: FID {top.fid}, robust {top.robust}, KID {top.kid}\n")
+
+    def record(cell: Cell) -> dict[str, Any]:
+        return score_record(cell, fid(found.store.tensors(cell)["shown"], robust), n)
+
     rows = []
-    for nfe in budgets:
-        column = [s for s in scores if s.nfe == nfe and s.name != REFERENCE]
-        rows += _column(nfe, column, real)
-    file = folder / ("quality.json" if n == N else f"quality-{n}.json")
-    write_json(
-        file,
-        {"n": n, "seed": SEED, "model": fingerprint, "reference": top.to_json(), "cells": rows},
-    )
-    print(f"wrote {file}")
+    for nfe in sorted({cell.nfe for cell in found.cells}):
+        column = [cell for cell in found.cells if cell.nfe == nfe]
+        column.sort(key=lambda cell: cell.scores["fid"].value)
+        features = [found.store.tensors(cell)["features"] for cell in column]
+        more = less_fid(features[1:], features[0], real) if len(column) > 1 else []
+        rows.append(record(column[0]) | {"more": [0.0, 0.0, 0.0], "tie": True})
+        for cell, e in zip(column[1:], more, strict=True):
+            rows.append(record(cell) | {"more": [e.value, e.low, e.high], "tie": e.low <= 0})
+    reference = record(found.reference) | {"rms": [0.0, 0.0, 0.0]}
+    about = {"n": n, "seed": SEED, "model": found.question["model"]}
+    return {**about, "reference": reference, "cells": rows}
 
 
-def _score(
-    name: str,
-    nfe: int,
-    x: Tensor,
-    seconds: float,
-    ends: list[Tensor],
-    real: Reference,
-    robust: Reference,
-) -> Score:
-    look = real.extractor
-    assert isinstance(look, Features)
-    features = look(x)
-    rms = min((metrics.rms(x, end) for end in ends), key=float)
-    fid, kid = metrics.fid(features, real), metrics.kid(features, real)
-    return Score(name, nfe, fid, metrics.fid(x, robust), kid, rms, seconds, features)
-
-
-def _denoised(denoiser: Denoiser, x: Tensor) -> Tensor:
-    """Returns the data that the model sees in states at the last level."""
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(x), CHUNK):
-            rows = range(start, start + CHUNK)
-            t, cond = denoiser.schedule.t_min, {"class_labels": labels(rows)}
-            parts.append(denoiser(x[start : rows.stop], t, prediction="x0", **cond))
-    return torch.cat(parts)
-
-
-def _column(nfe: int, column: list[Score], real: Reference) -> list[dict[str, Any]]:
-    """Prints one budget, best first; returns its rows."""
-    if not column:
-        return []
-    column = sorted(column, key=lambda s: s.fid.value)
-    best = column[0]
-    print(f"{nfe} calls")
+def show(scores: Mapping[str, Any]) -> None:
+    """Prints the tables of a file of scores, budget by budget, best first."""
+    top = scores["reference"]
+    fids = ", ".join(f"{key} {top[key][0]:.2f}" for key in ("fid", "robust", "kid"))
     print(
-        f"  {'sampler':26} {'FID (95 %)':>22} {'more than the best':>24} {'FID, robust':>22}"
-        f" {'RMS':>8} {'KID':>10}"
+        f"{scores['n']} samples, seed {scores['seed']}; reference, {top['nfe']} evaluations: {fids}\n"
     )
-    rows = []
-    for score in column:
-        more = _difference(score, best, real)
-        tie = score is best or more.low <= 0
-        told = "best" if score is best else f"{more.value:.2f} ({more.low:.2f} to {more.high:.2f})"
+    for nfe in sorted({row["nfe"] for row in scores["cells"]}):
+        print(f"{nfe} evaluations")
         print(
-            f"  {score.name:26} {score.fid.value:7.2f} ({score.fid.low:5.2f} to {score.fid.high:5.2f})"
-            f" {told + (' tie' if tie and score is not best else ''):>24}"
-            f" {score.robust.value:8.2f} ({score.robust.low:5.2f} to {score.robust.high:5.2f})"
-            f" {score.rms.value:8.4f} {score.kid.value:10.3f}"
+            f"  {'sampler':26} {'FID (95 %)':>22} {'more than the best':>24} {'FID, robust':>22}"
+            f" {'RMS':>8} {'KID':>10}"
         )
-        rows.append(score.to_json() | {"more": [more.value, more.low, more.high], "tie": tie})
-    print(flush=True)
-    return rows
-
-
-def _difference(score: Score, best: Score, real: Reference) -> Estimate:
-    """Returns how much larger the FID is than that of the best, in pairs."""
-    if score is best:
-        return Estimate(0.0, 0.0, 0.0, 0.95, "itself", (0, 0))
-
-    def statistic(i: Tensor, _: Tensor) -> Tensor:
-        sides = (Statistics.of(s.features[i].double()) for s in (score, best))
-        a, b = (metrics.frechet_distance(side, real.statistics) for side in sides)
-        return (a - b)[None]
-
-    sizes = (len(score.features), real.statistics.n)
-    return jackknife(statistic, sizes, fixed=(False, True))[0]
-
-
-def cells(asked: list[str], budgets: list[int]) -> list[tuple[str, int]]:
-    """Returns samplers with budgets, budget by budget; the reference comes first."""
-    first = [(REFERENCE, REFERENCE_CALLS)] if REFERENCE in asked else []
-    return first + [(name, nfe) for nfe in budgets for name in asked if name != REFERENCE]
-
-
-def draw_all(
-    asked: list[str], budgets: list[int], folder: Path, denoiser: Denoiser, n: int
-) -> None:
-    """Draws what is missing."""
-    for name, nfe in cells(asked, budgets):
-        begun = time.perf_counter()
-        try:
-            draw(name, nfe, folder, denoiser, n)
-            told = f"done in {time.perf_counter() - begun:.0f} s"
-        except ValueError as error:
-            told = f"left out: {error}"
-        print(f"{name} {nfe}: {told}", flush=True)
-
-
-def print_header(n: int) -> None:
-    """Says what is run."""
-    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("torch", "diffusers", "azula"))
-    print(
-        f"{date.today()}, fewstep {fewstep.__version__}, {versions}; {MODEL}, {n} samples,",
-        end=" ",
-    )
-    print(f"classes in turn, seed {SEED}\n")
+        column = sorted((r for r in scores["cells"] if r["nfe"] == nfe), key=lambda r: r["fid"][0])
+        for place, row in enumerate(column):
+            (a, b, c), (d, e, f), (g, h, i) = row["fid"], row["more"], row["robust"]
+            more = f"{d:.2f} ({e:.2f} to {f:.2f}){' tie' if row['tie'] else ''}"
+            print(
+                f"  {row['name']:26} {a:7.2f} ({b:5.2f} to {c:5.2f}) {more if place else 'best':>24}"
+                f" {g:8.2f} ({h:5.2f} to {i:5.2f}) {row['rms'][0]:8.4f} {row['kid'][0]:10.3f}"
+            )
+        print(flush=True)
 
 
 def main() -> None:
-    """Draws or scores."""
+    """Draws, scores or shows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("draw", "score"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("what", choices=("draw", "score", "show"))
+    parser.add_argument("file", type=Path, nargs="?", default=RESULTS, help="for show")
+    parser.add_argument("--out", type=Path, help="the folder, for draw and score")
     parser.add_argument(
         "--names", default="", help="samplers, separated by commas; all if left out"
     )
     parser.add_argument("--nfe", default=",".join(map(str, BUDGETS)))
-    parser.add_argument("--samples", type=int, default=N, help=f"a multiple of {CHUNK}")
+    parser.add_argument("--samples", type=int, default=N)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    asked = [n for n in arguments.names.split(",") if n] or names()
+    if arguments.what == "show":
+        show(read_json(arguments.file, what="scores"))
+        return
+    if arguments.out is None:
+        parser.error("--out is needed")
+    n = arguments.samples
+    say_what_runs(f"{MODEL}, {n} samples, classes in turn, seed {SEED}.", ("diffusers", "azula"))
+    denoiser = fewstep.load(MODEL)
+    asked = [name for name in arguments.names.split(",") if name]
     budgets = [int(k) for k in arguments.nfe.split(",")]
-    job = {"draw": draw_all, "score": score_all}[arguments.what]
-    job(asked, budgets, arguments.out, fewstep.load(MODEL), arguments.samples)
+    if arguments.what == "draw":
+        run(asked or names(), budgets, arguments.out, denoiser, n)
+        return
+    # Scored is what was drawn: nothing is run again.
+    drawn = [c for c in Store(arguments.out).all() if c.name != "reference" and c.nfe in budgets]
+    there = list(dict.fromkeys(c.name for c in drawn if not asked or c.name in asked))
+    found = run(there, sorted({c.nfe for c in drawn}), arguments.out, denoiser, n)
+    keys = {c.key for c in drawn}
+    scores = score(replace(found, cells=[c for c in found.cells if c.key in keys]), n)
+    show(scores)
+    file = arguments.out / ("quality.json" if n == N else f"quality-{n}.json")
+    write_json(file, scores)
+    print(f"wrote {file}")
 
 
 if __name__ == "__main__":

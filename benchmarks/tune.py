@@ -38,6 +38,7 @@ from torch import Tensor
 import fewstep
 from _common import print_table, say_what_runs
 from fewstep.base.files import read_json, read_tensors, write_json
+from fewstep.comparison.store import Store
 from fewstep.learned import Base
 from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.families import family
@@ -326,19 +327,13 @@ def free_cells(out: Path, data: str | None, samples: str | None, budgets: list[i
     """Scores training-free samplers: those drawn by benchmarks/quality.py, and DDIM on our strides."""
     for nfe in budgets:
         if samples is not None:
-            names = {
-                f.name.rsplit("-", 2)[0] for f in Path(samples).glob(f"*-{nfe}-0.safetensors")
-            }
-            names |= {"reference"}
-            for name in sorted(names):
-                calls = 100 if name == "reference" else nfe
-                files = [
-                    Path(samples) / f"{name}-{calls}-{k}.safetensors" for k in range(0, N, 100)
-                ]
-                file = out / f"free.{name}.{calls}.json"
-                if not complete(file, data) and all(f.exists() for f in files):
-                    x = torch.cat([read_tensors(f)["samples"] for f in files])
-                    write_json(file, {"nfe": calls, **scored(x, data)})
+            store = Store(samples)
+            for cell in store.all():
+                file = out / f"free.{cell.name.replace(':', '_')}.{cell.nfe}.json"
+                wanted = cell.nfe == nfe or cell.name == "reference"
+                x = store.tensors(cell)["shown"] if wanted else torch.empty(0)
+                if not complete(file, data) and len(x) == N:
+                    write_json(file, {"nfe": cell.nfe, **scored(x, data)})
         schedule = fewstep.schedule("ddpm-linear")
         for power in (1.0, 1.5, 2.0):
             file = out / f"free.ddim power {power:g}.{nfe}.json"
