@@ -216,7 +216,9 @@ def test_a_flow_network_with_noise_at_zero_is_found():
     best = found.best.hypothesis
     assert (best.prediction, best.negated, best.time) == ("flow", True, "t_max - t")
     assert best.schedule == FLOW
-    assert "the negative of prediction='flow', to_model_time=lambda t: 1 - t" in found.say()
+    assert "with time_reversed=True it is" in found.say()
+    right = wrap(network, schedule=FLOW, prediction="flow", time_reversed=True)
+    assert model_check(right, POINTS, n=1024).outcome == "passed"
 
 
 @pytest.mark.parametrize(("prediction", "data"), [("flow", POINTS), ("v", POINTS), ("flow", None)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +21,7 @@ from fewstep.cli._common import (
     positive,
     say,
 )
+from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,10 +147,11 @@ def analyze(
         )
     say(f"wrote {out / REPORT}, {out / RESULTS}, {out / GRID} and {len(recipes)} recipes")
     shown = results["enough"] or results["shown"]
-    words = ["fewstep", "sample", model, "--recipe", str(out / f"recipe-{shown}.json")]
-    if class_labels is not None:
-        words += ["--class-labels", class_labels]
-    say(f"next: {shlex.join([*words, '--out', f'{out}-samples'])}")
+    recipe, on = out / f"recipe-{shown}.json", None if device == "cpu" else device
+    again = command(
+        "sample", model, recipe=recipe, class_labels=class_labels, device=on, out=f"{out}-samples"
+    )
+    say(f"next: {again}")
 
 
 def _numbers(text: str) -> list[int]:
@@ -254,9 +255,14 @@ def _command(
     seed: int,
     out: Path,
 ) -> str:
-    words = ["fewstep", "analyze", model]
-    words += [] if data is None else ["--data", data]
-    words += ["--nfe", nfe, "-n", str(n)]
-    words += [] if class_labels is None else ["--class-labels", class_labels]
-    words += [] if guidance is None else ["--guidance", f"{guidance:g}"]
-    return shlex.join([*words, "--seed", str(seed), "--out", str(out)])
+    return command(
+        "analyze",
+        model,
+        data=data,
+        nfe=nfe,
+        n=n,
+        class_labels=class_labels,
+        guidance=guidance,
+        seed=seed,
+        out=out,
+    )

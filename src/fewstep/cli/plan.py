@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from fewstep.cli._common import Flag, Options, console, exists, parse_options, read_plan, say
+from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from fewstep.plans.plan import Plan
@@ -53,7 +54,7 @@ def show(file: Path, *, steps: int | None = None) -> None:
     for line in _defects(plan):
         say(line)
     if steps is None:
-        say(f"\nnext: fewstep sample MODEL --recipe {file} --out samples")
+        say(f"\nnext: {command('sample', 'MODEL', recipe=file, out='samples')}")
 
 
 @plan_app.command
@@ -189,7 +190,7 @@ def make(
     plan = made.plan
     plan.save(out)
     say(f"wrote {out}: {plan.nfe} evaluations, {plan.n_noise} noise draws")
-    say(f"next: fewstep plan show {out}")
+    say(f"next: {command('plan show', out)}")
 
 
 def _check_size(*plans: Plan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,6 +110,10 @@ class Hypothesis:
 
     def describe(self, other: Hypothesis) -> str:
         """Returns in what it differs from another hypothesis, as somebody would write it."""
+        reversed_flow = self.negated and self.time == "t_max - t" and self.schedule.name == "flow"
+        if reversed_flow and self.prediction is Prediction.FLOW:
+            same = replace(self, negated=other.negated, time=other.time).describe(other)
+            return ", ".join(part for part in ("time_reversed=True", same) if part)
         parts = []
         if (self.prediction, self.negated) != (other.prediction, other.negated):
             sign = "the negative of " if self.negated else ""
