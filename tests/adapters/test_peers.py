@@ -144,7 +144,9 @@ def test_saved_states_are_in_the_scale_of_the_model(smooth):
 
 
 def test_budgets_that_cannot_be_met_name_the_nearest(smooth):
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler cannot make 10 network calls"):
+    with pytest.raises(
+        ValueError, match="HeunDiscreteScheduler cannot make 10 network evaluations"
+    ):
         diffusers_sampler(smooth, "Heun", 10)
     with pytest.raises(ValueError, match="nearest numbers are 9 or 11"):
         diffusers_sampler(smooth, "Heun", 10)

@@ -240,7 +240,7 @@ def _peer(text: str, name: str, options: dict[str, Any]) -> Entry:
 def _peer_recipe(build: Build) -> Callable[[Denoiser, int], SamplerRecipe | None]:
     def recipe(denoiser: Denoiser, nfe: int) -> SamplerRecipe | None:
         """The plan that does what the scheduler does, if it is one."""
-        from fewstep.adapters.diffusers.probing import plan_from_scheduler
+        from fewstep.adapters.diffusers import plan_from_scheduler
 
         made: Any = build(denoiser, nfe)
         if not denoiser.schedule.discrete:

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fewstep.adapters.diffusers.loading import load_denoiser as load_denoiser
-    from fewstep.adapters.diffusers.probing import plan_from_scheduler as plan_from_scheduler
+    from fewstep.adapters.diffusers.pipelines import load_pipeline as load_pipeline
     from fewstep.adapters.diffusers.scheduler import PlanScheduler as PlanScheduler
-    from fewstep.adapters.diffusers.scheduler import load_pipeline as load_pipeline
+    from fewstep.adapters.diffusers.scheduler_plans import (
+        plan_from_scheduler as plan_from_scheduler,
+    )
 
 _HOMES = {
     "PlanScheduler": "scheduler",
     "load_denoiser": "loading",
-    "load_pipeline": "scheduler",
-    "plan_from_scheduler": "probing",
+    "load_pipeline": "pipelines",
+    "plan_from_scheduler": "scheduler_plans",
     "SchedulerMixin": "scheduler",  # by which from_pretrained knows what kind of class it loads
 }
 

@@ -29,7 +29,7 @@ PREDICTIONS = {
     "v_prediction": Prediction.V,
     "flow_prediction": Prediction.FLOW,
 }
-"""What diffusers calls the predictions."""
+"""The names of the predictions in diffusers."""
 
 LEVEL_DEFAULTS: Mapping[str, Any] = {
     "num_train_timesteps": 1000,

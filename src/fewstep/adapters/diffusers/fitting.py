@@ -127,8 +127,8 @@ def trained_levels(schedule: NoiseSchedule) -> Tensor:
     return torch.sigmoid(2 * lam)
 
 
-def steps_for(calls: Callable[[int], int], nfe: int, name: str) -> int:
-    """Returns the number of steps that makes so many calls."""
+def steps_for(evaluations: Callable[[int], int], nfe: int, name: str) -> int:
+    """Returns the number of steps that makes so many evaluations."""
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
     below, above = None, None
@@ -136,7 +136,7 @@ def steps_for(calls: Callable[[int], int], nfe: int, name: str) -> int:
     usual = [nfe, (nfe + 1) // 2, nfe - 9, nfe - 1, nfe + 1]
     for steps in [n for n in usual if n > 0] + list(range(nfe + 1, 0, -1)):
         try:
-            made = calls(steps)
+            made = evaluations(steps)
         except (ValueError, KeyError, IndexError, RuntimeError, ZeroDivisionError):
             continue
         if made == nfe:
@@ -147,5 +147,5 @@ def steps_for(calls: Callable[[int], int], nfe: int, name: str) -> int:
             below = max(made, below or made)
     near = " or ".join(str(n) for n in (below, above) if n is not None)
     raise ValueError(
-        f"{name} cannot make {nfe} network calls; the nearest numbers are {near or 'unknown'}"
+        f"{name} cannot make {nfe} network evaluations; the nearest numbers are {near or 'unknown'}"
     )

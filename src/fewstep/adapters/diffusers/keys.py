@@ -20,7 +20,7 @@ class SchedulerClass(NamedTuple):
     """What a scheduler of diffusers tells about its model.
 
     Attributes:
-        family: ``"betas"`` (variance preserving, trained levels), ``"flow"``, ``"edm"``, or
+        family: ``"betas"`` (variance preserving, training timesteps), ``"flow"``, ``"edm"``, or
             ``"refused"``.
         why: Why it is refused.
     """
@@ -64,7 +64,7 @@ CLASSES: Mapping[str, SchedulerClass] = {
     "EulerAncestralDiscreteScheduler": BETAS,
     "EulerDiscreteScheduler": BETAS,
     "FlowMapEulerDiscreteScheduler": _refused(
-        "belongs to a flow map, whose network is told the two ends of a step"
+        "belongs to a flow map, whose network is conditioned on the two ends of a step"
     ),
     "FlowMatchEulerDiscreteScheduler": FLOW,
     "FlowMatchHeunDiscreteScheduler": FLOW,
@@ -74,7 +74,7 @@ CLASSES: Mapping[str, SchedulerClass] = {
     "HeunDiscreteScheduler": BETAS,
     "IPNDMScheduler": _refused(
         CLOCK.format(
-            "its own sine of the step, not trained levels; the solver 'ipndm' is the method"
+            "its own sine of the step, not training timesteps; the solver 'ipndm' is the method"
         )
     ),
     "KDPM2AncestralDiscreteScheduler": BETAS,

@@ -49,11 +49,11 @@ class DiffusersSampler:
 
     @property
     def nfe(self) -> int:
-        """The number of network calls: one for each of its timesteps, which may be more than steps."""
-        return self._calls
+        """The number of network evaluations: one for each of its timesteps, which may be more than steps."""
+        return self._evaluations
 
     @cached_property
-    def _calls(self) -> int:
+    def _evaluations(self) -> int:
         return len(self._ready().timesteps)
 
     def start(self, noise: Tensor) -> Tensor:
@@ -61,28 +61,30 @@ class DiffusersSampler:
         return noise * float(getattr(self._ready(), "init_noise_sigma", 1.0))
 
     def run(self, x: Tensor, run: Run) -> Trajectory:
-        """Returns the samples; saved states are the inputs of the calls, in the model's scale."""
+        """Returns the samples; saved states are the inputs of the evaluations, in the model's scale."""
         scheduler = self._ready()
-        calls = _Calls(scheduler, self.denoiser)
+        evaluations = _Evaluations(scheduler, self.denoiser)
         first, kept = x, list[Tensor]()
         shape = tuple(x.shape[1:])
         draws = Draws(lambda k, _: run.noise.draw(k, shape, dtype=x.dtype, device=x.device))
         with torch.no_grad():
             for k, t in enumerate(scheduler.timesteps):
-                state, time = calls.state(x, t, k)
+                state, time = evaluations.state(x, t, k)
                 if run.save:
                     kept.append(state)
-                answer = calls.answer(x, state, time, k, run.cond)
+                output = evaluations.output(x, state, time, k, run.cond)
                 with draws:  # around the step alone: the mode would slow the network down
-                    x = scheduler.step(answer, t, x, return_dict=False, **self.stepping)[0]
+                    x = scheduler.step(output, t, x, return_dict=False, **self.stepping)[0]
                 if run.on_call is not None:
                     run.on_call()
         if not bool(x.isfinite().all()):
             raise ValueError(
-                f"{type(scheduler).__name__} with {self.nfe} calls returns NaN or infinity"
+                f"{type(scheduler).__name__} with {self.nfe} evaluations returns NaN or infinity"
                 + (" from finite noise" if bool(first.isfinite().all()) else "")
             )
-        times = torch.tensor([*calls.times, self.denoiser.schedule.t_min], dtype=torch.float64)
+        times = torch.tensor(
+            [*evaluations.times, self.denoiser.schedule.t_min], dtype=torch.float64
+        )
         states = torch.stack([*kept, x]) if run.save else None
         return Trajectory(x, times if run.save else times[-1:], states, self.nfe)
 
@@ -92,10 +94,10 @@ class DiffusersSampler:
         return made
 
 
-class _Calls:
-    """How a scheduler's model input and answer are those of a denoiser.
+class _Evaluations:
+    """How a scheduler's model input and output are those of a denoiser.
 
-    A scheduler knows one of three kinds of states: variance preserving with trained levels, those
+    A scheduler knows one of three kinds of states: variance preserving with training timesteps, those
     of a flow, or those of EDM, which leaves the scaling of the network to the scheduler.
     """
 
@@ -137,10 +139,10 @@ class _Calls:
         self.times.append(time)
         return state, time
 
-    def answer(
+    def output(
         self, x: Tensor, state: Tensor, time: float, k: int, cond: Mapping[str, Any]
     ) -> Tensor:
-        """Returns what the scheduler takes for the network's answer."""
+        """Returns what the scheduler takes for the model output."""
         value = self.denoiser(state, time, prediction=self.prediction, **cond)
         if not self.edm:
             return value
@@ -157,7 +159,7 @@ def _time_at(schedule: NoiseSchedule, lam: Tensor) -> float:
 
 
 def diffusers_sampler(denoiser: Denoiser, name: str, nfe: int, **options: Any) -> DiffusersSampler:
-    """Returns a scheduler of diffusers for a model, with so many network calls.
+    """Returns a scheduler of diffusers for a model, with so many network evaluations.
 
     It is made for the model's noise schedule (a continuous one is cut into 1000 levels), without
     clipping, and else with the defaults of its class.
@@ -165,14 +167,14 @@ def diffusers_sampler(denoiser: Denoiser, name: str, nfe: int, **options: Any) -
     Arguments:
         denoiser: The model.
         name: The name of its class, also without ``Scheduler``: ``"DDIM"``, ``"UniPCMultistep"``.
-        nfe: The number of network calls.
+        nfe: The number of network evaluations.
         options: Options of its configuration (``use_karras_sigmas=True``, ``solver_order=3``,
             ``timestep_spacing="trailing"``, ``clip_sample=True``), or arguments of its ``step``
             (``eta=1.0``).
 
     Raises:
         ValueError: If there is no such scheduler, it does not fit the model's schedule, or it
-            cannot make so many calls (the message names the nearest numbers).
+            cannot make so many evaluations (the message names the nearest numbers).
         TypeError: If it has no such option.
     """
     kind = scheduler_class(name)

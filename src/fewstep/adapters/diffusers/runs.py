@@ -28,7 +28,7 @@ class Setup(NamedTuple):
             are clipped or thresholded.
         grid: The grid, or ``None`` for a stored plan.
         solver: The solver, or ``None`` for a stored plan.
-        told: The conditioning timestep of each evaluation.
+        conditioning: The conditioning timestep of each evaluation.
         to_data: For each evaluation the map from state and prediction to the predicted data, where
             those are clipped or thresholded; else ``None``.
         alphas: For each evaluation alpha, where clipping leaves the predicted noise as it is
@@ -38,7 +38,7 @@ class Setup(NamedTuple):
     plan: Plan
     grid: TimeGrid | None
     solver: Solver | None
-    told: tuple[float, ...]
+    conditioning: tuple[float, ...]
     to_data: tuple[tuple[float, float], ...] | None
     alphas: tuple[float, ...] | None = None
 
@@ -94,9 +94,26 @@ class Run:
         self.like: Tensor | None = None
         self.rewind()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        twin = object.__new__(Run)
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Generator):
+                # A caller's generator is handed in again by the next step; our own goes on from here.
+                value = value.clone_state() if name == "_own_generator" else None
+            elif name == "generator":
+                value = None
+            elif name == "staged":
+                value = None
+            else:
+                value = copy.deepcopy(value, memo)
+            setattr(twin, name, value)
+        return twin
+
     def keep(self, timesteps: Tensor) -> None:
         """Takes the tensor whose entries a pipeline will hand to ``step``."""
         self.timesteps = timesteps
+        self.staged: Tensor | None = None
         self._pointer, self._size = timesteps.data_ptr(), timesteps.element_size()
 
     def rewind(self) -> None:
@@ -118,11 +135,11 @@ class Run:
             return False
         return timestep.data_ptr() == self._pointer + self.step_index * self._size
 
-    def told(self) -> float:
+    def conditioning(self) -> float:
         """Returns the conditioning timestep of the next evaluation."""
         assert self.active is not None
         assert self.step_index is not None
-        return float(self.active.told[self.step_index - self.offset])
+        return float(self.active.conditioning[self.step_index - self.offset])
 
     def begin(self, active: Setup, sample: Tensor) -> Execution:
         """Starts a plan that ends where ``timesteps`` end."""

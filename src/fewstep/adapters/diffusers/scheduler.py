@@ -3,15 +3,12 @@ r"""``PlanScheduler``: any solver, plan or recipe of ours in a pipeline of diffu
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from torch import Tensor
 
@@ -27,9 +24,7 @@ from fewstep.adapters.diffusers.configurations import (
     schedule_of,
 )
 from fewstep.adapters.diffusers.keys import KEYS, MODEL_KEYS
-from fewstep.adapters.diffusers.loading import load_denoiser as load_denoiser
 from fewstep.adapters.diffusers.noising import Noising
-from fewstep.adapters.diffusers.probing import plan_from_scheduler as plan_from_scheduler
 from fewstep.adapters.diffusers.recipes import read_recipe, solver_name, without_scaling
 from fewstep.adapters.diffusers.stepping import Stepping
 from fewstep.base.registry import unknown
@@ -58,22 +53,22 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
     may serve many threads at once.
 
     **Steps.** ``num_inference_steps`` counts the solver's steps, as in diffusers. For multistep
-    methods these are network calls. A method of k stages makes up to k calls a step; each stage is
-    in ``timesteps`` and ``order`` is k (pndm: three more calls in each of its first three steps).
-    With ``count="calls"`` it is a budget of network calls: the most steps that fit into it.
+    methods these are network evaluations. A method of k stages makes up to k evaluations a step; each stage is
+    in ``timesteps`` and ``order`` is k (pndm: three more evaluations in each of its first three steps).
+    With ``count="calls"`` it is a budget of network evaluations: the most steps that fit into it.
 
     **Where it steps.** Without ``grid``, at the timesteps that the configuration describes
     (``timestep_spacing``, ``steps_offset``, ``use_karras_sigmas``, ...), those of the solver's
     twin in diffusers; for ``solver="auto"`` on the grid that belongs to the choice.
-    ``grid="auto"`` is the solver's own grid in fewstep. Between trained levels :math:`\lambda` is
-    linear in time (diffusers: :math:`\sigma / \alpha`), and the network is told the fractional
-    time, in float32; ``integer_times`` moves steps to trained levels instead.
+    ``grid="auto"`` is the solver's own grid in fewstep. Between training timesteps :math:`\lambda` is
+    linear in time (diffusers: :math:`\sigma / \alpha`), and the network is conditioned on the fractional
+    time, in float32; ``integer_times`` moves steps to training timesteps instead.
 
     **Mid-way starts** (img2img: ``set_begin_index``, or a first ``step`` at a later timestep) get a
     plan of their own on the rest of the grid.
 
     **Where nothing is left of the data.** With a zero terminal signal-to-noise ratio the last
-    :math:`\alpha` is taken as 1e-6, and flow models are told :math:`\sigma = 1` while the
+    :math:`\alpha` is taken as 1e-6, and flow models are conditioned on :math:`\sigma = 1` while the
     coefficients are those of 1 - 1e-6. Coefficients are merged with the prediction's in float64,
     so that nothing is amplified for v, x0 and flow predictions. An epsilon-prediction cannot say
     what the data are there: for it the last :math:`\alpha` is half of the one before.
@@ -93,8 +88,8 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         recipe: A recipe or a plan, as a path or as JSON text, instead of a solver. The text is
             stored in the configuration, so that it is saved with the pipeline.
         count: What ``num_inference_steps`` counts: ``"steps"`` or ``"calls"``.
-        integer_times: Whether the network is told whole timesteps only.
-        num_train_timesteps: The number of trained levels.
+        integer_times: Whether the network is conditioned on whole timesteps only.
+        num_train_timesteps: The number of training timesteps.
         beta_start: The first :math:`\beta`.
         beta_end: The last.
         beta_schedule: ``"linear"``, ``"scaled_linear"`` or ``"squaredcos_cap_v2"``.
@@ -332,28 +327,3 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
 def _one_of(name: str, value: object, known: list[str]) -> None:
     if value not in known:
         raise ValueError(unknown(name, value, known))
-
-
-def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
-    """Loads a pipeline that was saved with a :class:`PlanScheduler`.
-
-    Importing this module is what ``DiffusionPipeline.from_pretrained`` needs; some pipelines
-    (DDIM's) then exchange the scheduler for their own, which is undone here.
-
-    Arguments:
-        path: The folder of the pipeline.
-        kwargs: Further arguments of ``DiffusionPipeline.from_pretrained``.
-
-    Raises:
-        ValueError: If there is no such folder.
-    """
-    folder = Path(path)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"the folder {str(path)!r} holds no pipeline: it has no model_index.json")
-    kwargs.setdefault("use_safetensors", True)
-    pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
-    if "scheduler" not in kwargs and not isinstance(pipe.scheduler, PlanScheduler):
-        file = folder / "scheduler" / "scheduler_config.json"
-        if file.is_file() and json.loads(file.read_text())["_class_name"] == "PlanScheduler":
-            pipe.scheduler = PlanScheduler.from_pretrained(folder, subfolder="scheduler")
-    return pipe

@@ -65,7 +65,7 @@ class Planner:
     Attributes:
         config: The configuration of the scheduler.
         schedule: Its noise schedule.
-        alphas_cumprod: Its trained levels.
+        alphas_cumprod: Its noise levels, one for each training timestep.
         recipe: Its recipe, or ``None``.
     """
 
@@ -97,8 +97,8 @@ class Planner:
         method, grid = self._method_and_grid(asked)
         plan = method.plan(grid)
         both = asked.times is not None and asked.levels is not None
-        told = self._conditioning(plan.times, asked.times if both else None)
-        return self._finish(plan, grid, method, told)
+        conditioning = self._conditioning(plan.times, asked.times if both else None)
+        return self._finish(plan, grid, method, conditioning)
 
     def _own_levels(
         self, asked: Request, own: str, count: int | None = None, times: Tensor | None = None
@@ -127,7 +127,7 @@ class Planner:
             "PlanScheduler.from_config(config, recipe=None, grid=None, solver='tab3')"
         )
 
-    def rest(self, setup: Setup, index: int, told: float | None, eta: float) -> Setup:
+    def rest(self, setup: Setup, index: int, conditioning: float | None, eta: float) -> Setup:
         """Returns the setup from an index of ``timesteps`` on, or from a time between two of them."""
         method, grid = setup.solver, setup.grid
         if eta:
@@ -144,8 +144,8 @@ class Planner:
                 "rows read from before is not there. For img2img and inpainting take a solver "
                 "(PlanScheduler.from_config(config, recipe=None, solver='tab3')), or strength=1"
             )
-        if told is not None:
-            start = self._time_of(told)
+        if conditioning is not None:
+            start = self._time_of(conditioning)
             later = grid.times[grid.times < start]
             if not len(later):
                 return self.rest(setup, last_start(setup), None, eta)
@@ -155,8 +155,8 @@ class Planner:
             return self._finish(plan, part, method, self._conditioning(plan.times, None))
         part = TimeGrid(grid.schedule, grid.times[step_at(setup, index) :], grid.ends_at_zero)
         plan = method.plan(part)
-        rest = self._finish(plan, part, method, setup.told[index:])
-        same = len(plan.times) == len(rest.told) and torch.allclose(
+        rest = self._finish(plan, part, method, setup.conditioning[index:])
+        same = len(plan.times) == len(rest.conditioning) and torch.allclose(
             plan.times, setup.plan.times[index:], atol=1e-9
         )
         if not same:
@@ -211,7 +211,7 @@ class Planner:
         grid = grid.rounded() if config["integer_times"] else grid
         if grid.ends_at_zero and schedule.discrete and name in IN_TIME:
             raise ValueError(
-                f"{name} steps in time, and trained levels have no time with sigma = 0. Set "
+                f"{name} steps in time, and training timesteps have no time with sigma = 0. Set "
                 "final_sigmas_type='sigma_min' and leave timestep 0 out, or take solver='ddim', Euler's "
                 "method in sigma / alpha, as EulerDiscreteScheduler's"
             )
@@ -272,22 +272,26 @@ class Planner:
         if self._flow:
             count = self.config["num_train_timesteps"]
             # The clamped start stands for 1.
-            told = [count * (1.0 if t >= FLOW_START else t) for t in times.tolist()]
+            conditioning = [count * (1.0 if t >= FLOW_START else t) for t in times.tolist()]
         elif isinstance(self.schedule, VPSigma):
-            told = (0.25 * times.log()).tolist()
+            conditioning = (0.25 * times.log()).tolist()
         else:
             near = times.round()
-            told = torch.where((times - near).abs() < 1e-4, near, times).tolist()
-        return tuple(float(round(t)) if self.config["integer_times"] else t for t in told)
+            conditioning = torch.where((times - near).abs() < 1e-4, near, times).tolist()
+        return tuple(float(round(t)) if self.config["integer_times"] else t for t in conditioning)
 
-    def _time_of(self, told: float) -> float:
+    def _time_of(self, conditioning: float) -> float:
         """Returns the time that a conditioning timestep stands for."""
         if self._flow:
-            return told / self.config["num_train_timesteps"]
-        return math.exp(4 * told) if isinstance(self.schedule, VPSigma) else told
+            return conditioning / self.config["num_train_timesteps"]
+        return math.exp(4 * conditioning) if isinstance(self.schedule, VPSigma) else conditioning
 
     def _finish(
-        self, plan: Plan, grid: TimeGrid | None, method: Solver | None, told: tuple[float, ...]
+        self,
+        plan: Plan,
+        grid: TimeGrid | None,
+        method: Solver | None,
+        conditioning: tuple[float, ...],
     ) -> Setup:
         """Puts the plan into the network's prediction, or into that of the data to reshape them."""
         if plan.head:
@@ -298,7 +302,7 @@ class Planner:
         first = plan.structure.rows[0]
         if not (isinstance(first, Eval) and first.of == 0):
             raise ValueError(
-                f"{plan.name} changes the state before its first network call, which a pipeline "
+                f"{plan.name} changes the state before its first evaluation, which a pipeline "
                 "makes before it asks the scheduler; start it where it does not"
             )
         native = PREDICTIONS[self.config["prediction_type"]]
@@ -314,7 +318,7 @@ class Planner:
             plan = plan_for(plan, native)
         for dtype in (torch.float32, torch.float64):  # a compiled step finds them ready
             buffer_schedule(plan, dtype, keep_inputs=True, keep_states=False)
-        return Setup(plan, grid, method, told, to_data, alphas)
+        return Setup(plan, grid, method, conditioning, to_data, alphas)
 
 
 def _is_even(points: list[float]) -> bool:

@@ -6,7 +6,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from fewstep.adapters.diffusers.probing import NOT_AFFINE, plan_from_scheduler
+from fewstep.adapters.diffusers.probing import NOT_AFFINE
+from fewstep.adapters.diffusers.scheduler_plans import plan_from_scheduler
 from fewstep.base.files import read_json
 from fewstep.plans.plan import Plan
 

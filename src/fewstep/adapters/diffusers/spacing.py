@@ -77,7 +77,7 @@ def flow_points(config: Mapping[str, Any], solver: Solver, steps: int, factor: f
     """Returns the levels at which so many steps begin, before shifting, float64, shape (steps)."""
     trained = config["num_train_timesteps"]
     if config["use_flow_sigmas"] and solver.starts_flows_at_noise:
-        # Its twin starts at pure noise, the others at the last trained level.
+        # Its twin starts at pure noise, the others at the last training timestep.
         return torch.linspace(1, 1 / trained, steps + 1, dtype=torch.float64)[:-1]
     if config["use_flow_sigmas"]:
         even = 1 - torch.linspace(1, 1 / trained, steps + 1, dtype=torch.float64)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from fewstep.adapters.diffusers.runs import Setup
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
@@ -11,35 +17,74 @@ LARGEST_JUMP = 200.0
 """The most by which one step of several stages may divide sigma / alpha: that is its amplification."""
 
 
+class StagedTimesteps(Tensor):
+    """The conditioning timesteps of a run whose steps have several evaluations each.
+
+    A slice that would end inside of a step ends before that step. So a pipeline that runs the first part of
+    the timesteps (SDXL's ``denoising_end``) returns the state between two steps, at which the pipeline of the
+    second part (``denoising_start``) begins, and not what is only the input of a stage.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    begins: frozenset[int]
+
+    @staticmethod
+    def of(timesteps: Tensor, setup: Setup) -> Tensor:
+        """Returns the timesteps; as they are, where every evaluation begins a step."""
+        found = begins(setup)
+        if setup.solver is None or len(found) == len(timesteps):
+            return timesteps
+        staged = timesteps.as_subclass(StagedTimesteps)
+        staged.begins = frozenset(found)
+        return staged
+
+    def __getitem__(self, key: Any) -> Tensor:
+        plain = self.as_subclass(Tensor)
+        if not isinstance(key, slice):
+            return plain[key]
+        first, stop, stride = key.indices(len(plain))
+        if (
+            stride == 1 and stop - first > 1 and stop < len(plain)
+        ):  # [:1] asks for the first timestep
+            stop = max((i for i in self.begins if first < i <= stop), default=stop)
+        return plain[slice(first, stop, stride)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.as_subclass(Tensor))
+
+
+def begins(setup: Setup) -> list[int]:
+    """Returns the indices among the evaluations with which steps, and not only their stages, begin."""
+    if setup.solver is None or setup.grid is None:
+        return [0]
+    steps, zero = setup.grid.steps, setup.grid.ends_at_zero
+    rest = [setup.solver.nfe(steps - k, ends_at_zero=zero) for k in range(steps)]
+    return [rest[0] - evaluations for evaluations in rest]
+
+
 def starts(setup: Setup, index: int) -> bool:
-    """Returns whether a step, and not only one of its stages, begins at an index of the evaluations."""
-    if setup.solver is None:
-        return index == 0
-    try:
-        step_at(setup, index)
-    except ValueError:
-        return False
-    return True
+    """Returns whether a step begins at an index of the evaluations."""
+    return index in begins(setup)
 
 
 def step_at(setup: Setup, index: int) -> int:
-    """Returns the number of the step that begins at an index of the evaluations."""
-    assert setup.solver is not None
-    assert setup.grid is not None
-    grid, method = setup.grid, setup.solver
-    evaluations = method.nfe(grid.steps, ends_at_zero=grid.ends_at_zero)
-    for step in range(grid.steps):
-        rest = method.nfe(grid.steps - step, ends_at_zero=grid.ends_at_zero)
-        if evaluations - rest == index:
-            return step
-    raise ValueError(
-        f"index {index} of the timesteps is inside of a step of {method.name}; begin where a step does"
-    )
+    """Returns the number of the step that begins at an index of the evaluations.
+
+    Raises:
+        ValueError: If it is inside of a step.
+    """
+    found = begins(setup)
+    if index not in found:
+        raise ValueError(
+            f"index {index} of the timesteps is inside of a step of {setup.plan.name}; begin where a step "
+            "does, or take a solver of one evaluation a step, e.g. 'tab3'"
+        )
+    return found.index(index)
 
 
 def last_start(setup: Setup) -> int:
     """Returns the index of the evaluation with which the last step begins."""
-    return max(index for index in range(setup.plan.nfe) if starts(setup, index))
+    return begins(setup)[-1]
 
 
 def most_steps(method: Solver, evaluations: int, to_zero: bool) -> int:

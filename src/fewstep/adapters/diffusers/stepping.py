@@ -11,9 +11,10 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from fewstep.adapters.diffusers.arguments import clip, numbers
 from fewstep.adapters.diffusers.runs import PerThread, Run, Setup, Setups, place
 from fewstep.adapters.diffusers.setups import Planner, Request
-from fewstep.adapters.diffusers.stages import starts, step_at
+from fewstep.adapters.diffusers.stages import StagedTimesteps, starts, step_at
 from fewstep.diffusion.schedules import Flow, NoiseSchedule
 from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
@@ -78,7 +79,7 @@ class Stepping:
             mu: The shift of flow levels, with ``use_dynamic_shifting``.
 
         Raises:
-            ValueError: If there is no such plan; the message has the mend.
+            ValueError: If there is no such plan; the message says how to fix it.
         """
         if timesteps is None and sigmas is None:
             if num_inference_steps is None:
@@ -89,8 +90,8 @@ class Stepping:
             num_inference_steps = int(n)
         asked = Request(
             num_inference_steps,
-            _numbers("timesteps", timesteps),
-            _numbers("sigmas", sigmas),
+            numbers("timesteps", timesteps),
+            numbers("sigmas", sigmas),
             float(mu) if self.config["use_dynamic_shifting"] and mu is not None else None,
         )
         # Pipelines may change these in the configuration after the making.
@@ -104,10 +105,10 @@ class Stepping:
     def _tensors(self, asked: Request, now: Any, device: Any) -> tuple[Setup, Tensor, Tensor]:
         """Returns a setup, its conditioning timesteps on a device, and its levels."""
         setup = self._setups.get((asked, now), lambda: self._planner().setup(asked))
-        values = torch.tensor(setup.told, dtype=torch.float64)
+        values = torch.tensor(setup.conditioning, dtype=torch.float64)
         whole = self.schedule.discrete and bool((values == values.round()).all())
-        told = values.to(torch.int64 if whole else torch.float32).to(device)
-        return setup, told, self._levels(setup)
+        conditioning = values.to(torch.int64 if whole else torch.float32).to(device)
+        return setup, conditioning, self._levels(setup)
 
     def _planner(self) -> Planner:
         return Planner(self.config, self.schedule, self.alphas_cumprod, self._recipe)
@@ -127,7 +128,12 @@ class Stepping:
     @property
     def timesteps(self) -> Tensor:
         """The conditioning timestep of each evaluation, on the device given to :meth:`set_timesteps`."""
-        return self._run().timesteps
+        run = self._run()
+        if run.setup is None or torch.compiler.is_compiling():
+            return run.timesteps
+        if run.staged is None:
+            run.staged = StagedTimesteps.of(run.timesteps, run.setup)
+        return run.staged
 
     @timesteps.setter
     def timesteps(self, value: Tensor) -> None:
@@ -141,7 +147,7 @@ class Stepping:
 
     @property
     def sigmas(self) -> Tensor:
-        r"""The levels :math:`\sigma / \alpha` (of a flow: :math:`\sigma`) at the calls and at the end, float32."""
+        r"""The levels :math:`\sigma / \alpha` (of a flow: :math:`\sigma`) at the evaluations and at the end, float32."""
         return self._run().sigmas
 
     @property
@@ -196,19 +202,21 @@ class Stepping:
         self, timestep: Tensor | float, schedule_timesteps: Tensor | None = None
     ) -> int:
         """Returns the index at which a step at this timestep begins, the last one if there is none."""
-        told = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
+        conditioning = (
+            self.timesteps if schedule_timesteps is None else schedule_timesteps
+        ).tolist()
         setup = self._run().setup
-        places = [i for i, t in enumerate(told) if abs(t - float(timestep)) < 1e-3]
+        places = [i for i, t in enumerate(conditioning) if abs(t - float(timestep)) < 1e-3]
         if schedule_timesteps is None and setup is not None:
             places = [i for i in places if starts(setup, i)] or places
-        return places[0] if places else len(told) - 1
+        return places[0] if places else len(conditioning) - 1
 
     def previous_timestep(self, timestep: Tensor | float) -> Any:
         """Returns the timestep after this one on the grid (-1 at the end), or one less before planning."""
         run = self._run()
         if run.setup is None:
             return timestep - 1
-        later = [t for t in run.setup.told if t < float(timestep) - 1e-3]
+        later = [t for t in run.setup.conditioning if t < float(timestep) - 1e-3]
         return torch.tensor(later[0] if later else -1.0).to(run.timesteps.dtype)
 
     # Sampling.
@@ -294,7 +302,7 @@ class Stepping:
         index = run.step_index - run.offset  # type: ignore[operator]
         shift, factor = maps[index]
         data = torch.mul(output, factor).add_(x, alpha=shift)
-        clipped = self._clipped(data)
+        clipped = clip(self.config, data)
         if run.active.alphas is not None and not noise_too:
             # The state that has the clipped data and the predicted noise as it is.
             execution.replace_input(torch.add(x, clipped - data, alpha=run.active.alphas[index]))
@@ -304,18 +312,20 @@ class Stepping:
         whole = run.setup
         if whole is None:
             raise ValueError("the scheduler has no timesteps yet: call set_timesteps first")
-        told = None
+        conditioning = None
         index = run.begin_index
         if index is None or run.step_index is not None:  # a run after a finished one finds its own
-            index, told = self._find(run, whole, timestep)
+            index, conditioning = self._find(run, whole, timestep)
         if not 0 <= index < len(run.timesteps):
             raise ValueError(
                 f"a run begins at an index from 0 to {len(run.timesteps) - 1}, got {index}"
             )
         setup = whole
-        if index or told is not None or eta:
-            key = (whole.plan, index, told, float(eta))
-            setup = self._setups.get(key, lambda: self._planner().rest(whole, index, told, eta))
+        if index or conditioning is not None or eta:
+            key = (whole.plan, index, conditioning, float(eta))
+            setup = self._setups.get(
+                key, lambda: self._planner().rest(whole, index, conditioning, eta)
+            )
         if torch.compiler.is_compiling():
             run.compiled = True
         else:
@@ -328,8 +338,8 @@ class Stepping:
         if isinstance(timestep, Tensor) and (found := place(timestep, run.timesteps)) is not None:
             return found, None
         value = float(timestep)
-        for index, told in enumerate(setup.told):
-            if abs(told - value) < 1e-3 and starts(setup, index):
+        for index, conditioning in enumerate(setup.conditioning):
+            if abs(conditioning - value) < 1e-3 and starts(setup, index):
                 return index, None
         return 0, value
 
@@ -341,38 +351,9 @@ class Stepping:
             found = place(timestep, run.timesteps)
             if found == run.step_index or (found is None and timestep.device.type != "cpu"):
                 return
-        told = run.told()
-        if abs(float(timestep) - told) > 1e-3 * max(1.0, abs(told)):
+        conditioning = run.conditioning()
+        if abs(float(timestep) - conditioning) > 1e-3 * max(1.0, abs(conditioning)):
             raise ValueError(
-                f"step {run.step_index} of this run is at timestep {told:g}, got "
+                f"step {run.step_index} of this run is at timestep {conditioning:g}, got "
                 f"{float(timestep):g}; call set_timesteps before each run"
             )
-
-    def _clipped(self, x0: Tensor) -> Tensor:
-        """Clips or thresholds predicted data, as the configuration asks."""
-        if self.config["thresholding"]:
-            sizes = x0.flatten(1).abs()
-            at = self.config["dynamic_thresholding_ratio"] * (sizes.shape[1] - 1)
-            low = int(at)
-            below = sizes.kthvalue(low + 1, dim=1).values
-            above = sizes.kthvalue(min(low + 2, sizes.shape[1]), dim=1).values
-            most = self.config["sample_max_value"]  # below 1 it wins, as in diffusers
-            bound = torch.lerp(below, above, at - low).clamp(min=1.0, max=most)
-            bound = bound.reshape(-1, *[1] * (x0.ndim - 1))
-            return x0.clamp(-bound, bound) / bound
-        bound = self.config["clip_sample_range"]
-        return x0.clamp(-bound, bound)
-
-
-def _numbers(name: str, values: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
-    """Returns given timesteps or sigmas as numbers."""
-    if values is None:
-        return None
-    try:
-        listed = values.tolist() if hasattr(values, "tolist") else list(values)  # type: ignore[union-attr]
-        numbers = tuple(float(v) for v in listed)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a list of numbers, got {values!r:.80}") from None
-    if not numbers:
-        raise ValueError(f"{name} must not be empty")
-    return numbers
