@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fewstep
+import fewstep.models.exact
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.sampling.protocol import Run
 from fewstep.sampling.sample import sampler
@@ -181,5 +182,7 @@ def test_a_sample_that_is_not_finite_is_an_error(smooth):
         prediction="eps",
         event_shape=(2,),
     )
-    with pytest.raises(ValueError, match="DDIMScheduler with 3 calls returns NaN or infinity"):
+    with pytest.raises(
+        ValueError, match="DDIMScheduler with 3 evaluations returns NaN or infinity"
+    ):
         run(diffusers_sampler(broken, "DDIM", 3))
