@@ -22,10 +22,11 @@ from fewstep.plans.buffers import buffer_schedule
 from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import convert_plan, plan_for
 from fewstep.plans.structure import Eval
-from fewstep.sampling.auto import choose
-from fewstep.sampling.planning import GRID_OPTIONS
-from fewstep.sampling.profile import names_profile, read_profile
+from fewstep.sampling.auto import AUTO
+from fewstep.sampling.planning import GRID_OPTIONS, Planned
 from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.resolve import resolve_plan
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
 
@@ -94,8 +95,8 @@ class Planner:
             asked = self._own_levels(asked, own, recipe.nfe, None)
         elif self.config["grid"] is not None:
             asked = self._own_levels(asked, f"grid={self.config['grid']!r} has its own levels")
-        method, grid = self._method_and_grid(asked)
-        plan = method.plan(grid)
+        made = self._planned(asked)
+        plan, grid, method = made.plan, made.grid, made.solver
         both = asked.times is not None and asked.levels is not None
         conditioning = self._conditioning(plan.times, asked.times if both else None)
         return self._finish(plan, grid, method, conditioning)
@@ -167,59 +168,59 @@ class Planner:
             )
         return rest
 
-    def _method_and_grid(self, asked: Request) -> tuple[Solver, TimeGrid]:
-        config, schedule = self.config, self.schedule
-        name, options, own_grid, grid_options = self._named(asked)
+    def _planned(self, asked: Request) -> Planned:
+        """Returns the plan, made by the one resolver: from the recipe, or from the configuration."""
+        config, schedule, recipe = self.config, self.schedule, self.recipe
+        if recipe is not None:
+            if asked.steps != recipe.nfe:
+                raise ValueError(
+                    f"the recipe is for {recipe.nfe} network evaluations; call it with "
+                    f"num_inference_steps={recipe.nfe}"
+                )
+            request, what = recipe.request(), "a recipe"
+        else:
+            request, what = self._request(asked), "a profile"
+        made = resolve_plan(schedule, request, integer_times=config["integer_times"])
+        if made.head_start is not None:
+            raise ValueError(NO_HEAD.format(what))
+        check_jump(made.solver, made.grid)
+        return made
+
+    def _request(self, asked: Request) -> SamplerRequest:
+        """Returns the configuration as a request: a solver on a grid of diffusers, or on one of ours."""
+        config = self.config
+        name = solver_name(config["solver"], config["solver_order"])
+        options = dict(config["solver_options"] or {})
         points = [s for s in asked.levels or asked.times or () if s != 0 or asked.levels is None]
         count = len(points) or asked.steps
         assert count is not None
-        fitted = read_profile(own_grid, schedule) if names_profile(own_grid) else None
-        if name == "auto" and fitted is not None:
-            name = fitted.solver_for(count)
-        if name == "auto":
-            choice = choose(schedule, count)
-            other = None if own_grid == "auto" else own_grid
-            name, options = choice.solver, {**({} if other else choice.options), **options}
-            own_grid = other or choice.grid or "auto"
-        grid_options = {
-            **{k: options.pop(k) for k in list(options) if k in GRID_OPTIONS},
-            **grid_options,
-        }
-        if name == "ddpm" and config["variance_type"] == "fixed_large":
-            options.setdefault("variance", "large")
-        method = make_solver(name, **options)
         to_zero = config["final_sigmas_type"] == "zero" or self._flow
-        if asked.steps is not None and asked.times is None and asked.levels is None:
-            if config["count"] == "calls":
-                count = most_steps(method, asked.steps, to_zero)
-        if self.recipe is not None and asked.steps is not None:
-            ends = bool({**method.default_grid[1], **grid_options}.get("to_zero", False))
-            count = method.steps_for(asked.steps, ends_at_zero=ends)
-        if method.lowers_final and "lower_final" not in options:
-            few = count < LOWERED_BELOW or method.always_lowers_final
-            lowered = config["lower_order_final"] and few
-            method = replace(method, lower_final=bool(lowered))  # type: ignore[type-var,call-arg]
-        if points or own_grid is None:
-            grid = self._diffusers_grid(asked, method, count, to_zero)
-        elif fitted is not None:
-            grid, head = fitted.fit(method.name, count)
-            if head:
-                raise ValueError(NO_HEAD.format("the fitted grid"))
-        else:
-            chosen = None if own_grid == "auto" else own_grid
-            grid = method.make_grid(schedule, count, chosen, **grid_options)
-        grid = grid.rounded() if config["integer_times"] else grid
-        if grid.ends_at_zero and schedule.discrete and name in IN_TIME:
+        method = None
+        if name != AUTO:
+            if name == "ddpm" and config["variance_type"] == "fixed_large":
+                options.setdefault("variance", "large")
+            of_solver = {k: v for k, v in options.items() if k not in GRID_OPTIONS}
+            method = make_solver(name, **of_solver)
+            if not points and config["count"] == "calls":
+                count = most_steps(method, count, to_zero)
+            if method.lowers_final:
+                few = count < LOWERED_BELOW or method.always_lowers_final
+                options.setdefault("lower_final", bool(config["lower_order_final"] and few))
+        if not points and (method is None or config["grid"] is not None):
+            grid = None if config["grid"] == AUTO else config["grid"]
+            options |= config["grid_options"] or {}
+            return SamplerRequest(name, steps=count, grid=grid, options=options)
+        grid = self._diffusers_grid(asked, method, count, to_zero)
+        if grid.ends_at_zero and self.schedule.discrete and name in IN_TIME:
             raise ValueError(
                 f"{name} steps in time, and training timesteps have no time with sigma = 0. Set "
                 "final_sigmas_type='sigma_min' and leave timestep 0 out, or take solver='ddim', Euler's "
                 "method in sigma / alpha, as EulerDiscreteScheduler's"
             )
-        check_jump(method, grid)
-        return method, grid
+        return SamplerRequest(name, grid=grid, options=options)
 
     def _diffusers_grid(
-        self, asked: Request, method: Solver, count: int, to_zero: bool
+        self, asked: Request, method: Solver | None, count: int, to_zero: bool
     ) -> TimeGrid:
         """Returns the grid that the configuration describes, by count or by given points."""
         config, schedule, times, levels = self.config, self.schedule, asked.times, asked.levels
@@ -236,6 +237,7 @@ class Planner:
                 schedule, config, method, steps=steps, points=points, mu=asked.mu
             )
         if times is None and levels is None:
+            assert method is not None  # auto without given points has a grid of its own
             return spacing.spaced(schedule, config, method, count, self.alphas_cumprod, to_zero)
         if times is not None and levels is None and isinstance(schedule, VPSigma):
             raise ValueError(
@@ -248,22 +250,6 @@ class Planner:
             sigmas=levels,
             to_zero=to_zero,
         )
-
-    def _named(self, asked: Request) -> tuple[str, dict[str, Any], str | None, dict[str, Any]]:
-        """Returns solver, options, grid and grid's options, of the recipe or of the configuration."""
-        config, recipe = self.config, self.recipe
-        if recipe is None:
-            name = solver_name(config["solver"], config["solver_order"])
-            options, grid_options = config["solver_options"], config["grid_options"]
-            return name, dict(options or {}), config["grid"], dict(grid_options or {})
-        if asked.steps is not None and asked.steps != recipe.nfe:
-            raise ValueError(
-                f"the recipe is for {recipe.nfe} network evaluations; call it with "
-                f"num_inference_steps={recipe.nfe}"
-            )
-        if recipe.head_start is not None:
-            raise ValueError(NO_HEAD.format("a recipe"))
-        return recipe.name, dict(recipe.options), recipe.grid or "auto", {}
 
     def _conditioning(self, times: Tensor, given: tuple[float, ...] | None) -> tuple[float, ...]:
         """Returns the conditioning timesteps of evaluations at these times."""

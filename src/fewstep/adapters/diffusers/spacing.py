@@ -103,7 +103,7 @@ def flow_levels(config: Mapping[str, Any], points: Tensor, factor: float) -> Ten
 def flow_grid(
     schedule: Flow,
     config: Mapping[str, Any],
-    solver: Solver,
+    solver: Solver | None,
     *,
     steps: int | None,
     points: Sequence[float] | None,
@@ -113,6 +113,7 @@ def flow_grid(
     factor = shift_factor(config, mu)
     if points is None:
         assert steps is not None
+        assert solver is not None
         begun = flow_points(config, solver, steps, factor)
     else:
         begun = _levels_of(points)
