@@ -104,12 +104,12 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown option": (
         {"solver": "tab3", "nfe": 4, "grid": "power", "options": {"etta": 1.0}},
         "Unknown option 'etta'. Options of the solver 'tab3': lower_final; of the grid 'power': "
-        "power, t_end, t_start, to_zero",
+        "power, strength, t_end, t_start, to_zero",
     ),
     "option of another grid": (
         {"nfe": 4, "grid": "karras", "options": {"power": 2.0}},
         "Unknown option 'power'. Options of the solver 'tab3': lower_final; of the grid 'karras': "
-        "rho, t_end, t_start, to_zero",
+        "rho, strength, t_end, t_start, to_zero",
     ),
     "budget out of reach": (
         {"solver": "rho-heun", "nfe": 5},

@@ -244,12 +244,20 @@ MISTAKES = {
     ),
     "list of another length": ({"class_labels": [1, 2, 3]}, ValueError, "3 values for 2"),
     "image of another shape": (
-        {"image": torch.zeros(4)},
+        {"image": torch.zeros(4), "strength": 0.5},
         ValueError,
         r"image must have shape \(2",
     ),
-    "image without shape": ({"image": torch.zeros(())}, ValueError, "image must have shape"),
-    "image of bytes": ({"image": torch.zeros(2, dtype=torch.uint8)}, TypeError, "floating"),
+    "image without shape": (
+        {"image": torch.zeros(()), "strength": 0.5},
+        ValueError,
+        "image must have shape",
+    ),
+    "image of bytes": (
+        {"image": torch.zeros(2, dtype=torch.uint8), "strength": 0.5},
+        TypeError,
+        "floating",
+    ),
     "guidance without null": ({"guidance": 2.0}, ValueError, "null_condition"),
     "plan and recipe": (
         {"plan": PLAN, "recipe": SamplerRecipe(name="ddim", nfe=3)},

@@ -18,6 +18,9 @@ from fewstep.diffusion.schedules import NoiseSchedule
 MOST_STEPS = 100_000
 """The most steps of a grid; more is a slip of the pen, or a hostile file."""
 
+FEW_LEVELS = 50
+"""On a table of fewer training timesteps the second one is a time to start from."""
+
 
 @dataclass(frozen=True, eq=False)
 class TimeGrid:
@@ -145,6 +148,63 @@ def _ends(
     return start, end, zero
 
 
+def _start_of_share(
+    place: Callable[[Tensor, Tensor, Tensor], Tensor],
+    strength: float,
+    t_start: float | None,
+    start: float,
+    end: float,
+) -> float:
+    """Returns the time at which the share of a grid that is run begins."""
+    check_strength(strength)
+    if t_start is not None:
+        raise ValueError(
+            "strength and t_start are both the first time of the grid; give one of them"
+        )
+    if strength == 1:
+        return start
+    ends = (torch.tensor([t], dtype=torch.float64) for t in (start, end))
+    share = torch.tensor([1 - strength], dtype=torch.float64)
+    return float(place(share, *ends))
+
+
+def check_strength(strength: object) -> None:
+    """Raises unless this is a share: above 0 and at most 1."""
+    if (
+        isinstance(strength, bool)
+        or not isinstance(strength, (int, float))
+        or not 0 < strength <= 1
+    ):
+        raise ValueError(
+            "strength is the share of the grid that is run, above 0 and at most 1, "
+            f"got {strength!r:.40}"
+        )
+
+
+def check_start(schedule: NoiseSchedule, t_start: object) -> None:
+    """Raises unless a first time that a user gave can be meant.
+
+    On a table of training timesteps a number up to 1 is a share that was taken for a time: there
+    is hardly any noise, and nothing would happen.
+
+    Raises:
+        ValueError: With the range, and the strength that the number would be.
+    """
+    low, high = schedule.t_min, schedule.t_max
+    number = isinstance(t_start, (int, float)) and not isinstance(t_start, bool)
+    if not number and not isinstance(t_start, Tensor):
+        raise ValueError(
+            f"t_start must be a time in ({low:g}, {high:g}] for {schedule.name!r}, got {t_start!r:.40}"
+        )
+    t = float(t_start)  # type: ignore[arg-type]
+    if schedule.discrete and 0 < t <= 1 < high and (t < 1 or high >= FEW_LEVELS):
+        raise ValueError(
+            f"t_start is a time of {schedule.name!r}, from {low:g} to {high:g}, and t = {t:g} has "
+            f"hardly any noise; for a share of the grid give strength={t:g} with an image, or "
+            f"t_start={t * high:g}"
+        )
+
+
 def _steps(steps: int) -> int:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
@@ -161,11 +221,14 @@ def _spaced(
     t_start: float | None,
     t_end: float | None,
     to_zero: bool,
+    strength: float | None,
 ) -> TimeGrid:
     """Places points by ``place(u, start, end)``, u from 0 to 1, and pins the two ends exactly."""
     start, end, zero = _ends(schedule, t_start, t_end)
     if zero:
         to_zero, end = True, schedule.t_min
+    if strength is not None:
+        start = _start_of_share(place, strength, t_start, start, end)
     pieces = _steps(steps) - (1 if to_zero else 0)
     first = torch.tensor([start], dtype=torch.float64)
     last = torch.tensor([end], dtype=torch.float64)
@@ -186,6 +249,7 @@ def power(
     t_start: float | None = None,
     t_end: float | None = None,
     to_zero: bool = False,
+    strength: float | None = None,
 ) -> TimeGrid:
     r"""Evenly spaced in :math:`t^{1/\kappa}`: :math:`t_i = (T^{1/\kappa} + \frac iK (t_0^{1/\kappa} - T^{1/\kappa}))^\kappa`.
 
@@ -196,6 +260,10 @@ def power(
         t_start: The first time; left out, the schedule's largest.
         t_end: The last time; left out, the schedule's smallest.
         to_zero: Whether one of the steps goes from the last time on to :math:`\sigma = 0`.
+        strength: The share s of the grid that is run, instead of ``t_start``: the first time is the
+            point at the share 1 - s of the way from the largest time to the last, on the axis in
+            which the grid is even (t, its root, :math:`\log\rho`, :math:`\rho^{1/7}`). So K steps are
+            the last K of a grid of K / s steps, as in image to image of diffusers.
     """
     if not power > 0:
         raise ValueError(f"power must be positive, got {power!r}")
@@ -204,7 +272,15 @@ def power(
         a, b = start ** (1 / power), end ** (1 / power)
         return (a + u * (b - a)) ** power
 
-    return _spaced(schedule, steps, place, t_start=t_start, t_end=t_end, to_zero=to_zero)
+    return _spaced(
+        schedule,
+        steps,
+        place,
+        t_start=t_start,
+        t_end=t_end,
+        to_zero=to_zero,
+        strength=strength,
+    )
 
 
 def uniform(
@@ -214,9 +290,10 @@ def uniform(
     t_start: float | None = None,
     t_end: float | None = None,
     to_zero: bool = False,
+    strength: float | None = None,
 ) -> TimeGrid:
     """Evenly spaced in time; see :func:`power` for the options."""
-    return power(schedule, steps, power=1.0, t_start=t_start, t_end=t_end, to_zero=to_zero)
+    return power(schedule, steps, t_start=t_start, t_end=t_end, to_zero=to_zero, strength=strength)
 
 
 def quadratic(
@@ -226,9 +303,18 @@ def quadratic(
     t_start: float | None = None,
     t_end: float | None = None,
     to_zero: bool = False,
+    strength: float | None = None,
 ) -> TimeGrid:
     """Evenly spaced in the square root of time; see :func:`power` for the options."""
-    return power(schedule, steps, power=2.0, t_start=t_start, t_end=t_end, to_zero=to_zero)
+    return power(
+        schedule,
+        steps,
+        power=2.0,
+        t_start=t_start,
+        t_end=t_end,
+        to_zero=to_zero,
+        strength=strength,
+    )
 
 
 def log_rho(
@@ -238,6 +324,7 @@ def log_rho(
     t_start: float | None = None,
     t_end: float | None = None,
     to_zero: bool = False,
+    strength: float | None = None,
 ) -> TimeGrid:
     r"""Evenly spaced in :math:`\log\rho = -\lambda`, half the log-SNR."""
 
@@ -245,7 +332,15 @@ def log_rho(
         a, b = schedule.lam(start), schedule.lam(end)
         return schedule.time(a + u * (b - a))
 
-    return _spaced(schedule, steps, place, t_start=t_start, t_end=t_end, to_zero=to_zero)
+    return _spaced(
+        schedule,
+        steps,
+        place,
+        t_start=t_start,
+        t_end=t_end,
+        to_zero=to_zero,
+        strength=strength,
+    )
 
 
 def karras(
@@ -256,6 +351,7 @@ def karras(
     t_start: float | None = None,
     t_end: float | None = None,
     to_zero: bool = False,
+    strength: float | None = None,
 ) -> TimeGrid:
     r"""Evenly spaced in :math:`\rho^{1/7}`, :math:`\rho = \sigma / \alpha`.
 
@@ -270,6 +366,7 @@ def karras(
         t_start: The first time.
         t_end: The last time.
         to_zero: Whether one of the steps goes from the last time on to :math:`\sigma = 0`.
+        strength: The share of the grid that is run; see :func:`power`.
     """
     if not rho > 0:
         raise ValueError(f"rho must be positive, got {rho!r}")
@@ -278,7 +375,15 @@ def karras(
         a, b = (schedule.rho(t) ** (1 / rho) for t in (start, end))
         return schedule.time(-rho * torch.log(a + u * (b - a)))
 
-    return _spaced(schedule, steps, place, t_start=t_start, t_end=t_end, to_zero=to_zero)
+    return _spaced(
+        schedule,
+        steps,
+        place,
+        t_start=t_start,
+        t_end=t_end,
+        to_zero=to_zero,
+        strength=strength,
+    )
 
 
 def explicit(
@@ -336,7 +441,7 @@ def grid(name: str, schedule: NoiseSchedule, steps: int | None, **options: Any) 
         name: One of :data:`GRIDS`.
         schedule: The noise schedule.
         steps: The number of steps.
-        options: Its options: ``t_start``, ``t_end``, ``to_zero``, ``power``, ``rho``, ``times``.
+        options: Its options: ``t_start`` or ``strength``, ``t_end``, ``to_zero``, ``power``, ``rho``, ``times``.
 
     Raises:
         ValueError: If the name is unknown, or steps or times are out of range.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.diffusion.grids import GRIDS, TimeGrid
+from fewstep.diffusion.grids import GRIDS, TimeGrid, check_start, check_strength
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.plan import Plan
 from fewstep.sampling.auto import AUTO, choose, describe
@@ -20,7 +20,7 @@ from fewstep.solvers import SOLVERS, Solver
 from fewstep.solvers import solver as make_solver
 
 EXPLICIT = "explicit"
-ENDS = ("t_start", "t_end", "to_zero")
+ENDS = ("strength", "t_start", "t_end", "to_zero")
 """The options that every evenly spaced grid has."""
 
 GRID_OPTIONS = frozenset({*ENDS, "power", "rho", "times"})
@@ -107,6 +107,7 @@ def _planned(
     if "times" in options:
         _check_times(grid)
         grid = EXPLICIT
+    _check_start(schedule, grid, options)
     own = _own_steps(grid, options)
     if nfe is None and steps is None and own is None:
         if default_nfe is None:
@@ -118,7 +119,7 @@ def _planned(
         solver = choice.solver
         if grid is None:
             grid, options = choice.grid, {**choice.options, **options}
-            if head_start is None and "t_start" not in options:
+            if head_start is None and not {"t_start", "strength"} & set(options):
                 head_start = choice.head_start
     method, for_grid = _method(solver, grid, options)
     if head_start is not None:
@@ -266,10 +267,31 @@ def _check_head(
             raise Contradiction(
                 f"head_start is {head_start:g}, but the first of the times is {first:g}"
             )
-    elif "t_start" in options:
-        raise Contradiction(
-            "head_start and t_start are both the first time of the grid; give one of them"
-        )
+    else:
+        for other in ("t_start", "strength"):
+            if other in options:
+                raise Contradiction(
+                    f"head_start and {other} are both the first time of the grid; give one of them"
+                )
+
+
+def _check_start(
+    schedule: NoiseSchedule, grid: str | TimeGrid | None, options: Mapping[str, Any]
+) -> None:
+    """Raises for a first time, or a share of the grid, that cannot be meant."""
+    if "strength" in options:
+        check_strength(options["strength"])
+        if "t_start" in options:
+            raise Contradiction(
+                "strength and t_start are both the first time of the grid; give one of them"
+            )
+        if grid == EXPLICIT:
+            raise Contradiction(
+                "times that are given have their first already, got strength as well; leave one of "
+                "them out"
+            )
+    if "t_start" in options:
+        check_start(schedule, options["t_start"])
 
 
 def _own_steps(grid: str | TimeGrid | None, options: Mapping[str, Any]) -> int | None:

@@ -16,9 +16,11 @@ What is decided here and nowhere else, by what goes together:
 plan, recipe, profile  one of them, with nothing but an nfe (or steps) that is its own; a profile takes any
 nfe, steps             one of them; with given times only the number that these times make
 grid, times            ``times`` alone are the grid ``explicit``; with another grid a contradiction
-head_start             not with ``t_start``, nor with an image; with given times only their first
+head_start             not with ``t_start`` or ``strength``, nor with an image; with given times only their first
+image                  needs a start: ``strength``, ``t_start``, or a plan or grid that begins below the largest time
+strength               needs an image; not with ``t_start``, nor with given times
 auto                   solver, grid and head start that measured best; a grid that is given is held
-dopri5                 its own options, ``t_start`` and ``t_end`` only; no plan, nfe, steps, grid, head start
+dopri5                 its own options, ``t_start``, ``t_end``, ``strength`` only; no plan, nfe, steps, grid, head start
 a built-in sampler     ``auto`` and its own nfe only; no image
 =====================  ================================================================================
 
@@ -28,13 +30,13 @@ Each contradiction is a :class:`~fewstep.sampling.request.Contradiction` with on
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.grids import GRIDS, TimeGrid, check_start
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
@@ -63,6 +65,9 @@ DEFAULT_NFE = 10
 """The budget if none is given."""
 
 SOURCES = ("plan", "recipe", "profile")
+
+SPAN = frozenset({"t_start", "t_end", "strength"})
+"""The options that say from where to where an adaptive solver integrates."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def resolve(
         denoiser: The model.
         request: The request.
         guidance: The scale of classifier-free guidance, 1 for none; it replaces that of a recipe.
-        image: Whether the run starts from an image instead of noise.
+        image: Whether the run starts from an image instead of noise, which needs a start.
         force: Whether a recipe or profile is taken although it was made for another model.
         default_nfe: The number of network evaluations if neither nfe nor steps nor times are given.
 
@@ -133,7 +138,7 @@ def resolve(
     if isinstance(request.plan, Plan):
         plan = request.plan
         _check_budget(request, "plan", plan)
-        _check_image(plan, image=image)
+        _check_image(plan, {}, image=image)
         sampler = PlanSampler(plan, _guided(denoiser, guidance))
         return Resolved(
             sampler,
@@ -142,7 +147,7 @@ def resolve(
             ),
         )
     if is_adaptive(request.solver):
-        return _of_adaptive(denoiser, request, guidance)
+        return _of_adaptive(denoiser, request, guidance, image=image)
     return _of_solver(denoiser, request, guidance, image=image, default_nfe=default_nfe)
 
 
@@ -221,7 +226,7 @@ def plan(
             Gaussian solution with the mean and the variance of the data.
         profile: What was measured of a model, or its path; with solver ``"auto"``.
         integer_times: Whether the grid is rounded to training timesteps.
-        options: Options of the grid (``t_start``, ``t_end``, ``to_zero``, ``power``, ``rho``,
+        options: Options of the grid (``t_start`` or ``strength``, ``t_end``, ``to_zero``, ``power``, ``rho``,
             ``times``) and of the solver.
 
     Raises:
@@ -300,11 +305,30 @@ def _check_budget(request: SamplerRequest, kind: str, plan: Plan) -> None:
         )
 
 
-def _check_image(plan: Plan, *, image: bool) -> None:
+def _check_image(plan: Plan, options: Mapping[str, Any], *, image: bool) -> None:
+    """Raises unless an image has a start, and a share of the grid an image."""
     if image and plan.head:
         raise Contradiction(
-            "an image and a head start are two beginnings of one run; leave one of them out (t_start "
+            "an image and a head start are two beginnings of one run; leave one of them out (strength "
             "says how much noise the image gets)"
+        )
+    _check_start(plan.schedule, float(plan.knots[0].detach()), options, image=image)
+
+
+def _check_start(
+    schedule: NoiseSchedule, first: float, options: Mapping[str, Any], *, image: bool
+) -> None:
+    asked = options.get("strength") is not None or options.get("t_start") is not None
+    if image and not asked and first >= schedule.t_max * (1 - 1e-9):
+        raise Contradiction(
+            f"an image needs a start: this sampler begins at t = {first:g}, the largest time, where "
+            "next to nothing is left of an image; give strength= (above 0 and at most 1, the share "
+            f"of the grid that is run), or the option t_start, a time up to {schedule.t_max:g}"
+        )
+    if options.get("strength") is not None and not image:
+        raise Contradiction(
+            "strength is the share of the grid that an image goes through, and there is no image; "
+            "give image=, or leave strength out"
         )
 
 
@@ -341,7 +365,7 @@ def _of_solver(
     request = _unfolded(schedule, request, default_nfe)
     integer = denoiser.integer_times
     made = planned(schedule, request, integer_times=integer, default_nfe=default_nfe)
-    _check_image(made.plan, image=image)
+    _check_image(made.plan, {**made.options, **request.options}, image=image)
     chosen = _measured(made) if chose else made.chosen
     if chosen is not None:
         logger.info("auto chose %s", chosen)
@@ -352,22 +376,34 @@ def _of_solver(
     return Resolved(PlanSampler(made.plan, _guided(denoiser, guidance)), chosen, _recipe=recipe)
 
 
-def _of_adaptive(denoiser: Denoiser, request: SamplerRequest, guidance: float | None) -> Resolved:
+def _of_adaptive(
+    denoiser: Denoiser, request: SamplerRequest, guidance: float | None, *, image: bool
+) -> Resolved:
     check_adaptive(request, plan=False)
     options = dict(request.options)
     solver = request.solver
     if isinstance(solver, str):
         name = solver
-        check_options(name, None, options, solver_options(name), frozenset({"t_start", "t_end"}))
+        check_options(name, None, options, solver_options(name), SPAN)
     else:
         assert isinstance(solver, Solver)
         name = solver.name
         own = {key: getattr(solver, key) for key in solver_options(name)}
-        if others := sorted(set(options) - {"t_start", "t_end"}):
+        if others := sorted(set(options) - SPAN):
             raise Contradiction(
                 f"a solver that is made already takes no options, got {as_text(others)}"
             )
         options = {**own, **options}
+    schedule = denoiser.schedule
+    if "t_start" in options:
+        check_start(schedule, options["t_start"])
+    first = float(options.get("t_start") or schedule.t_max)
+    _check_start(schedule, first, options, image=image)
+    if "strength" in options:
+        # Its steps are free, so the share is one of log rho, in which it integrates.
+        ends = {key: options.get(key) for key in SPAN}
+        options["t_start"] = float(GRIDS["log-rho"](schedule, 1, **ends).times[0])
+        del options["strength"]
     sampler = AdaptiveSampler(_guided(denoiser, guidance), **options)
     return Resolved(
         sampler,
@@ -402,7 +438,10 @@ def _of_recipe(
         _check_operator(denoiser, replace(request, recipe=UNSET), guidance, image=image)
     if isinstance(sampler, PlanSampler):
         _check_budget(request, "recipe", sampler.plan)
-        _check_image(sampler.plan, image=image)
+        _check_image(sampler.plan, recipe.options, image=image)
+    elif isinstance(sampler, AdaptiveSampler):
+        first = sampler.t_start or denoiser.schedule.t_max
+        _check_start(denoiser.schedule, first, recipe.options, image=image)
     return Resolved(sampler, _recipe=lambda: recipe)
 
 

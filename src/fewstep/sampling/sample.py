@@ -91,6 +91,7 @@ def sample(
     head_start: float | None = None,
     options: Mapping[str, Any] | None = None,
     image: Tensor | None = None,
+    strength: float | None = None,
     seed: int = 0,
     first: int = 0,
     noise: Tensor | None = None,
@@ -117,8 +118,13 @@ def sample(
             the solver's own.
         head_start: The time above which the Gaussian solution replaces network evaluations.
         options: Further options of solver and grid, e.g. ``{"eta": 0.5, "t_end": 0.01}``.
-        image: Data to start from, with shape (n, \*) or (\*): it is noised to the first time of
-            the grid (see ``t_start``).
+        image: Data to start from, with shape (n, \*) or (\*): it is noised to the first time of the
+            grid, :math:`\alpha x_0 + \sigma z`. It needs ``strength``, the option ``t_start``, or a
+            plan or grid that begins below the largest time.
+        strength: The share of the grid that the image goes through, above 0 and at most 1: the first
+            time is the point with that share of the grid left, on the axis in which the grid is even
+            (see :func:`fewstep.diffusion.grids.power`). All ``nfe`` evaluations are made on that
+            share: ``nfe=6, strength=0.6`` are the last 6 steps of 10, where diffusers is asked for 10.
         seed: The seed.
         first: The number of the first sample, to draw a part of a larger run.
         noise: The initial draw, with shape (n, \*), of unit variance; its type, float32 or
@@ -147,7 +153,7 @@ def sample(
         profile=profile,
         grid=grid,
         head_start=head_start,
-        options=options or {},
+        options=_options(options, strength),
     )
     made = resolve(
         denoiser, request, guidance=guidance, image=image is not None, force=force
@@ -193,6 +199,7 @@ def steps(
     noise: Tensor | None = None,
     guidance: float | None = None,
     image: Tensor | None = None,
+    strength: float | None = None,
     options: Mapping[str, Any] | None = None,
     solver: str | Solver | None = None,
     nfe: int | None = None,
@@ -219,7 +226,7 @@ def steps(
         profile=profile,
         grid=grid,
         head_start=head_start,
-        options=options or {},
+        options=_options(options, strength),
     )
     made = resolve(
         denoiser, request, guidance=guidance, image=image is not None, force=force
@@ -260,6 +267,15 @@ def _predictions(plan: Plan, request: Evaluation, output: Tensor) -> tuple[Tenso
         for target in (Prediction.X0, Prediction.EPS)
     )
     return x0, eps
+
+
+def _options(options: Mapping[str, Any] | None, strength: float | None) -> Mapping[str, Any]:
+    given = {} if options is None else options
+    if strength is None or not isinstance(given, Mapping):
+        return given
+    if given.get("strength") is not None:
+        raise ValueError("strength is given twice, as an argument and as an option")
+    return {**given, "strength": strength}
 
 
 def _checked(
