@@ -11,10 +11,10 @@ from fewstep.models.folder import write_model
 from fewstep.models.networks.unet import SmallUNet
 
 
-def write_tiny(folder: Path, *, classes: int | None = 3, size: int = 8) -> Path:
+def write_tiny(folder: Path, *, classes: int | None = 3, size: int = 8, seed: int = 0) -> Path:
     """Writes a model of small grey images, with three classes or none; returns its folder."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         network = SmallUNet(channels=[4, 8], blocks=[1, 1], attention=[1], num_classes=classes)
         for parameter in network.parameters():  # the silent layers must say something
             torch.nn.init.normal_(parameter, std=0.1)

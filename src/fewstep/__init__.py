@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from fewstep.sampling.sample import steps as steps
     from fewstep.solvers import SOLVERS as SOLVERS
     from fewstep.solvers import Solver as Solver
+    from fewstep.studies.fit import fit as fit
     from fewstep.training.train import train as train
     from fewstep.trajectories import TrajectoryStore as TrajectoryStore
     from fewstep.trajectories import record as record
@@ -56,6 +57,7 @@ _HOMES = {
     "Denoiser": "models.denoiser",
     "distill": "operators.distillation",
     "exact": "models.exact",
+    "fit": "studies.fit",
     "grid": "diffusion.grids",
     "GRIDS": "diffusion.grids",
     "Guided": "models.wrappers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from fewstep.diffusion.schedules import schedule
 from fewstep.models import exact
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.folder import read_model
+from fewstep.sampling.profile import PROFILE, read_profile
+
+logger = logging.getLogger("fewstep")
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 
@@ -69,15 +73,32 @@ def load(
 
         return read_operator(folder, dtype=dtype or torch.float32).to(place)
     if (folder / "model.json").exists():
-        return read_model(folder, dtype or torch.float32).to(place)
+        return _with_profile(read_model(folder, dtype or torch.float32), folder).to(place)
     if (folder / "model_index.json").exists() or (folder / "config.json").exists():
         from fewstep.adapters.diffusers import load_denoiser
 
-        return load_denoiser(folder, device=place, dtype=dtype)
+        return _with_profile(load_denoiser(folder, device=place, dtype=dtype), folder)
     raise ValueError(
         f"the folder {name!r} holds no model: there is no model.json or operator.json (fewstep), and no "
         f"model_index.json or config.json (diffusers){_what_is_there(folder)}"
     )
+
+
+def _with_profile(denoiser: Denoiser, folder: Path) -> Denoiser:
+    """Gives a model the profile that lies in its folder; one of other weights is not taken."""
+    file = folder / PROFILE
+    if file.exists():
+        profile = read_profile(file, denoiser.schedule)
+        if profile.fingerprint in ("", denoiser.fingerprint()):
+            denoiser.profile = profile
+        else:
+            logger.warning(
+                "%s was measured of other weights than these, so auto takes the static default; "
+                "measure the model again with fewstep fit %s --overwrite",
+                file,
+                folder,
+            )
+    return denoiser
 
 
 def _what_is_there(folder: Path) -> str:

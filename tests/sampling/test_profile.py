@@ -233,7 +233,7 @@ def test_schedulers_take_fitted_grids(tmp_path):
     scheduler = PlanScheduler(solver="auto", grid=name)
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == pytest.approx(times[:-1])
-    with pytest.raises(ValueError, match="fitted grid with a head start"):
+    with pytest.raises(ValueError, match="profile with a head start"):
         PlanScheduler(solver="ddim", grid=name).set_timesteps(2)
     with pytest.raises(ValueError, match="cannot be read"):
         PlanScheduler(grid="auto:/nowhere.json").set_timesteps(4)

@@ -31,6 +31,7 @@ def app() -> App:
     )
     for name, module, function, text in (
         ("sample", "sample", "sample", "Draw samples from a model."),
+        ("fit", "fit", "fit", "Measure which sampler is nearest to a model."),
         ("tune", "tune", "tune", "Search a sampler of few evaluations for a model."),
         (
             "compare",

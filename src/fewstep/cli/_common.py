@@ -164,6 +164,15 @@ def positive(name: str, value: int | None) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value}")
 
 
+def budgets_of(text: str) -> list[int]:
+    """Returns the numbers of evaluations that a text lists, in order."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    right = [p.isascii() and p.isdigit() and len(p) < 3 and 2 <= int(p) <= 40 for p in parts]
+    if not parts or not all(right):
+        raise ValueError(f"--nfe is integers from 2 to 40, for example 5,10,20; got {text!r:.40}")
+    return sorted({int(part) for part in parts})
+
+
 def output_folder(out: Path) -> Path:
     """Returns the folder, which need not be there yet; a file of that name is an error."""
     if out.exists() and not out.is_dir():

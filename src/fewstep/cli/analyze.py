@@ -13,6 +13,7 @@ from fewstep.base.progress import progress_of
 from fewstep.base.runs import RunFolder, hash_inputs
 from fewstep.cli._common import (
     Flag,
+    budgets_of,
     console,
     event_shape,
     load_model,
@@ -72,7 +73,7 @@ def analyze(
         device: Where to run, for example cpu or cuda.
         overwrite: Replace the results that are there.
     """
-    budgets = _numbers(nfe)
+    budgets = budgets_of(nfe)
     positive("-n", n)
     if n < 4:
         raise ValueError(f"-n must be at least 4, got {n}")
@@ -152,14 +153,6 @@ def analyze(
         "sample", model, recipe=recipe, class_labels=class_labels, device=on, out=f"{out}-samples"
     )
     say(f"next: {again}")
-
-
-def _numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    right = [p.isascii() and p.isdigit() and len(p) < 3 and 2 <= int(p) <= 40 for p in parts]
-    if not parts or not all(right):
-        raise ValueError(f"--nfe is integers from 2 to 40, for example 5,10,20; got {text!r:.40}")
-    return sorted({int(part) for part in parts})
 
 
 def _check_report() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from torch import Tensor
 from fewstep.base.registry import Registry, check_options
 from fewstep.diffusion.scalars import column
 from fewstep.diffusion.schedules import NoiseSchedule
+
+CENTER, SCALE = -0.5, 1.3
+"""The place and the width of the grid ``logistic``."""
 
 MOST_STEPS = 100_000
 """The most steps of a grid; more is a slip of the pen, or a hostile file."""
@@ -386,6 +390,57 @@ def karras(
     )
 
 
+def logistic(
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    center: float = CENTER,
+    scale: float = SCALE,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    to_zero: bool = False,
+    strength: float | None = None,
+) -> TimeGrid:
+    r"""At the quantiles of a logistic distribution of :math:`\lambda`, cut to the range of the schedule.
+
+    .. math:: \lambda_i = c + s \, \mathrm{logit}(u_i), \qquad
+        u_i \text{ evenly from } S\left(\tfrac{\lambda_T - c}{s}\right) \text{ to } S\left(\tfrac{\lambda_0 - c}{s}\right)
+
+    with the sigmoid S. It knows noise levels only, not what a schedule calls time: the steps are
+    densest at :math:`\sigma \approx e^{-c} \alpha`, where pictures take shape, and thin out towards noise and
+    data. With c = 0 and s = 1 it is uniform in the time of rectified flow. The defaults are near the
+    times that dynamic programming finds on networks (``benchmarks/defaults.py``).
+
+    Arguments:
+        schedule: The schedule.
+        steps: The number of steps.
+        center: The half log-SNR c at which the steps are densest.
+        scale: The width s of the distribution.
+        t_start: The first time.
+        t_end: The last time.
+        to_zero: Whether one of the steps goes from the last time on to :math:`\sigma = 0`.
+        strength: The share of the grid that is run; see :func:`power`.
+    """
+    if not math.isfinite(center):
+        raise ValueError(f"center must be a finite number, got {center!r}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive, got {scale!r}")
+
+    def place(u: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        a, b = (torch.sigmoid((schedule.lam(t) - center) / scale) for t in (start, end))
+        return schedule.time(center + scale * torch.logit(a + u * (b - a)))
+
+    return _spaced(
+        schedule,
+        steps,
+        place,
+        t_start=t_start,
+        t_end=t_end,
+        to_zero=to_zero,
+        strength=strength,
+    )
+
+
 def explicit(
     schedule: NoiseSchedule,
     steps: int | None = None,
@@ -429,6 +484,7 @@ GRIDS: Registry[Callable[..., TimeGrid]] = Registry(
         "lambda": log_rho,
         "exponential": log_rho,
         "karras": karras,
+        "logistic": logistic,
         "explicit": explicit,
     },
 )
@@ -441,7 +497,8 @@ def grid(name: str, schedule: NoiseSchedule, steps: int | None, **options: Any) 
         name: One of :data:`GRIDS`.
         schedule: The noise schedule.
         steps: The number of steps.
-        options: Its options: ``t_start`` or ``strength``, ``t_end``, ``to_zero``, ``power``, ``rho``, ``times``.
+        options: Its options: ``t_start`` or ``strength``, ``t_end``, ``to_zero``, ``power``, ``rho``,
+            ``center``, ``scale``, ``times``.
 
     Raises:
         ValueError: If the name is unknown, or steps or times are out of range.

@@ -42,6 +42,7 @@ class Denoiser(nn.Module, ABC):
         integer_times: Whether the network takes whole timesteps only; grids are rounded then.
         data_mean: The mean of the data, a number or of the event's shape (for a head start).
         data_std: The standard deviation of the data, likewise.
+        profile: What was measured of it (:class:`fewstep.Profile`), which ``auto`` takes, or ``None``.
         calls: How often the network runs in one evaluation (2 with guidance).
     """
 
@@ -52,6 +53,7 @@ class Denoiser(nn.Module, ABC):
     accepts: AcceptedConditions = AcceptedConditions()
     data_mean: Tensor | float | None = None
     data_std: Tensor | float | None = None
+    profile: Any = None
     integer_times: bool = False
     calls: int = 1
 

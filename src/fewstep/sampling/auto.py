@@ -35,16 +35,14 @@ class Choice:
 
 
 def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
-    """Returns what ``auto`` stands for at a budget, for this kind of schedule.
+    """Returns what ``auto`` stands for at a budget: one solver on noise levels, whatever the schedule.
 
-    The table is in ``docs/choosing.md``, with the measurements behind it.
+    The measurements behind it are in ``docs/choosing.md``; a profile of the model
+    (:func:`fewstep.fit`) does better.
     """
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
-    if not schedule.discrete:
-        return Choice("tab3", nfe, "quadratic")
-    solver = "unipc3" if nfe < 10 else "tab3"
-    return Choice(solver, nfe, "power", {"power": 1.5})
+    return Choice("unipc3", nfe, "logistic")
 
 
 def describe(solver: str, grid: str | None, options: Mapping[str, Any], nfe: int) -> str:

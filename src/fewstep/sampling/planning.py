@@ -23,7 +23,7 @@ EXPLICIT = "explicit"
 ENDS = ("strength", "t_start", "t_end", "to_zero")
 """The options that every evenly spaced grid has."""
 
-GRID_OPTIONS = frozenset({*ENDS, "power", "rho", "times"})
+GRID_OPTIONS = frozenset({*ENDS, "power", "rho", "center", "scale", "times"})
 """The options of a request that belong to its grid; all others are the solver's."""
 
 MOST_PLANS = 128

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,13 +20,20 @@ from fewstep.sampling.recipe import SamplerRecipe, recipe_of
 from fewstep.sampling.request import SamplerRequest
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
+from fewstep.solvers.multistep import Multistep
 
 FORMAT, VERSION = "fewstep.profile", 1
 GRIDS_FORMAT = "fewstep.grids"
 """The format before: times without the costs, the default's errors and the guidance."""
 
+PROFILE = "profile.json"
+"""The name of the profile in a model's folder."""
+
 PREFIX = "auto:"
 """What the name of a grid begins with if it is the path of a profile."""
+
+MEASURED = Multistep.name
+"""The solver whose weights are measured too."""
 
 MOST_ENTRIES = 10_000
 
@@ -42,6 +49,7 @@ class ProfileEntry:
         error: The distance to the model's own many-step solution that is expected, or ``None``.
         default_error: That of the static default at the same budget, or ``None``.
         cost: The network evaluations that it took to find the times, or ``None``.
+        weights: The measured weights, of the solver ``multistep``; they hold for these times only.
     """
 
     solver: str
@@ -50,6 +58,7 @@ class ProfileEntry:
     error: float | None = None
     default_error: float | None = None
     cost: int | None = None
+    weights: Sequence[Sequence[float]] = ()
 
     @property
     def steps(self) -> int:
@@ -68,6 +77,7 @@ class Profile:
         recommended: For each number of steps, the solver that is recommended.
         guidance: The scale of guidance that it was measured with, 1 for none; ``None`` if it is not
             known.
+        about: How it was measured: evaluations, seconds, samples, seed, conditions. For readers.
     """
 
     schedule: NoiseSchedule
@@ -75,6 +85,7 @@ class Profile:
     entries: tuple[ProfileEntry, ...]
     recommended: Mapping[int, str]
     guidance: float | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.entries:
@@ -84,6 +95,11 @@ class Profile:
             raise ValueError("it has two entries of one solver for one number of steps")
         for entry in self.entries:
             self._times(entry.times)  # raises if they do not fit the schedule
+            if entry.weights and (entry.solver, len(entry.weights)) != (MEASURED, entry.steps):
+                raise ValueError(
+                    f"weights belong to {MEASURED!r}, one row a step; {entry.solver} with "
+                    f"{entry.steps} steps has {len(entry.weights)} rows"
+                )
         for steps, solver in self.recommended.items():
             if (solver, steps) not in keys:
                 raise ValueError(
@@ -129,7 +145,22 @@ class Profile:
         method = chosen if isinstance(chosen, Solver) else make_solver(chosen)
         grid, head = self.fit(method.name, method.steps_for(budget) if steps is None else steps)
         start = float(grid.times[0]) if head else None
-        return SamplerRequest(chosen, nfe=nfe, grid=grid, head_start=start)  # type: ignore[arg-type]
+        return SamplerRequest(
+            chosen,
+            nfe=nfe,  # type: ignore[arg-type]
+            grid=grid,
+            head_start=start,  # type: ignore[arg-type]
+            options=self.options_for(method.name, grid.steps),
+        )
+
+    def options_for(self, solver: str, steps: int) -> dict[str, Any]:
+        """Returns the options of a solver on its times: the weights, where they were measured."""
+        entry = self._entry(solver, steps)
+        return {"weights": entry.weights} if entry is not None and entry.weights else {}
+
+    def _entry(self, solver: str, steps: int) -> ProfileEntry | None:
+        wanted = (solver, steps)
+        return next((e for e in self.entries if (e.solver, e.steps) == wanted), None)
 
     def table(self) -> list[dict[str, Any]]:
         """Returns one row for each budget: what is recommended, its error, the default's, the cost."""
@@ -157,7 +188,14 @@ class Profile:
         """Returns the solver that is recommended for a number of steps, or for the nearest."""
         if not self.recommended:
             raise ValueError("the file recommends no solver; name one")
-        return self.recommended[min(self.recommended, key=lambda k: (abs(k - steps), k))]
+        if steps in self.recommended:
+            return self.recommended[steps]
+        nearest = min(self.recommended, key=lambda k: (abs(k - steps), k))
+        entries = [e for e in self.entries if e.steps == nearest and not e.weights]
+        # Weights hold for their own times; between budgets a solver that has none stands in.
+        if self.recommended[nearest] != MEASURED or not entries:
+            return self.recommended[nearest]
+        return min(entries, key=lambda e: math.inf if e.error is None else e.error).solver
 
     def fit(self, solver: str, steps: int) -> tuple[TimeGrid, bool]:
         """Returns the grid for a solver and a number of steps, and whether it has a head start.
@@ -172,6 +210,11 @@ class Profile:
         if not 1 <= steps <= MOST_STEPS:
             raise ValueError(f"steps must be from 1 to {MOST_STEPS}, got {steps}")
         own = {entry.steps: entry for entry in self.entries if entry.solver == solver}
+        if solver == MEASURED and steps not in own:
+            raise ValueError(
+                f"{MEASURED!r} was measured for {sorted(own)} steps, not for {steps}; name another "
+                "solver, or measure this budget too"
+            )
         if not own:
             best = {(name, k) for k, name in self.recommended.items()}
             own = {e.steps: e for e in self.entries if (e.solver, e.steps) in best}
@@ -200,6 +243,7 @@ class Profile:
             "schedule": self.schedule.to_record(),
             "fingerprint": self.fingerprint,
             "guidance": self.guidance,
+            **({"about": dict(self.about)} if self.about else {}),
             "recommended": {str(k): name for k, name in sorted(self.recommended.items())},
             "entries": [
                 {
@@ -212,6 +256,7 @@ class Profile:
                         for key in ("error", "default_error", "cost")
                         if getattr(entry, key) is not None
                     },
+                    **({"weights": [list(w) for w in entry.weights]} if entry.weights else {}),
                 }
                 for entry in self.entries
             ],
@@ -238,8 +283,8 @@ class Profile:
         of = "entries" if content["format"] == FORMAT else "grids"
         expected = {"format", "version", "schedule", "fingerprint", "recommended", of}
         expected |= {"guidance"} if content["format"] == FORMAT else set()
-        if set(content) != expected:
-            wrong = sorted(set(content) ^ expected)
+        if set(content) - {"about"} != expected:
+            wrong = sorted((set(content) - {"about"}) ^ expected)
             raise ValueError(
                 f"its keys must be {sorted(expected)}; {wrong[0]!r:.40} is not as expected"
             )
@@ -249,6 +294,9 @@ class Profile:
         guidance = content.get("guidance")
         if guidance is not None and not _is_number(guidance):
             raise ValueError(f"its guidance must be a number, got {guidance!r:.40}")
+        about = content.get("about", {})
+        if not isinstance(about, dict):
+            raise ValueError(f"what it is about must be a JSON object, got {about!r:.40}")
         if not isinstance(content["fingerprint"], str):
             raise ValueError("its fingerprint must be a text")
         if not isinstance(recommended, dict) or not all(
@@ -264,6 +312,7 @@ class Profile:
             tuple(_entry(entry) for entry in entries),
             {int(steps): name for steps, name in recommended.items()},
             guidance,
+            about,
         )
 
     @classmethod
@@ -298,7 +347,7 @@ def _stretch(entry: ProfileEntry, steps: int) -> Tensor:
 def _entry(content: Any) -> ProfileEntry:
     if not isinstance(content, dict):
         raise ValueError(f"an entry is a JSON object, got {content!r:.40}")
-    keys = {"solver", "steps", "times", "head", "error", "default_error", "cost"}
+    keys = {"solver", "steps", "times", "head", "error", "default_error", "cost", "weights"}
     if others := set(content) - keys:
         raise ValueError(f"an entry has an unknown key {min(others)!r:.40}")
     solver, times = content.get("solver"), content.get("times")
@@ -327,7 +376,17 @@ def _entry(content: Any) -> ProfileEntry:
         content.get("error"),
         content.get("default_error"),
         cost,
+        _weights(content.get("weights", [])),
     )
+
+
+def _weights(value: Any) -> Sequence[Sequence[float]]:
+    rows = value if isinstance(value, list) and len(value) <= MOST_STEPS else [None]
+    if not all(isinstance(row, list) and all(_is_number(w) for w in row) for row in rows):
+        raise ValueError(
+            f"the weights of an entry are a list of numbers a step, got {value!r:.40}"
+        )
+    return Multistep(rows).weights
 
 
 def _is_number(value: object) -> bool:

@@ -19,7 +19,8 @@ grid, times            ``times`` alone are the grid ``explicit``; with another g
 head_start             not with ``t_start`` or ``strength``, nor with an image; with given times only their first
 image                  needs a start: ``strength``, ``t_start``, or a plan or grid that begins below the largest time
 strength               needs an image; not with ``t_start``, nor with given times
-auto                   solver, grid and head start that measured best; a grid that is given is held
+auto                   what was measured of this model, if it brings its profile (``denoiser.profile``), and else the
+                       static default; a grid that is given is held
 dopri5                 its own options, ``t_start``, ``t_end``, ``strength`` only; no plan, nfe, steps, grid, head start
 a built-in sampler     ``auto`` and its own nfe only; no image
 =====================  ================================================================================
@@ -148,6 +149,11 @@ def resolve(
         )
     if is_adaptive(request.solver):
         return _of_adaptive(denoiser, request, guidance, image=image)
+    own_profile = None if image else _own_profile(denoiser, request, guidance, default_nfe)
+    if own_profile is not None:
+        budget = None if request.steps else request.nfe or default_nfe
+        request = own_profile.request(nfe=budget, steps=request.steps)
+        return _of_solver(denoiser, request, guidance, image=image, chose=True)
     return _of_solver(denoiser, request, guidance, image=image, default_nfe=default_nfe)
 
 
@@ -349,6 +355,29 @@ def _check_profile(
             f"the profile was measured with guidance {profile.guidance:g}, this run has {scale:g}; "
             "measure the model with that guidance, or use it all the same: force=True (--force)"
         )
+
+
+def _own_profile(
+    denoiser: Denoiser, request: SamplerRequest, guidance: float | None, default_nfe: int
+) -> Profile | None:
+    """Returns the profile that the model brings, if ``auto`` is asked for within what it measured."""
+    base = denoiser.inner if isinstance(denoiser, Guided) else denoiser
+    profile = base.profile
+    free = request.solver in (UNSET, AUTO) and not set(request.given) - {"solver", "nfe", "steps"}
+    if profile is None or not free or not profile.recommended:
+        return None
+    scale, budget = _scale(denoiser, guidance), request.steps or request.nfe or default_nfe
+    if profile.guidance not in (None, scale):
+        logger.info(
+            "the model's profile was measured with guidance %g, this run has %g: auto takes the "
+            "static default; measure it with fewstep fit --guidance %g",
+            profile.guidance,
+            scale,
+            scale,
+        )
+        return None
+    known = profile.recommended
+    return profile if min(known) <= budget <= max(known) else None
 
 
 def _of_solver(

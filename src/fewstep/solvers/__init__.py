@@ -20,6 +20,7 @@ from fewstep.solvers.adaptive import Dopri5
 from fewstep.solvers.base import Solver
 from fewstep.solvers.ddim import DDIM, DDPM, GDDIM, AnalyticDDIM, EIScore, Euler, EulerMaruyama
 from fewstep.solvers.dpm import DPMpp2M, DPMpp2MSDE, DPMpp3M
+from fewstep.solvers.multistep import Multistep
 from fewstep.solvers.rk import (
     DPM2,
     DPM3,
@@ -57,6 +58,7 @@ SOLVERS: Registry[Callable[..., Solver]] = Registry(
         "rho-heun": RhoHeun,
         "rho-kutta3": RhoKutta3,
         "rho-rk4": RhoRK4,
+        "multistep": Multistep,
         "ipndm": IPNDM,
         "pndm": PNDM,
         "analytic-ddim": AnalyticDDIM,

@@ -1,0 +1,376 @@
+r"""``fewstep.fit``: what suits a model, measured on the model itself in the cost of a few pictures."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.base.progress import Progress, progress_of
+from fewstep.models.conditions import Conditions, select
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.wrappers import Guided
+from fewstep.plans.plan import Plan
+from fewstep.sampling.profile import Profile, ProfileEntry
+from fewstep.sampling.resolve import plan as make_plan
+from fewstep.solvers import Solver
+from fewstep.solvers import solver as make_solver
+from fewstep.solvers.multistep import Multistep
+from fewstep.studies.dynamic import BestGrid, StepCosts, best_grids
+from fewstep.studies.local_errors import Path, measure_gain, path_of, step_errors
+from fewstep.studies.multistep import fit_multistep
+from fewstep.studies.reference import Reference, draw_noise, follow, grid_of, run_plan
+
+logger = logging.getLogger("fewstep")
+
+BUDGETS = (4, 5, 6, 8, 10, 15, 20)
+"""The numbers of evaluations that are fitted if none are named."""
+
+INTERVALS = 40
+"""The least number of intervals between the nodes of the reference."""
+
+PLACES, GAIN_SAMPLES = 5, 4
+"""Where, and for how many samples, it is measured what is left of an error at the end."""
+
+FITTED_SHARE = 5 / 8
+"""The share of the trajectories that is fitted to; the others are held out, to choose by."""
+
+SOLVERS = ("tab2", "tab3", "unipc2", "unipc3", "ipndm", "dpmpp-2m", "ddim")
+"""The named solvers of which the best is taken too: for starts in mid-schedule, and other budgets."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    r"""A solver on explicit times, and how far it is from the reference.
+
+    Attributes:
+        solver: The solver.
+        times: The times, float64, shape (K + 1).
+        head: Whether it begins with an analytic head start.
+        fitted: The mean square distance of each fitted sample, shape (B), or ``None``.
+        held_out: That of each held-out sample, shape (C).
+    """
+
+    solver: Solver
+    times: Tensor
+    head: bool
+    fitted: Tensor | None
+    held_out: Tensor
+
+    @property
+    def all(self) -> Tensor:
+        """The mean square distances of all samples that were run."""
+        return self.held_out if self.fitted is None else torch.cat([self.fitted, self.held_out])
+
+    @property
+    def error(self) -> float:
+        """The root mean square distance on the held-out samples."""
+        return float(self.held_out.mean().sqrt())
+
+
+def evaluations(nfe: Sequence[int] = BUDGETS, n: int = 16) -> int:
+    """Returns how many evaluations of one image :func:`fit` makes at most."""
+    fitted, intervals = _split(n), _intervals(nfe)
+    reference = n * (2 * intervals + 1)
+    gain = 2 * min(GAIN_SAMPLES, fitted) * PLACES * (intervals // 4 + 1)
+    grids = 3
+    return reference + gain + sum(nfe) * (grids * n + 2 * (n - fitted))
+
+
+def fit(
+    denoiser: Denoiser,
+    nfe: Sequence[int] = BUDGETS,
+    *,
+    n: int = 16,
+    seed: int = 0,
+    guidance: float | None = None,
+    progress: Progress | bool | None = False,
+    **cond: Any,
+) -> Profile:
+    r"""Measures a model once, without training and without data: which sampler is nearest to it.
+
+    From n noises the probability-flow ODE is followed with many steps. Along these trajectories
+
+    1. local errors of all steps between all pairs of times, weighted by what is left of an error at
+       the end, give by dynamic programming the best times for each budget;
+    2. on these times the weights of a linear multistep method are fitted by least squares
+       (:func:`fewstep.studies.multistep.fit_multistep`), step after step;
+    3. that method, the best of the named solvers on these times and the static default are run on
+       held-out noises, and the nearest is recommended.
+
+    The distance is the root mean square difference to the model's own many-step solution from the
+    same noise. What is fitted are a few numbers a step, so that n = 16 is enough for any model.
+
+    Cost: about 5,900 evaluations of one image for the seven budgets and n = 16
+    (:func:`evaluations`); it is said beforehand, in evaluations and seconds.
+
+    Arguments:
+        denoiser: The model; under guidance either a :class:`fewstep.Guided` or with ``guidance``.
+        nfe: The numbers of evaluations to measure for.
+        n: How many trajectories; five of eight are fitted to, the others are held out.
+        seed: The seed of their noise.
+        guidance: The scale of classifier-free guidance; 1 is none.
+        progress: ``True`` for a bar, or a :class:`fewstep.base.progress.Progress`.
+        cond: The conditions, e.g. ``class_labels``, one for all or n. A class-conditional model of
+            which no class is asked gets its classes in turn.
+
+    Returns:
+        The profile: ``sample(denoiser, profile=PROFILE)`` takes what was measured.
+
+    Raises:
+        ValueError: Before the first evaluation, if anything does not fit.
+    """
+    budgets = _checked(denoiser, nfe, n)
+    cond = _classes(denoiser, n, cond)
+    if guidance is not None and guidance != 1:
+        denoiser = Guided(denoiser, guidance)
+    conditions = Conditions.of(denoiser, n, cond)
+    noise = draw_noise(denoiser, n, seed)
+    began, total = time.monotonic(), evaluations(budgets, n)
+    with progress_of(progress) as shown:
+        meter = _Meter(shown, total)
+        work = _Work(denoiser, noise, conditions, _split(n), meter)
+        entries, recommended = work.entries(budgets)
+    base = denoiser.inner if isinstance(denoiser, Guided) else denoiser
+    return Profile(
+        denoiser.schedule,
+        base.fingerprint(),
+        tuple(entries),
+        recommended,
+        denoiser.scale if isinstance(denoiser, Guided) else 1.0,
+        about={
+            "evaluations": meter.count,
+            "seconds": round(time.monotonic() - began, 1),
+            "n": n,
+            "seed": seed,
+            "conditions": {name: _described(value) for name, value in cond.items()},
+        },
+    )
+
+
+class _Meter:
+    """Counts evaluations of one image, and says after the first how long it will take."""
+
+    def __init__(self, shown: Progress, total: int) -> None:
+        self.shown, self.total, self.count = shown, total, 0
+        self._began = time.monotonic()
+        shown.stage("measuring: evaluations of one image", total)
+
+    def add(self, evaluations: int, images: int) -> None:
+        """Counts evaluations of a batch of so many images."""
+        first = not self.count
+        self.count += evaluations * images
+        if first:
+            seconds = (time.monotonic() - self._began) * self.total / self.count
+            logger.info(
+                "measuring takes up to %d evaluations of one image, about %.0f s",
+                self.total,
+                seconds,
+            )
+        self.shown.tick(evaluations * images)
+
+    def of(self, images: int) -> Progress:
+        """Returns what counts the evaluations of a batch of so many images."""
+        return _Batches(self, images)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Each tick is an evaluation of a batch."""
+
+    meter: _Meter
+    images: int
+
+    def stage(self, name: str, total: int | None = None, *, done: int = 0) -> None:
+        """Does nothing: the measurement is one stage."""
+
+    def tick(self, amount: int = 1, note: str = "") -> None:
+        self.meter.add(amount, self.images)
+
+
+class _Work:
+    """The measurement of one model."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        conditions: Conditions,
+        fitted: int,
+        meter: _Meter,
+    ) -> None:
+        self.denoiser, self.noise, self.meter = denoiser, noise, meter
+        self.fitted, self.held_out = range(fitted), range(fitted, len(noise))
+        self.cond = conditions.at(range(len(noise)))
+
+    def entries(self, budgets: Sequence[int]) -> tuple[list[ProfileEntry], dict[int, str]]:
+        whole = follow(
+            self.denoiser,
+            self.noise,
+            self.cond,
+            intervals=_intervals(budgets),
+            progress=self.meter.of(len(self.noise)),
+        )
+        self.meter.add(1, len(self.noise))  # the last node's
+        reference, self.target = self._part(whole), whole.end[self.held_out.start :]
+        grids = self._grids(reference, max(budgets))
+        entries, recommended = list[ProfileEntry](), dict[int, str]()
+        for nfe in budgets:
+            default = self._default(nfe)
+            named = self._named(nfe, reference, grids)
+            measured = self._measured(nfe, reference, grids)
+            best = min((measured, named, default), key=lambda c: _robust(c.held_out))
+            recommended[nfe] = best.solver.name
+            ranked = sorted((measured, named, default), key=lambda c: c is not best)
+            known = set[str]()
+            for candidate in ranked:
+                if candidate.solver.name not in known:
+                    known.add(candidate.solver.name)
+                    entries.append(_entry(candidate, default.error))
+        return entries, recommended
+
+    def _part(self, whole: Reference) -> Reference:
+        rows = len(self.fitted)
+        return replace(
+            whole,
+            x=whole.x[:, :rows],
+            eps=whole.eps[:, :rows],
+            noise=whole.noise[:rows],
+            cond=select(whole.cond, self.fitted),
+        )
+
+    def _grids(self, reference: Reference, most: int) -> list[dict[int, BestGrid]]:
+        """Returns the best times for each budget, under three weights of an error on the way."""
+        few = min(GAIN_SAMPLES, len(self.fitted))
+        gain = measure_gain(self.denoiser, reference, places=PLACES, samples=few)
+        self.meter.add(PLACES * (len(reference.times) // 4 + 1), 2 * few)
+        if most >= len(reference.times):
+            raise ValueError(
+                f"the model has {len(reference.times)} timesteps, too few for {most} evaluations"
+            )
+        self.path = path_of(reference, self.denoiser, gain)
+        grids = []
+        # Few samples know the gain roughly only; its root and 1 hedge against it.
+        for weight, degree in ((gain, 1), (gain.sqrt(), 1), (None, 2)):
+            path: Path = path_of(reference, self.denoiser, weight)
+            grids.append(best_grids(StepCosts(path, degree), most, free_end=False))
+        return grids
+
+    def _measured(
+        self, nfe: int, reference: Reference, grids: list[dict[int, BestGrid]]
+    ) -> Candidate:
+        candidates = []
+        for by_steps in grids:
+            times = by_steps[nfe].times
+            if any(torch.equal(times, c.times) for c in candidates):
+                continue
+            nodes = torch.searchsorted(-reference.times, -times)
+            found = fit_multistep(
+                self.denoiser, reference, nodes, progress=self.meter.of(len(self.fitted))
+            )
+            fitted = _squares(found.end - reference.end)
+            candidates.append(self._held_out(found.solver, times, fitted=fitted))
+        return min(candidates, key=lambda c: _robust(c.all))
+
+    def _named(
+        self, nfe: int, reference: Reference, grids: list[dict[int, BestGrid]]
+    ) -> Candidate:
+        """Returns the named solver with the least predicted error on these times, run."""
+        predicted: list[tuple[float, Solver, Tensor]] = []
+        for by_steps in grids:
+            times = by_steps[nfe].times
+            for name in SOLVERS:
+                solver = make_solver(name)
+                plan = solver.plan(grid_of(reference.schedule, times))
+                predicted.append((step_errors(plan, self.path).predicted, solver, times))
+        _, solver, times = min(predicted, key=lambda item: item[0])
+        return self._held_out(solver, times)
+
+    def _default(self, nfe: int) -> Candidate:
+        integer = getattr(self.denoiser, "integer_times", False)
+        plan = make_plan("auto", self.denoiser.schedule, nfe=nfe, integer_times=integer)
+        return self._run(make_solver(plan.name), plan, None)
+
+    def _held_out(
+        self, solver: Solver, times: Tensor, *, fitted: Tensor | None = None
+    ) -> Candidate:
+        plan = solver.plan(grid_of(self.denoiser.schedule, times))
+        return self._run(solver, plan, fitted)
+
+    def _run(self, solver: Solver, plan: Plan, fitted: Tensor | None) -> Candidate:
+        rows = self.held_out
+        cond = select(self.cond, rows)
+        x = run_plan(self.denoiser, plan, self.noise[rows.start :], cond)
+        self.meter.add(plan.nfe, len(rows))
+        return Candidate(solver, plan.knots.detach(), plan.head, fitted, _squares(x - self.target))
+
+
+def _squares(difference: Tensor) -> Tensor:
+    """Returns the mean square of each sample, float64 on the CPU."""
+    return difference.flatten(1).cpu().double().square().mean(1)
+
+
+def _robust(squares: Tensor) -> float:
+    """Returns a pseudo-Huber mean: a sample that went to another basin must not decide alone."""
+    middle = squares.median().clamp_min(1e-24)
+    return float((2 * middle * ((1 + squares / middle).sqrt() - 1)).mean())
+
+
+def _entry(candidate: Candidate, default_error: float) -> ProfileEntry:
+    solver = candidate.solver
+    return ProfileEntry(
+        solver.name,
+        tuple(candidate.times.tolist()),
+        candidate.head,
+        candidate.error,
+        default_error,
+        weights=solver.weights if isinstance(solver, Multistep) else (),
+    )
+
+
+def _split(n: int) -> int:
+    return round(n * FITTED_SHARE)
+
+
+def _intervals(nfe: Sequence[int]) -> int:
+    return max(INTERVALS, 2 * max(nfe))
+
+
+def _checked(denoiser: object, nfe: Sequence[int], n: object) -> list[int]:
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"a Denoiser is needed, got {type(denoiser).__name__}; "
+            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
+        )
+    if denoiser.built_in_sampler() is not None:
+        raise ValueError(
+            "this model has a built-in sampler, of which there is nothing to measure; fit the model "
+            "that it was distilled from"
+        )
+    budgets = [nfe] if isinstance(nfe, int) else list(nfe)
+    if not budgets or any(type(k) is not int or k < 1 for k in budgets):
+        raise ValueError(f"nfe must be positive integers, got {nfe!r:.60}")
+    if type(n) is not int or n < 4:
+        raise ValueError(f"n must be an integer of at least 4, got {n!r}")
+    return sorted(set(budgets))
+
+
+def _classes(denoiser: Denoiser, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the conditions; if a class-conditional model is asked for no class, all in turn."""
+    accepts, labels = denoiser.accepts, "class_labels"
+    named = accepts.names is not None and labels in accepts.names
+    if cond or not named or not accepts.num_classes:
+        return dict(cond)
+    return {labels: [i % accepts.num_classes for i in range(n)]}
+
+
+def _described(value: Any) -> Any:
+    """Returns a condition as JSON has it, for readers."""
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() <= 64 else f"a tensor {tuple(value.shape)}"
+    return value if isinstance(value, (int, float, str, list)) else str(type(value).__name__)

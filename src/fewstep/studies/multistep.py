@@ -1,0 +1,98 @@
+r"""Weights of a multistep method measured on a model: least squares along its own trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.base.progress import SILENT, Progress
+from fewstep.diffusion.prediction import Prediction
+from fewstep.models.denoiser import Denoiser
+from fewstep.solvers.multistep import Multistep
+from fewstep.studies.reference import Reference
+
+HISTORY = 4
+"""The most predictions that a step is a combination of."""
+
+RIDGE = 1e-4
+"""How strongly weights are held to those of a DDIM step, relative to the size of what they multiply."""
+
+
+@dataclass(frozen=True)
+class FittedMultistep:
+    r"""What :func:`fit_multistep` found.
+
+    Attributes:
+        solver: The solver, with its weights.
+        end: Its samples for the noises of the reference, with shape (B, \*).
+    """
+
+    solver: Multistep
+    end: Tensor
+
+
+def fit_multistep(
+    denoiser: Denoiser,
+    reference: Reference,
+    nodes: Tensor,
+    *,
+    history: int = HISTORY,
+    ridge: float = RIDGE,
+    progress: Progress = SILENT,
+) -> FittedMultistep:
+    r"""Returns the multistep method whose steps are nearest to the reference at each time.
+
+    Step after step, the weights of
+
+    .. math::
+        x_{k+1} = v_k \frac{\alpha_{k+1}}{\alpha_k} x_k + h_k \sum_j w_{k j} \, \varepsilon_{k-j},
+        \qquad h_k = \sigma_{k+1} - \frac{\alpha_{k+1}}{\alpha_k} \sigma_k
+
+    minimise the mean square distance of :math:`x_{k+1}` to the reference trajectory from the same
+    noise. The states :math:`x_k` are those of the method itself, not of the reference, so that a step
+    also corrects what the steps before it lost. There are at most ``history + 1`` weights for as many
+    equations as the samples have coordinates: nothing is trained, and little can be overfitted.
+
+    Cost: one evaluation of each sample a step.
+
+    Arguments:
+        denoiser: The model, with its guidance.
+        reference: Reference trajectories.
+        nodes: Which nodes of the reference are the times, as increasing indices, shape (K + 1).
+        history: The most predictions that a step combines.
+        ridge: The ridge penalty on the difference to a DDIM step.
+        progress: Ticks at each evaluation.
+    """
+    schedule = denoiser.schedule
+    times = reference.times[nodes]
+    alpha, sigma = schedule.alpha(times).tolist(), schedule.sigma(times).tolist()
+    x = reference.x[int(nodes[0])]
+    outputs: list[Tensor] = []
+    rows: list[tuple[float, ...]] = []
+    for k in range(len(times) - 1):
+        with torch.no_grad():
+            output = denoiser(x, float(times[k]), prediction=Prediction.EPS, **reference.cond)
+        progress.tick()
+        outputs = [output, *outputs][:history]
+        ratio = alpha[k + 1] / alpha[k]
+        span = sigma[k + 1] - ratio * sigma[k]
+        # Predictions of neighbouring steps are nearly the same: in differences the penalty is fair.
+        parts = [ratio * x, span * output, *(span * (past - output) for past in outputs[1:])]
+        change = _ridge(parts, reference.x[int(nodes[k + 1])] - parts[0] - parts[1], ridge)
+        state, newest, *past = change
+        rows.append((1 + state, 1 + newest - sum(past), *past))
+        x = parts[0] + parts[1]
+        for weight, part in zip(change, parts, strict=True):
+            x = x + weight * part
+    return FittedMultistep(Multistep(rows), x)
+
+
+def _ridge(terms: list[Tensor], target: Tensor, ridge: float) -> list[float]:
+    """Returns the weights of the terms that sum up to the target, in float64 on the CPU."""
+    columns = torch.stack([term.flatten() for term in terms]).cpu().double()
+    gram = columns @ columns.T
+    gram = gram + ridge * torch.diag(gram.diagonal())
+    right = columns @ target.flatten().cpu().double()
+    return torch.linalg.lstsq(gram, right[:, None]).solution[:, 0].tolist()

@@ -1,0 +1,178 @@
+"""``fewstep.fit``: a measurement of a model beats what was chosen without one, and says what it cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.diffusion.grids import explicit
+from fewstep.models import exact
+from fewstep.plans.checks import table_difference
+from fewstep.solvers.multistep import Multistep
+from fewstep.studies.fit import evaluations
+from fewstep.studies.multistep import fit_multistep
+from fewstep.studies.reference import draw_noise, follow
+
+VP = fewstep.schedule("vp-linear")
+SMOOTH = exact.smooth(VP)
+
+
+class Counted(fewstep.Denoiser):
+    """Counts evaluations of one image."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.schedule, self.native = inner, inner.schedule, inner.native
+        self.event_shape, self.count = inner.event_shape, 0
+
+    def raw(self, x, t, **cond):
+        self.count += len(x)
+        return self.inner.raw(x, t, **cond)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model = Counted(SMOOTH)
+    return model, fewstep.fit(model, (5, 10, 20)), model.count
+
+
+def distance(nfe: int, **how) -> float:
+    """RMS to the exact flow on 200 noises that nothing was fitted to."""
+    noise = draw_noise(SMOOTH, 200, 77, dtype=torch.float64)
+    fine = fewstep.sample(SMOOTH, noise=noise, solver="tab3", nfe=300, grid="log-rho")
+    return float(
+        (fewstep.sample(SMOOTH, noise=noise, nfe=nfe, **how) - fine).square().mean().sqrt()
+    )
+
+
+@pytest.mark.parametrize("nfe", [5, 10, 20])
+def test_a_profile_beats_named_solvers_on_noise_that_it_did_not_see(measured, nfe):
+    _, profile, _ = measured
+    own = distance(nfe, profile=profile, force=True)  # without the counter around it
+    assert own <= 1.03 * min(
+        distance(nfe, solver=solver, grid=grid)
+        for solver in ("ddim", "tab2", "tab3", "unipc3", "dpmpp-2m")
+        for grid in ("uniform", "quadratic", "log-rho", "logistic")
+    )
+    assert own < 0.75 * distance(nfe)  # the static default
+
+
+def test_it_costs_what_it_says(measured):
+    _, profile, count = measured
+    assert count <= evaluations((5, 10, 20)) < 5000
+    assert count == pytest.approx(profile.about["evaluations"], rel=0.05)
+    assert evaluations() <= 6000
+
+
+def test_it_comes_back_from_its_file(measured, tmp_path):
+    model, profile, _ = measured
+    back = fewstep.Profile.load(profile.save(tmp_path / "profile.json"))
+    assert back == profile
+    recipe = back.recipe(10).save(tmp_path / "recipe.json")
+    first = fewstep.sample(model, 3, profile=tmp_path / "profile.json", nfe=10)
+    assert torch.equal(first, fewstep.sample(model, 3, recipe=recipe))
+    rows = {row["nfe"]: row for row in profile.table()}
+    assert rows[5]["solver"] == "multistep"
+    assert rows[5]["error"] < rows[5]["default_error"]
+    assert json.loads((tmp_path / "profile.json").read_text())["about"]["n"] == 16
+
+
+def test_other_budgets_take_a_solver_without_weights(measured):
+    model, profile, _ = measured
+    recipe = profile.recipe(7)
+    assert recipe.name != "multistep"
+    assert fewstep.sample(model, 2, profile=profile, nfe=7).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"'multistep' was measured for \[5, 10, 20\] steps"):
+        profile.request(nfe=7, solver="multistep")
+
+
+def test_another_model_schedule_or_guidance_is_refused(measured):
+    _, profile, _ = measured
+    with pytest.raises(ValueError, match="model"):
+        fewstep.sample(exact.sharp(VP), 2, profile=profile)
+    with pytest.raises(ValueError, match="schedule"):
+        fewstep.sample(exact.smooth(fewstep.schedule("edm")), 2, profile=profile)
+
+
+def test_weights_of_a_solver_are_found_again():
+    """Trajectories of DDIM itself, on its own times: the weights that fit them best are DDIM's."""
+    noise = draw_noise(SMOOTH, 6, 0, dtype=torch.float64)
+    reference = follow(SMOOTH, noise, {}, intervals=8, substeps=1)
+    ddim = fewstep.plan("ddim", VP, grid=explicit(VP, times=reference.times))
+    states = fewstep.sample(SMOOTH, noise=noise, plan=ddim, save="states").states
+    found = fit_multistep(SMOOTH, replace(reference, x=states), torch.arange(9))
+    rows = torch.tensor([[*row, *[0.0] * (6 - len(row))] for row in found.solver.weights])
+    expected = torch.tensor([1.0, 1.0, 0, 0, 0, 0]).expand(8, 6)
+    assert torch.allclose(rows, expected, atol=1e-6)
+
+
+def test_weights_of_deis_give_its_plan():
+    """Any Adams–Bashforth method is of this form: the same table, by its published weights."""
+    grid = fewstep.grid("quadratic", VP, 4)
+    plan = fewstep.plan("tab2", VP, grid=grid)
+    rows = []
+    for k, row in enumerate(r for r in plan.structure.rows if hasattr(r, "terms")):
+        values = plan.values[row.offset : row.offset + len(row.terms)].tolist()
+        ratio = float(grid.alpha[k + 1] / grid.alpha[k])
+        span = float(grid.sigma[k + 1] - ratio * grid.sigma[k])
+        by_register = dict(zip(row.terms, values, strict=True))
+        state = min(by_register) if k == 0 else max(r for r in by_register if r % 2 == 0)
+        past = sorted((r for r in by_register if r != state), reverse=True)
+        rows.append([by_register[state] / ratio, *(by_register[r] / span for r in past)])
+    assert table_difference(Multistep(rows).plan(grid), plan) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([[1.0]], "step 0 of multistep has 1 weights"),
+        ([[1.0, 1.0, 1.0]], "step 0 of multistep has 3 weights"),
+        ([[1.0, float("nan")]], "finite"),
+        ("ab", "list of numbers for each step"),
+    ],
+)
+def test_weights_that_are_none(weights, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Multistep(weights)
+
+
+def test_weights_hold_for_their_steps():
+    with pytest.raises(ValueError, match="for 1 steps, the grid has 3"):
+        fewstep.plan(Multistep([(1, 1)]), VP, nfe=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"nfe": (0,)}, "positive integers"),
+        ({"n": 2}, "at least 4"),
+        ({"guidance": 2.0}, "null condition"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_evaluation(given, message):
+    model = Counted(SMOOTH)
+    with pytest.raises(ValueError, match=message):
+        fewstep.fit(model, **given)
+    assert model.count == 0
+
+
+def test_unknown_conditions_are_refused():
+    with pytest.raises(ValueError, match="class_labels"):
+        fewstep.fit(SMOOTH, class_labels=1)
+
+
+def test_a_network_of_whole_indices():
+    model = exact.smooth(fewstep.schedule("ddpm-linear"))
+    network = fewstep.Denoiser.wrap(
+        lambda x, t: model(x, t[0], prediction="eps"),
+        schedule=model.schedule,
+        prediction="eps",
+        event_shape=(2,),
+        integer_times=True,
+    )
+    profile = fewstep.fit(network, (5,), n=8)
+    assert all(t == round(t) for e in profile.entries for t in e.times)
