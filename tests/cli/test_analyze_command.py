@@ -156,22 +156,6 @@ def test_a_study_is_not_resumed_with_other_images(tmp_path, monkeypatch, capsys)
     assert "(files: the file 'two.png' has changed)" in capsys.readouterr().err
 
 
-def test_a_damaged_stage_is_made_again(tmp_path, monkeypatch):
-    from fewstep.studies import stages
-
-    out = tmp_path / "out"
-
-    def stop(*arguments, **options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "advise", stop)
-        assert analyze(out) == 130
-    (out / "parts" / "check.json").write_text("{")
-    (out / "parts" / "reference.safetensors").write_bytes(b"nothing")
-    assert analyze(out) == 0
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [

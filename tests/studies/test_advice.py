@@ -164,7 +164,7 @@ def test_advice(path, fit, held_out):
         grid, head = grids.fit(item.best.solver, item.nfe)
         assert tuple(grid.times.tolist()) == item.best.times
         assert head == item.best.head
-    assert {g.solver for g in grids.grids} >= {"tab2", "tab3", "ddim"}
+    assert {g.solver for g in grids.entries} >= {"tab2", "tab3", "ddim"}
 
 
 def test_no_time_to_polish(path, fit, held_out):
