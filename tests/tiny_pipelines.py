@@ -40,10 +40,10 @@ def _seeded(build: Any) -> Any:
 
     @functools.cache
     @functools.wraps(build)
-    def made(*args: Any) -> Any:
+    def made(*args: Any, **options: Any) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return build(*args)
+            return build(*args, **options)
 
     return made
 
@@ -120,7 +120,8 @@ def dit() -> Any:
 
 
 @_seeded
-def unet_text(xl: bool = False) -> Any:
+def unet_text(xl: bool = False, sizes: int = 6, **options: Any) -> Any:
+    """A network with a text condition; ``sizes``: how many sizes one of SDXL takes."""
     from diffusers import UNet2DConditionModel
 
     extra: dict[str, Any] = {}
@@ -128,15 +129,41 @@ def unet_text(xl: bool = False) -> Any:
         extra = {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 4,
-            "projection_class_embeddings_input_dim": 6 * 4 + 16,
+            "projection_class_embeddings_input_dim": sizes * 4 + 16,
         }
-    return UNet2DConditionModel(
+    parts = {
         **TEXT_UNET,
+        "attention_head_dim": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        **extra,
+        **options,
+    }
+    return UNet2DConditionModel(**parts).eval()
+
+
+@_seeded
+def controlnet(**options: Any) -> Any:
+    """A ControlNet whose last layers, which start at zero, have weights."""
+    from diffusers import ControlNetModel
+
+    net = ControlNetModel(
+        in_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        cross_attention_dim=16,
         attention_head_dim=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        **extra,
+        # Tiny pipelines shrink pictures by two.
+        conditioning_embedding_out_channels=(4, 8),
+        **options,
     ).eval()
+    with torch.no_grad():
+        for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            block.weight.normal_()
+        net.controlnet_cond_embedding.conv_out.weight.normal_()
+    return net
 
 
 @_seeded
@@ -152,10 +179,11 @@ def unet3d() -> Any:
 
 
 @_seeded
-def clip_text() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def clip_text(projected: bool = False) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
+        projection_dim=16,
         hidden_size=16,
         intermediate_size=16,
         num_attention_heads=2,
@@ -166,7 +194,7 @@ def clip_text() -> Any:
         eos_token_id=1,
         pad_token_id=1,
     )
-    return CLIPTextModel(config).eval()
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
 def tokenizer(folder: Path) -> Any:
@@ -181,6 +209,42 @@ def tokenizer(folder: Path) -> Any:
     return CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
     )
+
+
+@_seeded
+def flux_transformer(guidance: bool = True) -> Any:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+
+
+@_seeded
+def pixart_transformer() -> Any:
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=16,
+        cross_attention_dim=16,
+        in_channels=4,
+        out_channels=8,
+        norm_type="ada_norm_single",
+        use_additional_conditions=False,
+    ).eval()
 
 
 @_seeded
@@ -222,15 +286,70 @@ def unet1d() -> Any:
 
 
 def stable_diffusion(scheduler: Any, kind: str = "StableDiffusionPipeline", **parts: Any) -> Any:
+    """A pipeline of Stable Diffusion's family; ``parts`` are added, or replace the usual ones."""
     import diffusers
 
-    return getattr(diffusers, kind)(
-        vae=vae(),
-        text_encoder=clip_text(),
-        tokenizer=parts.get("tokenizer"),
-        unet=unet_text(),
+    usual = {
+        "vae": vae(),
+        "text_encoder": clip_text(),
+        "tokenizer": None,
+        "unet": unet_text(),
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    return getattr(diffusers, kind)(**{**usual, **parts})
+
+
+def sdxl(scheduler: Any, kind: str = "StableDiffusionXLPipeline", **parts: Any) -> Any:
+    """A pipeline of SDXL's family; without text encoders, if none are given."""
+    import diffusers
+
+    usual = {
+        "vae": vae(),
+        "text_encoder": None,
+        "text_encoder_2": None,
+        "tokenizer": None,
+        "tokenizer_2": None,
+        "unet": unet_text(True),
+        "scheduler": scheduler,
+        "add_watermarker": False,
+    }
+    return getattr(diffusers, kind)(**{**usual, **parts})
+
+
+def sd3(scheduler: Any) -> Any:
+    import diffusers
+
+    names = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=sd3_transformer(),
         scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        vae=vae(4, 0.1),
+        **dict.fromkeys(names),
+    )
+
+
+def flux(scheduler: Any, guidance: bool = True) -> Any:
+    import diffusers
+
+    names = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2")]
+    return diffusers.FluxPipeline(
+        transformer=flux_transformer(guidance),
+        scheduler=scheduler,
+        vae=vae(4, 0.1),
+        **dict.fromkeys(names),
+    )
+
+
+def pixart(scheduler: Any) -> Any:
+    import diffusers
+
+    return diffusers.PixArtAlphaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae(),
+        transformer=pixart_transformer(),
+        scheduler=scheduler,
     )

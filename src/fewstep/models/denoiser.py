@@ -39,6 +39,7 @@ class Denoiser(nn.Module, ABC):
         event_shape: The shape of one sample, (C, H, W) for images, or ``None`` if it is not known.
         null_condition: For each condition, the value that stands for none (for guidance).
         accepts: The conditions that the network takes.
+        unguided: What is said if guidance is asked for and there is no null condition.
         integer_times: Whether the network takes whole timesteps only; grids are rounded then.
         data_mean: The mean of the data, a number or of the event's shape (for a head start).
         data_std: The standard deviation of the data, likewise.
@@ -51,6 +52,9 @@ class Denoiser(nn.Module, ABC):
     event_shape: tuple[int, ...] | None = None
     null_condition: Mapping[str, Any] = {}
     accepts: AcceptedConditions = AcceptedConditions()
+    unguided: str = (
+        "guidance needs a null condition: Denoiser.wrap(..., null_condition={name: value})"
+    )
     data_mean: Tensor | float | None = None
     data_std: Tensor | float | None = None
     profile: Any = None

@@ -34,7 +34,7 @@ class _Wrapper(Denoiser):
         self.event_shape, self.null_condition = inner.event_shape, inner.null_condition
         self.data_mean, self.data_std = inner.data_mean, inner.data_std
         self.calls, self.accepts = inner.calls, inner.accepts
-        self.integer_times = inner.integer_times
+        self.integer_times, self.unguided = inner.integer_times, inner.unguided
 
     @property
     def device(self) -> torch.device:
@@ -80,9 +80,7 @@ class Guided(_Wrapper):
     def __init__(self, inner: Denoiser, scale: float) -> None:
         super().__init__(inner)
         if not inner.null_condition:
-            raise ValueError(
-                "guidance needs a null condition: Denoiser.wrap(..., null_condition={name: value})"
-            )
+            raise ValueError(inner.unguided)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"the scale of guidance is a number, got {scale!r}")
         if not math.isfinite(scale):
