@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fewstep
-import fewstep.models.exact
 from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.models import exact
 from fewstep.sampling.protocol import Run
 from fewstep.sampling.sample import sampler
 
@@ -31,7 +31,7 @@ def _quiet():
 
 @pytest.fixture(scope="module")
 def smooth():
-    return fewstep.models.exact.smooth(fewstep.schedule("ddpm-linear"))
+    return exact.smooth(fewstep.schedule("ddpm-linear"))
 
 
 def run(made, *, n=5, seed=3, first=0, save=False):
