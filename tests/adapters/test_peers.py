@@ -101,7 +101,7 @@ def test_a_plan_of_the_same_scheduler_gives_the_same_samples(smooth):
 )
 def test_on_any_schedule_many_calls_come_to_the_same_end(name, family):
     """Other scales of the state and another meaning of time must all be converted for that."""
-    made = diffusers_sampler(fewstep.models.exact.smooth(fewstep.schedule(family)), name, 101)
+    made = diffusers_sampler(exact.smooth(fewstep.schedule(family)), name, 101)
     z = NoiseSource(3, range(5)).draw(INITIAL, (2,)).double()
     end = fewstep.sample(made.denoiser, noise=z, solver="tab3", nfe=200)
     # The end at sigma = 0 or at the lowest level, and the rounding of float32 tables, are between.
@@ -170,7 +170,7 @@ def test_wrong_names_and_options(smooth):
         diffusers_sampler(smooth, "CogVideoXDDIM", 5)
     with pytest.raises(ValueError, match="does not step from noise to data"):
         diffusers_sampler(smooth, "DDIMInverse", 5)
-    flow = fewstep.models.exact.smooth(fewstep.schedule("flow"))
+    flow = exact.smooth(fewstep.schedule("flow"))
     with pytest.raises(ValueError, match="does not know flow models"):
         diffusers_sampler(flow, "PNDM", 5)
 

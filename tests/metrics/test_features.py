@@ -182,10 +182,12 @@ def test_damaged_weights_are_refused(tmp_path) -> None:
         Features.load(folder)
 
 
+@pytest.mark.slow
 def test_nothing_imports_torchvision() -> None:
     code = (
         "import sys, torch\n"
         "sys.modules['torchvision'] = None\n"  # any import of it fails
+        "torch.set_num_threads(1)\n"
         "from fewstep import metrics\n"
         "x = torch.rand(20, 1, 28, 28)\n"
         "found = metrics.kid(x, metrics.Reference.load('fashion'), blocks=2)\n"

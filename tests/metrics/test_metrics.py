@@ -158,19 +158,19 @@ def _against_known(a: Tensor, b: Tensor, level: float) -> metrics.Estimate:
 
 
 COVERING = {
-    "kid": (150, lambda a, b, level: metrics.kid(a, b, level=level)),
-    "fid": (150, lambda a, b, level: metrics.fid(a, b, level=level)),
-    "fid, known": (150, _against_known),
+    "kid": (80, lambda a, b, level: metrics.kid(a, b, level=level)),
+    "fid": (80, lambda a, b, level: metrics.fid(a, b, level=level)),
+    "fid, known": (80, _against_known),
     "fid, extrapolated": (
-        50,
+        30,
         lambda a, b, level: metrics.fid(a, b, level=level, extrapolate=True),
     ),
     "sliced": (
-        100,
+        60,
         lambda a, b, level: metrics.sliced_wasserstein(a, b, level=level, projections=16),
     ),
-    "rms": (150, lambda a, b, level: metrics.rms(a, b[:120], level=level)),
-    "manifold": (150, lambda a, b, level: metrics.precision_recall(a, b, level=level)),
+    "rms": (80, lambda a, b, level: metrics.rms(a, b[:120], level=level)),
+    "manifold": (80, lambda a, b, level: metrics.precision_recall(a, b, level=level)),
 }
 
 

@@ -60,17 +60,20 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", WITH_PLANS)
-@pytest.mark.parametrize("network", list(NETWORKS))
-def test_in_place_equals_functional(name, network):
+def test_in_place_equals_functional(name):
     plan = plan_of(name)
-    f = NETWORKS[network] or network_of(plan)
     x, z = start(), noises(plan, (3, 2))
     before = x.clone()
-    ours = execute(plan, f, x, draw=z.__getitem__)
-    theirs = functional(plan.structure, plan.values, plan.times, f, x, draw=z.__getitem__)
-    assert torch.equal(x, before)
-    assert not torch.equal(theirs, x)
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
+    for network, function in NETWORKS.items():
+        f = function or network_of(plan)
+        ours = execute(plan, f, x, draw=z.__getitem__)
+        theirs = functional(plan.structure, plan.values, plan.times, f, x, draw=z.__getitem__)
+        assert torch.equal(x, before), network
+        assert not torch.equal(theirs, x), network
+        size = float(theirs.abs().max())
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-10, atol=1e-10 * size, msg=lambda m, n=network: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", WITH_PLANS)
@@ -195,7 +198,7 @@ OPERATIONS = {"ddim": 4, "dpmpp-2m": 4, "tab3": 6, "unipc3": 10}
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))
-@pytest.mark.parametrize("nfe", [10, 20])
+@pytest.mark.parametrize("nfe", [10])
 def test_operations_of_a_step(name, nfe):
     plan = fewstep.plan(name, SCHEDULE, nfe=nfe)
     x = start()
@@ -240,9 +243,9 @@ def test_operations_of_the_whole_sampler(name, native):
 )
 def test_tensors_alive(name, most):
     """State-sized memories alive at once, the caller's initial state and the new answer included."""
-    plan = fewstep.plan(name, SCHEDULE, nfe=20)
+    plan = fewstep.plan(name, SCHEDULE, nfe=12)
     x = torch.randn(16, 16, dtype=torch.float64)
-    gc.collect()
+    gc.collect(0)
     with torch.no_grad(), Memory(x.numel()) as memory:
         memory.follow(x)
         run = Execution(plan, x)

@@ -50,6 +50,7 @@ def test_the_global_generator_does_not_matter(solver):
 
 
 def test_the_same_in_another_process():
+    """Each sample's noise, too: it is what a stochastic solver draws."""
     code = (
         "import fewstep, torch; torch.set_num_threads(1);"
         "m = fewstep.load('mixture-smooth');"

@@ -176,7 +176,7 @@ def few(mixture, count=9):
 def test_dynamic_programming_is_brute_force(mixture, degree, head, free_end):
     from dataclasses import replace
 
-    _, path = few(mixture)
+    _, path = few(mixture, 7)
     found = best_grids(StepCosts(path, degree), 4, head=head, free_end=free_end)
     size = len(path.times)
     for steps in (1, 2, 4):

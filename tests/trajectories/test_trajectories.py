@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -671,48 +672,56 @@ def test_the_manifest_of_something_else_is_not_deleted(tmp_path):
 
 # Many writers
 
-WRITER = """
-import sys, time
+WRITERS = """
+import os, sys, time
 import torch
 torch.set_num_threads(1)
 import fewstep
 from fewstep.trajectories import writing
 plain = writing.Writer.integrate
 def slow(self, rows):
-    time.sleep(float(sys.argv[2]))
+    time.sleep(0.1)
     return plain(self, rows)
 writing.Writer.integrate = slow
-fewstep.record(fewstep.load("mixture-smooth"), sys.argv[1], n=96, nfe=8, shard_size=8, batch_size=4)
+model, pids = fewstep.load("mixture-smooth"), []
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        fewstep.record(model, sys.argv[1], n=96, nfe=8, shard_size=8, batch_size=4)
+        os._exit(0)
+    pids.append(pid)
+print(*pids, flush=True)
+print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
 """
 
 
-def started(folder: Path, pause: float) -> subprocess.Popen:
-    source = str(Path(fewstep.__file__).parents[1])
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(folder), str(pause)],
-        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
-    )
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_three_writers_of_which_one_is_killed(tmp_path):
+    """Three forks of one process, which imports torch once for all of them."""
     alone = fewstep.record(MODEL, tmp_path / "alone", n=96, nfe=8, shard_size=8, batch_size=4)
     folder = tmp_path / "many"
-    writers = [started(folder, 0.1) for _ in range(3)]
-    try:
-        held: list[Path] = []
-        while not held:  # until the first of them is at a shard
-            assert writers[0].poll() is None, "it ended before it was killed"
-            time.sleep(0.02)
-            held = [
-                p for p in folder.glob("claims/[0-9]*") if str(writers[0].pid) in p.read_text()
-            ]
-        writers[0].send_signal(signal.SIGKILL)
-        assert writers[0].wait() == -signal.SIGKILL
-        assert [writer.wait() for writer in writers[1:]] == [0, 0]
-    finally:
-        for writer in writers:
-            writer.kill()
-            writer.wait()
+    source = str(Path(fewstep.__file__).parents[1])
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITERS, str(folder)],
+        env={**os.environ, "PYTHONPATH": source},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as parent:
+        assert parent.stdout is not None
+        try:
+            first = int(parent.stdout.readline().split()[0])
+            held: list[Path] = []
+            while not held:  # until the first of them is at a shard
+                os.kill(first, 0)  # raises if it ended before it was killed
+                time.sleep(0.02)
+                held = [p for p in folder.glob("claims/[0-9]*") if str(first) in p.read_text()]
+            os.kill(first, signal.SIGKILL)
+            assert parent.stdout.readline().split() == [str(-signal.SIGKILL), "0", "0"]
+            assert parent.wait() == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
     assert files(folder) == files(alone.folder)
 
 
