@@ -188,14 +188,10 @@ def test_other_solvers_run_and_agree_with_ddim_on_many_steps(name, solver):
     build, arguments = PIPELINES[name]
     if solver == "edm-stochastic" and name in ("img2img", "inpaint"):
         pytest.skip("it would add noise before the first call")
-    steps = 30 if name == "sd3" and solver == "rho-heun" else 8
+    steps = 8
     base = {} if name == "sd3" else {"steps_offset": 0, "timestep_spacing": "linspace"}
     if name == "sd3":
         base["prediction_type"] = "flow_prediction"
-        if solver != "tab3":
-            base["grid"] = "karras"
-            with pytest.raises(ValueError, match="grid='karras'"):
-                PlanScheduler(solver=solver, prediction_type="flow_prediction").set_timesteps(8)
     one = draw(
         build(PlanScheduler(solver=solver, final_sigmas_type="zero", **base)), arguments, steps
     )
