@@ -43,7 +43,7 @@ class Memory:
     times: torch.Tensor
     states: torch.Tensor
     conditions: dict = field(default_factory=dict)
-    manifest: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.states)
@@ -69,7 +69,7 @@ def record(model, n=24, steps=8, keep=4, seed=0):
         class_labels=labels,
     )
     kept = slice(0, None, steps // keep)
-    manifest = {"fingerprint": model.fingerprint()}
+    settings = {"fingerprint": model.fingerprint()}
     return Memory(
-        path.times[kept], path.states[kept].transpose(0, 1), {"class_labels": labels}, manifest
+        path.times[kept], path.states[kept].transpose(0, 1), {"class_labels": labels}, settings
     )

@@ -101,11 +101,14 @@ def test_of_very_many_files_only_the_digest_is_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (json.dumps({"model": "m"}), "another version of fewstep"),
-        (json.dumps([1]), "another version of fewstep"),
+        (json.dumps({"model": "m"}), "has the format None, not 'fewstep.run'"),
+        (json.dumps([1]), "must be a JSON object, got list"),
         ("{", "is not valid JSON"),
-        (json.dumps({"format": "fewstep.run", "version": 99}), "of version 99"),
-        (json.dumps({"format": "fewstep.run", "version": 1, "what": "study"}), "unfinished study"),
+        (json.dumps({"format": "fewstep.run", "version": 99}), "has version 99"),
+        (
+            json.dumps({"format": "fewstep.run", "version": 1, "what": "study", "inputs": {}}),
+            "unfinished study",
+        ),
     ],
 )
 def test_states_that_cannot_be_resumed_are_one_sentence(tmp_path, content, words):

@@ -30,11 +30,11 @@ def test_a_store_from_record_to_verify_to_stats(tiny, tmp_path, told, monkeypatc
     store = TrajectoryStore.open(out)
     batch = store.read(range(10))
     assert batch.conditions["class_labels"].tolist() == [1, 0] * 5
-    assert store.manifest["guidance"] == 1.5
-    assert store.manifest["about"] == {"model": tiny}
+    assert store.manifest.guidance == 1.5
+    assert store.manifest.about == {"model": tiny}
     # The last knots of the plan are samples.
     start = fewstep.load(tiny)
-    recipe = fewstep.SamplerRecipe.from_json(json.dumps(store.manifest["sampler"]))
+    recipe = fewstep.SamplerRecipe.from_json(json.dumps(store.manifest.sampler))
     samples = fewstep.sample(
         start, 10, recipe=recipe, seed=3, class_labels=[1, 0] * 5, guidance=None
     )
@@ -101,6 +101,7 @@ def test_a_store_whose_model_is_gone_is_still_checked(tmp_path, told):
     told("record", "mixture-smooth", "-n", 4, "--nfe", 4, "--out", tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["about"] = {"model": str(tmp_path / "gone")}
+    del manifest["content_sha256"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     text = told("record", "--verify", tmp_path)
     assert "nothing was integrated again: its model cannot be loaded" in text
@@ -125,7 +126,7 @@ def test_drawn_labels_and_kept_knots(tiny, tmp_path, told):
     ]
     told(*command, "--keep", "knots:1,3", "--dtype", "float32", "--out", tmp_path)
     store = TrajectoryStore.open(tmp_path)
-    assert store.manifest["knots"] == [0, 1, 3, 4]
+    assert store.manifest.knots == [0, 1, 3, 4]
     assert set(store.read(range(40)).conditions["class_labels"].tolist()) == {0, 1, 2}
     assert store.read([0]).states.shape == (1, 4, 1, 8, 8)
 

@@ -153,7 +153,7 @@ CONFIG = {
     "time_scale": 1.0,
 }
 REFUSED = {
-    "no object": ({"network": 3}, "damaged"),
+    "no object": ({"network": 3}, "'network' of the model must be an object"),
     "another kind": ({"network": {**CONFIG, "kind": "os.system"}}, "of kind 'os.system'"),
     "unknown option": ({"network": {**CONFIG, "hook": 1}}, "hook"),
     "huge channels": ({"network": {**CONFIG, "channels": [10**9, 4]}}, "channels must be"),
@@ -170,9 +170,9 @@ REFUSED = {
     "unknown prediction": ({"prediction": "w"}, "Unknown prediction 'w'"),
     "unknown schedule": ({"schedule": {"name": "vp"}}, "Unknown schedule 'vp'"),
     "hostile schedule": ({"schedule": {"name": "ddpm-linear", "levels": 10**12}}, "levels"),
-    "names that are none": ({"class_names": [1, 2]}, "class_names must be"),
+    "names that are none": ({"class_names": [1, 2]}, "'class_names' of the model must be"),
     "another version": ({"version": 9}, "version 9"),
-    "another format": ({"format": "x"}, "does not describe a fewstep model"),
+    "another format": ({"format": "x"}, "the format 'x', not 'fewstep.model'"),
 }
 
 

@@ -370,13 +370,13 @@ def test_another_recipe_in_the_folder_is_refused(model, store, tmp_path):
 def test_a_run_is_not_resumed_with_another_teacher_or_store(model, store, tmp_path):
     with pytest.raises(Stop):
         distill(model, store, tmp_path, checkpoint_every=1, progress=Steps(stop=3), **SHORT)
-    manifest = store.manifest | {"seed": 1}
-    other = Memory(store.times, store.states, store.conditions, manifest)
+    settings = store.settings | {"seed": 1}
+    other = Memory(store.times, store.states, store.conditions, settings)
     with pytest.raises(ValueError, match=r"other inputs \(another trajectories\), at step [23]"):
         distill(model, other, tmp_path, **SHORT)
     changed = teacher(seed=1)
-    manifest = store.manifest | {"fingerprint": changed.fingerprint()}
-    other = Memory(store.times, store.states, store.conditions, manifest)
+    settings = store.settings | {"fingerprint": changed.fingerprint()}
+    other = Memory(store.times, store.states, store.conditions, settings)
     with pytest.raises(ValueError, match=r"other inputs \(another teacher\)"):
         distill(changed, other, tmp_path, **SHORT)
 

@@ -642,7 +642,7 @@ def test_the_folder(extra, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "x"}, "does not describe an operator"),
+        ({"format": "x"}, "the format 'x', not 'fewstep.operator'"),
         ({"version": 2}, "version 2"),
         ({"sha256": "0"}, "damaged"),
         ({"layout": {"times": [0.1, 0.5], "start": 1.0}}, "times must decrease"),

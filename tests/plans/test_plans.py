@@ -96,7 +96,7 @@ REFUSED = {
     "unknown prediction": ({"prediction": "epz"}, "Did you mean 'eps'"),
     "unknown schedule": ({"schedule": {"name": "vp-linaer"}}, "Did you mean 'vp-linear'"),
     "unknown option": ({"schedule": {"name": "flow", "beta": 1}}, "beta"),
-    "a schedule that is no object": ({"schedule": "vp-linear"}, "object with a 'name'"),
+    "a schedule that is no object": ({"schedule": "vp-linear"}, "of the plan must be an object"),
     "negative register": ({"rows": [{"eval": [-1, 0]}], "result": 1}, "from 0"),
     "register of the future": ({"rows": [{"eval": [1, 0]}], "result": 1}, "not defined before"),
     "huge register": ({"rows": [{"eval": [10**30, 0]}], "result": 1}, "from 0 to"),
@@ -106,10 +106,10 @@ REFUSED = {
     "no terms": ({"rows": [{"lin": []}], "result": 1}, "list of"),
     "no call": ({"rows": [{"lin": [[0, 1.0]]}], "result": 1, "times": [], "scales": []}, "once"),
     "a row of another kind": ({"rows": [{"exec": "x"}], "result": 1}, "row 1 must be one of"),
-    "rows that are no list": ({"rows": 7}, "rows must be a list"),
+    "rows that are no list": ({"rows": 7}, "'rows' of the plan must be a list"),
     "result beyond the rows": ({"result": 6}, "register 6 of 6"),
-    "boolean register": ({"result": True}, "result must be an integer"),
-    "text as a time": ({"times": ["1.0", 0.4]}, "must be a number"),
+    "boolean register": ({"result": True}, "'result' of the plan must be an integer"),
+    "text as a time": ({"times": ["1.0", 0.4]}, "must be a list of at most 200000 numbers"),
     "too few times": ({"times": [1.0]}, "times have shape"),
     "time outside": ({"times": [1.5, 0.4]}, "outside"),
     "time zero": ({"times": [1.0, 0.0]}, "outside"),
@@ -119,7 +119,7 @@ REFUSED = {
     "state without a knot": ({"knots": [1.0, 0.01]}, "state 2"),
     "scales of another schedule": ({"scales": [[0.5, 0.5], [0.5, 0.5]]}, "file was changed"),
     "scales of another length": ({"scales": [[0.5, 0.5]]}, "2 pairs"),
-    "scales with three": ({"scales": [[1, 2, 3], [1, 2, 3]]}, "must be 2 numbers"),
+    "scales with three": ({"scales": [[1, 2, 3], [1, 2, 3]]}, "2 pairs"),
     "head as a number": ({"head": 1}, "true or false"),
     "huge integer as a coefficient": (
         {"rows": [{"eval": [0, 0]}, {"lin": [[0, 10**400]]}], "result": 2},
@@ -179,7 +179,7 @@ def test_missing_or_damaged_file(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         Plan.load(tmp_path)
     (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"plan.json': not a plan"):
+    with pytest.raises(ValueError, match=r"plan.json': the plan has the format None"):
         Plan.load(tmp_path / "plan.json")
 
 

@@ -57,14 +57,14 @@ def test_a_plan_is_a_recipe(tmp_path):
 
 
 REFUSED = {
-    "other format": ({"format": "x"}, "format is 'x'"),
+    "other format": ({"format": "x"}, "the format 'x', not"),
     "other version": ({"version": 2}, "version 2"),
     "unknown key": ({"command": "rm"}, "unknown key 'command'"),
     "unknown kind": ({"kind": "code"}, "kind of a recipe"),
-    "zero calls": ({"nfe": 0}, "nfe must be a positive integer"),
-    "boolean calls": ({"nfe": True}, "'nfe' of a recipe cannot be True"),
-    "text for calls": ({"nfe": "5"}, "'nfe' of a recipe"),
-    "list of options": ({"options": [1]}, "'options' of a recipe"),
+    "no evaluations": ({"nfe": 0}, "nfe must be a positive integer"),
+    "a flag for evaluations": ({"nfe": True}, "'nfe' of the recipe must be an integer"),
+    "text for evaluations": ({"nfe": "5"}, "'nfe' of the recipe"),
+    "list of options": ({"options": [1]}, "'options' of the recipe"),
     "plan of another kind": ({"plan": json.loads(PLAN.to_json())}, "if and only if"),
     "hostile schedule": ({"schedule": {"name": "ddpm-linear", "levels": 10**12}}, "levels"),
     "a schedule of huge numbers": (
@@ -72,7 +72,10 @@ REFUSED = {
         "cannot be made",
     ),
     "unknown schedule": ({"schedule": {"name": "vp"}}, "Unknown schedule"),
-    "huge head start": ({"head_start": 10**400}, "head_start must be a finite number"),
+    "huge head start": (
+        {"head_start": 10**400},
+        "'head_start' of the recipe must be a finite number",
+    ),
 }
 
 
@@ -88,7 +91,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.json' cannot be read"):
         SamplerRecipe.load(tmp_path / "nowhere.json")
     (tmp_path / "x.json").write_text('{"format": "fewstep.recipe"')
-    with pytest.raises(ValueError, match=r"x.json': .*not valid JSON"):
+    with pytest.raises(ValueError, match=r"x.json' is not valid JSON"):
         SamplerRecipe.load(tmp_path / "x.json")
 
 

@@ -88,13 +88,13 @@ def test_x_t_is_rounded_before_and_its_trajectory_is_stored(tmp_path, dtype):
     rounded = starts(5, 16).to(kind).float()
     assert torch.equal(found[:, 0], rounded)
 
-    recipe = fewstep.SamplerRecipe.from_json(json.dumps(store.manifest["sampler"]))
+    recipe = fewstep.SamplerRecipe.from_json(json.dumps(store.manifest.sampler))
     made = PlanSampler(recipe.plan, MODEL)
     run = Run(NoiseSource(5, range(16)), save=True)
-    states = made.run(rounded, run).states[store.manifest["knots"]].transpose(0, 1)
+    states = made.run(rounded, run).states[store.manifest.knots].transpose(0, 1)
     assert torch.equal(found, states.to(kind).float())
     # From the unrounded start it is another trajectory.
-    other = made.run(starts(5, 16), run).states[store.manifest["knots"]].transpose(0, 1)
+    other = made.run(starts(5, 16), run).states[store.manifest.knots].transpose(0, 1)
     assert torch.equal(other, states) == (dtype == "float32")
 
 
@@ -118,14 +118,14 @@ def test_the_samples_are_those_of_sample(tmp_path):
 
 def test_the_manifest_says_what_was_done(store):
     manifest = store.manifest
-    assert manifest["fingerprint"] == MODEL.fingerprint()
-    assert manifest["schedule"] == {**MODEL.schedule.to_record()}
+    assert manifest.fingerprint == MODEL.fingerprint()
+    assert manifest.schedule == {**MODEL.schedule.to_record()}
     noise = MODEL.schedule
-    assert manifest["alpha"] == noise.alpha(store.times).tolist()
-    assert manifest["sigma"] == noise.sigma(store.times).tolist()
-    assert (len(store), store.event_shape, manifest["dtype"]) == (20, (2,), "float16")
-    assert manifest["wrappers"] == []
-    assert manifest["guidance"] is None
+    assert manifest.alpha == noise.alpha(store.times).tolist()
+    assert manifest.sigma == noise.sigma(store.times).tolist()
+    assert (len(store), store.event_shape, manifest.dtype) == (20, (2,), "float16")
+    assert manifest.wrappers == []
+    assert manifest.guidance is None
 
 
 def test_what_is_wrapped_around_the_model_is_part_of_it(tmp_path, store):
@@ -136,7 +136,7 @@ def test_what_is_wrapped_around_the_model_is_part_of_it(tmp_path, store):
     with pytest.raises(ValueError, match="recorded with"):
         verify(store.folder, clipped)
     other = fewstep.record(clipped, tmp_path / "clipped", **SMALL)
-    assert other.manifest["wrappers"] == [{"kind": "clipped", "low": -1, "high": 1}]
+    assert other.manifest.wrappers == [{"kind": "clipped", "low": -1, "high": 1}]
     assert not torch.equal(other.read(range(20)).states, store.read(range(20)).states)
 
 
@@ -158,9 +158,9 @@ def test_the_grid_is_bent_to_the_kept_times(tmp_path, name):
     store = fewstep.record(MODEL, tmp_path, n=32, keep=f"{name}:5", **options)
     wanted = fewstep.grid(name, MODEL.schedule, 5).times
     assert torch.equal(store.times, wanted)
-    plan = fewstep.SamplerRecipe.from_json(json.dumps(store.manifest["sampler"])).plan
+    plan = fewstep.SamplerRecipe.from_json(json.dumps(store.manifest.sampler)).plan
     assert plan.nfe == 24
-    assert [float(plan.knots[k]) for k in store.manifest["knots"]] == wanted.tolist()
+    assert [float(plan.knots[k]) for k in store.manifest.knots] == wanted.tolist()
     best = fewstep.sample(MODEL, 32, noise=starts(0, 32), solver="dopri5", options={"rtol": 1e-6})
     found = store.read(range(32)).states[:, -1]
     plain = fewstep.sample(MODEL, 32, noise=starts(0, 32), solver="tab3", nfe=24)
@@ -171,7 +171,7 @@ def test_the_grid_is_bent_to_the_kept_times(tmp_path, name):
 def test_every_solver_is_bent_to_the_kept_times(tmp_path, solver):
     plain = fewstep.plan(solver, MODEL.schedule, steps=8)
     store = fewstep.record(MODEL, tmp_path, n=2, solver=solver, nfe=plain.nfe, keep=3)
-    plan = fewstep.SamplerRecipe.from_json(json.dumps(store.manifest["sampler"])).plan
+    plan = fewstep.SamplerRecipe.from_json(json.dumps(store.manifest.sampler)).plan
     assert plan.structure == plain.structure
     wanted = fewstep.grid("quadratic", MODEL.schedule, 3).times
     assert torch.equal(store.times[:-1], wanted[:-1])
@@ -188,7 +188,7 @@ def test_kept_knots_of_an_uneven_set(tmp_path):
     again = fewstep.record(
         MODEL, tmp_path / "2", n=4, plan=plan, keep=store.times.tolist(), dtype="float32"
     )
-    assert again.manifest["knots"] == [0, 6, 12, 16]
+    assert again.manifest.knots == [0, 6, 12, 16]
 
 
 def test_times_that_are_no_knots_of_a_plan(tmp_path):
@@ -203,7 +203,7 @@ def test_adaptive_states_are_those_at_the_kept_times(tmp_path):
     store = fewstep.record(
         MODEL, tmp_path, n=8, solver="dopri5", options=options, keep="uniform:4", dtype="float32"
     )
-    assert store.manifest["knots"] is None
+    assert store.manifest.knots is None
     fine = fewstep.plan(
         "tab3", MODEL.schedule, steps=400, grid="uniform", t_end=MODEL.schedule.t_min
     )
@@ -265,7 +265,7 @@ def test_a_last_state_without_noise(tmp_path):
         MODEL, tmp_path, n=4, solver="ddim", nfe=8, grid="uniform", options=options, keep=2
     )
     assert store.times[-1] == 0
-    assert (store.manifest["alpha"][-1], store.manifest["sigma"][-1]) == (1, 0)
+    assert (store.manifest.alpha[-1], store.manifest.sigma[-1]) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_conditions_and_guidance_reach_the_network(tmp_path):
     store = fewstep.record(
         model, tmp_path, **SMALL, class_labels=given, guidance=2.0, dtype="float32", keep="all"
     )
-    assert store.manifest["guidance"] == 2.0
+    assert store.manifest.guidance == 2.0
     assert torch.equal(store.read(range(20)).conditions["class_labels"], given)
     samples = fewstep.sample(model, 20, nfe=8, class_labels=given, guidance=2.0)
     assert torch.equal(store.read(range(20)).states[:, -1], samples)
@@ -381,7 +381,7 @@ def test_given_conditions_are_needed_again(tmp_path):
     fewstep.record(model, tmp_path, **SMALL, class_labels=given)
     assert files(tmp_path) == before
     assert verify(tmp_path, model).error == pytest.approx(0, abs=1e-3)
-    assert store.manifest["conditions"]["class_labels"]["rule"] == "given"
+    assert store.manifest.conditions["class_labels"]["rule"] == "given"
 
 
 @pytest.mark.parametrize(
@@ -636,8 +636,8 @@ def test_another_model_cannot_go_on(store):
         ({"dtype": "float32"}, 'dtype "float16", now "float32"'),
         ({"shard_size": 10}, "shard_size 8, now 10"),
         ({"batch_size": 8}, "batch_size 4, now 8"),
-        ({"nfe": 9}, "of 8 calls, now .* of 9 calls"),
-        ({"solver": "ddim"}, "tab3 of 8 calls, now ddim of 8 calls"),
+        ({"nfe": 9}, "of 8 evaluations, now .* of 9 evaluations"),
+        ({"solver": "ddim"}, "tab3 of 8 evaluations, now ddim of 8 evaluations"),
         ({"keep": 2}, "tab3|times"),
     ],
 )
@@ -729,7 +729,7 @@ def test_two_that_begin_at_once_have_one_manifest(tmp_path):
     """What is said for readers may differ; the second takes what the first wrote."""
     fewstep.record(MODEL, tmp_path, **SMALL, about={"model": "a"})
     fewstep.record(MODEL, tmp_path, **SMALL, about={"model": "b"})
-    assert read_manifest(tmp_path)["about"] == {"model": "a"}
+    assert read_manifest(tmp_path).about == {"model": "a"}
     assert verify(tmp_path).sound
 
 
@@ -759,20 +759,20 @@ def test_a_claim_keeps_others_away_while_its_holder_lives(tmp_path):
     ("change", "message"),
     [
         ({"shards": ["../../elsewhere.safetensors"]}, "unknown key 'shards'"),
-        ({"format": "fewstep.plan"}, "'format' must be"),
-        ({"version": 2}, "'version' must be 1"),
-        ({"dtype": "float64"}, "'dtype' must be one of"),
-        ({"dtype": ["float16"]}, "'dtype' must be one of"),
-        ({"n": 10**15}, "'n' must be"),
+        ({"format": "fewstep.plan"}, "the format 'fewstep.plan', not"),
+        ({"version": 2}, "version 2; this fewstep reads version 1"),
+        ({"dtype": "float64"}, "'dtype' of the manifest must be one of"),
+        ({"dtype": ["float16"]}, "'dtype' of the manifest must be one of"),
+        ({"n": 10**15}, "'n' of the manifest must be"),
         ({"n": 10**12, "shard_size": 1}, "more than 1000000 files"),
-        ({"n": True}, "'n' must be"),
-        ({"event_shape": [10**9, 10**9]}, "'event_shape' must be"),
-        ({"event_shape": [-2]}, "'event_shape' must be"),
-        ({"event_shape": "2"}, "'event_shape' must be"),
+        ({"n": True}, "'n' of the manifest must be"),
+        ({"event_shape": [10**9, 10**9]}, "'event_shape' of the manifest must be"),
+        ({"event_shape": [-2]}, "'event_shape' of the manifest must be"),
+        ({"event_shape": "2"}, "'event_shape' of the manifest must be"),
         ({"times": [1.0, 1.0]}, "decrease strictly"),
         ({"times": [1.0, 0.5]}, "2 times, but 5 values alpha"),
-        ({"times": [1.0, "a"]}, "'times' must be"),
-        ({"fingerprint": "../x"}, "'fingerprint' must be"),
+        ({"times": [1.0, "a"]}, "'times' of the manifest must be"),
+        ({"fingerprint": "../x"}, "'fingerprint' of the manifest must be"),
         ({"conditions": {"../x": {}}}, "cannot be the name"),
         ({"conditions": {"x": {"rule": "code"}}}, "unknown rule"),
         (

@@ -44,11 +44,11 @@ from fewstep.base.files import (
 )
 from fewstep.base.locks import Lock
 from fewstep.base.progress import SILENT, Progress
+from fewstep.base.records import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT, VERSION = "fewstep.run", 1
 STATE, PARTS, LOCK = "unfinished.json", "parts", ".lock"
 
 MOST_LISTED = 10_000
@@ -138,6 +138,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+class RunRecord(Record, name="fewstep.run", version=1, what="unfinished run"):
+    """The file with the inputs of a run."""
+
+    what: str
+    inputs: dict[str, Any]
+
+
 class RunFolder:
     """A folder in which a run is begun, resumed and finished; see the module.
 
@@ -208,22 +215,15 @@ class RunFolder:
         shutil.rmtree(self.parts, ignore_errors=True)
         for path in self._results():
             path.unlink(missing_ok=True)
-        content = {"format": FORMAT, "version": VERSION, "what": self.what, "inputs": dict(inputs)}
-        write_json(self.state, content)
+        RunRecord(what=self.what, inputs=dict(inputs)).save(self.state)
 
     def _read_state(self) -> Any:
-        content = read_json(self.state, what="the state of an unfinished run")
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        record = RunRecord.load(self.state)
+        if record.what != self.what:
             raise ValueError(
-                f"{str(self.folder)!r} has an unfinished run of another version of fewstep, which "
-                "this one cannot resume"
+                f"{str(self.folder)!r} has an unfinished {record.what:.60}; this is a {self.what}"
             )
-        if content.get("version") != VERSION or content.get("what") != self.what:
-            raise ValueError(
-                f"{str(self.folder)!r} has an unfinished {content.get('what')!s:.60} of version "
-                f"{content.get('version')!r:.20}; this is a {self.what} of version {VERSION}"
-            )
-        return content.get("inputs")
+        return record.inputs
 
     def _results(self) -> list[Path]:
         return [path for name in self.outputs for path in self.folder.glob(name)]

@@ -130,7 +130,7 @@ def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwr
     size = sum(path.stat().st_size for path in out.glob("shard-*.safetensors"))
     say(
         f"wrote {out}: {len(store)} trajectories, {len(store.times)} states each "
-        f"({_size(size)}, {store.manifest['dtype']})"
+        f"({_size(size)}, {store.manifest.dtype})"
     )
     say(f"next: {shlex.join(['fewstep', 'distill', model, str(out), '--out', f'{out}-operator'])}")
     return 0
@@ -171,16 +171,16 @@ def _stats(model: str | None, folder: Path, device: str) -> int:
     numbers = statistics(store, most=MANY)
     manifest = store.manifest
     say(
-        f"{folder}: {len(store)} trajectories, {_size(numbers.bytes)}, {manifest['dtype']}, by "
-        f"{manifest['sampler'].get('name') or 'a plan'}; of the first {numbers.trajectories}:"
+        f"{folder}: {len(store)} trajectories, {_size(numbers.bytes)}, {manifest.dtype}, by "
+        f"{manifest.sampler.get('name') or 'a plan'}; of the first {numbers.trajectories}:"
     )
     table = Table(box=None)
     for title in ("frame", "t", "alpha", "sigma", "mean", "std", "smallest", "largest"):
         table.add_column(title, justify="right")
     rows = zip(
         numbers.times.tolist(),
-        manifest["alpha"],
-        manifest["sigma"],
+        manifest.alpha,
+        manifest.sigma,
         *(v.tolist() for v in (numbers.mean, numbers.std, numbers.smallest, numbers.largest)),
         strict=True,
     )
@@ -231,7 +231,7 @@ def _model_of(model: str | None, folder: Path, device: str) -> tuple[Denoiser | 
 def _about(folder: Path) -> str | None:
     from fewstep.trajectories.manifest import read_manifest
 
-    name = read_manifest(folder)["about"].get("model")
+    name = read_manifest(folder).about.get("model")
     return name if isinstance(name, str) else None
 
 

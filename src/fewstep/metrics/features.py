@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.base.files import read_tensors, sha256, write_tensors
+from fewstep.base.records import Record
 from fewstep.base.registry import unknown
 from fewstep.metrics.torchscript import SCRIPTS, read_script
 from fewstep.models.networks.classifier import SmallClassifier
 
-FORMAT, VERSION = "fewstep.features", 1
+
+class FeaturesRecord(Record, name="fewstep.features", version=1, what="feature extractor"):
+    """``features.json``: the options of the classifier and the checksum of its weights."""
+
+    network: dict[str, Any]
+    sha256: str
+    training: dict[str, Any] = field(default_factory=dict)
+
+
 HERE = Path(__file__).parent.parent / "embedded" / "features"
 EMBEDDED = ("fashion", "fashion-robust")
 """Of Fashion-MNIST's classifiers: one that saw clean images, one that saw noisy and blurred ones."""
@@ -161,17 +171,12 @@ def pixels() -> Features:
 
 
 def _read_folder(folder: Path, name: str) -> Features:
-    about = read_json(folder / "features.json", what="feature extractor")
-    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (
-        FORMAT,
-        VERSION,
-    ):
-        raise ValueError(f"{str(folder)!r} does not hold a feature extractor of version {VERSION}")
+    about = FeaturesRecord.load(folder / "features.json")
     file = folder / "features.safetensors"
-    if not file.exists() or sha256(file) != about.get("sha256"):
+    if not file.exists() or sha256(file) != about.sha256:
         raise ValueError(f"the weights of the feature extractor {name!r} are missing or damaged")
     try:
-        network = SmallClassifier(**about["network"])
+        network = SmallClassifier(**about.network)
         weights = read_tensors(file)
         network.load_state_dict(
             {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
@@ -179,26 +184,18 @@ def _read_folder(folder: Path, name: str) -> Features:
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"the feature extractor {name!r} is damaged: {error}") from None
     network = network.eval().requires_grad_(False)
-    return Features(network.features, name=name, sha256=about["sha256"], module=network)
+    return Features(network.features, name=name, sha256=about.sha256, module=network)
 
 
-def write_features(folder: str | Path, network: nn.Module, training: dict[str, Any]) -> Path:
+def write_features(folder: str | Path, network: SmallClassifier, training: dict[str, Any]) -> Path:
     """Writes a classifier as a feature extractor that :meth:`Features.load` reads; returns the folder."""
     folder = Path(folder)
     weights = {
         k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()
     }
     file = write_tensors(folder / "features.safetensors", weights)
-    write_json(
-        folder / "features.json",
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "network": network.config,
-            "sha256": sha256(file),
-            "training": training,
-        },
-    )
+    record = FeaturesRecord(network=network.config, sha256=sha256(file), training=training)
+    record.save(folder / "features.json")
     return folder
 
 

@@ -12,13 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.base.files import read_tensors, sha256, write_tensors
+from fewstep.base.records import Positive, Record
 from fewstep.metrics.features import EMBEDDED as EXTRACTORS
 from fewstep.metrics.features import FeatureMap, extractor, identity, name_of
 from fewstep.metrics.real import RealData, order
 from fewstep.metrics.statistics import Statistics
 
-FORMAT, VERSION = "fewstep.reference", 1
+
+class ReferenceRecord(Record, name="fewstep.reference", version=1, what="reference"):
+    """``reference.json``: what the statistics are of, and the checksum of their file."""
+
+    name: str
+    data: str
+    features: dict[str, str]
+    images: Positive
+    event_shape: list[int] | None = None
+    sha256: str
+    about: dict[str, Any] = field(default_factory=dict)
+
+
 HERE = Path(__file__).parent.parent / "embedded" / "references"
 EMBEDDED = ("fashion",)
 """Data whose references ship, in the features of each embedded extractor."""
@@ -144,36 +157,29 @@ class Reference:
                 "covariance": self.statistics.covariance,
             },
         )
-        write_json(
-            folder / "reference.json",
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "name": self.name,
-                "data": self.sha256,
-                "features": {"name": self.features_name, "sha256": self.features_sha256},
-                "images": self.statistics.n,
-                "event_shape": None if self.event_shape is None else list(self.event_shape),
-                "sha256": sha256(file),
-                "about": about or {},
-            },
-        )
+        ReferenceRecord(
+            name=self.name,
+            data=self.sha256,
+            features={"name": self.features_name, "sha256": self.features_sha256},
+            images=self.statistics.n,
+            event_shape=None if self.event_shape is None else list(self.event_shape),
+            sha256=sha256(file),
+            about=about or {},
+        ).save(folder / "reference.json")
         return folder
 
 
 def _read(
     folder: Path, extract: Callable[[Tensor], Tensor], name: str, *, data: str | None = None
 ) -> Reference:
-    about = read_json(folder / "reference.json", what="reference")
+    about = ReferenceRecord.load(folder / "reference.json")
     file = folder / "reference.safetensors"
     try:
-        if (about["format"], about["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"it is not of version {VERSION}")
-        if not file.exists() or sha256(file) != about["sha256"]:
+        if not file.exists() or sha256(file) != about.sha256:
             raise ValueError("its numbers are missing or damaged")
-        if data is not None and about["data"] != data:
+        if data is not None and about.data != data:
             raise ValueError("it is of other data")
-        wanted = about["features"]
+        wanted = about.features
         if identity(extract) != wanted["sha256"]:
             raise ValueError(
                 f"it holds features of {wanted['name']!r} (SHA-256 {wanted['sha256'][:12]}…), but "
@@ -181,15 +187,15 @@ def _read(
                 "images, an idx or npz file) for other features"
             )
         numbers = read_tensors(file)
-        shape = about["event_shape"]
+        shape = about.event_shape
         return Reference(
             features=numbers["features"].float(),
             heldout=numbers["heldout"].float(),
             statistics=Statistics(
-                numbers["mean"].double(), numbers["covariance"].double(), int(about["images"])
+                numbers["mean"].double(), numbers["covariance"].double(), about.images
             ),
             name=name,
-            sha256=about["data"],
+            sha256=about.data,
             features_sha256=wanted["sha256"],
             extractor=extract,
             event_shape=None if shape is None else tuple(shape),

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.base.files import read_tensors, sha256, write_tensors
+from fewstep.base.records import Check, Record
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.models.denoiser import WrappedNetwork
 from fewstep.models.networks.unet import SmallUNet, lay_out
 from fewstep.models.preconditioning import Preconditioned
 
-FORMAT, VERSION = "fewstep.model", 1
+Range = Annotated[
+    list[float],
+    Check(lambda value: len(value) == 2 and value[0] < value[1], "two numbers, low below high"),
+]
+
+
+class ModelRecord(Record, name="fewstep.model", version=1, what="model"):
+    """``model.json``; its fields are the arguments of :func:`write_model`."""
+
+    network: dict[str, Any]
+    schedule: dict[str, Any]
+    prediction: str
+    event_shape: list[int]
+    class_names: list[str] | None = None
+    preconditioning: dict[str, Any] | None = None
+    data_range: Range = field(default_factory=lambda: [-1.0, 1.0])
+    sha256: str
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def write_model(
@@ -51,22 +69,17 @@ def write_model(
     """
     folder = Path(folder)
     file = write_tensors(folder / "model.safetensors", weights)
-    write_json(
-        folder / "model.json",
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "network": dict(network),
-            "schedule": schedule.to_record(),
-            "prediction": prediction,
-            "event_shape": list(event_shape),
-            "class_names": None if class_names is None else list(class_names),
-            **({"preconditioning": dict(preconditioning)} if preconditioning else {}),
-            "data_range": [float(v) for v in data_range],
-            "sha256": sha256(file),
-            "training": dict(training or {}),
-        },
-    )
+    ModelRecord(
+        network=dict(network),
+        schedule=schedule.to_record(),
+        prediction=prediction,
+        event_shape=list(event_shape),
+        class_names=None if class_names is None else list(class_names),
+        preconditioning=dict(preconditioning) if preconditioning else None,
+        data_range=[float(v) for v in data_range],
+        sha256=sha256(file),
+        training=dict(training or {}),
+    ).save(folder / "model.json")
     return folder
 
 
@@ -111,48 +124,32 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
     Raises:
         ValueError: If the folder holds none, or it is damaged.
     """
-    about = read_json(folder / "model.json", what="model")
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{str(folder / 'model.json')!r} does not describe a fewstep model")
-    if about.get("version") != VERSION:
-        raise ValueError(
-            f"the model has version {about.get('version')!r}; this fewstep reads version {VERSION}"
-        )
+    about = ModelRecord.load(folder / "model.json")
     file = folder / "model.safetensors"
     if not file.exists():
         raise ValueError(f"the model {str(folder)!r} has no weights: model.safetensors is missing")
-    if sha256(file) != about.get("sha256"):
+    if sha256(file) != about.sha256:
         raise ValueError(
             f"the weights {str(file)!r} are damaged: their checksum is not model.json's"
         )
     try:
         # On the meta device an absurd size costs nothing; the weights must then have it.
         with torch.device("meta"):
-            network = _network(dict(about["network"]))
+            network = _network(dict(about.network))
         tensors = read_tensors(file)
         mean, std = (tensors.pop(key, None) for key in ("data.mean", "data.std"))
         network.load_state_dict(tensors, assign=True)
-        shape = model_shape(about["event_shape"], network)
+        shape = model_shape(about.event_shape, network)
         for statistic in (mean, std):
             if statistic is not None and statistic.shape not in ((), shape):
                 raise ValueError(
                     f"the statistics of the data have shape {tuple(statistic.shape)}, not {shape}"
                 )
-        names = about.get("class_names")
-        if names is not None and not (
-            isinstance(names, list) and all(isinstance(name, str) for name in names)
-        ):
-            raise ValueError(f"class_names must be a list of texts, got {names!r:.60}")
-        low, high = (float(v) for v in about.get("data_range", (-1.0, 1.0)))
-        if not -math.inf < low < high < math.inf:
-            raise ValueError(f"data_range must be two numbers, low below high, got {low}, {high}")
         classes = network.num_classes
         lay_out(network.to(dtype))
-        schedule = schedule_from_record(about["schedule"])
-        prediction = Prediction.of(about["prediction"])
-        module, to_model_time = precondition(
-            network, about.get("preconditioning"), schedule, prediction
-        )
+        schedule = schedule_from_record(about.schedule)
+        prediction = Prediction.of(about.prediction)
+        module, to_model_time = precondition(network, about.preconditioning, schedule, prediction)
         model = FolderModel(
             module.eval().requires_grad_(False),
             schedule=schedule,
@@ -166,9 +163,10 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
         )
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the model {str(folder)!r} is damaged: {error}") from None
-    model.class_names = tuple(names) if names else None
+    model.class_names = tuple(about.class_names) if about.class_names else None
+    low, high = map(float, about.data_range)
     model.data_range = low, high
-    model.about = about
+    model.about = about.to_record()
     return model
 
 

@@ -110,7 +110,7 @@ def _opened(folder: str | Path | Trajectories) -> Trajectories:
 def _check(denoiser: Denoiser, store: Trajectories) -> None:
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"a Denoiser is needed, got {type(denoiser).__name__}")
-    recorded = store.manifest.get("fingerprint")
+    recorded = store.settings.get("fingerprint")
     if recorded is not None and recorded != denoiser.fingerprint():
         raise ValueError(
             "the trajectories were recorded with another model (its fingerprint differs); "

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
+from fewstep.base.files import read_tensors, sha256, write_tensors
+from fewstep.base.records import Record
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import schedule_from_record
 from fewstep.models.denoiser import Denoiser
@@ -20,14 +21,26 @@ from fewstep.operators.layout import Layout
 from fewstep.operators.model import OperatorModel
 from fewstep.operators.operator import TrajectoryOperator
 
-FORMAT, VERSION = "fewstep.operator", 1
 ABOUT, WEIGHTS = "operator.json", "operator.safetensors"
-CALLS = {
+ADAPTERS = {
     "UNet2DModel": "_Image",
     "UNet2DConditionModel": "_Text",
     "DiTTransformer2DModel": "_Classes",
 }
 """The networks of diffusers that a folder can describe, each with its adapter."""
+
+
+class OperatorRecord(Record, name="fewstep.operator", version=1, what="operator"):
+    """``operator.json``: the network that was trained, the frames of the operator, its training."""
+
+    network: dict[str, Any]
+    schedule: dict[str, Any]
+    prediction: str
+    event_shape: list[int] | None = None
+    class_names: list[str] | None = None
+    layout: dict[str, Any]
+    sha256: str
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def write_operator(
@@ -51,19 +64,16 @@ def write_operator(
     state = dict(weights) if weights is not None else operator.network.state_dict()
     ready = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     file = write_tensors(folder / WEIGHTS, ready)
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "network": describe(model),
-        "schedule": model.schedule.to_record(),
-        "prediction": model.native.value,
-        "event_shape": None if model.event_shape is None else list(model.event_shape),
-        "class_names": list(getattr(model, "class_names", None) or []) or None,
-        "layout": _plain(asdict(operator.layout)),
-        "sha256": sha256(file),
-        "training": dict(training or {}),
-    }
-    write_json(folder / ABOUT, content)
+    OperatorRecord(
+        network=describe(model),
+        schedule=model.schedule.to_record(),
+        prediction=model.native.value,
+        event_shape=None if model.event_shape is None else list(model.event_shape),
+        class_names=list(getattr(model, "class_names", None) or []) or None,
+        layout=_plain(asdict(operator.layout)),
+        sha256=sha256(file),
+        training=dict(training or {}),
+    ).save(folder / ABOUT)
     return folder
 
 
@@ -78,7 +88,7 @@ def describe(model: Denoiser) -> dict[str, Any]:
         return {"kind": "small-unet", "preconditioning": preconditioning, **raw.config}
     inner = getattr(network, "network", None)
     name = type(inner).__name__
-    if name in CALLS and type(network).__name__ == CALLS[name]:
+    if name in ADAPTERS and type(network).__name__ == ADAPTERS[name]:
         import json
 
         config = json.loads(inner.to_json_string())  # type: ignore[union-attr]
@@ -101,20 +111,14 @@ def read_operator(
         ValueError: If the folder is not an operator or is damaged.
     """
     folder = Path(folder)
-    about = read_json(folder / ABOUT, what="operator")
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{str(folder / ABOUT)!r} does not describe an operator of fewstep")
-    if about.get("version") != VERSION:
-        raise ValueError(
-            f"the operator has version {about.get('version')!r}; this fewstep reads {VERSION}"
-        )
+    about = OperatorRecord.load(folder / ABOUT)
     file = folder / WEIGHTS
     if not file.exists():
         raise ValueError(f"the operator {str(folder)!r} has no weights: {WEIGHTS} is missing")
-    if sha256(file) != about.get("sha256"):
+    if sha256(file) != about.sha256:
         raise ValueError(f"the weights {str(file)!r} are damaged: their checksum is not {ABOUT}'s")
     try:
-        layout = _layout(about["layout"])
+        layout = _layout(about.layout)
         model = teacher if teacher is not None else _rebuild(about)
         operator = TrajectoryOperator(model, layout)
         operator.network.load_state_dict(read_tensors(file), assign=True)
@@ -124,15 +128,15 @@ def read_operator(
         operator.set_times(layout.times)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the operator {str(folder)!r} cannot be read: {error}") from None
-    return OperatorModel(operator.eval().requires_grad_(False), about=about)
+    return OperatorModel(operator.eval().requires_grad_(False), about=about.to_record())
 
 
-def _rebuild(about: Mapping[str, Any]) -> Denoiser:
+def _rebuild(about: OperatorRecord) -> Denoiser:
     """Returns the teacher without its weights, which are loaded afterwards."""
-    config = dict(about["network"])
+    config = dict(about.network)
     kind = config.pop("kind", None)
-    schedule = schedule_from_record(about["schedule"])
-    prediction = Prediction.of(about["prediction"])
+    schedule = schedule_from_record(about.schedule)
+    prediction = Prediction.of(about.prediction)
     if kind == "small-unet":
         preconditioning = config.pop("preconditioning", None)
         # On the meta device an absurd size costs nothing; the weights must then have it.
@@ -144,11 +148,10 @@ def _rebuild(about: Mapping[str, Any]) -> Denoiser:
             to_model_time=to_model_time,
             schedule=schedule,
             prediction=prediction,
-            event_shape=model_shape(about["event_shape"], network),
+            event_shape=model_shape(about.event_shape, network),
             null_condition={},
         )
-        names = about.get("class_names")
-        model.class_names = tuple(map(str, names)) if names else None
+        model.class_names = tuple(about.class_names) if about.class_names else None
         return model
     if kind == "diffusers":
         return _diffusers(config, about, schedule, prediction)
@@ -159,23 +162,23 @@ def _rebuild(about: Mapping[str, Any]) -> Denoiser:
 
 
 def _diffusers(
-    config: Mapping[str, Any], about: Mapping[str, Any], schedule: Any, prediction: Prediction
+    config: Mapping[str, Any], about: OperatorRecord, schedule: Any, prediction: Prediction
 ) -> Denoiser:
     import diffusers
 
     from fewstep.adapters.diffusers import loading as _loading
 
     name = config["class"]
-    if name not in CALLS:
+    if name not in ADAPTERS:
         raise ValueError(
-            f"networks of the class {name!r:.60} are not known; {', '.join(CALLS)} are"
+            f"networks of the class {name!r:.60} are not known; {', '.join(ADAPTERS)} are"
         )
     network = getattr(diffusers, name).from_config(dict(config["config"]))
     extra = (None, None) if name == "UNet2DConditionModel" else ()
-    call: nn.Module = getattr(_loading, CALLS[name])(network, *extra)
-    shape = about["event_shape"]
+    module: nn.Module = getattr(_loading, ADAPTERS[name])(network, *extra)
+    shape = about.event_shape
     return _loading.DiffusersModel(
-        call,
+        module,
         schedule=schedule,
         prediction=prediction,
         event_shape=None if shape is None else tuple(map(int, shape)),

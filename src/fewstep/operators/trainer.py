@@ -44,7 +44,7 @@ class Trajectories(Protocol):
         ...
 
     @property
-    def manifest(self) -> Mapping[str, Any]:
+    def settings(self) -> Mapping[str, Any]:
         """Their origin; ``fingerprint`` is that of the model."""
         ...
 
@@ -59,7 +59,7 @@ def distill_inputs(
     denoiser: Denoiser, store: Trajectories, recipe: DistillRecipe
 ) -> dict[str, Any]:
     """Returns the inputs of a run beside the recipe: teacher, trajectories, features."""
-    stored = {key: value for key, value in store.manifest.items() if key != "about"}
+    stored = dict(store.settings)
     about = [stored, len(store), store.times.tolist()]
     features = hash_inputs(recipe.features) if isinstance(recipe.features, str) else None
     return {
@@ -302,8 +302,8 @@ class Trainer:
                 "trajectories": len(self.store),
                 "heldout_rms": self.heldout,
                 "loss": self.loss,
-                "teacher": self.store.manifest.get("fingerprint"),
-                "guidance": self.store.manifest.get("guidance"),
+                "teacher": self.store.settings.get("fingerprint"),
+                "guidance": self.store.settings.get("guidance"),
             }
             write_operator(self.out, self.student, weights=self.average, training=about)
         self.accelerator.wait_for_everyone()

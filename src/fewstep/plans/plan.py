@@ -8,6 +8,7 @@ parameters).
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.base.files import loads_json, write_atomic
+from fewstep.base.files import loads_json, read_json
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
-from fewstep.plans.serial import Fields, check_scales, from_record, to_text
+from fewstep.plans.serial import Fields, PlanRecord, check_scales, from_record, to_record
 from fewstep.plans.structure import Eval, Lin, Noise, Structure
 
 
@@ -184,8 +185,7 @@ class Plan:
                 "Rebuild the plan with denoiser.schedule."
             )
 
-    def to_json(self) -> str:
-        """Returns the plan as JSON; floats are written so that they come back bit for bit."""
+    def _record(self) -> PlanRecord:
         fields = Fields(
             self.structure,
             self.values,
@@ -196,7 +196,23 @@ class Plan:
             self.name,
             self.ends_at_zero,
         )
-        return to_text(fields, self.scales)
+        return to_record(fields, self.scales)
+
+    def to_record(self) -> dict[str, Any]:
+        """Returns the plan as a JSON object, from which it comes back bit for bit."""
+        return self._record().to_record()
+
+    @classmethod
+    def from_record(cls, content: Any) -> Plan:
+        """Returns the plan of a JSON object; raises as :meth:`from_json`."""
+        fields, stored = from_record(content)
+        plan = cls(**fields._asdict())
+        check_scales(stored, plan.scales, plan.times)
+        return plan
+
+    def to_json(self) -> str:
+        """Returns the plan as JSON text, from which it comes back bit for bit."""
+        return json.dumps(self.to_record(), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
@@ -207,31 +223,20 @@ class Plan:
         """
         return cls.from_record(loads_json(text, what="the plan"))
 
-    @classmethod
-    def from_record(cls, content: Any) -> Plan:
-        """Returns the plan of a JSON object; raises as :meth:`from_json`."""
-        fields, stored = from_record(content)
-        plan = cls(**fields._asdict())
-        check_scales(stored, plan.scales, plan.times)
-        return plan
-
     def save(self, path: str | Path) -> Path:
-        """Writes the plan as JSON, whole or not at all; returns the path."""
-        return write_atomic(path, self.to_json() + "\n")
+        """Writes the plan as JSON, atomically and with a checksum; returns the path."""
+        return self._record().save(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Reads a plan from a file.
 
         Raises:
-            ValueError: If the file is missing or is not a plan.
+            ValueError: If the file is missing or damaged, or is not a plan.
         """
+        content = read_json(path, what="plan")
         try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
-        try:
-            return cls.from_json(text)
+            return cls.from_record(content)
         except ValueError as error:
             raise ValueError(f"plan {str(path)!r}: {error}") from None
 

@@ -15,33 +15,39 @@ does not agree with them and is refused.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fewstep.base.records import Check, Record
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.plans.structure import Eval, Lin, Noise, Row, Structure
 
-FORMAT, VERSION = "fewstep.plan", 1
 MOST_ROWS = 200_000
 """The most rows that a stored plan may have; a guard against hostile files."""
 
-REQUIRED = {
-    "format",
-    "version",
-    "prediction",
-    "schedule",
-    "times",
-    "scales",
-    "rows",
-    "result",
-}
-OPTIONAL = {"knots", "name", "head", "ends_at_zero"}
+Numbers = Annotated[
+    list[float],
+    Check(lambda value: len(value) <= MOST_ROWS, f"a list of at most {MOST_ROWS} numbers"),
+]
+
+
+class PlanRecord(Record, name="fewstep.plan", version=1, what="plan"):
+    """The file of a plan; see the module."""
+
+    name: str = ""
+    prediction: str
+    schedule: dict[str, Any]
+    knots: Numbers | None = None
+    ends_at_zero: bool | None = None
+    times: Numbers
+    scales: list[list[float]]
+    rows: list[Any]
+    result: int
+    head: bool = False
 
 
 class Fields(NamedTuple):
@@ -57,8 +63,8 @@ class Fields(NamedTuple):
     ends_at_zero: bool
 
 
-def to_text(fields: Fields, scales: Tensor) -> str:
-    r"""Returns the JSON of a plan.
+def to_record(fields: Fields, scales: Tensor) -> PlanRecord:
+    r"""Returns what is stored of a plan.
 
     Arguments:
         fields: The fields of the plan.
@@ -77,22 +83,18 @@ def to_text(fields: Fields, scales: Tensor) -> str:
                 rows.append({"eval": [row.of, row.at]})
             case Noise():
                 rows.append({"noise": row.draw})
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "name": fields.name,
-        "prediction": fields.structure.prediction.value,
-        "schedule": fields.schedule.to_record(),
-        "knots": fields.knots.tolist(),
-        "ends_at_zero": fields.ends_at_zero,
-        "times": fields.times.tolist(),
-        "scales": scales.tolist(),
-        "rows": rows,
-        "result": fields.structure.result,
-    }
-    if fields.head:
-        content["head"] = True
-    return json.dumps(content, allow_nan=False)
+    return PlanRecord(
+        name=fields.name,
+        prediction=fields.structure.prediction.value,
+        schedule=fields.schedule.to_record(),
+        knots=fields.knots.tolist(),
+        ends_at_zero=fields.ends_at_zero,
+        times=fields.times.tolist(),
+        scales=scales.tolist(),
+        rows=rows,
+        result=fields.structure.result,
+        head=fields.head,
+    )
 
 
 def from_record(content: Any) -> tuple[Fields, Tensor]:
@@ -101,45 +103,25 @@ def from_record(content: Any) -> tuple[Fields, Tensor]:
     Raises:
         ValueError: If the content is not a plan; the message says where.
     """
-    if not isinstance(content, Mapping):
-        raise ValueError(f"a plan is a JSON object, got {type(content).__name__}")
-    if content.get("format") != FORMAT:
-        raise ValueError(f"not a plan: its format is {content.get('format')!r}, not {FORMAT!r}")
-    if content.get("version") != VERSION:
-        raise ValueError(
-            f"the plan has version {content.get('version')!r}; this fewstep reads version {VERSION}"
-        )
-    if missing := sorted(REQUIRED - set(content)):
-        raise ValueError(f"the plan has no {missing[0]!r}")
-    if unknown := sorted(set(content) - REQUIRED - OPTIONAL):
-        raise ValueError(f"the plan has an unknown key {unknown[0]!r}")
-    rows, values = _rows(content["rows"])
-    structure = Structure(
-        Prediction.of(content["prediction"]), rows, _integer(content["result"], "result")
-    )
-    schedule = schedule_from_record(content["schedule"])
-    times = _numbers(content["times"], "times")
-    if "knots" in content:
-        knots = _numbers(content["knots"], "knots")
-    else:
-        knots = torch.cat([times, torch.tensor([schedule.t_min], dtype=torch.float64)])
-    head, name = content.get("head", False), content.get("name", "")
-    if not isinstance(head, bool) or not isinstance(name, str):
-        raise ValueError("'head' of a plan is true or false, and 'name' a text")
+    record = PlanRecord.from_record(content)
+    rows, values = _rows(record.rows)
+    result = _integer(record.result, "result")
+    structure = Structure(Prediction.of(record.prediction), rows, result)
+    schedule = schedule_from_record(record.schedule)
+    times = _vector(record.times)
+    knots = _vector([*record.times, schedule.t_min] if record.knots is None else record.knots)
     for t in [float(knots[0]), *times.tolist()] if len(knots) else ():
         if not schedule.t_zero < t <= schedule.t_max * (1 + 1e-9):
             raise ValueError(
                 f"the plan evaluates the network at t = {t:g}, outside of the times of "
                 f"{schedule.name!r} ({schedule.t_min:g} to {schedule.t_max:g})"
             )
-    ends = _ends_at_zero(content, schedule, knots)
+    ends = _ends_at_zero(record, schedule, knots)
     numbers = torch.tensor(values, dtype=torch.float64)
-    fields = Fields(structure, numbers, times, knots, schedule, head, name, ends)
-    pairs = content["scales"]
-    if not isinstance(pairs, list) or len(pairs) != structure.nfe:
-        raise ValueError(f"the plan's scales must be {structure.nfe} pairs")
-    scales = [_numbers(pair, "scales", length=2) for pair in pairs]
-    return fields, torch.stack(scales) if scales else torch.empty(0, 2, dtype=torch.float64)
+    fields = Fields(structure, numbers, times, knots, schedule, record.head, record.name, ends)
+    if len(record.scales) != structure.nfe or any(len(pair) != 2 for pair in record.scales):
+        raise ValueError(f"the plan's scales must be {structure.nfe} pairs of numbers")
+    return fields, torch.tensor(record.scales, dtype=torch.float64).reshape(-1, 2)
 
 
 def check_scales(stored: Tensor, scales: Tensor, times: Tensor) -> None:
@@ -153,14 +135,12 @@ def check_scales(stored: Tensor, scales: Tensor, times: Tensor) -> None:
         )
 
 
-def _ends_at_zero(content: Mapping[str, Any], schedule: NoiseSchedule, knots: Tensor) -> bool:
+def _ends_at_zero(record: PlanRecord, schedule: NoiseSchedule, knots: Tensor) -> bool:
     """Returns whether the plan ends at zero noise; for files that do not say, by their last time."""
     last = float(knots[-1]) if knots.numel() else schedule.t_min
-    if "ends_at_zero" not in content:
+    ends = record.ends_at_zero
+    if ends is None:
         return last == schedule.t_zero
-    ends = content["ends_at_zero"]
-    if not isinstance(ends, bool):
-        raise ValueError(f"'ends_at_zero' of a plan is true or false, got {ends!r:.40}")
     if ends and last >= schedule.t_min:
         raise ValueError(
             f"the plan says that it ends at sigma = 0, but its last knot is {last:g}, a time of "
@@ -187,19 +167,13 @@ def _number(value: object, what: str) -> float:
     return number
 
 
-def _numbers(value: object, what: str, length: int | None = None) -> Tensor:
-    if not isinstance(value, list) or len(value) > MOST_ROWS:
-        raise ValueError(f"the plan's {what} must be a list of numbers, got {value!r:.40}")
-    if length is not None and len(value) != length:
-        raise ValueError(f"each of the plan's {what} must be {length} numbers, got {value!r:.40}")
-    return torch.tensor(
-        [_number(v, f"each of the plan's {what}") for v in value], dtype=torch.float64
-    )
+def _vector(numbers: list[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _rows(content: object) -> tuple[tuple[Row, ...], list[float]]:
-    if not isinstance(content, list) or len(content) > MOST_ROWS:
-        raise ValueError(f"the plan's rows must be a list of at most {MOST_ROWS}")
+def _rows(content: list[Any]) -> tuple[tuple[Row, ...], list[float]]:
+    if len(content) > MOST_ROWS:
+        raise ValueError(f"the plan must have at most {MOST_ROWS} rows, got {len(content)}")
     rows: list[Row] = []
     values: list[float] = []
     for i, entry in enumerate(content, start=1):

@@ -8,19 +8,35 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.base.files import loads_json, write_atomic
+from fewstep.base.files import loads_json, read_json
+from fewstep.base.records import Record
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
 from fewstep.plans.plan import Plan
-from fewstep.plans.serial import FORMAT as PLAN_FORMAT
+from fewstep.plans.serial import PlanRecord
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.planning import Planned, planned
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.request import SamplerRequest
 
-FORMAT, VERSION = "fewstep.recipe", 1
 KINDS = ("solver", "plan", "adaptive", "operator")
+
+
+class RecipeRecord(Record, name="fewstep.recipe", version=1, what="recipe"):
+    """The file of a recipe; its fields are those of :class:`SamplerRecipe`."""
+
+    kind: str | None = None
+    name: str | None = None
+    nfe: int | None = None
+    grid: str | None = None
+    head_start: float | None = None
+    guidance: float | None = None
+    model: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] | None = None
 
 
 def _is_number(value: object) -> bool:
@@ -153,81 +169,73 @@ class SamplerRecipe:
         plan = self.plan_for(denoiser.schedule, integer_times=integer, force=force)
         return PlanSampler(plan, denoiser)
 
+    def _record(self) -> RecipeRecord:
+        return RecipeRecord(
+            kind=self.kind,
+            name=self.name,
+            nfe=self.nfe,
+            grid=self.grid,
+            head_start=self.head_start,
+            guidance=self.guidance,
+            model=self.model,
+            options=dict(self.options),
+            schedule=None if self.schedule is None else dict(self.schedule),
+            about=dict(self.about),
+            plan=None if self.plan is None else self.plan.to_record(),
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """Returns the recipe as a JSON object."""
+        return self._record().to_record()
+
+    @classmethod
+    def from_record(cls, content: Any) -> SamplerRecipe:
+        """Returns the recipe of a JSON object; a plan is a recipe of kind ``"plan"``.
+
+        Raises:
+            ValueError: If it is none; the message says why.
+        """
+        if isinstance(content, dict) and content.get("format") == PlanRecord.FORMAT:
+            plan = Plan.from_record(content)
+            return cls(kind="plan", name=plan.name, plan=plan)
+        record = RecipeRecord.from_record(content)
+        return cls(
+            kind=record.kind or "solver",
+            name="auto" if record.name is None else record.name,
+            nfe=record.nfe,
+            options=record.options,
+            grid=record.grid,
+            head_start=record.head_start,
+            schedule=record.schedule,
+            plan=None if record.plan is None else Plan.from_record(record.plan),
+            guidance=record.guidance,
+            model=record.model,
+            about=record.about,
+        )
+
     def to_json(self) -> str:
-        """Returns the recipe as JSON."""
-        content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": self.kind}
-        content["name"] = self.name
-        for key in ("nfe", "grid", "head_start", "guidance", "model"):
-            if getattr(self, key) is not None:
-                content[key] = getattr(self, key)
-        for key in ("options", "schedule", "about"):
-            if getattr(self, key):
-                content[key] = dict(getattr(self, key))
-        if self.plan is not None:
-            content["plan"] = json.loads(self.plan.to_json())
-        return json.dumps(content, indent=1, allow_nan=False)
+        """Returns the recipe as JSON text."""
+        return json.dumps(self.to_record(), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> SamplerRecipe:
-        """Returns the recipe that the text describes; a plan is a recipe of kind ``"plan"``.
-
-        Raises:
-            ValueError: If it describes none; the message says why.
-        """
-        content = loads_json(text, what="the recipe")
-        if not isinstance(content, dict):
-            raise ValueError(f"a recipe is a JSON object, got {type(content).__name__}")
-        if content.get("format") == PLAN_FORMAT:
-            made = Plan.from_record(content)
-            return cls(kind="plan", name=made.name, plan=made)
-        if content.get("format") != FORMAT:
-            raise ValueError(
-                f"not a recipe: its format is {content.get('format')!r}, not {FORMAT!r}"
-            )
-        if content.get("version") != VERSION:
-            raise ValueError(
-                f"the recipe has version {content.get('version')!r}; this fewstep reads version {VERSION}"
-            )
-        fields = {k: v for k, v in content.items() if k not in ("format", "version")}
-        types: dict[str, tuple[type, ...]] = {
-            "kind": (str,),
-            "name": (str,),
-            "nfe": (int,),
-            "options": (dict,),
-            "grid": (str,),
-            "head_start": (int, float),
-            "schedule": (dict,),
-            "plan": (dict,),
-            "guidance": (int, float),
-            "model": (str,),
-            "about": (dict,),
-        }
-        for key, value in fields.items():
-            if key not in types:
-                raise ValueError(f"the recipe has an unknown key {key!r}")
-            if not isinstance(value, types[key]) or isinstance(value, bool):
-                raise ValueError(f"{key!r} of a recipe cannot be {value!r:.60}")
-        if "plan" in fields:
-            fields["plan"] = Plan.from_record(fields["plan"])
-        return cls(**fields)
+        """Returns the recipe of JSON text; raises as :meth:`from_record`."""
+        return cls.from_record(loads_json(text, what="the recipe"))
 
     def save(self, path: str | Path) -> Path:
-        """Writes the recipe, atomically; returns the path."""
-        return write_atomic(path, self.to_json() + "\n")
+        """Writes the recipe, atomically and with a checksum; returns the path."""
+        return self._record().save(path)
 
     @classmethod
     def load(cls, path: str | Path) -> SamplerRecipe:
         """Reads a recipe or a plan from a file.
 
         Raises:
-            ValueError: If the file is missing or holds neither.
+            ValueError: If the file is missing or damaged, or holds neither.
         """
+        content = read_json(path, what="recipe")
         try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from None
-        try:
-            return cls.from_json(text)
+            return cls.from_record(content)
         except (ValueError, TypeError) as error:
             raise ValueError(f"recipe {str(path)!r}: {error}") from None
 

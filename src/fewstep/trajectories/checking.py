@@ -6,13 +6,12 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.models.denoiser import Denoiser
-from fewstep.trajectories.manifest import DTYPES, read_manifest, shard_count, shard_rows
+from fewstep.trajectories.manifest import DTYPES, Manifest, read_manifest, shard_count, shard_rows
 from fewstep.trajectories.shards import check_shard
 from fewstep.trajectories.store import TrajectoryStore, missing_shards
 from fewstep.trajectories.writing import writer_of
@@ -72,7 +71,7 @@ def verify(
         problem = check_shard(folder, manifest, shard)
         if problem is not None:
             damaged[shard] = problem
-    allowed = 4 * torch.finfo(DTYPES[manifest["dtype"]]).eps + NETWORK_ERROR
+    allowed = 4 * torch.finfo(DTYPES[manifest.dtype]).eps + NETWORK_ERROR
     bad = {*missing, *damaged}
     rows = [] if writer is None else _some(manifest, bad, n, seed)
     error = None
@@ -85,7 +84,7 @@ def verify(
     )
 
 
-def _some(manifest: Mapping[str, Any], bad: set[int], n: int, seed: int) -> list[int]:
+def _some(manifest: Manifest, bad: set[int], n: int, seed: int) -> list[int]:
     """Returns trajectories of sound shards, at random."""
     good = [shard for shard in range(shard_count(manifest)) if shard not in bad]
     if not good:

@@ -39,7 +39,7 @@ class Condition(ABC):
         """Returns values that stand for all, to be checked before the first network call."""
         return self.at([0], seed=0, name="")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Returns the rule, with the type and shape of its values."""
         return {**self.rule(), "dtype": _name(self.dtype), "shape": list(self.shape)}
 
@@ -155,7 +155,7 @@ def condition(name: str, value: Any, n: int) -> Condition:
     return Given(values)
 
 
-def from_json(content: Mapping[str, Any]) -> Condition | None:
+def from_record(content: Mapping[str, Any]) -> Condition | None:
     """Returns the rule in a manifest; ``None`` for values that were given, which it has not."""
     match content["rule"]:
         case "constant":
@@ -191,8 +191,8 @@ def check_condition(name: str, content: Any) -> None:
             f"the condition {name!r} has an impossible type {content['dtype']!r:.40} or shape "
             f"{shape!r:.60}"
         )
-    made = None if rule == "given" else from_json(content)
-    if made is not None and made.to_json() != content:
+    made = None if rule == "given" else from_record(content)
+    if made is not None and made.to_record() != content:
         raise ValueError(f"the condition {name!r} contradicts itself: {content!r:.100}")
 
 

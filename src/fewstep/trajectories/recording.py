@@ -2,7 +2,6 @@ r"""Recording: trajectories of a model into a store, by any number of writers.""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,11 @@ from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.sampling.request import SamplerRequest
 from fewstep.solvers import Solver
 from fewstep.trajectories.conditions import Condition, condition
-from fewstep.trajectories.keeping import Keep, Kept, kept
+from fewstep.trajectories.keeping import Keep, kept
 from fewstep.trajectories.manifest import (
     DTYPES,
-    FORMAT,
     MANIFEST,
-    VERSION,
+    Manifest,
     read_manifest,
     write_manifest,
 )
@@ -133,17 +131,28 @@ def record(
     rules = {name: condition(name, value, n) for name, value in sorted(cond.items())}
     made = chosen.recipe.build(denoiser)
     _check_conditions(made, rules)
-    manifest = {
-        **_about_model(denoiser),
-        **_about_sampler(denoiser, chosen),
-        "dtype": dtype,
-        "n": n,
-        "shard_size": min(shard_size, n),
-        "batch_size": min(batch_size, shard_size, n),
-        "seed": seed,
-        "conditions": {name: rule.to_json() for name, rule in rules.items()},
-        "about": dict(about or {}),
-    }
+    times = torch.tensor(chosen.times, dtype=torch.float64)
+    alpha, sigma = (scale.tolist() for scale in denoiser.schedule.scales(times))
+    manifest = Manifest(
+        n=n,
+        seed=seed,
+        dtype=dtype,
+        shard_size=min(shard_size, n),
+        batch_size=min(batch_size, shard_size, n),
+        guidance=chosen.recipe.guidance,
+        conditions={name: rule.to_record() for name, rule in rules.items()},
+        fingerprint=denoiser.fingerprint(),
+        wrappers=wrappers(denoiser),
+        prediction=denoiser.native.value,
+        schedule=denoiser.schedule.to_record(),
+        event_shape=list(denoiser.event_shape),
+        sampler=chosen.recipe.to_record(),
+        times=chosen.times,
+        alpha=alpha,
+        sigma=sigma,
+        knots=chosen.knots,
+        about=dict(about or {}),
+    )
     folder = Path(folder)
     _begin(folder, overwrite=overwrite)
     writer = Writer(folder, write_manifest(folder, manifest), made, rules)
@@ -172,31 +181,6 @@ def resume(
     return TrajectoryStore.open(folder)
 
 
-def _about_model(denoiser: Denoiser) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": denoiser.fingerprint(),
-        "wrappers": wrappers(denoiser),
-        "prediction": denoiser.native.value,
-        "schedule": denoiser.schedule.to_record(),
-        "event_shape": list(denoiser.event_shape or ()),
-    }
-
-
-def _about_sampler(denoiser: Denoiser, chosen: Kept) -> dict[str, Any]:
-    times = torch.tensor(chosen.times, dtype=torch.float64)
-    alpha, sigma = (scale.tolist() for scale in denoiser.schedule.scales(times))
-    return {
-        "sampler": json.loads(chosen.recipe.to_json()),
-        "guidance": chosen.recipe.guidance,
-        "times": chosen.times,
-        "alpha": alpha,
-        "sigma": sigma,
-        "knots": chosen.knots,
-    }
-
-
 def _begin(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; a store of trajectories is a folder")
@@ -220,10 +204,10 @@ def _begin(folder: Path, *, overwrite: bool) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        content = read_json(path) if path.exists() else {"format": FORMAT}
+        content = read_json(path) if path.exists() else {"format": Manifest.FORMAT}
     except ValueError:
         return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return isinstance(content, dict) and content.get("format") == Manifest.FORMAT
 
 
 def _check_conditions(made: Sampler, rules: Mapping[str, Condition]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.base.files import loads_json, write_tensors
 from fewstep.trajectories.conditions import TYPES
-from fewstep.trajectories.manifest import DTYPES, settings_hash, shard_rows
+from fewstep.trajectories.manifest import DTYPES, Manifest, settings_hash, shard_rows
 
 METADATA = "fewstep"
 MOST_HEADER = 1 << 20
@@ -67,18 +67,18 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
-def parts(manifest: Mapping[str, Any], shard: int) -> dict[str, Part]:
+def parts(manifest: Manifest, shard: int) -> dict[str, Part]:
     """Returns what a shard must hold, in order of the names."""
     n = len(shard_rows(manifest, shard))
-    states = (n, len(manifest["times"]), *manifest["event_shape"])
-    found = {"states": Part(DTYPES[manifest["dtype"]], states), "index": Part(torch.int64, (n,))}
-    for name, about in manifest["conditions"].items():
+    states = (n, len(manifest.times), *manifest.event_shape)
+    found = {"states": Part(DTYPES[manifest.dtype], states), "index": Part(torch.int64, (n,))}
+    for name, about in manifest.conditions.items():
         found[f"condition.{name}"] = Part(TYPES[about["dtype"]], (n, *about["shape"]))
     return dict(sorted(found.items()))
 
 
 def write_shard(
-    folder: Path, manifest: Mapping[str, Any], shard: int, tensors: Mapping[str, Tensor]
+    folder: Path, manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]
 ) -> Path:
     """Writes a shard whole; the bytes depend on the tensors and the settings alone."""
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
@@ -94,7 +94,7 @@ def write_shard(
     return write_tensors(shard_file(folder, shard), ready, {METADATA: about}, checksum=False)
 
 
-def open_shard(folder: Path, manifest: Mapping[str, Any], shard: int) -> Shard:
+def open_shard(folder: Path, manifest: Manifest, shard: int) -> Shard:
     """Maps a shard to memory, having checked its header and its size.
 
     Raises:
@@ -113,7 +113,7 @@ def open_shard(folder: Path, manifest: Mapping[str, Any], shard: int) -> Shard:
     return Shard(arrays["states"], conditions)
 
 
-def check_shard(folder: Path, manifest: Mapping[str, Any], shard: int) -> str | None:
+def check_shard(folder: Path, manifest: Manifest, shard: int) -> str | None:
     """Returns what is wrong with a shard, or ``None``; reads it whole, for the checksum."""
     path = shard_file(folder, shard)
     try:
@@ -138,12 +138,12 @@ def check_shard(folder: Path, manifest: Mapping[str, Any], shard: int) -> str | 
     return None if digest.hexdigest() == about["sha256"] else "its checksum does not match"
 
 
-def _about(manifest: Mapping[str, Any], shard: int, sha256: str) -> dict[str, Any]:
+def _about(manifest: Manifest, shard: int, sha256: str) -> dict[str, Any]:
     return {"shard": shard, "settings": settings_hash(manifest), "sha256": sha256}
 
 
 def _places(
-    path: Path, manifest: Mapping[str, Any], shard: int
+    path: Path, manifest: Manifest, shard: int
 ) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
     """Returns where in the file each tensor is, and the metadata, all of it checked."""
     wanted = parts(manifest, shard)

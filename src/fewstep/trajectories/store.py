@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.diffusion.noise import generator_at
 from fewstep.trajectories.conditions import TYPES
-from fewstep.trajectories.manifest import DTYPES, read_manifest, shard_count
+from fewstep.trajectories.manifest import DTYPES, Manifest, read_manifest, settings, shard_count
 from fewstep.trajectories.shards import Shard, check_shard, open_shard, shard_file
 
 
@@ -40,7 +40,7 @@ class TrajectoryStore:
     """
 
     folder: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     _shards: dict[int, Shard] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -61,8 +61,13 @@ class TrajectoryStore:
             )
         return cls(folder, manifest)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What determines the trajectories, as JSON has it."""
+        return settings(self.manifest)
+
     def __len__(self) -> int:
-        return self.manifest["n"]
+        return self.manifest.n
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
         # Another process maps the files itself; the maps would be sent as copies.
@@ -71,12 +76,12 @@ class TrajectoryStore:
     @property
     def times(self) -> Tensor:
         """The times of the states, float64, with shape (S), decreasing."""
-        return torch.tensor(self.manifest["times"], dtype=torch.float64)
+        return torch.tensor(self.manifest.times, dtype=torch.float64)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one state."""
-        return tuple(self.manifest["event_shape"])
+        return tuple(self.manifest.event_shape)
 
     def read(
         self, indices: Sequence[int] | Tensor, *, frames: Sequence[int] | None = None
@@ -94,12 +99,12 @@ class TrajectoryStore:
         numbers = torch.as_tensor(indices).tolist()
         if not all(type(i) is int and 0 <= i < len(self) for i in numbers):
             raise IndexError(f"the trajectories have the numbers 0 to {len(self) - 1}")
-        dtype, places = DTYPES[self.manifest["dtype"]], len(self.manifest["times"])
+        dtype, places = DTYPES[self.manifest.dtype], len(self.manifest.times)
         size = int(numpy.prod(self.event_shape, dtype=numpy.int64)) * dtype.itemsize
         chosen = list(range(places)) if frames is None else list(frames)
         if not all(0 <= k < places for k in chosen):
             raise IndexError(f"the states have the numbers 0 to {places - 1}, got {chosen}")
-        per_shard = self.manifest["shard_size"]
+        per_shard = self.manifest.shard_size
         buffer = torch.empty(len(numbers) * len(chosen) * size, dtype=torch.uint8)
         states = buffer.numpy().reshape(len(numbers), len(chosen) * size)
         found = [(self._shard(i // per_shard), i % per_shard) for i in numbers]
@@ -109,8 +114,7 @@ class TrajectoryStore:
             else:
                 states[place] = shard.states[row].reshape(places, size)[chosen].reshape(-1)
         conditions = {
-            name: _gather(found, name, about)
-            for name, about in self.manifest["conditions"].items()
+            name: _gather(found, name, about) for name, about in self.manifest.conditions.items()
         }
         shape = (len(numbers), len(chosen), *self.event_shape)
         return Batch(buffer.view(dtype).reshape(shape).float(), conditions)
@@ -127,7 +131,7 @@ class TrajectoryStore:
             window: How many shards are mixed with one another.
         """
         generator = generator_at(seed, epoch, "order")
-        size, n = self.manifest["shard_size"], len(self)
+        size, n = self.manifest.shard_size, len(self)
         shards = torch.randperm(shard_count(self.manifest), generator=generator)
         pieces = []
         for some in shards.split(window):
@@ -149,7 +153,7 @@ class TrajectoryStore:
         return self._shards[number]
 
 
-def missing_shards(folder: Path, manifest: Mapping[str, Any]) -> list[int]:
+def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
     """Returns the numbers of the shards that are not there."""
     return [s for s in range(shard_count(manifest)) if not shard_file(folder, s).exists()]
 

@@ -2,8 +2,7 @@ r"""What a store holds in numbers: the states by time, and the spectrum over tim
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ def statistics(store: TrajectoryStore, *, most: int = 4096) -> Statistics:
     count = n * max(1, torch.Size(store.event_shape).numel())
     mean = total / count
     std = (square / count - mean.square()).clamp_min(0).sqrt()
-    shards = range(-(-len(store) // store.manifest["shard_size"]))
+    shards = range(-(-len(store) // store.manifest.shard_size))
     size = sum(shard_file(store.folder, shard).stat().st_size for shard in shards)
     return Statistics(n, size, store.times, mean, std, low, high)
 
@@ -81,7 +80,7 @@ def spectrum(
     Raises:
         ValueError: If the store has few states and the model is not given, or is another one.
     """
-    schedule = schedule_from_record(store.manifest["schedule"])
+    schedule = schedule_from_record(store.manifest.schedule)
     variable = _variable(store.times)
     rows = range(min(n, len(store)))
     if len(store.times) >= DENSE:
@@ -104,14 +103,19 @@ def spectrum(
         t_end=max(float(kept[-1]), schedule.t_min),
         integer_times=integer,
     )
-    before = SamplerRecipe.from_json(json.dumps(store.manifest["sampler"]))
+    before = SamplerRecipe.from_record(store.manifest.sampler)
     recipe = SamplerRecipe(kind="plan", plan=dense, guidance=before.guidance)
-    manifest = {
-        **store.manifest,
-        "sampler": json.loads(recipe.to_json()),
-        "times": dense.knots.tolist(),
-        "dtype": "float32",
-    }
+    times = dense.knots
+    alpha, sigma = (scale.tolist() for scale in schedule.scales(times))
+    manifest = replace(
+        store.manifest,
+        sampler=recipe.to_record(),
+        times=times.tolist(),
+        alpha=alpha,
+        sigma=sigma,
+        knots=None,
+        dtype="float32",
+    )
     writer = writer_of(denoiser, store.folder, manifest)
     found = writer.follow(list(rows), store.read(rows).conditions)
     return time_spectrum(found, dense.knots, variable=variable, schedule=schedule)

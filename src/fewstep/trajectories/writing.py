@@ -3,7 +3,6 @@ r"""The writer of a store: makes the shards that are missing, beside other write
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import time
@@ -26,8 +25,8 @@ from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.trajectories.claims import FOLDER as CLAIMS
 from fewstep.trajectories.claims import Claim
-from fewstep.trajectories.conditions import Condition, from_json
-from fewstep.trajectories.manifest import DTYPES, shard_count, shard_rows
+from fewstep.trajectories.conditions import Condition, from_record
+from fewstep.trajectories.manifest import DTYPES, Manifest, shard_count, shard_rows
 from fewstep.trajectories.shards import check_shard, shard_file, write_shard
 from fewstep.trajectories.store import missing_shards
 
@@ -65,7 +64,7 @@ class Writer:
     """
 
     folder: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     sampler: Sampler
     rules: Mapping[str, Condition | None]
 
@@ -81,7 +80,7 @@ class Writer:
             progress.tick()
         self._sweep()
         count = _Count(progress)
-        progress.stage("recording", self.manifest["n"], done=count.set(self._recorded()))
+        progress.stage("recording", self.manifest.n, done=count.set(self._recorded()))
         idle, notified = 0.0, False
         while missing := missing_shards(self.folder, self.manifest):
             count.set(self._recorded())
@@ -98,8 +97,8 @@ class Writer:
                 owner = Claim(self.folder, missing[0]).owner()
                 who = f"process {owner.get('pid')} on {owner.get('host')}" if owner else "a writer"
                 name = f"waiting for {who}, which records shard {missing[0]}"
-                progress.stage(name, self.manifest["n"], done=self._recorded())
-        count.set(self.manifest["n"])
+                progress.stage(name, self.manifest.n, done=self._recorded())
+        count.set(self.manifest.n)
         self._sweep()
 
     def _complete(self) -> set[int]:
@@ -132,7 +131,7 @@ class Writer:
         """
         rows = shard_rows(self.manifest, shard)
         states, conditions = [], []
-        size = self.manifest["batch_size"]
+        size = self.manifest.batch_size
         for first in range(0, len(rows), size):
             x, cond = self.integrate(rows[first : first + size])
             states.append(x)
@@ -145,7 +144,7 @@ class Writer:
 
     def integrate(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         r"""Returns some trajectories, (B, S, \*) in the store's type, and their conditions."""
-        seed = self.manifest["seed"]
+        seed = self.manifest.seed
         values = {}
         for name, rule in self.rules.items():
             if rule is None:
@@ -158,7 +157,7 @@ class Writer:
 
     def follow(self, rows: Sequence[int], values: Mapping[str, Tensor]) -> Tensor:
         r"""Returns trajectories under given conditions, (B, S, \*), on the CPU."""
-        dtype = DTYPES[self.manifest["dtype"]]
+        dtype = DTYPES[self.manifest.dtype]
         model = self.sampler.denoiser
         device = model.device
         cond = model.prepare(len(rows), {k: v.to(device) for k, v in values.items()})
@@ -171,11 +170,11 @@ class Writer:
 
         done = run_batch(
             self.sampler,
-            NoiseSource(self.manifest["seed"], rows),
+            NoiseSource(self.manifest.seed, rows),
             cond,
             adjust=rounded,
             save=True,
-            times=self.manifest["times"],
+            times=self.manifest.times,
         )
         assert done.states is not None
         states = done.states.to(dtype)
@@ -186,7 +185,7 @@ class Writer:
         fine = states.isfinite().flatten(2).all(2)
         if not bool(fine.all()):
             frame, place = (~fine).nonzero()[0].tolist()
-            dtype = self.manifest["dtype"]
+            dtype = self.manifest.dtype
             most = torch.finfo(DTYPES[dtype]).max
             raise ValueError(
                 f"state {frame} of trajectory {rows[place]} does not fit into {dtype}, whose "
@@ -212,24 +211,24 @@ class Writer:
             claims.rmdir()  # if nobody has a claim
 
 
-def writer_of(denoiser: Denoiser, folder: Path, manifest: Mapping[str, Any]) -> Writer:
+def writer_of(denoiser: Denoiser, folder: Path, manifest: Manifest) -> Writer:
     """Returns the writer that a manifest describes.
 
     Raises:
         ValueError: If it was begun with another model, or its conditions are not in the manifest.
     """
-    denoiser, _ = unguided(denoiser, manifest["guidance"])
-    if denoiser.fingerprint() != manifest["fingerprint"]:
+    denoiser, _ = unguided(denoiser, manifest.guidance)
+    if denoiser.fingerprint() != manifest.fingerprint:
         raise ValueError(
             f"{str(folder)!r} was recorded with another model (its fingerprint differs)"
         )
-    if wrappers(denoiser) != manifest["wrappers"]:
+    if wrappers(denoiser) != manifest.wrappers:
         raise ValueError(
-            f"{str(folder)!r} was recorded with {manifest['wrappers']} around the model, now there "
+            f"{str(folder)!r} was recorded with {manifest.wrappers} around the model, now there "
             f"is {wrappers(denoiser)}"
         )
-    recipe = SamplerRecipe.from_json(json.dumps(manifest["sampler"]))
-    rules = {name: from_json(rule) for name, rule in manifest["conditions"].items()}
+    recipe = SamplerRecipe.from_record(manifest.sampler)
+    rules = {name: from_record(rule) for name, rule in manifest.conditions.items()}
     return Writer(folder, manifest, recipe.build(denoiser), rules)
 
 
