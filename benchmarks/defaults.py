@@ -1,99 +1,229 @@
-"""Which solver, grid and head start is best at which budget: the measurement behind ``auto``.
+"""Regret of what fewstep takes by itself, on every network of the zoo: ``auto``, a measured profile, own default grids.
 
-Usage: python benchmarks/defaults.py [--model fashion] [-n 64] [--nfe 5,6,8,10,15,20] [--seed 1000]
+Usage: python benchmarks/defaults.py measure [--networks flow,edm] [--shared ../shared]; python benchmarks/defaults.py show
 
-For each budget it prints the combinations with the smallest RMS distance to a 200-call reference
-from the same noise. Seeds are not those of the tests or the demo.
+``measure`` runs one network after the other (a cell that is in the result file is not run again) and writes
+``benchmarks/results/defaults.json``; ``show`` prints the tables from it and exits with 1 where a claim does not hold.
+
+Errors are root mean squares over samples and coordinates to the model's own many-step solution (tab3, 129
+evaluations) from the same noise. Seeds: 0 for the profile, 5000 for everything that is judged. A peer is a scheduler of
+diffusers by its own steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import itertools
-import json
+import math
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from _common import Setting
-from fewstep.sampling.auto import choose
+import fewstep
+from _common import print_table, rms, say_what_runs
+from fewstep.adapters.diffusers.peers import diffusers_sampler
+from fewstep.base.files import read_json, write_json
+from fewstep.diffusion.noise import NoiseSource
+from fewstep.models.conditions import Conditions
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.wrappers import Guided
+from fewstep.sampling.protocol import Run
+from fewstep.studies.reference import draw_noise, follow
+from zoo import SHARED, Entry, zoo
 
-SOLVERS = (
-    "ddim",
-    "tab1",
-    "tab2",
-    "tab3",
-    "rhoab1",
-    "rhoab2",
-    "logrhoab1",
-    "logrhoab2",
-    "ipndm",
-    "accelerated-ddim",
-    "dpmpp-2m",
-    "dpmpp-3m",
-    "unipc2",
-    "unipc3",
-    "rho-midpoint",
-    "dpm2",
-    "heun",
-)
-GRIDS: tuple[tuple[str, dict[str, float]], ...] = (
-    ("uniform", {}),
-    ("quadratic", {}),
-    ("power", {"power": 1.5}),
-    ("log-rho", {}),
-    ("karras", {}),
-    ("karras", {"rho": 4.0}),
-    ("karras", {"rho": 12.0}),
-)
+RESULTS = Path(__file__).parent / "results" / "defaults.json"
+SEED, JUDGED = 0, 5000
+BUDGETS = (5, 6, 8, 10, 15, 20)
+
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIM", {}),
+    "DEIS-2": ("DEISMultistep", {"solver_order": 2}),
+    "DEIS-3": ("DEISMultistep", {"solver_order": 3}),
+    "DPM++2M": ("DPMSolverMultistep", {}),
+    "DPM++2M Karras": ("DPMSolverMultistep", {"use_karras_sigmas": True}),
+    "UniPC-2": ("UniPCMultistep", {}),
+    "UniPC-3": ("UniPCMultistep", {"solver_order": 3}),
+}
+TWINS = {
+    "ddim": "DDIM",
+    "logrhoab1": "DEIS-2",
+    "logrhoab2": "DEIS-3",
+    "dpmpp-2m": "DPM++2M",
+    "unipc2": "UniPC-2",
+    "unipc3": "UniPC-3",
+}
+"""The same method in diffusers at its defaults."""
+
+NAMED = ("tab2", "tab3", "ipndm", *TWINS)
+GRIDS = ("uniform", "quadratic", "log-rho", "logistic")
+PROFILE_LIMITS = {5: (0.8, 0.9), 10: (0.6, 0.75), 20: (0.35, 0.5)}
+"""For each budget the most that a profile may have of the best peer: in the geometric mean, and anywhere."""
+
+
+def samples_of(name: str) -> int:
+    """Returns how many samples a network is judged on."""
+    return {"cifar10": 16, "mixture-smooth": 256, "mixture-sharp": 256}.get(name, 32)
+
+
+def peer(model: Denoiser, name: str, nfe: int, noise: Tensor, cond: dict[str, Any]) -> Tensor:
+    """Returns the samples of a scheduler of diffusers."""
+    kind, options = PEERS[name]
+    made = diffusers_sampler(model, kind, nfe, **options)
+    return made.run(made.start(noise), Run(NoiseSource(JUDGED, range(len(noise))), cond)).x
+
+
+def measure(entry: Entry, found: dict[str, Any]) -> None:
+    """Adds what is missing of one network."""
+    base, n = entry.load(), samples_of(entry.name)
+    given = entry.conditions(n)
+    given.pop("guidance", None)
+    scale = entry.guidance if entry.guidance not in (None, 1.0) else None
+    model = base if scale is None else Guided(base, scale)
+    noise, cond = draw_noise(model, n, JUDGED), Conditions.of(model, n, given).at(range(n))
+    profile_given = entry.conditions(16)
+    profile_given.pop("guidance", None)
+    base.profile = None  # auto is the static default here
+    end = follow(model, noise, cond, intervals=64).end
+    began = time.monotonic()
+    profile = fewstep.fit(base, seed=SEED, guidance=scale, **profile_given)
+    seconds = time.monotonic() - began
+    errors: dict[str, float] = {}
+
+    def sampled(**options: Any) -> float:
+        x = fewstep.sample(base, noise=noise, guidance=scale, **options, **given)
+        return rms(x - end)
+
+    for nfe in BUDGETS:
+        errors[f"{nfe} auto"] = sampled(nfe=nfe)
+        errors[f"{nfe} profile"] = sampled(nfe=nfe, profile=profile)
+        for name in PEERS:
+            try:
+                errors[f"{nfe} {name}"] = rms(peer(model, name, nfe, noise, cond) - end)
+            except (ValueError, IndexError) as error:  # the scheduler's own, on few levels
+                print(f"  {entry.name}, {name} at {nfe}: {error}")
+        for solver in NAMED:
+            errors[f"{nfe} {solver}"] = sampled(nfe=nfe, solver=solver)
+            for grid in GRIDS if nfe in PROFILE_LIMITS else ():
+                errors[f"{nfe} {solver}@{grid}"] = sampled(nfe=nfe, solver=solver, grid=grid)
+    found[entry.name] = {
+        "samples": n,
+        "evaluations": profile.about["evaluations"],
+        "seconds": round(seconds, 1),
+        "errors": errors,
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "chosen": {str(row["nfe"]): row["solver"] for row in profile.table()},
+    }
+
+
+def best_peer(errors: dict[str, float], nfe: int) -> tuple[float, str]:
+    """Returns the least error of a peer, and which it is."""
+    there = [(errors[f"{nfe} {name}"], name) for name in PEERS if f"{nfe} {name}" in errors]
+    return min(there)
+
+
+def mean(values: list[float]) -> float:
+    """Returns the geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def show(found: dict[str, Any]) -> bool:
+    """Prints the tables; returns whether all claims hold."""
+    print(
+        "Share of the best peer's error: auto without a measurement / with the model's profile.\n"
+    )
+    rows, shares = [], {(who, k): list[float]() for who in ("auto", "profile") for k in BUDGETS}
+    for name, entry in found.items():
+        row = [name, entry["samples"], entry["evaluations"], entry["seconds"]]
+        for nfe in BUDGETS:
+            least, who = best_peer(entry["errors"], nfe)
+            pair = [entry["errors"][f"{nfe} {w}"] / least for w in ("auto", "profile")]
+            for w, value in zip(("auto", "profile"), pair, strict=True):
+                shares[w, nfe].append(value)
+            row.append(f"{pair[0]:.2f} / {pair[1]:.2f} ({who} {least:.4f})")
+        rows.append(row)
+    means = [f"{mean(shares['auto', k]):.2f} / {mean(shares['profile', k]):.2f}" for k in BUDGETS]
+    rows.append(["geometric mean", "", "", "", *means])
+    head = ["network", "samples", "evaluations of fit", "seconds", *map(str, BUDGETS)]
+    print_table(head, rows)
+    claims: list[tuple[str, bool, str]] = []
+    cells = [value for k in BUDGETS for value in shares["auto", k]]
+    worst, share = max(cells), sum(v <= 1 for v in cells) / len(cells)
+    claims.append(
+        ("auto is nowhere worse than 1.1 of the best peer", worst <= 1.1, f"{worst:.2f}")
+    )
+    claims.append(("auto is at or below it on four cells of five", share >= 0.8, f"{share:.2f}"))
+    for nfe, (typical, limit) in PROFILE_LIMITS.items():
+        values = shares["profile", nfe]
+        text = f"a profile at {nfe}: at most {typical} in the mean, {limit} anywhere"
+        held = mean(values) <= typical and max(values) <= limit
+        claims.append((text, held, f"{mean(values):.2f}, {max(values):.2f}"))
+    over = []
+    for name, entry in found.items():
+        for nfe in PROFILE_LIMITS:
+            own = [v for k, v in entry["errors"].items() if k.startswith(f"{nfe} ") and "@" in k]
+            over.append((entry["errors"][f"{nfe} profile"] / min(own), f"{name} at {nfe}"))
+    claims.append(
+        (
+            "a profile is never above the best named pair by more than 3 %",
+            max(over)[0] <= 1.03,
+            f"{max(over)[0]:.2f} ({max(over)[1]})",
+        )
+    )
+    print("Own default grids: error over that of the same method in diffusers at its defaults.\n")
+    rows, ratios = [], []
+    for solver, twin in TWINS.items():
+        row = [solver, twin]
+        for name, entry in found.items():
+            errors = entry["errors"]
+            cell = []
+            for nfe in PROFILE_LIMITS:
+                if f"{nfe} {twin}" in errors:
+                    ratio = errors[f"{nfe} {solver}"] / errors[f"{nfe} {twin}"]
+                    ratios.append((ratio, f"{solver} on {name} at {nfe}"))
+                    cell.append(f"{ratio:.2f}")
+            row.append(" ".join(cell))
+        rows.append(row)
+    print_table(["solver", "in diffusers", *found], rows)
+    worst_ratio = max(ratios)
+    claims.append(
+        (
+            "own default grids: at most 1.1 of the same method in diffusers",
+            worst_ratio[0] <= 1.1,
+            f"{worst_ratio[0]:.2f} ({worst_ratio[1]})",
+        )
+    )
+    print_table(
+        ["claim", "holds", "measured"],
+        [[text, "yes" if held else "NO", figure] for text, held, figure in claims],
+    )
+    return all(held for _, held, _ in claims)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures or shows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="fashion")
-    parser.add_argument("-n", type=int, default=64)
-    parser.add_argument("--nfe", default="5,6,8,10,15,20")
-    parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--starts", default="", help="head starts, times separated by commas")
-    parser.add_argument("--ends", default="", help="last times, separated by commas")
-    parser.add_argument("--top", type=int, default=12)
-    parser.add_argument("--out", default="")
+    parser.add_argument("what", choices=["measure", "show"])
+    parser.add_argument("--networks", default="")
+    parser.add_argument("--shared", type=Path, default=SHARED)
+    parser.add_argument("--again", action="store_true", help="measure what is there again")
     options = parser.parse_args()
-
-    setting = Setting.of(options.model, options.n, options.seed)
-    reference = setting.reference()
-    print(
-        f"{options.model}, {options.n} samples, seed {options.seed}, "
-        f"{datetime.date.today()}, torch {torch.__version__}"
-    )
-    starts = [None, *(float(t) for t in options.starts.split(",") if t)]
-    ends = [None, *(float(t) for t in options.ends.split(",") if t)]
-    found = []
-    for nfe in (int(k) for k in options.nfe.split(",")):
-        rows = []
-        for name, (grid, extra), start, end, zero in itertools.product(
-            SOLVERS, GRIDS, starts, ends, (False, True)
-        ):
-            settings = {**extra, "to_zero": zero} | ({"t_end": end} if end is not None else {})
-            try:
-                x = setting.sample(
-                    solver=name, nfe=nfe, grid=grid, head_start=start, options=settings
-                )
-            except ValueError:  # the budget cannot be met by this method
-                continue
-            error = float((x - reference).square().mean().sqrt())
-            rows.append((error, name, grid, settings, start))
-        rows.sort(key=lambda row: row[0])
-        for row in rows[: options.top]:
-            print(nfe, f"{row[0]:.4f}", *row[1:], flush=True)
-        found += [(nfe, *row) for row in rows]
-        x = setting.sample(solver="auto", nfe=nfe)
-        error = float((x - reference).square().mean().sqrt())
-        print(nfe, f"{error:.4f}", "auto:", choose(setting.denoiser.schedule, nfe), flush=True)
-    if options.out:
-        with open(options.out, "w") as stream:
-            json.dump(found, stream)
+    torch.set_num_threads(1)
+    say_what_runs("Regret of the defaults on the zoo.", ["diffusers"])
+    found: dict[str, Any] = read_json(RESULTS, what="results") if RESULTS.exists() else {}
+    found.pop("content_sha256", None)
+    if options.what == "measure":
+        names = [name for name in options.networks.split(",") if name]
+        for entry in zoo(options.shared, names=names or None):
+            if options.again or entry.name not in found:
+                print(entry.name, flush=True)
+                measure(entry, found)
+                write_json(RESULTS, found)
+    sys.exit(0 if show(found) else 1)
 
 
 if __name__ == "__main__":

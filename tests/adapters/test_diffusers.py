@@ -727,7 +727,7 @@ def test_tensor_operations_are_counted(solver, most):
 def test_auto_on_another_grid(grid):
     chosen = PlanScheduler(solver="auto", grid=grid)
     chosen.set_timesteps(6)
-    named = PlanScheduler(solver="unipc3", grid=grid)  # what auto takes below 10 calls
+    named = PlanScheduler(solver="unipc2", grid=grid)  # what auto takes below 10 calls
     named.set_timesteps(6)
     assert torch.equal(chosen.timesteps, named.timesteps)
     assert chosen.plan.to_json() == named.plan.to_json()

@@ -47,13 +47,13 @@ def test_auto_takes_what_was_measured(fitted, tmp_path, told):
 @pytest.mark.parametrize("request_", [{"nfe": 20}, {"nfe": 4, "grid": "karras"}])
 def test_the_static_default_is_taken_beyond_it(fitted, request_):
     made = fewstep.resolve(fewstep.load(fitted), fewstep.SamplerRequest(**request_))
-    assert made.recipe.name == "unipc3"
+    assert made.recipe.name == "unipc2"
 
 
 def test_another_guidance_takes_the_static_default_and_says_so(fitted, caplog):
     with caplog.at_level(logging.INFO, "fewstep"):
         made = fewstep.resolve(fewstep.load(fitted), fewstep.SamplerRequest(nfe=4), guidance=2.0)
-    assert made.recipe.name == "unipc3"
+    assert made.recipe.name == "unipc2"
     assert "measured with guidance 1, this run has 2" in caplog.text
 
 

@@ -108,7 +108,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "option of another grid": (
         {"nfe": 4, "grid": "karras", "options": {"power": 2.0}},
-        "Unknown option 'power'. Options of the solver 'unipc3': lower_final, variant; of the grid 'karras': "
+        "Unknown option 'power'. Options of the solver 'unipc2': lower_final, variant; of the grid 'karras': "
         "rho, strength, t_end, t_start, to_zero",
     ),
     "budget out of reach": (
@@ -399,9 +399,9 @@ def test_what_agrees_is_taken(given):
 def test_auto_holds_a_grid_that_is_given():
     resolved = fewstep.resolve(MODEL, SamplerRequest(nfe=6, grid="karras"))
     recipe = resolved.recipe
-    assert (recipe.name, recipe.grid, recipe.nfe) == ("unipc3", "karras", 6)
-    assert resolved.chosen == "unipc3 on the grid 'karras' with 6 evaluations"
-    expected = fewstep.plan("unipc3", SCHEDULE, nfe=6, grid="karras")
+    assert (recipe.name, recipe.grid, recipe.nfe) == ("unipc2", "karras", 6)
+    assert resolved.chosen == "unipc2 on the grid 'karras' with 6 evaluations"
+    expected = fewstep.plan("unipc2", SCHEDULE, nfe=6, grid="karras")
     assert torch.equal(resolved.sampler.plan.values, expected.values)
 
 

@@ -16,7 +16,7 @@ from fewstep.base.registry import Registry, check_options
 from fewstep.diffusion.scalars import column
 from fewstep.diffusion.schedules import NoiseSchedule
 
-CENTER, SCALE = -0.5, 1.3
+CENTER, SCALE = -0.55, 2.2
 """The place and the width of the grid ``logistic``."""
 
 MOST_STEPS = 100_000

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from fewstep.diffusion.schedules import NoiseSchedule
 
 AUTO = "auto"
@@ -34,15 +36,26 @@ class Choice:
         return describe(self.solver, self.grid, self.options, self.nfe)
 
 
-def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
-    """Returns what ``auto`` stands for at a budget: one solver on noise levels, whatever the schedule.
+WIDE = -7.0
+"""Below this half log-SNR at its start a schedule reaches far beyond what networks say well."""
 
-    The measurements behind it are in ``docs/choosing.md``; a profile of the model
-    (:func:`fewstep.fit`) does better.
+
+def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
+    r"""Returns what ``auto`` stands for at a budget, by the range of noise levels of a schedule.
+
+    UniPC-2 on the grid ``logistic``; where the first half log-SNR is below -7 (a cosine table of few
+    levels starts at -8.7) third-order rhoAB on Karras' grid: there the state is nearly all noise,
+    a constant :math:`\varepsilon` is the truth, and in :math:`\rho` that is integrated exactly.
+
+    Chosen by the least regret over the networks of ``benchmarks/zoo.py``, see ``docs/choosing.md``; a
+    profile of the model (:func:`fewstep.fit`) does better.
     """
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
-    return Choice("unipc3", nfe, "logistic")
+    start = torch.tensor(schedule.t_max, dtype=torch.float64)
+    if float(schedule.lam(start)) < WIDE:
+        return Choice("rhoab2", nfe, "karras")
+    return Choice("unipc2", nfe, "logistic")
 
 
 def describe(solver: str, grid: str | None, options: Mapping[str, Any], nfe: int) -> str:

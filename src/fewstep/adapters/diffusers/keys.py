@@ -281,6 +281,7 @@ OWN_KEYS = (
     "grid",
     "grid_options",
     "recipe",
+    "profile",
     "count",
     "integer_times",
     "noise_seed",

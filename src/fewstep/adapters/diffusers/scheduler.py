@@ -30,7 +30,7 @@ from fewstep.adapters.diffusers.stepping import Stepping
 from fewstep.base.registry import unknown
 from fewstep.diffusion.grids import GRIDS
 from fewstep.diffusion.schedules import Flow
-from fewstep.sampling.profile import names_profile
+from fewstep.sampling.profile import Profile, names_profile
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
@@ -87,6 +87,9 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         grid_options: Options of the grid, e.g. ``{"rho": 5.0}``.
         recipe: A recipe or a plan, as a path or as JSON text, instead of a solver. The text is
             stored in the configuration, so that it is saved with the pipeline.
+        profile: The file of what was measured of the model (:func:`fewstep.fit`), for the solver
+            ``"auto"``; the same as ``grid="auto:FILE"``. A start in mid-schedule takes UniPC-3 on
+            the rest of the measured times, since measured weights hold from the first step on.
         count: What ``num_inference_steps`` counts: ``"steps"`` or ``"calls"``.
         integer_times: Whether the network is conditioned on whole timesteps only.
         num_train_timesteps: The number of training timesteps.
@@ -160,6 +163,7 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         grid: str | None = None,
         grid_options: dict[str, Any] | None = None,
         recipe: str | None = None,
+        profile: str | None = None,
         count: str = "steps",
         integer_times: bool = False,
         num_train_timesteps: int = 1000,
@@ -211,6 +215,12 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         is_continuous(self.config)
         _one_of("count", count, ["steps", "calls"])
         _one_of("time_shift_type", time_shift_type, ["exponential", "linear"])
+        if profile is not None:
+            if solver != "auto" or grid is not None or recipe is not None:
+                raise ValueError(
+                    "a profile has its solver and times already; leave solver, grid and recipe out"
+                )
+            Profile.load(profile)  # for its message, if it cannot be read
         if grid not in (None, "auto") and not names_profile(grid):
             GRIDS[grid]
         chosen = [use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas]

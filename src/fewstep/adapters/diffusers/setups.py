@@ -29,6 +29,7 @@ from fewstep.sampling.request import SamplerRequest
 from fewstep.sampling.resolve import resolve_plan
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
+from fewstep.solvers.multistep import Multistep
 
 LOWERED_BELOW = 15
 """Below so many steps diffusers lowers the order of the last ones (``lower_order_final``)."""
@@ -93,6 +94,8 @@ class Planner:
         if recipe is not None:
             own = f"the recipe is for {recipe.nfe} network evaluations on its own grid"
             asked = self._own_levels(asked, own, recipe.nfe, None)
+        elif self.config["profile"] is not None:
+            asked = self._own_levels(asked, "the profile has its own levels")
         elif self.config["grid"] is not None:
             asked = self._own_levels(asked, f"grid={self.config['grid']!r} has its own levels")
         made = self._planned(asked)
@@ -145,6 +148,9 @@ class Planner:
                 "rows read from before is not there. For img2img and inpainting take a solver "
                 "(PlanScheduler.from_config(config, recipe=None, solver='tab3')), or strength=1"
             )
+        if isinstance(method, Multistep) and method.weights:
+            # Measured weights hold from the first step on; their times are good for others too.
+            method = make_solver("unipc3")
         if conditioning is not None:
             start = self._time_of(conditioning)
             later = grid.times[grid.times < start]
@@ -206,6 +212,8 @@ class Planner:
             if method.lowers_final:
                 few = count < LOWERED_BELOW or method.always_lowers_final
                 options.setdefault("lower_final", bool(config["lower_order_final"] and few))
+        if config["profile"] is not None:
+            return SamplerRequest(AUTO, steps=count, profile=config["profile"])
         if not points and (method is None or config["grid"] is not None):
             grid = None if config["grid"] == AUTO else config["grid"]
             options |= config["grid_options"] or {}
