@@ -46,7 +46,7 @@ MODEL, SEED, N, CHUNK = "fashion", 5000, 2000, 100
 BUDGETS = (5, 6, 8, 10, 15, 20, 50)
 REFERENCE, REFERENCE_NFE = "tab3", 100
 
-RECOMMENDED = Path(__file__).parent.parent / "recipes" / "fashion-grid.json"
+RECOMMENDED = Path(fewstep.__file__).parent / "embedded" / "fashion" / "profile.json"
 """What ``fewstep analyze`` wrote for the model: solvers and times, fitted on other seeds."""
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
