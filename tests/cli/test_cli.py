@@ -419,6 +419,7 @@ def test_plan_check_finds_damage(told, make, tmp_path):
         told("plan", "check", good),
     )
     content = json.loads(good.read_text())
+    content.pop("content_sha256")  # a person edits it
     content["rows"][1]["lin"][0][1] *= 1.001  # a coefficient that only the mathematics can miss
     changed = tmp_path / "changed.json"
     changed.write_text(json.dumps(content))
@@ -460,7 +461,8 @@ def test_plan_diff_converts_predictions(told, make, tmp_path):
 def test_plan_diff_names_a_wasted_call(told, make, tmp_path):
     file = make("p.json", "ddim")
     content = json.loads(file.read_text())
-    # Register 4 is the answer of the second call: its weight in the next state becomes zero.
+    content.pop("content_sha256")  # a person edits it
+    # Register 4 is the output of the second evaluation: its weight in the next state becomes zero.
     lin = next(
         r["lin"] for r in content["rows"] if "lin" in r and any(p[0] == 3 for p in r["lin"])
     )

@@ -378,17 +378,18 @@ def test_checkpointing_of_diffusers_sees_the_blocks(kind):
 def test_an_operator_of_diffusers_comes_back(tmp_path):
     """A class-conditional U-Net and a DiT: written, rebuilt by fewstep.load, the same samples."""
     pytest.importorskip("diffusers")
-    from fewstep.adapters.diffusers import loading as _loading
+    from fewstep.adapters.diffusers.loading import DiffusersModel
+    from fewstep.adapters.diffusers.network_calls import ClassesCall, ImageCall, TextCall
 
     networks = diffusers_networks()
     for kind, called, cond in (
-        ("unet", _loading._Image, {"class_labels": torch.tensor([0, 2])}),
-        ("dit", _loading._Classes, {"class_labels": torch.tensor([0, 2])}),
-        ("text", None, {"encoder_hidden_states": torch.randn(2, 5, 12)}),
+        ("unet", ImageCall, {"class_labels": torch.tensor([0, 2])}),
+        ("dit", ClassesCall, {"class_labels": torch.tensor([0, 2])}),
+        ("text", TextCall, {"encoder_hidden_states": torch.randn(2, 5, 12)}),
     ):
         network = networks[kind]
-        model = _loading.DiffusersModel(
-            called(network) if called else _loading._Text(network, None, None),
+        model = DiffusersModel(
+            called(network, int(network.config["in_channels"])),
             schedule=fewstep.schedule("ddpm-linear"),
             prediction=fewstep.Prediction.EPS,
             event_shape=(3 if kind == "unet" else 4, 8, 8),

@@ -23,11 +23,11 @@ from fewstep.operators.operator import TrajectoryOperator
 
 ABOUT, WEIGHTS = "operator.json", "operator.safetensors"
 ADAPTERS = {
-    "UNet2DModel": "_Image",
-    "UNet2DConditionModel": "_Text",
-    "DiTTransformer2DModel": "_Classes",
+    "UNet2DModel": "ImageCall",
+    "UNet2DConditionModel": "TextCall",
+    "DiTTransformer2DModel": "ClassesCall",
 }
-"""The networks of diffusers that a folder can describe, each with its adapter."""
+"""The networks of diffusers that a folder can describe, and how each is called."""
 
 
 class OperatorRecord(Record, name="fewstep.operator", version=1, what="operator"):
@@ -166,7 +166,8 @@ def _diffusers(
 ) -> Denoiser:
     import diffusers
 
-    from fewstep.adapters.diffusers import loading as _loading
+    from fewstep.adapters.diffusers import network_calls
+    from fewstep.adapters.diffusers.loading import DiffusersModel
 
     name = config["class"]
     if name not in ADAPTERS:
@@ -174,10 +175,10 @@ def _diffusers(
             f"networks of the class {name!r:.60} are not known; {', '.join(ADAPTERS)} are"
         )
     network = getattr(diffusers, name).from_config(dict(config["config"]))
-    extra = (None, None) if name == "UNet2DConditionModel" else ()
-    module: nn.Module = getattr(_loading, ADAPTERS[name])(network, *extra)
+    channels = int(network.config["in_channels"])
+    module: nn.Module = getattr(network_calls, ADAPTERS[name])(network, channels)
     shape = about.event_shape
-    return _loading.DiffusersModel(
+    return DiffusersModel(
         module,
         schedule=schedule,
         prediction=prediction,
