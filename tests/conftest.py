@@ -50,13 +50,13 @@ def quiet_diffusers() -> None:
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a command; returns what it told: the error where one was expected, else the output.
 
     ``said``: what lines may say before an error; ``logged``: whether the log is returned too.
     """
 
-    def command(
+    def inner(
         *arguments: object, code: int = 0, said: tuple[str, ...] = (), logged: bool = False
     ) -> str:
         got = run([str(a) for a in arguments])
@@ -71,7 +71,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
             return err
         return err + out if logged else out
 
-    return command
+    return inner
 
 
 FLAGS = (

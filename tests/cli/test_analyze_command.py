@@ -104,6 +104,7 @@ def test_results_are_not_overwritten(done, capsys):
     assert (done / "results.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
     from fewstep.studies import stages
 

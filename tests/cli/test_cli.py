@@ -35,8 +35,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def told(told):
-    return functools.partial(told, said=("auto chose", " images of "), logged=True)
+def command(command):
+    return functools.partial(command, said=("auto chose", " images of "), logged=True)
 
 
 # Starting up
@@ -82,8 +82,8 @@ def test_the_process_has_the_exit_code_and_no_traceback(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_without_a_command_there_is_help(told):
-    text = told()
+def test_without_a_command_there_is_help(command):
+    text = command()
     assert all(name in text for name in ("sample", "demo", "train", "plan", "solvers", "models"))
 
 
@@ -127,9 +127,9 @@ def test_without_a_command_there_is_help(told):
         (["demo", "--model", "mixture-smooth", "--out", "OUT"], "makes samples of shape"),
     ],
 )
-def test_a_mistake_gets_one_line_and_writes_nothing(told, tmp_path, arguments, message):
+def test_a_mistake_gets_one_line_and_writes_nothing(command, tmp_path, arguments, message):
     out = tmp_path / "out"
-    err = told(*[str(out) if a == "OUT" else a for a in arguments], code=2)
+    err = command(*[str(out) if a == "OUT" else a for a in arguments], code=2)
     assert re.search(message, err)
     assert not out.exists()
 
@@ -149,11 +149,11 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         run(["sample", "mixture-smooth", "--out", str(tmp_path / "out")])
 
 
-def test_class_labels_are_checked_before_anything_is_written(told, tiny, tmp_path):
+def test_class_labels_are_checked_before_anything_is_written(command, tiny, tmp_path):
     for labels, message in (("7", "from 0 to 2"), ("shrit", "Did you mean 'shirt'"), ("1,", "")):
-        err = told("sample", tiny, "--class-labels", labels, "--out", tmp_path / "x", code=2)
+        err = command("sample", tiny, "--class-labels", labels, "--out", tmp_path / "x", code=2)
         assert message in err
-    err = told("sample", tiny, "--guidance", 2, "--out", tmp_path / "x", code=2)
+    err = command("sample", tiny, "--guidance", 2, "--out", tmp_path / "x", code=2)
     assert "guidance needs a condition" in err
     assert not (tmp_path / "x").exists()
 
@@ -181,10 +181,10 @@ NESTED = "[" * 5000 + "]" * 5000
         "\u0000",
     ],
 )
-def test_hostile_recipes_get_one_line(told, tmp_path, text):
+def test_hostile_recipes_get_one_line(command, tmp_path, text):
     file = tmp_path / "recipe.json"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    err = told("sample", "mixture-smooth", "--recipe", file, "--out", tmp_path / "out", code=2)
+    err = command("sample", "mixture-smooth", "--recipe", file, "--out", tmp_path / "out", code=2)
     assert "\x1b" not in err.replace("\x1b[31m", "").replace("\x1b[0m", "")
     assert not (tmp_path / "out").exists()
     assert run(["plan", "check", str(file)]) == 1
@@ -193,9 +193,9 @@ def test_hostile_recipes_get_one_line(told, tmp_path, text):
 # sample
 
 
-def test_sample_writes_what_it_says(told, tiny, tmp_path):
+def test_sample_writes_what_it_says(command, tiny, tmp_path):
     out = tmp_path / "out"
-    text = told(
+    text = command(
         *("sample", tiny, "--solver", "tab3", "--nfe", 4, "-n", 5, "--class-labels", "0,shoe"),
         *("--guidance", 1.5, "--seed", 3, "--out", out, "--batch-size", 5),
     )
@@ -227,12 +227,12 @@ def test_sample_writes_what_it_says(told, tiny, tmp_path):
     assert recipe.about["n"] == 5
 
 
-def test_the_recipe_of_auto_reproduces_what_auto_chose(told, tmp_path):
-    text = told("sample", "mixture-smooth", "-n", 6, "--nfe", 6, "--out", tmp_path / "a")
+def test_the_recipe_of_auto_reproduces_what_auto_chose(command, tmp_path):
+    text = command("sample", "mixture-smooth", "-n", 6, "--nfe", 6, "--out", tmp_path / "a")
     assert re.search(r"auto chose \S+ .*with 6 evaluations", text)
     recipe = tmp_path / "a" / "recipe.json"
     assert fewstep.SamplerRecipe.load(recipe).name != "auto"
-    told("sample", "mixture-smooth", "-n", 6, "--recipe", recipe, "--out", tmp_path / "b")
+    command("sample", "mixture-smooth", "-n", 6, "--recipe", recipe, "--out", tmp_path / "b")
     files = [(tmp_path / name / "samples.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
     samples = load_file(tmp_path / "a" / "samples.safetensors")["samples"]
@@ -241,22 +241,22 @@ def test_the_recipe_of_auto_reproduces_what_auto_chose(told, tmp_path):
     assert _size(tmp_path / "a" / "grid.png")[1] > 600
 
 
-def test_a_recipe_or_a_plan_leaves_nothing_to_choose(told, tmp_path):
+def test_a_recipe_or_a_plan_leaves_nothing_to_choose(command, tmp_path):
     file = tmp_path / "plan.json"
-    told("plan", "make", "ddim", "--schedule", "vp-linear", "--nfe", 4, "--out", file)
-    told("sample", "mixture-smooth", "-n", 3, "--recipe", file, "--out", tmp_path / "a")
+    command("plan", "make", "ddim", "--schedule", "vp-linear", "--nfe", 4, "--out", file)
+    command("sample", "mixture-smooth", "-n", 3, "--recipe", file, "--out", tmp_path / "a")
     samples = load_file(tmp_path / "a" / "samples.safetensors")["samples"]
     model = fewstep.load("mixture-smooth")
     assert torch.equal(samples, fewstep.sample(model, 3, plan=fewstep.Plan.load(file)))
-    err = told(
+    err = command(
         *("sample", "mixture-smooth", "--recipe", file, "--nfe", 5, "--out", tmp_path / "b"),
         code=2,
     )
     assert "this recipe makes 4 evaluations, not 5" in err
 
 
-def test_adaptive_solver_from_the_command_line(told, tmp_path):
-    told(
+def test_adaptive_solver_from_the_command_line(command, tmp_path):
+    command(
         *("sample", "mixture-smooth", "-n", 2, "--solver", "dopri5", "--option", "rtol=1e-3"),
         *("--option", "atol=1e-3", "--out", tmp_path / "a"),
     )
@@ -270,28 +270,30 @@ def test_adaptive_solver_from_the_command_line(told, tmp_path):
     assert torch.equal(samples, expected)
 
 
-def test_results_are_not_overwritten_unasked(told, tmp_path):
+def test_results_are_not_overwritten_unasked(command, tmp_path):
     out = tmp_path / "out"
-    command = ("sample", "mixture-smooth", "-n", 3, "--nfe", 3, "--out", out)
-    told(*command)
+    subcommand = ("sample", "mixture-smooth", "-n", 3, "--nfe", 3, "--out", out)
+    command(*subcommand)
     first = (out / "samples.safetensors").read_bytes()
     (out / "notes.txt").write_text("mine")
-    err = told(*command, "--seed", 1, code=2)
+    err = command(*subcommand, "--seed", 1, code=2)
     assert "exists; give --overwrite or another --out" in err
     assert (out / "samples.safetensors").read_bytes() == first
-    told(*command, "--seed", 1, "--overwrite")
+    command(*subcommand, "--seed", 1, "--overwrite")
     assert (out / "samples.safetensors").read_bytes() != first
     assert (out / "notes.txt").read_text() == "mine"
     file = tmp_path / "file"
     file.write_text("")
-    assert "is a file" in told("sample", "mixture-smooth", "--out", file, code=2)
+    assert "is a file" in command("sample", "mixture-smooth", "--out", file, code=2)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(told, tiny, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    command, tiny, tmp_path, monkeypatch, capsys
+):
     # Noise on the way: the draws of a sample, too, must not depend on the interruption.
-    command = ["sample", tiny, "--solver", "ddim", "--option", "eta=1", "--nfe", "3", "-n", "7"]
-    command += ["--batch-size", "2", "--class-labels", "all", "--out"]
-    told(*command, tmp_path / "whole")
+    subcommand = ["sample", tiny, "--solver", "ddim", "--option", "eta=1", "--nfe", "3", "-n", "7"]
+    subcommand += ["--batch-size", "2", "--class-labels", "all", "--out"]
+    command(*subcommand, tmp_path / "whole")
 
     drawn: list[list[int]] = []
     original = _common.draw
@@ -304,13 +306,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(told, tiny, tmp_path, monk
 
     out = tmp_path / "out"
     monkeypatch.setattr(sample_command, "draw", interrupted)
-    assert run([*command, str(out)]) == 130
+    assert run([*subcommand, str(out)]) == 130
     err = capsys.readouterr().err.removeprefix("sampling: 0 of 12\n")
     assert err.startswith("stopped: interrupted")
     assert f"--out {out}" in err
     assert not (out / "samples.safetensors").exists()
-    assert "unfinished run with other settings (seed 0, now 1)" in told(
-        *command, out, "--seed", 1, code=2
+    assert "unfinished run with other settings (seed 0, now 1)" in command(
+        *subcommand, out, "--seed", 1, code=2
     )
     # A part that was damaged is drawn again.
     parts = sorted((out / "parts").iterdir())
@@ -323,7 +325,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(told, tiny, tmp_path, monk
         return original(made, numbers, **options)
 
     monkeypatch.setattr(sample_command, "draw", counted)
-    told(*command, out)
+    command(*subcommand, out)
     assert (drawn, later) == ([[0, 1], [2, 3]], [[2, 3], [4, 5], [6]])
     for name in ("samples.safetensors", "grid.png"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -338,13 +340,13 @@ def stop(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_a_run_is_not_resumed_with_other_weights(told, tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_is_not_resumed_with_other_weights(command, tiny, tmp_path, monkeypatch, capsys):
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(tiny, model)
-    command = ["sample", model, "--nfe", "3", "-n", "2", "--class-labels", "0", "--out", out]
+    subcommand = ["sample", model, "--nfe", "3", "-n", "2", "--class-labels", "0", "--out", out]
     with monkeypatch.context() as patch:
         patch.setattr(sample_command, "draw", stop)
-        assert run(list(map(str, command))) == 130
+        assert run(list(map(str, subcommand))) == 130
     capsys.readouterr()
     tensors = read_tensors(model / "model.safetensors")
     name = next(name for name, value in tensors.items() if value.is_floating_point())
@@ -352,30 +354,30 @@ def test_a_run_is_not_resumed_with_other_weights(told, tiny, tmp_path, monkeypat
     write_tensors(model / "model.safetensors", tensors)
     about = read_json(model / "model.json") | {"sha256": sha256(model / "model.safetensors")}
     write_json(model / "model.json", about)
-    assert "other settings (another weights)" in told(*command, code=2)
+    assert "other settings (another weights)" in command(*subcommand, code=2)
 
 
-def test_two_runs_do_not_write_one_folder_at_once(told, tiny, tmp_path):
-    command = ["sample", tiny, "--nfe", "3", "-n", "2", "--class-labels", "0", "--seed", "1"]
+def test_two_runs_do_not_write_one_folder_at_once(command, tiny, tmp_path):
+    subcommand = ["sample", tiny, "--nfe", "3", "-n", "2", "--class-labels", "0", "--seed", "1"]
     with locked(tmp_path / "out"):
-        err = told(*command, "--out", tmp_path / "out", code=2)
+        err = command(*subcommand, "--out", tmp_path / "out", code=2)
         assert f"is being written by another run (process {os.getpid()} on " in err
-    told(*command, "--out", tmp_path / "out")
+    command(*subcommand, "--out", tmp_path / "out")
 
 
 # listing
 
 
-def test_solvers_and_models_are_listed(told):
+def test_solvers_and_models_are_listed(command):
     from fewstep.loading import EMBEDDED
 
-    listing = told("solvers")
+    listing = command("solvers")
     for name in fewstep.SOLVERS:
         assert re.search(rf"^{re.escape(name)}\s+\d", listing, re.MULTILINE), name
     heun = next(line for line in listing.splitlines() if line.startswith("heun "))
     assert re.search(r"\b(19|20)\b", heun)  # two calls a step, one for a last step onto zero
-    assert "https://arxiv.org" in told("solvers", "tab3")
-    listing = told("models")
+    assert "https://arxiv.org" in command("solvers", "tab3")
+    listing = command("models")
     assert all(name in listing for name in EMBEDDED)
 
 
@@ -383,10 +385,10 @@ def test_solvers_and_models_are_listed(told):
 
 
 @pytest.fixture
-def make(told, tmp_path):
+def make(command, tmp_path):
     def made(name, solver, *options, nfe=5):
         file = tmp_path / name
-        told(
+        command(
             *("plan", "make", solver, "--schedule", "vp-linear", "--nfe", nfe, "--out", file),
             *options,
         )
@@ -395,28 +397,28 @@ def make(told, tmp_path):
     return made
 
 
-def test_plan_make_and_show(told, make):
+def test_plan_make_and_show(command, make):
     file = make("p.json", "tab3", "--grid", "quadratic")
     plan = fewstep.Plan.load(file)
     expected = fewstep.plan("tab3", fewstep.schedule("vp-linear"), nfe=5, grid="quadratic")
     assert plan.to_json() == expected.to_json()
-    text = told("plan", "show", file)
+    text = command("plan", "show", file)
     assert "tab3: 5 calls, 0 noise draws" in text
     assert f"{float(plan.times[2]):.6g}" in text
     assert f"{float(plan.flat().B[1, 0]):+.4g} F0" in text
     assert "on a point mass: off by" in text
     assert len(re.findall(r"on Gaussian data", text)) == 3
-    err = told(
+    err = command(
         *("plan", "make", "ddim", "--schedule", "vp-linear", "--nfe", 5, "--out", file), code=2
     )
     assert "exists; give --overwrite" in err
 
 
-def test_plan_check_finds_damage(told, make, tmp_path):
+def test_plan_check_finds_damage(command, make, tmp_path):
     good = make("good.json", "ddim")
     assert re.search(
         r"good.json: ok: ddim, 5 calls, 0 draws, point-mass defect \S+e-1\d",
-        told("plan", "check", good),
+        command("plan", "check", good),
     )
     content = json.loads(good.read_text())
     content.pop("content_sha256")  # a person edits it
@@ -425,40 +427,42 @@ def test_plan_check_finds_damage(told, make, tmp_path):
     changed.write_text(json.dumps(content))
     cut = tmp_path / "cut.json"
     cut.write_text(good.read_text()[:-20])
-    text = told("plan", "check", good, changed, cut, code=1)
+    text = command("plan", "check", good, changed, cut, code=1)
     assert "good.json: ok" in text
     assert re.search(r"changed.json: DAMAGED: ddim is exact on a point mass", text)
     assert re.search(r"cut.json: DAMAGED: .*JSON", text)
 
 
-def test_plan_diff_says_where(told, make, tmp_path):
+def test_plan_diff_says_where(command, make, tmp_path):
     ddim, same = make("ddim.json", "ddim"), make("tab0.json", "tab0", "--grid", "uniform")
     other = make("lagged.json", "tab1", "--grid", "uniform")
     first, second = fewstep.Plan.load(ddim), fewstep.Plan.load(same)
     if torch.equal(first.times, second.times):
-        assert "the same sampler" in told("plan", "diff", ddim, same)
-    assert "the same sampler" in told("plan", "diff", ddim, ddim)
-    text = told("plan", "diff", same, other, code=1)
+        assert "the same sampler" in command("plan", "diff", ddim, same)
+    assert "the same sampler" in command("plan", "diff", ddim, ddim)
+    text = command("plan", "diff", same, other, code=1)
     # tab1 starts with a step of tab0, so the first two calls are the same.
     assert "the plans differ, first at call 2" in text
     longer = make("longer.json", "ddim", nfe=6)
-    assert "A makes 5 calls and 0 draws, B 6 and 0" in told("plan", "diff", ddim, longer, code=1)
+    assert "A makes 5 calls and 0 draws, B 6 and 0" in command(
+        "plan", "diff", ddim, longer, code=1
+    )
     del tmp_path
 
 
-def test_plan_diff_converts_predictions(told, make, tmp_path):
+def test_plan_diff_converts_predictions(command, make, tmp_path):
     from fewstep.plans.rewriting import convert_plan
 
     file = make("eps.json", "tab2")
     plan = fewstep.Plan.load(file)
     other = tmp_path / "x0.json"
     convert_plan(plan, "x0").save(other)
-    text = told("plan", "diff", file, other)
+    text = command("plan", "diff", file, other)
     assert "B asks for x0, A for eps" in text
     assert "the same sampler" in text
 
 
-def test_plan_diff_names_a_wasted_call(told, make, tmp_path):
+def test_plan_diff_names_a_wasted_call(command, make, tmp_path):
     file = make("p.json", "ddim")
     content = json.loads(file.read_text())
     content.pop("content_sha256")  # a person edits it
@@ -469,28 +473,30 @@ def test_plan_diff_names_a_wasted_call(told, make, tmp_path):
     next(pair for pair in lin if pair[0] == 3)[1] = 0.0
     wasted = tmp_path / "wasted.json"
     wasted.write_text(json.dumps(content))
-    text = told("plan", "diff", file, wasted, code=1)
+    text = command("plan", "diff", file, wasted, code=1)
     assert re.search(r"call 1 of B \(t = \S+\) changes nothing", text)
     assert "of A" not in text.split("row", 1)[0]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_plan_diff_of_schedulers(told, tmp_path):
+def test_plan_diff_of_schedulers(command, tmp_path):
     """By name, by configuration; the wasted step is named; without a number of steps it is asked for."""
     diffusers = pytest.importorskip("diffusers")
     folder = tmp_path / "deis"
     diffusers.DEISMultistepScheduler(use_karras_sigmas=True).save_pretrained(folder)
     file = folder / "scheduler_config.json"
-    text = told("plan", "diff", folder, file, "--steps", 6)
+    text = command("plan", "diff", folder, file, "--steps", 6)
     assert "call 5 of A (t = 0) changes nothing" in text
     assert "the same sampler" in text
-    text = told("plan", "diff", "diffusers:DDIM", "diffusers:DEISMultistep", "--steps", 6, code=1)
+    text = command(
+        "plan", "diff", "diffusers:DDIM", "diffusers:DEISMultistep", "--steps", 6, code=1
+    )
     assert re.search(r"call 0\s+830\s+999", text)
     assert "the plans differ, first at call 0" in text
-    assert "the same sampler" in told(
+    assert "the same sampler" in command(
         "plan", "diff", "diffusers:Euler", "diffusers:EulerDiscreteScheduler", "--steps", 4
     )
-    assert "4 calls, 0 noise draws" in told("plan", "show", "diffusers:Euler", "--steps", 4)
+    assert "4 calls, 0 noise draws" in command("plan", "show", "diffusers:Euler", "--steps", 4)
 
 
 @pytest.mark.parametrize(
@@ -500,14 +506,14 @@ def test_plan_diff_of_schedulers(told, tmp_path):
         ("diffusers:Euler", "needs a number of --steps"),
     ],
 )
-def test_plan_diff_of_schedulers_refuses(told, source, message):
+def test_plan_diff_of_schedulers_refuses(command, source, message):
     pytest.importorskip("diffusers")
-    assert message in told("plan", "diff", source, source, code=2)
+    assert message in command("plan", "diff", source, source, code=2)
 
 
-def test_a_recipe_shows_as_its_plan(told, tmp_path):
-    told("sample", "mixture-smooth", "-n", 2, "--nfe", 4, "--out", tmp_path / "a")
-    assert "4 calls" in told("plan", "show", tmp_path / "a" / "recipe.json")
+def test_a_recipe_shows_as_its_plan(command, tmp_path):
+    command("sample", "mixture-smooth", "-n", 2, "--nfe", 4, "--out", tmp_path / "a")
+    assert "4 calls" in command("plan", "show", tmp_path / "a" / "recipe.json")
 
 
 # train
@@ -534,10 +540,10 @@ def small_recipe(tmp_path_factory):
     return file
 
 
-def test_train_resumes_and_its_model_samples(told, tmp_path, small_recipe, monkeypatch, capsys):
+def test_train_resumes_and_its_model_samples(command, tmp_path, small_recipe, monkeypatch, capsys):
     data = _images(tmp_path / "data")
-    command = ["train", str(data), "--recipe", str(small_recipe), "--checkpoint-every", "2"]
-    text = told(*command, "--out", tmp_path / "whole")
+    subcommand = ["train", str(data), "--recipe", str(small_recipe), "--checkpoint-every", "2"]
+    text = command(*subcommand, "--out", tmp_path / "whole")
     assert "64 images of 1x8x8, 2 classes; v, ddpm-linear; 6 steps" in text
     assert "next: fewstep sample" in text
 
@@ -550,19 +556,19 @@ def test_train_resumes_and_its_model_samples(told, tmp_path, small_recipe, monke
 
     out = tmp_path / "out"
     monkeypatch.setattr(Batches, "__call__", interrupted)
-    assert run([*command, "--out", str(out)]) == 130
+    assert run([*subcommand, "--out", str(out)]) == 130
     assert "to go on, give it again: fewstep train" in capsys.readouterr().err
     assert not (out / "model.json").exists()
     monkeypatch.setattr(Batches, "__call__", original)
-    assert "resumed at step 2" in told(*command, "--out", out)
+    assert "resumed at step 2" in command(*subcommand, "--out", out)
     for name in ("model.safetensors", "samples.png"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
     before = (out / "model.safetensors").read_bytes()
-    assert "exists; give --overwrite" in told(*command, "--out", out, code=2)
-    told(*command, "--out", out, "--seed", 5, "--overwrite")
+    assert "exists; give --overwrite" in command(*subcommand, "--out", out, code=2)
+    command(*subcommand, "--out", out, "--seed", 5, "--overwrite")
     assert (out / "model.safetensors").read_bytes() != before
-    told(
+    command(
         *("sample", out, "-n", 3, "--nfe", 3, "--class-labels", "bars,blobs"),
         *("--out", tmp_path / "samples"),
     )
@@ -571,9 +577,9 @@ def test_train_resumes_and_its_model_samples(told, tmp_path, small_recipe, monke
     assert torch.equal(samples, expected)
 
 
-def test_train_options_replace_what_the_recipe_says(told, tmp_path, small_recipe):
+def test_train_options_replace_what_the_recipe_says(command, tmp_path, small_recipe):
     data, out = _images(tmp_path / "data"), tmp_path / "out"
-    text = told(
+    text = command(
         *("train", data, "--recipe", small_recipe, "--steps", 1, "--out", out),
         *("--schedule", "edm", "--option", "sigma_max=20", "--range", "-0.5", "0.5"),
         *("--flip", "--unconditional"),
@@ -583,14 +589,14 @@ def test_train_options_replace_what_the_recipe_says(told, tmp_path, small_recipe
     assert (model.schedule.t_max, model.data_range) == (20.0, (-0.5, 0.5))
     assert model.null_condition == {}
     assert model.about["training"]["recipe"]["flip"] is True
-    err = told("train", data, "--option", "levels=9", "--out", tmp_path / "x", code=2)
+    err = command("train", data, "--option", "levels=9", "--out", tmp_path / "x", code=2)
     assert "give --schedule too" in err
     compare = ("compare", out, "--solvers", "ddim", "--nfe", "2", "--data", data)
-    err = told(*compare, "--out", tmp_path / "y", code=2)
+    err = command(*compare, "--out", tmp_path / "y", code=2)
     assert "data range from -0.5 to 0.5" in err
 
 
-def test_a_wrong_training_recipe_is_one_line(told, tmp_path):
+def test_a_wrong_training_recipe_is_one_line(command, tmp_path):
     data, recipe = _images(tmp_path / "data", 4), tmp_path / "recipe.json"
     for text, message in (
         ('{"netwrok": {}}', "no 'netwrok'"),
@@ -599,19 +605,19 @@ def test_a_wrong_training_recipe_is_one_line(told, tmp_path):
         ('{"network": {}, "schedule": {"name": "ddpm-liner"}}', "ddpm-linear"),
     ):
         recipe.write_text(text)
-        err = told("train", data, "--recipe", recipe, "--out", tmp_path / "out", code=2)
+        err = command("train", data, "--recipe", recipe, "--out", tmp_path / "out", code=2)
         assert message in err
 
 
 # demo
 
 
-def test_demo_makes_table_picture_and_results(told, tiny, tmp_path, monkeypatch):
+def test_demo_makes_table_picture_and_results(command, tiny, tmp_path, monkeypatch):
     import fewstep.cli.demo as demo
 
     monkeypatch.setattr(demo, "REFERENCE_NFE", 40)
     out = tmp_path / "demo"
-    text = told("demo", "--model", tiny, "--out", out)
+    text = command("demo", "--model", tiny, "--out", out)
     for solver in ("ddim", "tab3", "accelerated-ddim", "dpmpp-2m", "accelerated-ddpm"):
         for nfe in (5, 10):
             assert re.search(rf"^{solver}\s+{nfe}\s+\d\.\d{{4}}\s+\d", text, re.MULTILINE)
@@ -630,4 +636,4 @@ def test_demo_makes_table_picture_and_results(told, tiny, tmp_path, monkeypatch)
     width, height = _size(out / "demo.png")
     assert width > 16 * 72
     assert height > 11 * 72
-    assert "exists; give --overwrite" in told("demo", "--model", tiny, "--out", out, code=2)
+    assert "exists; give --overwrite" in command("demo", "--model", tiny, "--out", out, code=2)

@@ -23,8 +23,8 @@ SMALL = ("--nfe", "3,5", "-n", "24", "--batch-size", "10", "--reference-nfe", "1
 
 
 @pytest.fixture
-def told(told):
-    return functools.partial(told, "compare", said=("auto chose",))
+def command(command):
+    return functools.partial(command, "compare", said=("auto chose",))
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,13 @@ def test_the_files_and_what_is_in_them(finished):
             assert verdict["behind"][name]["low"] <= 0
 
 
-def test_the_command_in_the_results_gives_the_same_numbers(finished, tmp_path, told):
+def test_the_command_in_the_results_gives_the_same_numbers(finished, tmp_path, command):
     import shlex
 
     content = json.loads((finished / "results.json").read_text())
     arguments = shlex.split(content["command"])[2:]
     arguments[arguments.index("--out") + 1] = str(tmp_path / "again")
-    told(*arguments)
+    command(*arguments)
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert [c["scores"] for c in again["cells"]] == [c["scores"] for c in content["cells"]]
 
@@ -139,20 +139,20 @@ def test_the_best_is_a_recipe_that_sample_takes(finished, tmp_path, capsys):
     assert recipe["about"]["compared"] == recipe["name"]
 
 
-def test_a_finished_comparison_is_kept_extended_or_replaced(tmp_path, told):
+def test_a_finished_comparison_is_kept_extended_or_replaced(tmp_path, command):
     out = tmp_path / "out"
     base = ("mixture-smooth", "--out", out, *SMALL, "--solvers")
-    text = told(*base, "ddim")
+    text = command(*base, "ddim")
     assert "wrote" in text
     assert "next: fewstep sample mixture-smooth --recipe" in text
     before = (out / "report.html").read_bytes()
-    assert "give --extend to keep its cells" in told(*base, "ddim,tab1", code=2)
+    assert "give --extend to keep its cells" in command(*base, "ddim,tab1", code=2)
     assert (out / "report.html").read_bytes() == before
-    told(*base, "ddim,tab1", "--extend")
+    command(*base, "ddim,tab1", "--extend")
     content = json.loads((out / "results.json").read_text())
     assert len(content["cells"]) == 4
-    assert "other settings" in told(*base, "ddim", "--seed", "9", "--extend", code=2)
-    told(*base, "ddim", "--seed", "9", "--overwrite")
+    assert "other settings" in command(*base, "ddim", "--seed", "9", "--extend", code=2)
+    command(*base, "ddim", "--seed", "9", "--overwrite")
     content = json.loads((out / "results.json").read_text())
     assert (len(content["cells"]), content["question"]["seed"]) == (2, 9)
 
@@ -178,9 +178,9 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys, monkeypatch):
     assert done == [("tab1", 3), ("tab1", 5)]  # the cells that were there are not run again
 
 
-def test_without_data_samplers_are_ordered_by_their_distance(tmp_path, told):
+def test_without_data_samplers_are_ordered_by_their_distance(tmp_path, command):
     out = tmp_path / "out"
-    text = told("mixture-smooth", "--out", out, *SMALL, "--solvers", "tab2,ddpm")
+    text = command("mixture-smooth", "--out", out, *SMALL, "--solvers", "tab2,ddpm")
     rows = [line.split() for line in text.splitlines() if line.startswith(("  3", "  5"))]
     assert [(row[0], row[1], row[-1]) for row in rows if row[1] == "tab2"] == [
         ("3", "tab2", "best"),
@@ -200,11 +200,11 @@ def images(tmp_path_factory):
     return write_tiny(folder / "model"), folder
 
 
-def test_images_stand_in_rows_by_sampler(images, tmp_path, told, monkeypatch):
+def test_images_stand_in_rows_by_sampler(images, tmp_path, command, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     model, folder = images
     out = tmp_path / "out"
-    told(
+    command(
         *(model, "--out", out, "--solvers", "ddim,tab1", "--nfe", "3", "-n", "10"),
         *("--reference-nfe", "4", "--data", folder / "data.npz", "--features", "pixels"),
         *("--class-labels", "all", "--guidance", "1.5", "--metrics", "fid"),
@@ -236,26 +236,26 @@ def test_images_stand_in_rows_by_sampler(images, tmp_path, told, monkeypatch):
         (["--device", "cdua"], "device 'cdua'"),
     ],
 )
-def test_mistakes_are_told_in_a_line(arguments, message, tmp_path, told):
+def test_mistakes_are_told_in_a_line(arguments, message, tmp_path, command):
     out = tmp_path / "out"
     settings = dict(zip(SMALL[::2], SMALL[1::2], strict=True))
     settings.update(zip(arguments[::2], arguments[1::2], strict=True))
     given = [part for pair in settings.items() for part in pair]
-    error = told("mixture-smooth", "--out", out, *given, code=2)
+    error = command("mixture-smooth", "--out", out, *given, code=2)
     assert re.search(message, error)
     assert re.fullmatch(r"error: [^\n]+\n", error)
     assert not out.exists()
 
 
-def test_the_help_says_how_a_sampler_is_written(told):
-    text = " ".join(told("--help").replace("│", " ").split())
+def test_the_help_says_how_a_sampler_is_written(command):
+    text = " ".join(command("--help").replace("│", " ").split())
     assert "NAME[@GRID[:VALUE]][+OPTION=VALUE]" in text
     assert "diffusers:NAME" in text
 
 
-def test_data_of_another_shape_are_refused(images, tmp_path, told, monkeypatch):
+def test_data_of_another_shape_are_refused(images, tmp_path, command, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     model, folder = images
     arguments = (model, "--out", tmp_path / "out", "--features", "pixels", "--data")
-    error = told(*arguments, folder / "wide.npz", code=2)
+    error = command(*arguments, folder / "wide.npz", code=2)
     assert "shape (1, 4, 8), the model's samples (1, 8, 8)" in error

@@ -44,15 +44,15 @@ def distill(folders, out, *more):
 def test_distill_and_sample(folders, tmp_path, capsys):
     out = tmp_path / "one"
     assert distill(folders, out, "--lambda-max", "20", "--seed", "5") == 0
-    told = capsys.readouterr().out
-    assert "40 trajectories; dsno, 6 steps on cpu" in told
-    assert f"next: fewstep sample {out} --class-labels all --out {out}-samples" in told
+    command = capsys.readouterr().out
+    assert "40 trajectories; dsno, 6 steps on cpu" in command
+    assert f"next: fewstep sample {out} --class-labels all --out {out}-samples" in command
     about = json.loads((out / "operator.json").read_text())
     recipe = about["training"]["recipe"]
     assert (recipe["lambda_max"], recipe["seed"], recipe["mode"]) == (20.0, 5, "dsno")
     assert about["training"]["teacher"] == fewstep.load(folders / "model").fingerprint()
     rms = about["training"]["heldout_rms"]
-    assert f"RMS to the teacher, held out: {rms:.4f}" in told
+    assert f"RMS to the teacher, held out: {rms:.4f}" in command
     assert (out / "samples.png").is_file()
 
     drawn = tmp_path / "drawn"
@@ -73,13 +73,13 @@ def test_distill_and_sample(folders, tmp_path, capsys):
 def test_other_solvers_of_an_operator_are_refused(folders, tmp_path, capsys):
     out = tmp_path / "one"
     assert distill(folders, out, "--mode", "endpoint") == 0
-    for more, told in (
+    for more, command in (
         (["--solver", "ddim"], "leave solver out"),
         (["--nfe", "10"], "leave nfe=10 out"),
         (["--guidance", "2"], "leave guidance out"),
     ):
         assert run(["sample", str(out), "--out", str(tmp_path / "x"), *more]) == 2
-        assert told in " ".join(capsys.readouterr().err.split())
+        assert command in " ".join(capsys.readouterr().err.split())
         assert not (tmp_path / "x").exists()
 
 
@@ -132,7 +132,7 @@ def test_times_and_weights_and_a_recipe(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "command"),
     [
         (["--mode", "dsnow"], "Did you mean 'dsno'"),
         (["--loss", "features", "--features", "fashon"], "Did you mean 'fashion'"),
@@ -143,7 +143,7 @@ def test_times_and_weights_and_a_recipe(folders, tmp_path):
         (["--accumulate", "0"], "accumulate must be a positive integer"),
     ],
 )
-def test_mistakes(more, told, folders, tmp_path, capsys):
+def test_mistakes(more, command, folders, tmp_path, capsys):
     assert distill(folders, tmp_path / "out", *more) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert command in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()

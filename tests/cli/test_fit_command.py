@@ -21,24 +21,24 @@ def fitted(tmp_path_factory):
     return folder
 
 
-def test_the_command_writes_into_the_models_folder(tmp_path, told):
+def test_the_command_writes_into_the_models_folder(tmp_path, command):
     folder = write_tiny(tmp_path / "model")
-    said = told("fit", folder, "--nfe", "2,3", "-n", 4)
+    said = command("fit", folder, "--nfe", "2,3", "-n", 4)
     assert f"wrote {folder / 'profile.json'}" in said
     line = next(line for line in said.splitlines() if line.startswith("next: "))
     assert line == f"next: fewstep sample {folder} --nfe 3 --out samples"
     profile = fewstep.Profile.load(folder / "profile.json")
     assert [row["nfe"] for row in profile.table()] == [2, 3]
-    assert "exists" in told("fit", folder, code=2)
+    assert "exists" in command("fit", folder, code=2)
 
 
-def test_auto_takes_what_was_measured(fitted, tmp_path, told):
+def test_auto_takes_what_was_measured(fitted, tmp_path, command):
     model = fewstep.load(fitted)
     name = model.profile.solver_for(4)
     made = fewstep.resolve(model, fewstep.SamplerRequest(nfe=4))
     assert (made.recipe.name, made.recipe.grid) == (name, "explicit")
     assert made.chosen == f"{name} at the times of the profile with 4 evaluations"
-    told("sample", fitted, "--nfe", 4, "-n", 2, "--out", tmp_path / "out")
+    command("sample", fitted, "--nfe", 4, "-n", 2, "--out", tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert stored["name"] == name
     assert stored["options"]["times"] == list(made.sampler.plan.knots.tolist())
@@ -66,11 +66,11 @@ def test_a_profile_of_other_weights_is_not_taken(fitted, tmp_path, caplog):
     assert "measured of other weights" in caplog.text
 
 
-def test_what_it_refuses(told, tmp_path):
-    assert "give --out FILE" in told("fit", "mixture-smooth", code=2)
+def test_what_it_refuses(command, tmp_path):
+    assert "give --out FILE" in command("fit", "mixture-smooth", code=2)
     out = tmp_path / "p.json"
-    assert "integers from 2 to 40" in told(
+    assert "integers from 2 to 40" in command(
         "fit", "mixture-smooth", "--nfe", "x", "--out", out, code=2
     )
-    assert "built-in sampler" in told("fit", "fashion-1step", "--out", out, code=2)
+    assert "built-in sampler" in command("fit", "fashion-1step", "--out", out, code=2)
     assert not out.exists()

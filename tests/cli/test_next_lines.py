@@ -100,6 +100,7 @@ def test_listings(capsys):
         capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_compare_its_page_and_analyze(capsys):
     words = [
         "compare",

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.cli import record as command
 from fewstep.cli import run
 from fewstep.trajectories import TrajectoryStore, writing
 from tiny_models import write_tiny
@@ -19,12 +18,12 @@ def tiny(tmp_path_factory):
     return str(write_tiny(tmp_path_factory.mktemp("a model")))
 
 
-def test_a_store_from_record_to_verify_to_stats(tiny, tmp_path, told, monkeypatch):
-    monkeypatch.setattr(command, "FEW", 2)
+def test_a_store_from_record_to_verify_to_stats(tiny, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(subcommand, "FEW", 2)
     out = tmp_path / "store"
     words = ["record", tiny, "-n", 10, "--nfe", 5, "--shard-size", 4, "--seed", 3]
     words += ["--class-labels", "shoe,0", "--guidance", 1.5, "--keep", "uniform:2"]
-    text = told(*words, "--out", out)
+    text = command(*words, "--out", out)
     assert f"wrote {out}: 10 trajectories, 3 states each" in text
     assert f"next: fewstep distill '{tiny}' {out} --out {out}-operator" in text
     store = TrajectoryStore.open(out)
@@ -40,19 +39,19 @@ def test_a_store_from_record_to_verify_to_stats(tiny, tmp_path, told, monkeypatc
     )
     assert torch.allclose(batch.states[:, -1], samples, atol=2e-2, rtol=1e-2)
 
-    text = told("record", "--verify", out)
+    text = command("record", "--verify", out)
     assert "is sound: 3 shards" in text
     assert "integrated again" in text
-    text = told("record", "--stats", out)
+    text = command("record", "--stats", out)
     assert "10 trajectories" in text
     assert re.search(r"suggested: --basis (dct|dft) --modes \d+", text)
     assert "0.4995" not in text
     assert re.search(r"^ +1 +499\.5 ", text, re.MULTILINE)  # frame 1 of uniform:2
 
 
-def test_an_interrupted_run_goes_on_and_says_how(tiny, tmp_path, told, monkeypatch, capsys):
-    command = ["record", tiny, "-n", 6, "--nfe", 2, "--keep", 1, "--shard-size", 2, "--out"]
-    told(*command, tmp_path / "whole")
+def test_an_interrupted_run_goes_on_and_says_how(tiny, tmp_path, command, monkeypatch, capsys):
+    subcommand = ["record", tiny, "-n", 6, "--nfe", 2, "--keep", 1, "--shard-size", 2, "--out"]
+    command(*subcommand, tmp_path / "whole")
     plain, calls = writing.write_shard, []
 
     def interrupted(*arguments):
@@ -62,18 +61,18 @@ def test_an_interrupted_run_goes_on_and_says_how(tiny, tmp_path, told, monkeypat
         return plain(*arguments)
 
     monkeypatch.setattr(writing, "write_shard", interrupted)
-    assert run([str(a) for a in [*command, tmp_path / "cut"]]) == 130
+    assert run([str(a) for a in [*subcommand, tmp_path / "cut"]]) == 130
     assert "to go on, give it again" in capsys.readouterr().err
     monkeypatch.undo()
-    assert "2 of 3 shards are missing" in told("record", "--stats", tmp_path / "cut", code=2)
-    assert "is missing" in told("record", "--verify", tmp_path / "cut", code=1)
-    told("record", tiny, "--out", tmp_path / "cut")
+    assert "2 of 3 shards are missing" in command("record", "--stats", tmp_path / "cut", code=2)
+    assert "is missing" in command("record", "--verify", tmp_path / "cut", code=1)
+    command("record", tiny, "--out", tmp_path / "cut")
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_damage_is_told_with_its_mend(tiny, tmp_path, told):
-    told(
+def test_damage_is_told_with_its_mend(tiny, tmp_path, command):
+    command(
         "record",
         tiny,
         "-n",
@@ -90,29 +89,31 @@ def test_damage_is_told_with_its_mend(tiny, tmp_path, told):
     path = tmp_path / "s" / "shard-00001.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    text = told("record", "--verify", tmp_path / "s", code=1)
+    text = command("record", "--verify", tmp_path / "s", code=1)
     assert "shard 1 is damaged: its checksum does not match" in text
     assert f"fewstep record '{tiny}' --out {tmp_path / 's'}" in text
-    told("record", tiny, "--out", tmp_path / "s")
+    command("record", tiny, "--out", tmp_path / "s")
     assert path.read_bytes() == whole
 
 
-def test_a_store_whose_model_is_gone_is_still_checked(tmp_path, told):
-    told("record", "mixture-smooth", "-n", 4, "--nfe", 4, "--out", tmp_path)
+def test_a_store_whose_model_is_gone_is_still_checked(tmp_path, command):
+    command("record", "mixture-smooth", "-n", 4, "--nfe", 4, "--out", tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["about"] = {"model": str(tmp_path / "gone")}
     del manifest["content_sha256"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    text = told("record", "--verify", tmp_path)
+    text = command("record", "--verify", tmp_path)
     assert "nothing was integrated again: its model cannot be loaded" in text
     assert "is sound" in text
-    assert "no spectrum: its model cannot be loaded" in told("record", "--stats", tmp_path)
-    assert "integrated again: relative" in told("record", "mixture-smooth", "--verify", tmp_path)
-    assert "another model" in told("record", "mixture-sharp", "--verify", tmp_path, code=2)
+    assert "no spectrum: its model cannot be loaded" in command("record", "--stats", tmp_path)
+    assert "integrated again: relative" in command(
+        "record", "mixture-smooth", "--verify", tmp_path
+    )
+    assert "another model" in command("record", "mixture-sharp", "--verify", tmp_path, code=2)
 
 
-def test_drawn_labels_and_kept_knots(tiny, tmp_path, told):
-    command = [
+def test_drawn_labels_and_kept_knots(tiny, tmp_path, command):
+    subcommand = [
         "record",
         tiny,
         "-n",
@@ -124,7 +125,7 @@ def test_drawn_labels_and_kept_knots(tiny, tmp_path, told):
         "--class-labels",
         "random",
     ]
-    told(*command, "--keep", "knots:1,3", "--dtype", "float32", "--out", tmp_path)
+    command(*subcommand, "--keep", "knots:1,3", "--dtype", "float32", "--out", tmp_path)
     store = TrajectoryStore.open(tmp_path)
     assert store.manifest.knots == [0, 1, 3, 4]
     assert set(store.read(range(40)).conditions["class_labels"].tolist()) == {0, 1, 2}
@@ -153,16 +154,16 @@ def test_drawn_labels_and_kept_knots(tiny, tmp_path, told):
         (["--stats", "OUT", "--overwrite"], "leave --overwrite out"),
     ],
 )
-def test_mistakes(tmp_path, told, arguments, message):
+def test_mistakes(tmp_path, command, arguments, message):
     there = {"MODEL": "mixture-smooth", "OUT": str(tmp_path / "store")}
-    text = told("record", *(there.get(a, a) for a in arguments), code=2)
+    text = command("record", *(there.get(a, a) for a in arguments), code=2)
     assert message in text
     assert not (tmp_path / "store").exists()
 
 
-def test_other_settings_need_overwrite(tmp_path, told):
-    command = ["record", "mixture-smooth", "--nfe", 4, "--keep", 2, "--out", tmp_path, "-n"]
-    told(*command, 4)
-    assert "n 4, now 5; give those, --overwrite" in told(*command, 5, code=2)
-    told(*command, 5, "--overwrite")
+def test_other_settings_need_overwrite(tmp_path, command):
+    subcommand = ["record", "mixture-smooth", "--nfe", 4, "--keep", 2, "--out", tmp_path, "-n"]
+    command(*subcommand, 4)
+    assert "n 4, now 5; give those, --overwrite" in command(*subcommand, 5, code=2)
+    command(*subcommand, 5, "--overwrite")
     assert len(TrajectoryStore.open(tmp_path)) == 5

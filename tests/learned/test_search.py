@@ -321,6 +321,7 @@ def quad(steps: int = 5) -> dict:
     return {"times": [(1 - i / steps) ** 2 for i in range(steps)] + [0.0]}
 
 
+@pytest.mark.slow
 def test_gs_by_endpoint_is_near_exact_at_five_evaluations():
     """Measured there: 1.91e-3 at the start, 0.1e-3 after 600 steps; here a fifth of them."""
     tuned = tune(
@@ -337,6 +338,7 @@ def test_gs_by_endpoint_is_near_exact_at_five_evaluations():
     assert rms[1] < 0.5 * rms[0]
 
 
+@pytest.mark.slow
 def test_ggdm_by_its_own_loss_beats_ddim_and_multistep_solvers():
     """Measured there: 6.51e-3 at the start (DDIM), 0.5e-3 to 0.8e-3 after; tAB3 has 1.9e-3."""
     tuned = tune(

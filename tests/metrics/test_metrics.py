@@ -175,6 +175,7 @@ COVERING = {
 
 
 @pytest.mark.parametrize("name", COVERING)
+@pytest.mark.slow
 def test_intervals_cover_at_their_nominal_rate(name: str) -> None:
     trials, function = COVERING[name]
     level, rows = 0.9, []

@@ -67,12 +67,9 @@ def test_properties():
 
 
 @pytest.mark.parametrize("name", WITH_PLANS)
-@pytest.mark.parametrize("schedule", ["vp-linear", "ddpm-linear", "edm"])
-def test_round_trip_bit_for_bit(name, schedule, tmp_path):
-    try:
-        plan = fewstep.plan(name, fewstep.schedule(schedule), steps=4)
-    except ValueError as error:
-        pytest.skip(str(error))
+def test_round_trip_bit_for_bit(name, tmp_path):
+    """Through a file; on every schedule it is tested with the solvers."""
+    plan = fewstep.plan(name, fewstep.schedule("ddpm-linear"), steps=4, to_zero=False)
     path = plan.save(tmp_path / "plan.json")
     again = Plan.load(path)
     assert again.structure == plan.structure

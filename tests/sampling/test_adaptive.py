@@ -35,7 +35,7 @@ def solved(denoiser, x: Tensor, *, save: bool = False, **options) -> Trajectory:
 
 
 @cache
-def tight(toy: str, n: int, tolerance: float = 1e-12) -> Trajectory:
+def tight(toy: str, n: int, tolerance: float = 1e-11) -> Trajectory:
     options = {"rtol": tolerance, "atol": tolerance, "max_steps": 5000}
     return solved(TOYS[toy](VP), starts(n), save=True, **options)
 
@@ -66,23 +66,24 @@ def by_scipy(denoiser, x: Tensor, times: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["vp-linear", "flow", "edm"])
 def test_agrees_with_scipy(name):
     denoiser = exact.smooth(fewstep.schedule(name))
-    sampler = AdaptiveSampler(denoiser, rtol=1e-10, atol=1e-10)
+    sampler = AdaptiveSampler(denoiser, rtol=1e-9, atol=1e-9)
     x = sampler.start(starts(3))
     made = sampler.run(x, Run(NoiseSource(0, range(3)), save=True))
     expected = by_scipy(denoiser, x, made.times)
     size = expected.abs().amax(dim=(1, 2))[:, None, None]
     assert made.times[0] == denoiser.schedule.t_max
     assert made.times[-1] == denoiser.schedule.t_min
-    assert float(((made.states - expected) / size).abs().max()) < 2e-8
+    assert float(((made.states - expected) / size).abs().max()) < 1e-7
     assert torch.equal(made.states[0], x)
     assert torch.equal(made.states[-1], made.x)
 
 
+@pytest.mark.slow
 def test_error_follows_the_tolerance_at_order_five():
-    reference = tight("smooth", 32).x
+    reference = tight("smooth", 16).x
     errors, calls = [], []
     for tolerance in (1e-3, 1e-5, 1e-7, 1e-9):
-        made = solved(exact.smooth(VP), starts(32), rtol=tolerance, atol=tolerance)
+        made = solved(exact.smooth(VP), starts(16), rtol=tolerance, atol=tolerance)
         errors.append(rms(made.x - reference))
         calls.append(made.nfe)
     for larger, smaller in itertools.pairwise(errors):
@@ -112,20 +113,21 @@ RK45 = {
 
 
 @pytest.mark.parametrize("toy", ["smooth", "sharp"])
+@pytest.mark.slow
 def test_is_as_good_as_one_step_size_for_all(toy):
-    reference = tight(toy, 128, 1e-9).x
+    reference = tight(toy, 96, 1e-8).x
     for tolerance, (calls, error) in RK45[toy].items():
-        made = solved(TOYS[toy](VP), starts(128), rtol=tolerance, atol=tolerance)
+        made = solved(TOYS[toy](VP), starts(96), rtol=tolerance, atol=tolerance)
         assert made.nfe < 2 * calls
         assert rms(made.x - reference) < 3 * error
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    denoiser, x = exact.sharp(VP), starts(9)
+    denoiser, x = exact.sharp(VP), starts(5)
     together = solved(denoiser, x, save=True)
-    alone = [solved(denoiser, x[i : i + 1], save=True) for i in range(9)]
+    alone = [solved(denoiser, x[i : i + 1], save=True) for i in range(5)]
     assert len({one.nfe for one in alone}) > 1
-    assert together.nfe == pytest.approx(sum(one.nfe for one in alone) / 9)
+    assert together.nfe == pytest.approx(sum(one.nfe for one in alone) / 5)
     torch.testing.assert_close(
         together.states, torch.cat([one.states for one in alone], 1), rtol=0, atol=1e-11
     )
@@ -189,10 +191,10 @@ def test_schedules_with_the_same_noise_ratio_take_the_same_steps():
 
 
 def test_states_between_steps_are_of_order_four():
-    reference = tight("smooth", 32)
+    reference = tight("smooth", 16)
     errors, calls = [], []
     for tolerance in (1e-4, 1e-6, 1e-8):
-        made = solved(exact.smooth(VP), starts(32), rtol=tolerance, atol=tolerance, save=True)
+        made = solved(exact.smooth(VP), starts(16), rtol=tolerance, atol=tolerance, save=True)
         errors.append(rms(made.states[1:-1] - reference.states[1:-1]))
         calls.append(made.nfe)
         assert errors[-1] < 10 * tolerance
@@ -204,9 +206,9 @@ def test_states_between_steps_are_of_order_four():
 
 
 def test_float32_states_reach_float32_accuracy():
-    made = solved(exact.smooth(VP), starts(32).float(), rtol=1e-5, atol=1e-5)
+    made = solved(exact.smooth(VP), starts(16).float(), rtol=1e-5, atol=1e-5)
     assert made.x.dtype == torch.float32
-    assert rms(made.x.double() - tight("smooth", 32).x) < 6e-5
+    assert rms(made.x.double() - tight("smooth", 16).x) < 6e-5
 
 
 # --- the face ---
@@ -216,7 +218,7 @@ def test_sample_by_name():
     denoiser = exact.smooth(VP)
     made = fewstep.sample(denoiser, 4, solver="dopri5", options={"rtol": 1e-6, "atol": 1e-6})
     z = NoiseSource(0, range(4)).draw(-1, (2,), dtype=torch.float64)
-    expected = solved(denoiser, VP.prior_std() * z, rtol=1e-12, atol=1e-12, max_steps=5000).x
+    expected = solved(denoiser, VP.prior_std() * z, rtol=1e-9, atol=1e-9).x
     assert made.dtype == torch.float32
     assert rms(made.double() - expected) < 2e-5
     again = fewstep.sample(
@@ -240,7 +242,7 @@ def test_sample_from_an_image():
     )
     t = torch.tensor(0.4, dtype=torch.float64)
     x = schedule.alpha(t) * image.double() + schedule.sigma(t) * noise
-    expected = solved(denoiser, x, rtol=1e-12, atol=1e-12, t_start=0.4, max_steps=5000).x
+    expected = solved(denoiser, x, rtol=1e-9, atol=1e-9, t_start=0.4).x
     assert rms(made - expected) < 1e-4
 
 
@@ -360,14 +362,14 @@ def test_likelihood_with_fixed_steps(solver, steps, calls, error):
 def test_estimated_divergence_is_unbiased(probe):
     denoiser = exact.smooth(VP)
     x = denoiser.draw(1, t=VP.t_min, seed=3)
-    truth = log_likelihood(denoiser, x, exact=True, steps=24).nats
+    truth = log_likelihood(denoiser, x, exact=True, steps=12).nats
     # Every row has a probe of its own.
-    found = log_likelihood(denoiser, x.expand(600, 2), probe=probe, steps=24).nats
+    found = log_likelihood(denoiser, x.expand(400, 2), probe=probe, steps=12).nats
     spread = float(found.std())
     assert spread > 0.05
-    assert abs(float(found.mean() - truth)) < 4 * spread / math.sqrt(600)
-    more = log_likelihood(denoiser, x.expand(150, 2), probe=probe, steps=24, probes=16).nats
-    assert abs(float(more.mean() - truth)) < 4 * spread / math.sqrt(150 * 16)
+    assert abs(float(found.mean() - truth)) < 4 * spread / math.sqrt(400)
+    more = log_likelihood(denoiser, x.expand(100, 2), probe=probe, steps=12, probes=16).nats
+    assert abs(float(more.mean() - truth)) < 4 * spread / math.sqrt(100 * 16)
     assert 0.15 < float(more.std()) / spread < 0.4
 
 

@@ -49,6 +49,7 @@ def test_the_global_generator_does_not_matter(solver):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_the_same_in_another_process():
     """Each sample's noise, too: it is what a stochastic solver draws."""
     code = (

@@ -299,7 +299,7 @@ def test_stochastic_slopes_on_a_gaussian(
 
 
 # On a mixture: the density of the samples on a grid, step by step, no sampling.
-POINTS = torch.linspace(-6.0, 6.0, 1201, dtype=torch.float64)
+POINTS = torch.linspace(-6.0, 6.0, 841, dtype=torch.float64)
 WIDTH = float(POINTS[1] - POINTS[0])
 
 
@@ -334,6 +334,7 @@ def _density_error(accelerated: bool, steps: int) -> float:
     return 0.5 * float((density - truth).abs().sum() * WIDTH)
 
 
+@pytest.mark.slow
 def test_stochastic_slopes_on_a_mixture() -> None:
     """(24) is of first order on anything but a Gaussian, with a constant 2 to 3 times below DDPM's.
 

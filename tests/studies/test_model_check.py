@@ -23,7 +23,7 @@ def wrap(network=None, **options):
 
 
 def check(denoiser, data=DATA):
-    return model_check(denoiser, data, n=1500 if data is not None else 256)
+    return model_check(denoiser, data, n=700 if data is not None else 256)
 
 
 @pytest.mark.parametrize("data", [DATA, None], ids=["data", "samples"])
@@ -53,7 +53,7 @@ def test_a_wrong_prediction_is_named(right):
 @pytest.mark.parametrize(("right", "wrong"), [("eps", "x0"), ("x0", "eps"), ("v", "eps")])
 def test_a_wrong_prediction_shows_without_data_too(right, wrong):
     model = wrap(lambda x, t: TRUTH(x, t, prediction=right), prediction=wrong)
-    found = model_check(model, n=512)
+    found = model_check(model, n=256)
     assert found.wrong == ("prediction",)
     assert found.best.hypothesis.prediction == right
     assert f"prediction='{right}'" in found.say()

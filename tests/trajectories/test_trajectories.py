@@ -696,6 +696,7 @@ print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_three_writers_of_which_one_is_killed(tmp_path):
     """Three forks of one process, which imports torch once for all of them."""
     alone = fewstep.record(MODEL, tmp_path / "alone", n=96, nfe=8, shard_size=8, batch_size=4)
