@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.cli import record as record_command
 from fewstep.cli import run
 from fewstep.trajectories import TrajectoryStore, writing
 from tiny_models import write_tiny
@@ -19,7 +20,7 @@ def tiny(tmp_path_factory):
 
 
 def test_a_store_from_record_to_verify_to_stats(tiny, tmp_path, command, monkeypatch):
-    monkeypatch.setattr(subcommand, "FEW", 2)
+    monkeypatch.setattr(record_command, "FEW", 2)
     out = tmp_path / "store"
     words = ["record", tiny, "-n", 10, "--nfe", 5, "--shard-size", 4, "--seed", 3]
     words += ["--class-labels", "shoe,0", "--guidance", 1.5, "--keep", "uniform:2"]
