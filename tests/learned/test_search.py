@@ -492,7 +492,7 @@ def test_a_search_that_finds_nothing_gives_back_the_start():
                 "learning_rate": 50.0, "evaluate_every": 2, "patience": 2, "batch_size": 4},
     )  # fmt: skip
     assert tuned.verdict.state == "start"
-    base = fewstep.plan("tab3", VP, nfe=3, grid="quadratic")
+    base = fewstep.plan("auto", VP, nfe=3)
     assert torch.equal(tuned.plan.values, base.values)
     assert tuned.plan.structure == base.structure
     assert tuned.scores["after"] == tuned.scores["before"]

@@ -637,8 +637,8 @@ def test_another_model_cannot_go_on(store):
         ({"shard_size": 10}, "shard_size 8, now 10"),
         ({"batch_size": 8}, "batch_size 4, now 8"),
         ({"nfe": 9}, "of 8 evaluations, now .* of 9 evaluations"),
-        ({"solver": "ddim"}, "tab3 of 8 evaluations, now ddim of 8 evaluations"),
-        ({"keep": 2}, "tab3|times"),
+        ({"solver": "ddim"}, "unipc2 of 8 evaluations, now ddim of 8 evaluations"),
+        ({"keep": 2}, "unipc2|times"),
     ],
 )
 def test_other_settings_are_refused_by_name(store, change, message):

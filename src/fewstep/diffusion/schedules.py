@@ -340,6 +340,7 @@ class VPSigma(NoiseSchedule):
     """
 
     name = "vp-sigma"
+    suits = dict.fromkeys(("uniform", "quadratic", "power", "karras"), "logistic")
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 700.0) -> None:
         _check(
