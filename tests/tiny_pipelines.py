@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,36 @@ def normal(shape: tuple[int, ...], seed: int = 0, **kind: Any) -> torch.Tensor:
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """One call of a pipeline's network: its first argument, its timestep, the other arguments, its output."""
+
+    x: torch.Tensor
+    t: float
+    given: dict[str, Any]
+    output: torch.Tensor
+
+
+def first_call(pipe: Any, **arguments: Any) -> NetworkCall:
+    """Runs two steps of a pipeline; returns the first call of its network."""
+    network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    calls: list[NetworkCall] = []
+
+    def keep(_: Any, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        x = named["hidden_states"] if "hidden_states" in named else args[0]
+        t = torch.as_tensor(named["timestep"] if "timestep" in named else args[1])
+        value = output[0] if isinstance(output, tuple) else output.sample
+        calls.append(NetworkCall(x.detach(), float(t.flatten()[0]), named, value.detach()))
+
+    hook = network.register_forward_hook(keep, with_kwargs=True)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        pipe(num_inference_steps=2, generator=seeded(), **arguments)
+    finally:
+        hook.remove()
+    return calls[0]
 
 
 def _seeded(build: Any) -> Any:
@@ -352,4 +383,270 @@ def pixart(scheduler: Any) -> Any:
         vae=vae(),
         transformer=pixart_transformer(),
         scheduler=scheduler,
+    )
+
+
+def cogvideo(scheduler: Any) -> Any:
+    import diffusers
+
+    return diffusers.CogVideoXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=_cogvideo_parts()[0],
+        transformer=_cogvideo_parts()[1],
+        scheduler=scheduler,
+    )
+
+
+@_seeded
+def _cogvideo_parts() -> Any:
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+    autoencoder = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=16,
+        num_layers=1,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        patch_size=2,
+        max_text_seq_length=16,
+    )
+    return autoencoder.eval(), transformer.eval()
+
+
+def ltx(scheduler: Any) -> Any:
+    import diffusers
+
+    autoencoder, transformer = _ltx_parts()
+    return diffusers.LTXPipeline(
+        scheduler=scheduler,
+        vae=autoencoder,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+
+
+@_seeded
+def _ltx_parts() -> Any:
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
+
+    autoencoder = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=1,
+        caption_channels=16,
+    )
+    return autoencoder.eval(), transformer.eval()
+
+
+def wan(scheduler: Any) -> Any:
+    import diffusers
+
+    autoencoder, transformer = _wan_parts()
+    return diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=autoencoder,
+        scheduler=scheduler,
+        transformer=transformer,
+    )
+
+
+@_seeded
+def _wan_parts() -> Any:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    autoencoder = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    return autoencoder.eval(), transformer.eval()
+
+
+def qwen(scheduler: Any) -> Any:
+    import diffusers
+
+    autoencoder, transformer = _qwen_parts()
+    return diffusers.QwenImagePipeline(
+        scheduler=scheduler,
+        vae=autoencoder,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+
+
+@_seeded
+def _qwen_parts() -> Any:
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    return autoencoder.eval(), transformer.eval()
+
+
+def kandinsky(scheduler: Any) -> Any:
+    import diffusers
+
+    network, movq = _kandinsky_parts()
+    return diffusers.KandinskyV22Pipeline(unet=network, scheduler=scheduler, movq=movq)
+
+
+@_seeded
+def _kandinsky_parts() -> Any:
+    from diffusers import UNet2DConditionModel, VQModel
+
+    network = UNet2DConditionModel(
+        in_channels=4,
+        out_channels=8,
+        addition_embed_type="image",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="image_proj",
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        resnet_time_scale_shift="scale_shift",
+    )
+    movq = VQModel(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        norm_num_groups=8,
+        norm_type="spatial",
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )
+    return network.eval(), movq.eval()
+
+
+def stable_video(scheduler: Any) -> Any:
+    import diffusers
+
+    network, autoencoder, encoder, processor = _stable_video_parts()
+    return diffusers.StableVideoDiffusionPipeline(
+        vae=autoencoder,
+        image_encoder=encoder,
+        unet=network,
+        scheduler=scheduler,
+        feature_extractor=processor,
+    )
+
+
+@_seeded
+def _stable_video_parts() -> Any:
+    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    network = UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=16,
+        num_attention_heads=4,
+        projection_class_embeddings_input_dim=24,
+        addition_time_embed_dim=8,
+    )
+    autoencoder = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        latent_channels=4,
+    )
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=16,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            intermediate_size=16,
+            patch_size=4,
+        )
+    )
+    processor = CLIPImageProcessor(crop_size=16, size=16)
+    return network.eval(), autoencoder.eval(), encoder.eval(), processor
+
+
+def text_to_video(scheduler: Any) -> Any:
+    import diffusers
+
+    return diffusers.TextToVideoSDPipeline(
+        vae=vae(), text_encoder=clip_text(), tokenizer=None, unet=unet3d(), scheduler=scheduler
     )

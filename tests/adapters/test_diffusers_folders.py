@@ -40,22 +40,8 @@ def euler() -> Any:
 
 def first_call(pipe: Any, **arguments: Any) -> tuple[torch.Tensor, float, torch.Tensor]:
     """Runs a pipeline; returns the input, the timestep and the output of its first network call."""
-    network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
-    calls: list[tuple[torch.Tensor, float, torch.Tensor]] = []
-
-    def keep(_: Any, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        x = named["hidden_states"] if "hidden_states" in named else given[0]
-        t = torch.as_tensor(named.get("timestep", given[1] if len(given) > 1 else None))
-        value = output[0] if isinstance(output, tuple) else output.sample
-        calls.append((x.detach(), float(t.flatten()[0]), value.detach()))
-
-    hook = network.register_forward_hook(keep, with_kwargs=True)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        pipe(num_inference_steps=2, generator=tiny.seeded(), output_type="latent", **arguments)
-    finally:
-        hook.remove()
-    return calls[0]
+    call = tiny.first_call(pipe, output_type="latent", **arguments)
+    return call.x, call.t, call.output
 
 
 def saved(pipe: Any, folder: Any, **options: Any) -> Any:
