@@ -407,7 +407,8 @@ def refused(scheduler: str) -> str:
     config = {"_class_name": scheduler}
     kind = getattr(diffusers, scheduler, None)
     if kind is not None:
-        config = {**kind().config, **config}
+        given = {"mask_token_id": 1} if scheduler == "AmusedScheduler" else {}
+        config = {**kind(**given).config, **config}
     try:
         PlanScheduler.from_config(config)
     except ValueError as error:

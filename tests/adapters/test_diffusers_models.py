@@ -263,3 +263,16 @@ def test_only_safetensors_and_known_networks(tmp_path):
     tiny.unet1d().save_pretrained(tmp_path / "audio")
     with pytest.raises(ValueError, match="UNet1DModel"):
         fewstep.load(tmp_path / "audio")
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "PlanScheduler"])
+def test_a_scheduler_saved_with_an_infinite_number_is_read(tmp_path, name):
+    """DPM-Solver's own files hold lambda_min_clipped = -Infinity, which JSON proper has not."""
+    from fewstep.adapters.diffusers import PlanScheduler
+
+    kind = PlanScheduler if name == "PlanScheduler" else getattr(diffusers, name)
+    diffusers.DDPMPipeline(tiny.unet2d(), kind()).save_pretrained(tmp_path)
+    assert "-Infinity" in (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+    schedule, want = fewstep.load(tmp_path, device="cpu").schedule, fewstep.schedule("ddpm-linear")
+    times = torch.tensor([0.0, 500.0, 999.0], dtype=torch.float64)
+    assert torch.allclose(schedule.lam(times), want.lam(times), atol=1e-3)

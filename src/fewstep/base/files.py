@@ -99,25 +99,32 @@ def _json_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_json(path: str | Path, *, what: str = "file", checksum: bool = False) -> Any:
+def read_json(
+    path: str | Path, *, what: str = "file", checksum: bool = False, infinite: bool = False
+) -> Any:
     """Reads a JSON file.
 
     Arguments:
         path: The file.
         what: What it is, for messages.
         checksum: Whether it must have a checksum, as files have that only fewstep writes.
+        infinite: Whether numbers may be infinite, as other libraries write them.
 
     Raises:
         ValueError: If it is missing, unreadable, not JSON, or not what its checksum says; the
             message names the file.
     """
     try:
-        return loads_json(Path(path).read_bytes(), what=f"{what} {str(path)!r}", checksum=checksum)
+        name = f"{what} {str(path)!r}"
+        content = Path(path).read_bytes()
+        return loads_json(content, what=name, checksum=checksum, infinite=infinite)
     except OSError as error:
         raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from None
 
 
-def loads_json(text: str | bytes, *, what: str, checksum: bool = False) -> Any:
+def loads_json(
+    text: str | bytes, *, what: str, checksum: bool = False, infinite: bool = False
+) -> Any:
     """Parses JSON, refusing NaN, infinity, repeated keys and absurd nesting with a clear error.
 
     Raises:
@@ -127,7 +134,7 @@ def loads_json(text: str | bytes, *, what: str, checksum: bool = False) -> Any:
         value = json.loads(
             text,
             parse_float=_finite,
-            parse_constant=_refuse_constant,
+            parse_constant=_infinity if infinite else _refuse_constant,
             object_pairs_hook=_unique,
         )
     except RecursionError:
@@ -168,6 +175,10 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a number that a file may hold")
     return number
+
+
+def _infinity(name: str) -> float:
+    return _refuse_constant(name) if name == "NaN" else float(name)
 
 
 def _refuse_constant(name: str) -> float:

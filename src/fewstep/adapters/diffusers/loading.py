@@ -231,7 +231,8 @@ def load_denoiser(
         raise ValueError(
             f"the pipeline {str(folder)!r} ({title}) was saved without a scheduler, which says its noise levels"
         )
-    config = read_json(folder / "scheduler" / "scheduler_config.json", what="scheduler")
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(file, what="scheduler", infinite=True)  # lambda_min_clipped
     network = _part(folder / name, dtype, config)
     return _denoiser(_Folder(folder, title, index, network, config), dtype).to(device)
 
