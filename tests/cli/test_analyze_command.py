@@ -116,7 +116,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(stages, "advise", stop)
         assert analyze(out) == 130
-    assert "give it again" in capsys.readouterr().err
+    assert "to resume: fewstep analyze" in capsys.readouterr().err
     assert (out / "unfinished.json").exists()
     assert not (out / "report.html").exists()
     assert analyze(out, "--seed", "1") == 2

@@ -557,10 +557,11 @@ def test_train_resumes_and_its_model_samples(command, tmp_path, small_recipe, mo
     out = tmp_path / "out"
     monkeypatch.setattr(Batches, "__call__", interrupted)
     assert run([*subcommand, "--out", str(out)]) == 130
-    assert "to go on, give it again: fewstep train" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "the checkpoint of step 3 is kept; to resume: fewstep train" in err
     assert not (out / "model.json").exists()
     monkeypatch.setattr(Batches, "__call__", original)
-    assert "resumed at step 2" in command(*subcommand, "--out", out)
+    assert "resumed at step 3" in command(*subcommand, "--out", out)
     for name in ("model.safetensors", "samples.png"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

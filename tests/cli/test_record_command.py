@@ -63,7 +63,7 @@ def test_an_interrupted_run_goes_on_and_says_how(tiny, tmp_path, command, monkey
 
     monkeypatch.setattr(writing, "write_shard", interrupted)
     assert run([str(a) for a in [*subcommand, tmp_path / "cut"]]) == 130
-    assert "to go on, give it again" in capsys.readouterr().err
+    assert "files are kept; to resume: fewstep record" in capsys.readouterr().err
     monkeypatch.undo()
     assert "2 of 3 shards are missing" in command("record", "--stats", tmp_path / "cut", code=2)
     assert "is missing" in command("record", "--verify", tmp_path / "cut", code=1)

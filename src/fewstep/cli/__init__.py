@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from fewstep import __version__
-from fewstep.cli._common import fail
-
-RESUMABLE = ("sample", "tune", "record", "distill", "train", "compare", "analyze")
-"""The commands that go on when they are given again."""
+from fewstep.base.interrupts import Terminated, raise_on_sigterm
+from fewstep.cli._common import Flag, fail, is_verbose, set_verbosity
 
 
 def app() -> App:
@@ -54,6 +54,26 @@ def app() -> App:
         ("models", "listing", "models", "List the embedded models."),
     ):
         made.command(f"fewstep.cli.{module}:{function}", name=name, help=text)
+    made.meta.suppress_keyboard_interrupt = False
+    made.register_install_completion_command()
+    made.meta.group_parameters = Group("Every command", sort_key=9)
+
+    @made.meta.default
+    def launch(  # pyright: ignore[reportUnusedFunction]
+        *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+        quiet: Flag = False,
+        verbose: Flag = False,
+    ) -> Any:
+        """Run a command.
+
+        Args:
+            tokens: The command and its arguments.
+            quiet: Print neither progress nor words, only errors.
+            verbose: Print the log too, and where in the code an error comes from.
+        """
+        set_verbosity(quiet=quiet, verbose=verbose)
+        return made(list(tokens), exit_on_error=False, print_error=False)
+
     return made
 
 
@@ -61,18 +81,18 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code.
 
     0 is success, 1 a negative answer (a damaged plan, plans that differ), 2 a user's mistake, 3 a
-    result that is worse than its start, and 130 an interruption. With ``FEWSTEP_TRACEBACK=1`` mistakes are raised instead of told.
+    result that is worse than its start, 130 an interruption (Ctrl-C) and 143 an end that was asked for
+    (SIGTERM). With ``FEWSTEP_TRACEBACK=1`` mistakes are raised instead of told.
     """
     raising = os.environ.get("FEWSTEP_TRACEBACK") == "1"
     try:
-        result = app()(list(arguments), exit_on_error=False, print_error=False)
+        result = app().meta(list(arguments), exit_on_error=False, print_error=False)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        command = shlex.join(["fewstep", *arguments])
-        resumable = bool(arguments) and arguments[0] in RESUMABLE
-        hint = f"to go on, give it again: {command}" if resumable else f"again: {command}"
-        fail(f"interrupted; {hint}", kind="stopped")
-        return 130
+    except KeyboardInterrupt as stop:
+        command, kept = shlex.join(["fewstep", *arguments]), getattr(stop, "kept", None)
+        hint = f"{kept}; to resume: {command}" if kept else f"nothing was kept; again: {command}"
+        fail(f"interrupted: {hint}", kind="stopped")
+        return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
         # The reader of a pipe left, as `head` does; Python would complain once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,13 +100,18 @@ def run(arguments: Sequence[str]) -> int:
     except (CycloptsError, ValueError, TypeError, OSError) as error:
         if raising:
             raise
+        if is_verbose():
+            traceback.print_exc()
         fail(_message(error))
         return 2
+    finally:
+        set_verbosity()
     return result if isinstance(result, int) else 0
 
 
 def main() -> None:
     """Runs the command line of the process."""
+    raise_on_sigterm()
     sys.exit(run(sys.argv[1:]))
 
 

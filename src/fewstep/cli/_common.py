@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -30,17 +31,64 @@ WIDTH = 120
 """The width of tables that do not go to a terminal."""
 
 
-def console() -> Console:
-    """Returns the console for results."""
+class _Verbosity:
+    quiet = False
+    log: logging.Handler | None = None
+
+
+def set_verbosity(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Sets what is printed from now on.
+
+    Arguments:
+        quiet: Whether only results that a command is there to print, warnings and errors are.
+        verbose: Whether the log is printed too, on the error stream.
+
+    Raises:
+        ValueError: If both are asked for.
+    """
+    logger = logging.getLogger("fewstep")
+    if _Verbosity.log is not None:
+        logger.removeHandler(_Verbosity.log)
+        logger.setLevel(logging.NOTSET)
+        _Verbosity.log = None
+    _Verbosity.quiet = quiet
+    if quiet and verbose:
+        raise ValueError("give --quiet or --verbose, not both")
+    if verbose:
+        _Verbosity.log = logging.StreamHandler(sys.stderr)
+        logger.addHandler(_Verbosity.log)
+        logger.setLevel(logging.INFO)
+
+
+def is_verbose() -> bool:
+    """Whether the log is printed."""
+    return _Verbosity.log is not None
+
+
+def follows() -> bool:
+    """Whether progress is shown."""
+    return not _Verbosity.quiet
+
+
+def console(*, result: bool = False) -> Console:
+    """Returns the console for results; with --quiet it is silent, unless to print is the result."""
     from rich.console import Console
 
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
-    return Console(width=wide, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    quiet = _Verbosity.quiet and not result
+    return Console(
+        width=wide, highlight=False, markup=False, emoji=False, soft_wrap=False, quiet=quiet
+    )
 
 
 def say(text: str) -> None:
-    """Writes a line of results; it is not wrapped, so that paths can be copied."""
+    """Writes a line about the run; it is not wrapped, so that paths can be copied."""
     console().print(text, soft_wrap=True)
+
+
+def say_result(text: str) -> None:
+    """Writes a line that is the result of a command, with --quiet too."""
+    console(result=True).print(text, soft_wrap=True)
 
 
 def fail(text: str, *, kind: str = "error") -> None:
@@ -130,6 +178,7 @@ def draw(
     *,
     seed: int,
     cond: dict[str, Any],
+    image: Tensor | None = None,
     progress: Progress = SILENT,
 ) -> Tensor:
     """Returns the samples of these numbers in one batch, float32 on the CPU.
@@ -142,9 +191,8 @@ def draw(
     model = made.denoiser
     event_shape(model)
     ready = model.prepare(len(numbers), cond)
-    return (
-        run_batch(made, NoiseSource(seed, numbers), ready, on_call=progress.tick).x.float().cpu()
-    )
+    source = NoiseSource(seed, numbers)
+    return run_batch(made, source, ready, image=image, on_call=progress.tick).x.float().cpu()
 
 
 def event_shape(denoiser: Denoiser) -> tuple[int, ...]:
@@ -171,6 +219,12 @@ def budgets_of(text: str) -> list[int]:
     if not parts or not all(right):
         raise ValueError(f"--nfe is integers from 2 to 40, for example 5,10,20; got {text!r:.40}")
     return sorted({int(part) for part in parts})
+
+
+def kept_files(folder: Path, pattern: str, what: str) -> str | None:
+    """Returns in words how many files of an interrupted run there are, for :func:`keeping`."""
+    found = len(list(folder.glob(pattern)))
+    return f"{found} {what} {'is' if found == 1 else 'are'} kept" if found else None
 
 
 def output_folder(out: Path) -> Path:

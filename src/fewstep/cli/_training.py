@@ -49,6 +49,12 @@ def _checkpoint(out: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else {}
 
 
+def kept_step(out: Path) -> str | None:
+    """Returns in words which step of an interrupted run its checkpoint has."""
+    step = (_checkpoint(out) or {}).get("step")
+    return f"the checkpoint of step {step} is kept" if step else None
+
+
 def picture_of(sampler: Any, *, classes: int | None, seed: int, title: str) -> bytes:
     """Returns a PNG of samples, with the classes in turn."""
     from fewstep.reporting.plots import picture

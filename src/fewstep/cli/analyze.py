@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.base.files import write_json
+from fewstep.base.interrupts import keeping
 from fewstep.base.progress import progress_of
 from fewstep.base.runs import RunFolder, hash_inputs
 from fewstep.cli._common import (
     Flag,
     budgets_of,
+    check_device,
     console,
     event_shape,
+    follows,
+    kept_files,
     load_model,
     output_folder,
     parse_labels,
@@ -47,7 +51,7 @@ def analyze(
     class_labels: str | None = None,
     guidance: float | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: Flag = False,
 ) -> None:
     """Find out where a model's error comes from and which sampler suits it: OUT/report.html.
@@ -70,7 +74,7 @@ def analyze(
             the default for a model with classes.
         guidance: The scale of classifier-free guidance; 1 is none.
         seed: The seed.
-        device: Where to run, for example cpu or cuda.
+        device: Where to run: auto, cpu, cuda, mps.
         overwrite: Replace the results that are there.
     """
     budgets = budgets_of(nfe)
@@ -81,6 +85,7 @@ def analyze(
         raise ValueError(f"--budget must be a number of minutes, got {budget}")
     output_folder(out)
     _check_report()
+    asked_device, device = device, check_device(device)
     denoiser = load_model(model, device)
     event_shape(denoiser)
     if class_labels is None and "class_labels" in denoiser.null_condition:
@@ -117,7 +122,8 @@ def analyze(
     outputs = [REPORT, RESULTS, GRID, *(f"recipe-{k}.json" for k in budgets)]
     run = RunFolder(out, "run of fewstep analyze", outputs=outputs)
     with (
-        progress_of(True) as progress,
+        keeping(lambda: kept_files(out, "parts/*", "parts")),
+        progress_of(follows()) as progress,
         run.running(inputs, overwrite=overwrite, progress=progress),
     ):
         results, advice = study(
@@ -148,7 +154,7 @@ def analyze(
         )
     say(f"wrote {out / REPORT}, {out / RESULTS}, {out / GRID} and {len(recipes)} recipes")
     shown = results["enough"] or results["shown"]
-    recipe, on = out / f"recipe-{shown}.json", None if device == "cpu" else device
+    recipe, on = out / f"recipe-{shown}.json", None if asked_device == "auto" else asked_device
     again = command(
         "sample", model, recipe=recipe, class_labels=class_labels, device=on, out=f"{out}-samples"
     )

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from fewstep.base.interrupts import keeping
 from fewstep.cli._common import (
     Flag,
     console,
+    follows,
+    kept_files,
     load_model,
     output_folder,
     parse_labels,
@@ -49,7 +52,7 @@ def compare(
     class_labels: str | None = None,
     guidance: float | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     batch_size: int = 64,
     extend: Flag = False,
     overwrite: Flag = False,
@@ -80,7 +83,7 @@ def compare(
         class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all).
         guidance: The scale of classifier-free guidance; 1 is none.
         seed: The seed; sample i starts from the noise of (seed, i) with every sampler.
-        device: Where to run, for example cpu or cuda.
+        device: Where to run: auto, cpu, cuda, mps.
         batch_size: How many samples go through the network at a time.
         extend: Add to the finished comparison in OUT: its cells are kept, its report is replaced.
         overwrite: Replace the results that are there.
@@ -104,29 +107,30 @@ def compare(
 
     asked = METRICS if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
     real = None if data is None else _data(data, features, denoiser)
-    comparison = run(
-        denoiser,
-        solvers,
-        nfe=budgets,
-        folder=out,
-        n=n,
-        seed=seed,
-        data=real,
-        metrics=asked,
-        reference_nfe=reference_nfe,
-        guidance=guidance,
-        cond=cond,
-        batch_size=min(n, batch_size),
-        extend=extend,
-        overwrite=overwrite,
-        progress=True,
-    )
+    with keeping(lambda: kept_files(out, "cells/*.json", "finished cells")):
+        comparison = run(
+            denoiser,
+            solvers,
+            nfe=budgets,
+            folder=out,
+            n=n,
+            seed=seed,
+            data=real,
+            metrics=asked,
+            reference_nfe=reference_nfe,
+            guidance=guidance,
+            cond=cond,
+            batch_size=min(n, batch_size),
+            extend=extend,
+            overwrite=overwrite,
+            progress=follows(),
+        )
     invocation = Invocation(
         model=model,
         data=data or "",
         command=given,
         class_labels=class_labels,
-        device=None if device == "cpu" else device,
+        device=None if device == "auto" else device,
     )
     verdicts = judge(comparison)
     paths = write_report(comparison, invocation, verdicts)
@@ -196,7 +200,7 @@ def _command(given: dict[str, Any]) -> str:
         "reference_nfe": 200,
         "class_labels": None,
         "guidance": None,
-        "device": "cpu",
+        "device": "auto",
         "batch_size": 64,
     }
     always = {name: given[name] for name in ("solvers", "nfe", "n", "seed")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,14 +10,17 @@ from fewstep.base.files import write_atomic, write_json
 from fewstep.base.progress import Progress, progress_of
 from fewstep.cli._common import (
     Flag,
+    check_device,
     console,
     draw,
     event_shape,
+    follows,
     load_model,
     output_folder,
     refuse_existing,
     say,
 )
+from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +51,7 @@ def demo(
     out: Path,
     model: str = "fashion",
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: Flag = False,
 ) -> None:
     """Compare samplers at 5 and 10 evaluations with a reference at 200: a table and a picture.
@@ -58,7 +60,7 @@ def demo(
         out: The folder to write: demo.png and results.json.
         model: An embedded name (see `fewstep models`), or a folder; a model of images.
         seed: The seed; all samplers start from the same noise.
-        device: Where to run, for example cpu or cuda.
+        device: Where to run: auto, cpu, cuda, mps.
         overwrite: Replace the results that are there.
     """
     from fewstep.diffusion.noise import NoiseSource
@@ -66,12 +68,13 @@ def demo(
     output_folder(out)
     refuse_existing(out, (PICTURE, RESULTS), overwrite=overwrite)
     NoiseSource(seed, ())
+    asked, device = device, check_device(device)
     denoiser = load_model(model, device)
     shape = event_shape(denoiser)
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(
             f"the demo shows images, {model!r} makes samples of shape {shape}; "
-            f"see it with: fewstep sample {shlex.quote(model)} --out samples"
+            f"see it with: {command('sample', model, out='samples')}"
         )
     classes = getattr(getattr(denoiser, "network", None), "num_classes", None)
     labels = [i % classes for i in range(SAMPLES)] if classes else None
@@ -80,7 +83,7 @@ def demo(
     reference = _sampler(denoiser, REFERENCE, REFERENCE_NFE, REFERENCE_GRID)
     rows = [(name, nfe, _sampler(denoiser, name, nfe)) for name in SOLVERS for nfe in BUDGETS]
     calls = REFERENCE_NFE + len(SOLVERS) * sum(BUDGETS)
-    with progress_of(True) as progress:
+    with progress_of(follows()) as progress:
         progress.stage("sampling", calls)
         target, spent = _timed(reference, seed, cond, progress)
         results = []
@@ -95,8 +98,11 @@ def demo(
     _write(out, results, columns, model=model, seed=seed, device=device, labels=labels)
     _table(results)
     say(f"\nwrote {out / PICTURE} and {out / RESULTS}")
-    more = " --class-labels all" if classes else ""
-    say(f"next: fewstep sample {shlex.quote(model)}{more} --out samples")
+    more = {
+        "class_labels": "all" if classes else None,
+        "device": None if asked == "auto" else asked,
+    }
+    say(f"next: {command('sample', model, **more, out='samples')}")
 
 
 def _sampler(denoiser: Denoiser, solver: str, nfe: int, grid: str | None = None) -> Sampler:

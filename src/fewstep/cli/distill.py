@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.base.files import loads_json, read_json, write_atomic
+from fewstep.base.interrupts import keeping
 from fewstep.cli._common import (
     Flag,
     check_device,
     exists,
+    follows,
     load_model,
     output_folder,
     positive,
     say,
 )
-from fewstep.cli._training import PICTURE, begin, picture_of
+from fewstep.cli._training import PICTURE, begin, kept_step, picture_of
+from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from fewstep.operators.model import OperatorModel
@@ -57,7 +59,7 @@ def distill(
     checkpoint_every: int = 250,
     tensorboard: Flag = False,
     seed: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: Flag = False,
 ) -> None:
     """Distill a model into one evaluation; OUT is then a MODEL for `fewstep sample`.
@@ -90,7 +92,7 @@ def distill(
         checkpoint_every: The steps between two checkpoints.
         tensorboard: Write the losses for TensorBoard too.
         seed: The seed; left out, the recipe's, which is 0.
-        device: Where to run, for example cpu or cuda.
+        device: Where to run: auto, cpu, cuda, mps.
         overwrite: Replace the operator that is there.
     """
     from fewstep.operators.distillation import distill as run
@@ -99,7 +101,7 @@ def distill(
     from fewstep.trajectories import TrajectoryStore
 
     positive("--checkpoint-every", checkpoint_every)
-    check_device(device)
+    device = check_device(device)
     output_folder(out)
     finished = (out / "operator.json").exists() and (out / PICTURE).exists()
     if finished and not overwrite:
@@ -134,16 +136,17 @@ def distill(
     tell(f"{len(store)} trajectories; {settings.mode}, {settings.steps} steps on {device}")
     if before:
         tell(f"resumed at step {before}")
-    student = run(
-        teacher,
-        store,
-        out,
-        recipe=settings,
-        device=device,
-        checkpoint_every=checkpoint_every,
-        tensorboard=tensorboard,
-        progress=True,
-    )
+    with keeping(lambda: kept_step(out)):
+        student = run(
+            teacher,
+            store,
+            out,
+            recipe=settings,
+            device=device,
+            checkpoint_every=checkpoint_every,
+            tensorboard=tensorboard,
+            progress=follows(),
+        )
     if first:
         title = f"{settings.mode} after {settings.steps} steps · 1 evaluation"
         classes, sampler = _classes(student), student.built_in_sampler()
@@ -154,10 +157,8 @@ def distill(
     more = f", {added:,} of them ({added / own:.1%}) more than the model" if added else ""
     tell(f"{own + added:,} parameters{more}; RMS to the teacher, held out: {rms:.4f}")
     tell(f"wrote the operator {out} and the picture {out / PICTURE}")
-    labels = " --class-labels all" if _classes(student) else ""
-    tell(
-        f"next: fewstep sample {shlex.quote(str(out))}{labels} --out {shlex.quote(f'{out}-samples')}"
-    )
+    labels = "all" if _classes(student) else None
+    tell(f"next: {command('sample', out, class_labels=labels, out=f'{out}-samples')}")
 
 
 def _times(text: str | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fewstep.cli._common import (
     console,
     event_shape,
     exists,
+    follows,
     load_model,
     parse_labels,
     positive,
@@ -71,7 +72,7 @@ def fit(
 
     from fewstep.studies.fit import fit as measure
 
-    with progress_of(True) as progress:
+    with progress_of(follows()) as progress:
         profile = measure(
             denoiser, budgets, n=n, seed=seed, guidance=guidance, progress=progress, **cond
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-from fewstep.cli._common import console, say
+from fewstep.cli._common import console, say, say_result
 
 
 def solvers(name: str | None = None) -> None:
@@ -17,28 +19,25 @@ def solvers(name: str | None = None) -> None:
     from fewstep.solvers import SOLVERS
 
     if name is not None:
-        say(inspect.getdoc(_class(SOLVERS[name])) or "")
+        say_result(inspect.getdoc(_class(SOLVERS[name])) or "")
         say(f"\nnext: fewstep sample fashion --solver {name} --out samples")
         return
 
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, justify in (
+    columns = (
         ("solver", "left"),
         ("order", "right"),
         ("stochastic", "left"),
         ("10 steps cost", "right"),
         ("grid", "left"),
         ("what it is", "left"),
-    ):
-        table.add_column(column, justify=justify, no_wrap=column == "solver")  # type: ignore[arg-type]
+    )
+    rows = []
     for key, build in SOLVERS.items():
         solver = build()
         grid, options = solver.default_grid
         shown = ", ".join(f"{k}={v}" for k, v in options.items() if k != "to_zero")
         to_zero = bool(options.get("to_zero", False))
-        table.add_row(
+        row = (
             key,
             str(solver.order),
             "yes" if solver.stochastic else "",
@@ -46,23 +45,39 @@ def solvers(name: str | None = None) -> None:
             "its own" if solver.adaptive else f"{grid} ({shown})" if shown else grid,
             _sentence(_class(build)),
         )
-    console().print(table)
+        rows.append(row)
+    _print(columns, rows)
     say("\nnext: fewstep solvers NAME, or fewstep sample fashion --solver NAME --out samples")
 
 
 def models() -> None:
     """List the embedded models."""
-    from rich.table import Table
-
     from fewstep.loading import EMBEDDED
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model", no_wrap=True)
-    table.add_column("what it is")
-    for name, sentence in EMBEDDED.items():
-        table.add_row(name, sentence)
-    console().print(table)
+    _print((("model", "left"), ("what it is", "left")), list(EMBEDDED.items()))
     say("\nnext: fewstep sample mixture-smooth --out samples")
+
+
+def _print(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table; where there is no terminal, plain text with one line for each row."""
+    if not sys.stdout.isatty():
+        lines = [[name for name, _ in columns], *rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+        for line in lines:
+            cells = (
+                text.rjust(width) if side == "right" else text.ljust(width)
+                for text, width, (_, side) in zip(line, widths, columns, strict=True)
+            )
+            say_result("  ".join(cells).rstrip())
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, (name, side) in enumerate(columns):
+        table.add_column(name, justify=side, no_wrap=not i)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*row)
+    console(result=True).print(table)
 
 
 def _class(build: Any) -> type:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from fewstep.cli._common import Flag, Options, console, exists, parse_options, read_plan, say
+from fewstep.cli._common import (
+    Flag,
+    Options,
+    console,
+    exists,
+    parse_options,
+    read_plan,
+    say,
+    say_result,
+)
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
@@ -33,12 +42,12 @@ def show(file: Path, *, steps: int | None = None) -> None:
     from rich.table import Table
 
     plan = read_plan(file, steps)
-    say(
+    say_result(
         f"{plan.name or 'plan'}: {plan.nfe} calls, {plan.n_noise} noise draws"
         f"{', analytic head start' if plan.head else ''}"
     )
-    say(f"prediction {plan.prediction.value}, schedule {plan.schedule.to_record()!r:.200}")
-    say(f"from t = {float(plan.knots[0]):.6g} to t = {float(plan.knots[-1]):.6g}")
+    say_result(f"prediction {plan.prediction.value}, schedule {plan.schedule.to_record()!r:.200}")
+    say_result(f"from t = {float(plan.knots[0]):.6g} to t = {float(plan.knots[-1]):.6g}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("call", "t", "alpha", "sigma", "log-SNR/2"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -50,11 +59,11 @@ def show(file: Path, *, steps: int | None = None) -> None:
         numbers = (f"{v:.6g}" for v in (float(plan.times[k]), alpha, sigma, half))
         table.add_row(f"F{k}", *numbers, weights[k])
     table.add_row("sample", *[""] * 4, weights[plan.nfe])
-    console().print(table)
+    console(result=True).print(table)
     for line in _defects(plan):
-        say(line)
+        say_result(line)
     if steps is None:
-        say(f"\nnext: {command('sample', 'MODEL', recipe=file, out='samples')}")
+        say_result(f"\nnext: {command('sample', 'MODEL', recipe=file, out='samples')}")
 
 
 @plan_app.command
@@ -81,9 +90,9 @@ def check(*files: Path) -> int:
             plan = None
         if changed or plan is None:
             damaged += 1
-            say(f"{file}: DAMAGED: {changed}")
+            say_result(f"{file}: DAMAGED: {changed}")
         else:
-            say(
+            say_result(
                 f"{file}: ok: {plan.name or 'plan'}, {plan.nfe} calls, {plan.n_noise} draws, "
                 f"point-mass defect {_point_defect(plan):.2g}"
             )
@@ -114,19 +123,19 @@ def diff(a: Path, b: Path, *, steps: int | None = None, tolerance: float | None 
     first, second = read_plan(a, steps), read_plan(b, steps)
     _check_size(first, second)
     if first.prediction is not second.prediction:
-        say(
+        say_result(
             f"B asks for {second.prediction.value}, A for {first.prediction.value}: "
             "B is converted, exactly"
         )
         second = convert_plan(second, first.prediction)
     for letter, plan in (("A", first), ("B", second)):
         for k in _wasted(plan):
-            say(
+            say_result(
                 f"call {k} of {letter} (t = {float(plan.times[k]):.6g}) changes nothing: "
                 "its answer has no weight in any later row"
             )
     if (first.nfe, first.n_noise) != (second.nfe, second.n_noise):
-        say(
+        say_result(
             f"the plans differ: A makes {first.nfe} calls and {first.n_noise} draws, "
             f"B {second.nfe} and {second.n_noise}"
         )
@@ -307,15 +316,17 @@ def _compare(first: Plan, second: Plan, tolerance: float) -> int:
         moved = not last and float(times[row]) > tolerance * max(1.0, float(first.times[row]))
         if float(gap[row, worst]) > tolerance * size or moved:
             apart.append(label)
-    console().print(table)
+    console(result=True).print(table)
     if first.schedule != second.schedule:
-        say(f"the schedules differ: {first.schedule.name} and {second.schedule.name}")
+        say_result(f"the schedules differ: {first.schedule.name} and {second.schedule.name}")
         apart.append("schedule")
     if first.head != second.head:
-        say("one of them has an analytic head start, the other has none")
+        say_result("one of them has an analytic head start, the other has none")
         apart.append("head start")
     if not apart:
-        say(f"the same sampler: the largest difference is {float(gap.max()):.3g}")
+        say_result(f"the same sampler: the largest difference is {float(gap.max()):.3g}")
         return 0
-    say(f"the plans differ, first at {apart[0]}; the largest difference is {float(gap.max()):.3g}")
+    say_result(
+        f"the plans differ, first at {apart[0]}; the largest difference is {float(gap.max()):.3g}"
+    )
     return 1

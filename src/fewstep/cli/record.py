@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from fewstep.base.interrupts import keeping
 from fewstep.cli._common import (
     Flag,
     Options,
     chosen_labels,
     console,
+    follows,
     load_model,
     output_folder,
     parse_options,
     positive,
     say,
+    say_result,
 )
+from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from fewstep.models.denoiser import Denoiser
@@ -45,7 +48,7 @@ def record(
     seed: int | None = None,
     shard_size: int | None = None,
     batch_size: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: Flag = False,
     verify: Path | None = None,
     stats: Path | None = None,
@@ -72,7 +75,7 @@ def record(
         seed: The seed; trajectory i depends on (seed, i) alone; 0 if left out.
         shard_size: The number of trajectories of a file; 1024 if left out.
         batch_size: How many go through the network at a time; 64 if left out.
-        device: Where to run, for example cpu or cuda.
+        device: Where to run: auto, cpu, cuda, mps.
         overwrite: Delete the store that is there and begin anew.
         verify: Check this store instead: checksums, and some trajectories integrated again.
         stats: Show what this store holds instead, and how many modes and frames it suggests.
@@ -100,8 +103,6 @@ def record(
 
 
 def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwrite: bool) -> int:
-    from fewstep.trajectories import record, resume
-
     for name in ("n", "shard_size", "batch_size"):
         positive("-n" if name == "n" else f"--{name.replace('_', '-')}", given.get(name))
     output_folder(out)
@@ -111,29 +112,54 @@ def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwr
         )
     options = parse_options(given.pop("option", None))
     denoiser = load_model(model, device)
-    if not given:
-        store = resume(denoiser, out, progress=True)
-    else:
-        cond = _conditions(given.pop("class_labels", None), denoiser)
-        if "keep" in given:
-            given["keep"] = _keep(given["keep"])
-        store = record(
-            denoiser,
-            out,
-            **given,
-            options=options,
-            overwrite=overwrite,
-            about={"model": model},
-            progress=True,
-            **cond,
-        )
+    with keeping(lambda: _kept(out)):
+        store = _recorded(denoiser, out, given, options, model, overwrite=overwrite)
     size = sum(path.stat().st_size for path in out.glob("shard-*.safetensors"))
     say(
         f"wrote {out}: {len(store)} trajectories, {len(store.times)} states each "
         f"({_size(size)}, {store.manifest.dtype})"
     )
-    say(f"next: {shlex.join(['fewstep', 'distill', model, str(out), '--out', f'{out}-operator'])}")
+    say(f"next: {command('distill', model, out, out=f'{out}-operator')}")
     return 0
+
+
+def _recorded(
+    denoiser: Denoiser,
+    out: Path,
+    given: dict[str, Any],
+    options: dict[str, Any],
+    model: str,
+    *,
+    overwrite: bool,
+) -> TrajectoryStore:
+    from fewstep.trajectories import record, resume
+
+    if not given:
+        return resume(denoiser, out, progress=follows())
+    cond = _conditions(given.pop("class_labels", None), denoiser)
+    if "keep" in given:
+        given["keep"] = _keep(given["keep"])
+    return record(
+        denoiser,
+        out,
+        **given,
+        options=options,
+        overwrite=overwrite,
+        about={"model": model},
+        progress=follows(),
+        **cond,
+    )
+
+
+def _kept(out: Path) -> str | None:
+    """Returns in words how many files of an interrupted store are whole."""
+    from fewstep.trajectories.manifest import read_manifest
+
+    done = len(list(out.glob("shard-*.safetensors")))
+    if not done:
+        return None
+    manifest = read_manifest(out)
+    return f"{done} of {-(-manifest.n // manifest.shard_size)} files are kept"
 
 
 def _verify(model: str | None, folder: Path, device: str) -> int:
@@ -142,23 +168,23 @@ def _verify(model: str | None, folder: Path, device: str) -> int:
     denoiser, why = _model_of(model, folder, device)
     found = verify(folder, denoiser)
     if denoiser is None:
-        say(f"nothing was integrated again: {why}")
+        say_result(f"nothing was integrated again: {why}")
     for shard in found.missing:
-        say(f"shard {shard} is missing")
+        say_result(f"shard {shard} is missing")
     for shard, problem in found.damaged.items():
-        say(f"shard {shard} is damaged: {problem}")
+        say_result(f"shard {shard} is damaged: {problem}")
     if found.error is not None:
         wrong = "" if found.error <= found.allowed else ": that is too much, they differ"
-        say(
+        say_result(
             f"trajectories {', '.join(map(str, found.integrated))} integrated again: relative "
             f"difference {found.error:.1e}, allowed {found.allowed:.1e}{wrong}"
         )
     if found.sound:
-        say(f"{folder} is sound: {found.shards} shards, all checksums match")
+        say_result(f"{folder} is sound: {found.shards} shards, all checksums match")
         return 0
     if found.missing or found.damaged:
         name = model or _about(folder) or "MODEL"
-        say(f"to make them anew: {shlex.join(['fewstep', 'record', name, '--out', str(folder)])}")
+        say_result(f"to make them anew: {command('record', name, out=folder)}")
     return 1
 
 
@@ -170,7 +196,7 @@ def _stats(model: str | None, folder: Path, device: str) -> int:
     store = TrajectoryStore.open(folder)
     numbers = statistics(store, most=MANY)
     manifest = store.manifest
-    say(
+    say_result(
         f"{folder}: {len(store)} trajectories, {_size(numbers.bytes)}, {manifest.dtype}, by "
         f"{manifest.sampler.get('name') or 'a plan'}; of the first {numbers.trajectories}:"
     )
@@ -186,12 +212,12 @@ def _stats(model: str | None, folder: Path, device: str) -> int:
     )
     for frame, row in enumerate(rows):
         table.add_row(str(frame), *(f"{value:.4g}" for value in row))
-    console().print(table)
+    console(result=True).print(table)
     denoiser, why = _model_of(model, folder, device)
     try:
         found = spectrum(store, denoiser, n=FEW)
     except ValueError as error:
-        say(f"no spectrum: {error if denoiser is not None else why or error}")
+        say_result(f"no spectrum: {error if denoiser is not None else why or error}")
         return 0
     _say_spectrum(store, found)
     return 0
@@ -199,20 +225,22 @@ def _stats(model: str | None, folder: Path, device: str) -> int:
 
 def _say_spectrum(store: TrajectoryStore, found: Any) -> None:
     place = "t" if found.variable == "t" else "the square root of t"
-    say(
+    say_result(
         f"spectrum over {place}, {found.trajectories} trajectories of "
         f"{len(found.dct.energy)} states; the share of the energy beside the modes that are kept:"
     )
     for basis in (found.dct, found.dft):
         left = (1 - basis.energy.cumsum(0)).clamp_min(0)
         shown = ", ".join(f"J = {j}: {left[j - 1]:.1e}" for j in (1, 2, 3, 4) if j <= len(left))
-        say(f"  {basis.name}: {shown}; 99.9 % in {basis.modes}")
+        say_result(f"  {basis.name}: {shown}; 99.9 % in {basis.modes}")
     best = found.dct if found.dct.modes <= found.dft.modes else found.dft
     frames = len(store.times) - 1
-    say(f"suggested: --basis {best.name} --modes {best.modes}, with {best.frames} frames or more")
+    say_result(
+        f"suggested: --basis {best.name} --modes {best.modes}, with {best.frames} frames or more"
+    )
     if frames < best.frames:
         grid = "uniform" if found.variable == "t" else "quadratic"
-        say(f"the store has {frames}; record with --keep {grid}:{best.frames} for that")
+        say_result(f"the store has {frames}; record with --keep {grid}:{best.frames} for that")
 
 
 def _model_of(model: str | None, folder: Path, device: str) -> tuple[Denoiser | None, str]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from fewstep.base.interrupts import keeping
 from fewstep.base.progress import progress_of
 from fewstep.base.runs import RunFolder, hash_inputs
 from fewstep.cli._common import (
     Flag,
     Options,
+    check_device,
     draw,
     event_shape,
+    follows,
     load_model,
     output_folder,
     parse_labels,
@@ -22,6 +25,7 @@ from fewstep.cli._common import (
     positive,
     say,
 )
+from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +36,11 @@ if TYPE_CHECKING:
     from fewstep.sampling.recipe import SamplerRecipe
 
 SAMPLES, PICTURE, RECIPE = "samples.safetensors", "grid.png", "recipe.json"
+SINGLES = "images"
+DEFAULT_N = 64
 DEFAULT_BATCH = 64
+LUMA = (0.299, 0.587, 0.114)
+"""The weights of red, green and blue in the grey of a picture (ITU-R BT.601)."""
 MOST_SHOWN = 100
 """The most samples in the picture."""
 
@@ -43,7 +51,7 @@ def sample(
     out: Path,
     solver: str | None = None,
     nfe: int | None = None,
-    n: Annotated[int, Parameter(name=["-n", "--n"])] = 64,
+    n: Annotated[int, Parameter(name=["-n", "--n"])] = DEFAULT_N,
     recipe: Path | None = None,
     profile: Path | None = None,
     force: Flag = False,
@@ -53,9 +61,12 @@ def sample(
     class_labels: str | None = None,
     prompt: str | None = None,
     guidance: float | None = None,
+    image: Path | None = None,
+    strength: float | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     batch_size: int | None = None,
+    singles: Flag = False,
     overwrite: Flag = False,
 ) -> None:
     """Draw samples: OUT/grid.png, OUT/samples.safetensors and OUT/recipe.json.
@@ -79,9 +90,14 @@ def sample(
         class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all).
         prompt: The text, for a text-to-image model.
         guidance: The scale of classifier-free guidance; 1 is none.
+        image: Start from this instead of noise: a picture, or samples of another run (safetensors);
+            needs --strength.
+        strength: The share of the time grid that the image goes through, above 0 and at most 1; all
+            evaluations are made on it.
         seed: The seed; sample i depends on (seed, i) alone.
-        device: Where to run, for example cpu or cuda.
+        device: Where to run: auto, cpu, cuda, mps.
         batch_size: How many samples go through the network at a time; 64 if left out.
+        singles: Write each image by itself too, OUT/images/000000.png and so on.
         overwrite: Replace the results that are there.
     """
     import torch
@@ -94,17 +110,23 @@ def sample(
     positive("--batch-size", batch_size)
     NoiseSource(seed, ())
     output_folder(out)
+    asked_device, device = device, check_device(device)
     denoiser = load_model(model, device)
+    options = parse_options(option)
+    if strength is not None:
+        if "strength" in options:
+            raise ValueError("strength is given twice, as --strength and as --option strength")
+        options["strength"] = strength
     request = SamplerRequest(
         solver=solver,
         nfe=nfe,
         grid=grid,
         head_start=head_start,
-        options=parse_options(option),
+        options=options,
         recipe=recipe,
         profile=profile,
     )
-    resolved = resolve(denoiser, request, guidance=guidance, force=force)
+    resolved = resolve(denoiser, request, guidance=guidance, image=image is not None, force=force)
     if resolved.chosen is not None:
         say(f"auto chose {resolved.chosen}")
     chosen, made = resolved.recipe, resolved.sampler
@@ -118,44 +140,155 @@ def sample(
         )
 
     denoiser = made.denoiser  # with its guidance
-    event_shape(denoiser)
+    shape = event_shape(denoiser)
+    if singles and decode is None and not (len(shape) == 3 and shape[0] in (1, 3)):
+        raise ValueError(f"--singles are images, {model!r} makes samples of shape {shape}")
+    begin = None if image is None else _image(image, shape, denoiser, n)
     denoiser.prepare(n, conditions(range(n)))
 
     size = min(n, batch_size or DEFAULT_BATCH)
     settings = _settings(chosen, model, denoiser, n, seed, class_labels, device, size)
     if prompt is not None:
         settings["prompt"] = prompt
+    if image is not None:
+        settings["image"] = str(image)
+    if recipe is not None and (line := _not_taken(chosen.about, settings)):
+        say(line)
     # A pipeline is more than its network: text encoders, decoder, configuration.
     files = hash_inputs(model, without=out) if settings["weights"] is None else None
     inputs = {**settings, "fingerprint": denoiser.fingerprint(), "files": files}
+    if image is not None:
+        inputs["image_files"] = hash_inputs(image)
+    if singles:
+        inputs["singles"] = True
     asked = prompt if class_labels is None else f"classes {class_labels}"
     title = _title(model, chosen, n, asked)
-    run = RunFolder(out, "run of fewstep sample", outputs=[SAMPLES, PICTURE, RECIPE])
+    run = RunFolder(
+        out, "run of fewstep sample", outputs=[SAMPLES, PICTURE, RECIPE, f"{SINGLES}/*.png"]
+    )
+    batches = range(0, n, size)
+
+    def kept() -> str | None:
+        done = sum(run.read_tensors(f"{start:09d}") is not None for start in batches)
+        return f"{done} of {len(batches)} batches are kept" if done else None
+
     with (
-        progress_of(True) as progress,
+        keeping(kept),
+        progress_of(follows()) as progress,
         run.running(inputs, overwrite=overwrite, progress=progress),
     ):
-        progress.stage("sampling", None if made.nfe is None else made.nfe * -(-n // size))
+        progress.stage("sampling", None if made.nfe is None else made.nfe * len(batches))
         parts = []
-        for start in range(0, n, size):
+        for start in batches:
             rows = range(start, min(start + size, n))
             samples = (run.read_tensors(f"{start:09d}") or {}).get("samples")
             if samples is None:
                 cond = conditions(rows)
-                samples = draw(made, rows, seed=seed, cond=cond, progress=progress)
+                from_image = None if begin is None else begin[rows.start : rows.stop]
+                samples = draw(
+                    made, rows, seed=seed, cond=cond, image=from_image, progress=progress
+                )
                 run.write_tensors(f"{start:09d}", {"samples": samples})
             else:
                 progress.tick(made.nfe or 0)
             parts.append(samples)
-        _write_results(out, torch.cat(parts), chosen, settings, title, decode)
+        samples = torch.cat(parts)
+        _write_results(out, samples, chosen, settings, title, decode)
+        if singles:
+            _write_singles(out / SINGLES, samples, denoiser, size)
         run.finish()
-    say(f"wrote {out / PICTURE}, {out / SAMPLES} and {out / RECIPE}")
-    again = ["fewstep", "sample", model, "--recipe", str(out / RECIPE), "--seed", str(seed + 1)]
-    if class_labels is not None:
-        again += ["--class-labels", class_labels]
-    if prompt is not None:
-        again += ["--prompt", prompt]
-    say(f"next: {shlex.join([*again, '--out', f'{out}-2'])}")
+    more = f", {out / SINGLES}" if singles else ""
+    say(f"wrote {out / PICTURE}{more}, {out / SAMPLES} and {out / RECIPE}")
+    again = command(
+        "sample",
+        model,
+        recipe=out / RECIPE,
+        n=None if n == DEFAULT_N else n,
+        seed=seed + 1,
+        class_labels=class_labels,
+        prompt=prompt,
+        image=image,
+        device=None if asked_device == "auto" else asked_device,
+        force=force,
+        out=f"{out}-2",
+    )
+    say(f"next: {again}")
+
+
+def _image(file: Path, shape: tuple[int, ...], denoiser: Denoiser, n: int) -> Tensor:
+    """Returns the image in the model's range, n times; or n samples of another run."""
+    import torch
+
+    from fewstep.base.files import read_tensors
+    from fewstep.training.data import IMAGE_SUFFIXES, read_images
+
+    if not file.is_file():
+        raise ValueError(f"--image {str(file)!r} is not a file")
+    if file.suffix == ".safetensors":
+        tensors = read_tensors(file)
+        found = tensors.get("samples", next(iter(tensors.values())) if len(tensors) == 1 else None)
+        if found is None:
+            raise ValueError(f"{str(file)!r} has no tensor 'samples': {', '.join(tensors)}")
+        found = found.float()
+        found = found[None] if tuple(found.shape) == shape else found
+    elif file.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(
+            f"--image is a picture ({', '.join(IMAGE_SUFFIXES)}) or .safetensors, got {str(file)!r}"
+        )
+    elif getattr(denoiser, "decode", None) is not None:
+        raise ValueError(
+            "this model starts from latents; give --image the samples.safetensors of another run"
+        )
+    else:
+        square = len(shape) == 3 and shape[1] == shape[2]
+        images = read_images(file, size=shape[1] if square else None)
+        found = images.floats(data_range=getattr(denoiser, "data_range", (-1.0, 1.0)))
+        if len(shape) == 3 and (found.shape[1], shape[0]) == (3, 1):
+            found = (found * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+        elif len(shape) == 3 and (found.shape[1], shape[0]) == (1, 3):
+            found = found.expand(-1, 3, -1, -1)
+    if tuple(found.shape[1:]) != shape or len(found) not in (1, n):
+        raise ValueError(
+            f"{str(file)!r} has shape {tuple(found.shape)}; the model's samples are {shape}, and "
+            f"there must be one of them or {n}"
+        )
+    return found.expand(n, *shape)
+
+
+def _not_taken(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """Returns in a line what a recipe's own run had and this one has not: it is no part of a sampler."""
+    names = ("n", "class_labels", "prompt", "image", "seed")
+    other = {name: about.get(name) for name in names if about.get(name) != settings.get(name)}
+    if not (other := {k: v for k, v in other.items() if v is not None}):
+        return None
+    options = (
+        f"{'-n' if k == 'n' else '--' + k.replace('_', '-')} {v!s:.60}" for k, v in other.items()
+    )
+    here = (
+        f"{k.replace('_', ' ')} {settings[k]!s:.60}" for k in other if settings.get(k) is not None
+    )
+    now = ", ".join(here) or "none of these"
+    return f"not taken over from the recipe: {', '.join(options)}; this run has {now}"
+
+
+def _write_singles(folder: Path, samples: Tensor, denoiser: Denoiser, batch_size: int) -> None:
+    """Writes each image at its own size, without labels or enlargement."""
+    import torch
+    from PIL import Image
+
+    from fewstep.base.files import write_atomic
+    from fewstep.reporting.plots import to_uint8
+
+    decode = getattr(denoiser, "decode", None)
+    low, high = (-1.0, 1.0) if decode is not None else getattr(denoiser, "data_range", (-1.0, 1.0))
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        with torch.no_grad():
+            shown = part if decode is None else decode(part).cpu()
+        pixels = to_uint8((shown - low) * (2 / (high - low)) - 1).permute(0, 2, 3, 1)
+        for i, single in enumerate(pixels.contiguous().numpy(), start):
+            flat = single[..., 0] if single.shape[-1] == 1 else single
+            write_atomic(folder / f"{i:06d}.png", _png(Image.fromarray(flat)))
 
 
 def _settings(

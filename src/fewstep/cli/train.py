@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.base.files import read_json, write_atomic
+from fewstep.base.interrupts import keeping
 from fewstep.cli._common import (
     Flag,
     Options,
     check_device,
     exists,
+    follows,
     output_folder,
     parse_options,
     positive,
     say,
 )
-from fewstep.cli._training import PICTURE, begin, picture_of
+from fewstep.cli._training import PICTURE, begin, kept_step, picture_of
+from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from fewstep.training.recipe import TrainRecipe
@@ -41,7 +44,7 @@ def train(
     steps: int | None = None,
     checkpoint_every: int = 250,
     seed: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: Flag = False,
 ) -> None:
     """Train a small diffusion model on images; OUT is then a MODEL for the other commands.
@@ -64,7 +67,7 @@ def train(
         steps: The number of training steps.
         checkpoint_every: The steps between two checkpoints.
         seed: The seed; left out, the recipe's, which is 0.
-        device: Where to run, for example cpu or cuda.
+        device: Where to run: auto, cpu, cuda, mps.
         overwrite: Replace the model that is there.
     """
     from dataclasses import replace
@@ -82,7 +85,7 @@ def train(
     options = parse_options(option)
     if options and schedule is None:
         raise ValueError("--option is an option of the schedule; give --schedule too")
-    check_device(device)
+    device = check_device(device)
     output_folder(out)
     finished = (out / "model.json").exists() and (
         (out / PICTURE).exists() or not (out / "checkpoint.json").exists()
@@ -123,11 +126,19 @@ def train(
     )
     if before:
         say(f"resumed at step {before}")
-    run(images, out, chosen, device=device, checkpoint_every=checkpoint_every, progress=True)
-    _draw(out, chosen, classes, device=device)
+    with keeping(lambda: kept_step(out)):
+        run(
+            images,
+            out,
+            chosen,
+            device=device,
+            checkpoint_every=checkpoint_every,
+            progress=follows(),
+        )
+        _draw(out, chosen, classes, device=device)
     say(f"wrote the model {out} and the picture {out / PICTURE}")
-    labels = " --class-labels all" if classes else ""
-    say(f"next: fewstep sample {out}{labels} --out {out}-samples")
+    labels = "all" if classes else None
+    say(f"next: {command('sample', out, class_labels=labels, out=f'{out}-samples')}")
 
 
 def _draw(out: Path, recipe: TrainRecipe, classes: int | None, *, device: str) -> None:

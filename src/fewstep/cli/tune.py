@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.base.interrupts import keeping
 from fewstep.cli._common import (
     Flag,
     Options,
     chosen_labels,
     console,
+    follows,
+    kept_files,
     load_model,
     parse_options,
     positive,
     say,
 )
+from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from fewstep.learned.tuning import TunedSampler
@@ -40,7 +43,7 @@ def tune(
     class_labels: str | None = None,
     guidance: float | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: Flag = False,
     keep_worse: Flag = False,
 ) -> int:
@@ -71,7 +74,7 @@ def tune(
         class_labels: The classes to draw from: 3, or 0,1,2, or all; all if left out.
         guidance: The scale of classifier-free guidance; it becomes part of the recipe.
         seed: The seed of everything random.
-        device: Where to run, for example cpu or cuda.
+        device: Where to run: auto, cpu, cuda, mps.
         overwrite: Start anew and replace what is there.
         keep_worse: Write the result even if its final scores are worse than the start's.
     """
@@ -90,27 +93,28 @@ def tune(
     cond: dict[str, Any] = {}
     if class_labels is not None:
         cond["class_labels"] = chosen_labels(class_labels, denoiser)
-    tuned = run(
-        denoiser,
-        nfe=nfe,
-        family=family,
-        objective=objective,
-        data=data,
-        features=features,
-        solver=solver,
-        grid=grid,
-        head_start=head_start,
-        options=parse_options(option),
-        family_options=parse_options(family_option),
-        guidance=guidance,
-        search=Search.of(settings),
-        seed=seed,
-        out=out,
-        overwrite=overwrite,
-        keep_worse=keep_worse,
-        progress=True,
-        **cond,
-    )
+    with keeping(lambda: kept_files(checkpoint_folder(out), "state.safetensors", "checkpoint")):
+        tuned = run(
+            denoiser,
+            nfe=nfe,
+            family=family,
+            objective=objective,
+            data=data,
+            features=features,
+            solver=solver,
+            grid=grid,
+            head_start=head_start,
+            options=parse_options(option),
+            family_options=parse_options(family_option),
+            guidance=guidance,
+            search=Search.of(settings),
+            seed=seed,
+            out=out,
+            overwrite=overwrite,
+            keep_worse=keep_worse,
+            progress=follows(),
+            **cond,
+        )
     _report(tuned)
     folder = checkpoint_folder(out)
     page = _page(tuned, folder / "report.html")
@@ -120,12 +124,18 @@ def tune(
         return 3
     more = f" and {page}" if page else ""
     say(f"wrote {out}{more}; the search's checkpoints are in {folder}")
-    again = ["fewstep", "sample", model, "--recipe", str(out), "--out", str(out.with_suffix(""))]
-    if class_labels is not None:
-        again += ["--class-labels", class_labels]
-    elif "class_labels" in denoiser.null_condition:
-        again += ["--class-labels", "all"]
-    say(f"next: {shlex.join(again)}")
+    if class_labels is None and "class_labels" in denoiser.null_condition:
+        class_labels = "all"
+    device_ = None if device == "auto" else device
+    again = command(
+        "sample",
+        model,
+        recipe=out,
+        class_labels=class_labels,
+        device=device_,
+        out=out.with_suffix(""),
+    )
+    say(f"next: {again}")
     return 0
 
 

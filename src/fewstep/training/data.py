@@ -121,10 +121,12 @@ def read_images(source: str | Path, *, size: int | None = None) -> ImageData:
         return _read_folder(path, size)
     if path.suffix == ".npz":
         return _resized(_read_npz(path), size)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return ImageData(torch.from_numpy(_read_image(path, size)[None].copy()))
     if "idx" in path.name:
         return _resized(_read_idx_pair(path), size)
     raise ValueError(
-        f"{str(source)!r} is neither a folder of images, nor an idx file, nor an npz file"
+        f"{str(source)!r} is neither a folder of images, nor a picture, an idx file or an npz file"
     )
 
 

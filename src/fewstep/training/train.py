@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.base.interrupts import unbroken
 from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import locked
 from fewstep.diffusion.schedules import NoiseSchedule
@@ -82,7 +83,8 @@ def train(
     Arguments:
         data: The images, and labels if the network has classes; or where :func:`read_images`
             finds them.
-        out: The folder to write; if it holds a checkpoint of the same recipe, the run is resumed.
+        out: The folder to write; if it holds a checkpoint of the same recipe, the run is resumed. On
+            Ctrl-C the last whole step is saved.
         recipe: What to train, how long, with which seed; left out, :func:`default_recipe`.
         device: Where.
         checkpoint_every: The steps between two checkpoints.
@@ -113,42 +115,57 @@ def train(
     evaluate = torch.compile(network) if recipe.compile else network
 
     since: list[Tensor] = []  # losses that are still on the device
+    done = saved = start
+
+    def save() -> None:
+        assert loss_mean is not None
+        save_checkpoint(
+            out,
+            {"recipe": recipe.to_record(), "inputs": inputs},
+            step=done,
+            loss=loss_mean,
+            network=network,
+            average=average,
+            optimizer=optimizer,
+        )
+
     with (
         progress_of(progress) as shown,
         locked(out, progress=shown),
         _ahead(batches, range(start, recipe.steps), device) as prepared,
     ):
         shown.stage("training", recipe.steps, done=start)
-        for step, batch in prepared:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * recipe.rate(step)
-            with torch.autocast(
-                device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
-            ):
-                predicted = evaluate(*batch.inputs)
-            loss = batch.loss(predicted)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
-            optimizer.step()
-            update_average(average, network, step, recipe.ema)
-            since.append(loss.detach())
-            saves = (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps
-            if saves or device.type == "cpu" or len(since) == READ_EVERY:
-                loss_mean = _smoothed(loss_mean, since, step)
-                since.clear()
-            if saves:
-                assert loss_mean is not None
-                save_checkpoint(
-                    out,
-                    {"recipe": recipe.to_record(), "inputs": inputs},
-                    step=step + 1,
-                    loss=loss_mean,
-                    network=network,
-                    average=average,
-                    optimizer=optimizer,
-                )
-            shown.tick(1, "" if loss_mean is None else f"loss {loss_mean:.4f}")
+        try:
+            for step, batch in prepared:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.learning_rate * recipe.rate(step)
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
+                ):
+                    predicted = evaluate(*batch.inputs)
+                loss = batch.loss(predicted)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
+                with unbroken():
+                    optimizer.step()
+                    update_average(average, network, step, recipe.ema)
+                    since.append(loss.detach())
+                    done = step + 1
+                saves = (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps
+                if saves or device.type == "cpu" or len(since) == READ_EVERY:
+                    loss_mean = _smoothed(loss_mean, since, step)
+                    since.clear()
+                if saves:
+                    save()
+                    saved = done
+                shown.tick(1, "" if loss_mean is None else f"loss {loss_mean:.4f}")
+        except KeyboardInterrupt:
+            if since:
+                loss_mean = _smoothed(loss_mean, since, done - 1)
+            if done > saved:
+                save()
+            raise
 
     return _export(out, recipe, batches, network, average, loss_mean)
 
