@@ -381,7 +381,7 @@ def _entry(content: Any) -> ProfileEntry:
 
 
 def _weights(value: Any) -> Sequence[Sequence[float]]:
-    rows = value if isinstance(value, list) and len(value) <= MOST_STEPS else [None]
+    rows: Any = value if isinstance(value, list) and len(value) <= MOST_STEPS else [None]
     if not all(isinstance(row, list) and all(_is_number(w) for w in row) for row in rows):
         raise ValueError(
             f"the weights of an entry are a list of numbers a step, got {value!r:.40}"
