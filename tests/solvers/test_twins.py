@@ -183,7 +183,7 @@ def test_the_comparison_sees_a_wrong_coefficient():
         "DPMSolverMultistepScheduler",
         (10,),
         to_level_0,
-        {"final_sigmas_type": "sigma_min"},
+        {"final_sigmas_type": "sigma_min", "lower_order_final": False},
     )
     assert largest_difference(late, 10) > 1e-3
 

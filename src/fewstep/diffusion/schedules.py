@@ -300,7 +300,7 @@ class EDM(NoiseSchedule):
     """
 
     name = "edm"
-    suits = dict.fromkeys(("uniform", "quadratic", "power"), "karras")
+    suits = dict.fromkeys(("uniform", "quadratic", "power"), "logistic")
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
         _check(

@@ -92,6 +92,7 @@ class DDPMTheory(Solver):
     """
 
     name = "ddpm-theory"
+    grid_on_flows: ClassVar[str | None] = "log-rho"
     stochastic: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 
@@ -284,6 +285,7 @@ class AcceleratedDDPM(Solver):
     variant: str = "inside"
 
     name = "accelerated-ddpm"
+    grid_on_flows: ClassVar[str | None] = "log-rho"
     stochastic: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 

@@ -19,7 +19,7 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.quadrature import ADAMS_BASHFORTH, gauss_legendre
 from fewstep.diffusion.scalars import column
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import Solver, check_order, transfer
+from fewstep.solvers.base import NEARLY_UNIFORM, Solver, check_order, transfer
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class _ExponentialAdams(Solver):
     degree: int = 3
     lower_final: bool = False
 
-    default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = ("quadratic", {})
+    default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = ("power", {"power": 1.5})
     ends_above_zero: ClassVar[bool] = True
     _prefix: ClassVar[str]
     _reaches_zero: ClassVar[bool] = False
@@ -219,6 +219,7 @@ class RhoAB(_ExponentialAdams):
         return torch.ones_like(u)
 
 
+@dataclass(frozen=True)
 class LogRhoAB(_ExponentialAdams):
     r"""log-rho AB: exponential Adams–Bashforth, polynomial in :math:`\log\rho = -\lambda`.
 
@@ -237,17 +238,19 @@ class LogRhoAB(_ExponentialAdams):
     Cost: one network evaluation per step.
 
     Order: ``degree + 1``, with the remark of :class:`TAB` on the first step. With steps that
-    grow towards the data (uniform in time) degrees 2 and 3 are unstable at few steps: use the
-    log-rho grid, or ``lower_final=True``.
+    grow towards the data (uniform in time) degrees 2 and 3 are unstable at few steps: so the
+    degree falls in the last two steps by default; on the log-rho grid ``lower_final=False`` is stable too.
 
     Arguments:
         degree: The degree r of the polynomial, 0 (DDIM) to 3.
         lower_final: Whether the degree falls to 1 and 0 in the last two steps.
     """
 
+    lower_final: bool = True
+
     _prefix = "logrhoab"
     lowers_final: ClassVar[bool] = True
-    default_grid = ("log-rho", {})
+    default_grid = NEARLY_UNIFORM
 
     def _variable(self, grid: TimeGrid, u: Tensor) -> Tensor:
         return u
@@ -279,6 +282,7 @@ class IPNDM(Solver):
     answers: int = 4
 
     name = "ipndm"
+    default_grid = ("logistic", {"scale": 3.0})
     ends_above_zero: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -16,6 +16,13 @@ from fewstep.plans.checks import point_mass_defect
 from fewstep.plans.plan import Plan
 from fewstep.plans.tape import Form, Tape
 
+NEARLY_UNIFORM: tuple[str, Mapping[str, Any]] = ("power", {"power": 1.15})
+"""The default grid of multistep solvers whose order falls at the end.
+
+Even steps in time are what networks with errors of their own near pure noise need at 5 evaluations; a
+little denser towards the data is better at 10 and 20. See docs/choosing.md.
+"""
+
 NO_PLAN = (
     "{} chooses its steps while it runs, so it has no plan beforehand; sample "
     "with it, or freeze one of its runs with fewstep.sampling.adaptive.freeze"

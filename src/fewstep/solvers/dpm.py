@@ -12,7 +12,7 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.quadrature import phi
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import Solver, check_number
+from fewstep.solvers.base import NEARLY_UNIFORM, Solver, check_number
 
 
 def difference(grid: TimeGrid, i: int, newer: Form, older: Form, *, back: int = 1) -> Form:
@@ -36,10 +36,10 @@ def _degree(grid: TimeGrid, i: int, most: int, *, lower_final: bool) -> int:
 class _DPMpp(Solver):
     """Common part: the exponential step in data prediction with finite differences."""
 
-    lower_final: bool = False
+    lower_final: bool = True
 
     prediction: ClassVar[Prediction] = Prediction.X0
-    default_grid = ("log-rho", {})
+    default_grid = NEARLY_UNIFORM
     _most: ClassVar[int]
     lowers_final: ClassVar[bool] = True
 
@@ -71,8 +71,8 @@ class DPMpp2M(_DPMpp):
     .. math:: x_s = \frac{\sigma_s}{\sigma_t} x_t - \alpha_s (e^{-h} - 1)
         \left( D_t + \frac{h}{2 h_{-1}} (D_t - D_{-1}) \right), \qquad h = \lambda_s - \lambda_t
 
-    The first step, and a last step onto :math:`\sigma = 0`, are DDIM's. diffusers also lowers the
-    order of the last step below 15 steps: ``lower_final=True``.
+    The first step, and a last step onto :math:`\sigma = 0`, are DDIM's; by default the last step is so
+    everywhere, which few steps need. diffusers lowers the order of a last step above zero below 15 steps only.
 
     References:
         | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (Lu et al., 2022), algorithm 2
@@ -174,13 +174,13 @@ class DPMpp2MSDE(Solver):
     """
 
     eta: float = 1.0
-    lower_final: bool = False
+    lower_final: bool = True
 
     name = "dpmpp-2m-sde"
     lowers_final: ClassVar[bool] = True
     prediction: ClassVar[Prediction] = Prediction.X0
     stochastic: ClassVar[bool] = True
-    default_grid = ("log-rho", {})
+    default_grid = NEARLY_UNIFORM
     twin = "diffusers:DPMSolverMultistepScheduler"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.quadrature import phi
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import Solver, check_order
+from fewstep.solvers.base import NEARLY_UNIFORM, Solver, check_order
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class UniPC(Solver):
     lower_final: bool = True
 
     prediction: ClassVar[Prediction] = Prediction.X0
-    default_grid = ("log-rho", {})
-    grid_on_flows: ClassVar[str | None] = "uniform"
+    default_grid = NEARLY_UNIFORM
     twin = "diffusers:UniPCMultistepScheduler"
     lowers_final: ClassVar[bool] = True
     always_lowers_final: ClassVar[bool] = True
