@@ -84,9 +84,9 @@ def test_the_command_line_takes_the_grid(done, tmp_path):
 def test_the_page_is_whole(done):
     text = (done / "report.html").read_text()
     for heading in (
-        "What is recommended",
-        "Is the model what it says it is",
-        "Anatomy of the error",
+        "Recommendation",
+        "Model check",
+        "Sources of the error",
         "Fitting and discretisation",
         "Spectrum over time",
     ):
@@ -131,7 +131,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
     assert "next: fewstep sample mixture-smooth --recipe" in told
     assert not (out / "unfinished.json").exists()
     assert not (out / "parts").exists()
-    assert "is left out" in (out / "report.html").read_text()
+    assert "is omitted" in (out / "report.html").read_text()
     assert json.loads((out / "results.json").read_text())["fitting"] is None
 
 

@@ -121,7 +121,7 @@ def test_rounding_to_trained_levels():
 
 
 def test_rounding_refuses_duplicates():
-    with pytest.raises(ValueError, match="1000 trained levels; take fewer steps"):
+    with pytest.raises(ValueError, match="1000 training timesteps; use fewer steps"):
         fewstep.grid("uniform", DDPM, 1500).rounded()
 
 

@@ -118,7 +118,7 @@ def test_integer_times_round_the_grid():
 
 
 def test_integer_times_refuse_duplicates():
-    with pytest.raises(ValueError, match="1000 trained levels; take fewer steps"):
+    with pytest.raises(ValueError, match="1000 training timesteps; use fewer steps"):
         fewstep.sample(integer_network([]), 1, solver="ddim", nfe=1200)
 
 
@@ -174,7 +174,7 @@ def test_guided_is_u_plus_w_times_the_difference(scale):
     guided = fewstep.Guided(inner, scale)
     expected = unconditional + scale * (conditional - unconditional)
     torch.testing.assert_close(guided(x, 0.5, class_labels=labels), expected)
-    assert guided.calls == 2
+    assert guided.passes == 2
 
 
 def test_a_single_label_is_guided_too():
@@ -273,7 +273,7 @@ def test_wrappers_wrap_denoisers_and_each_other():
     with pytest.raises(TypeError, match="Clipped needs a Denoiser, got function"):
         fewstep.Clipped(lambda x, t: x)
     outer = fewstep.Clipped(fewstep.Guided(labelled(), 5.0))
-    assert outer.calls == 2
+    assert outer.passes == 2
     assert outer.event_shape == (2,)
     out = fewstep.sample(outer, 2, solver="ddim", nfe=3, class_labels=1, options={"to_zero": True})
     assert float(out.abs().max()) <= 1.0

@@ -63,7 +63,7 @@ def test_properties():
     assert (plan.nfe, plan.n_noise, plan.stochastic) == (2, 1, True)
     assert plan.prediction is Prediction.EPS
     assert plan.structure.last_reads == ((), (0, 1), (), (), (2, 3, 4))
-    assert "2 calls, 1 draws" in repr(plan)
+    assert "2 evaluations, 1 draws" in repr(plan)
 
 
 @pytest.mark.parametrize("name", WITH_PLANS)

@@ -482,7 +482,7 @@ def test_nan_is_named():
     calls = []
     with pytest.raises(ValueError, match="NaN or infinity at evaluation") as caught:
         AdaptiveSampler(broken(0.5)).run(
-            x, Run(NoiseSource(0, range(10, 14)), on_call=lambda: calls.append(1))
+            x, Run(NoiseSource(0, range(10, 14)), on_evaluation=lambda: calls.append(1))
         )
     words = str(caught.value).replace(",", "").split()
     evaluation, t = int(words[words.index("evaluation") + 1]), float(words[words.index("=") + 1])
@@ -502,7 +502,7 @@ def test_nan_is_named():
 def test_too_many_steps_are_named():
     with pytest.raises(
         ValueError,
-        match=r"sample 0 is not done after max_steps = 3 steps, at t = 0\.\d+ .* raise max_steps",
+        match=r"sample 0 has not arrived after max_steps = 3 steps, at t = 0\.\d+ .* raise max_steps",
     ):
         fewstep.sample(exact.smooth(VP), 2, solver="dopri5", options={"max_steps": 3})
 

@@ -121,7 +121,7 @@ def _bound(name: str, where: str) -> float:
 @pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name not in LADDER])
 def test_the_default_is_no_worse_than_the_textbook(name: str, where: str) -> None:
     if _refuses(name, where):
-        with pytest.raises(ValueError, match="take ipndm"):
+        with pytest.raises(ValueError, match="use ipndm"):
             fewstep.plan(name, schedule_of(where), nfe=_budget(name, 9))
         return
     assert _ratio(name, where) <= _bound(name, where)

@@ -87,7 +87,7 @@ def test_builds_on_every_grid_with_the_declared_cost(name: str) -> None:
     for where, (kind, steps, to_zero) in itertools.product(SCHEDULE_NAMES, GRIDS):
         noise, grid = schedule_of(where), _grid(where, kind, steps, to_zero)
         if _refused(name, noise, to_zero):
-            with pytest.raises(ValueError, match=r"no time with sigma = 0|take ipndm"):
+            with pytest.raises(ValueError, match=r"no time with sigma = 0|use ipndm"):
                 solver.plan(grid)
             continue
         plan = solver.plan(grid)

@@ -182,9 +182,7 @@ def test_analytic_ddim_is_right_on_gaussian_data(vp: NoiseSchedule) -> None:
 
 def test_too_much_noise_is_refused_with_the_most_there_is(vp: NoiseSchedule) -> None:
     grid = fewstep.grid("uniform", vp, 5)
-    with pytest.raises(
-        ValueError, match=r"eta = 3 asks for more noise .* \(step 1 of 5\); at most 1"
-    ):
+    with pytest.raises(ValueError, match=r"eta = 3 adds more noise .* \(step 1 of 5\); at most 1"):
         SOLVERS["ddim"](eta=3.0).plan(grid)
     with pytest.raises(ValueError, match="eta must be a number at least 0, got -1"):
         SOLVERS["ddim"](eta=-1)

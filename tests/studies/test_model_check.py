@@ -1,4 +1,4 @@
-"""Is a model what it is said to be: models that are wrapped wrongly, in each way."""
+"""The model check: models that are wrapped wrongly, in each way."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_right_claim_stands(data):
     assert found.source == ("samples" if data is None else "data")
     assert found.ok == (found.outcome == "passed") == (data is not None)
     if found.ok:
-        assert "is what it is said to be" in found.say()
+        assert "is as claimed" in found.summary()
     if data is not None:  # the optimal denoiser of the very data: nothing is better than itself
         assert found.hypotheses[0].relative_error >= 0.99 * found.claimed.relative_error
 
@@ -47,7 +47,7 @@ def test_a_wrong_prediction_is_named(right):
     found = check(wrap(lambda x, t: TRUTH(x, t, prediction=right), prediction=wrong))
     assert found.wrong == ("prediction",)
     assert found.best.hypothesis.prediction == right
-    assert f"prediction='{right}'" in found.say()
+    assert f"prediction='{right}'" in found.summary()
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("eps", "x0"), ("x0", "eps"), ("v", "eps")])
@@ -56,7 +56,7 @@ def test_a_wrong_prediction_shows_without_data_too(right, wrong):
     found = model_check(model, n=256)
     assert found.wrong == ("prediction",)
     assert found.best.hypothesis.prediction == right
-    assert f"prediction='{right}'" in found.say()
+    assert f"prediction='{right}'" in found.summary()
 
 
 @pytest.mark.parametrize("name", ["ddpm-scaled-linear", "ddpm-cosine"])
@@ -64,7 +64,7 @@ def test_a_wrong_schedule_is_named(name):
     found = check(wrap(schedule=fewstep.schedule(name)))
     assert found.wrong == ("schedule",)
     assert found.best.hypothesis.schedule == DDPM
-    assert "ddpm-linear" in found.say()
+    assert "ddpm-linear" in found.summary()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_wrong_time_is_named(network, options, name):
     found = check(wrap(network, **options))
     assert found.wrong == ("time",)
     assert found.best.hypothesis.time == name
-    assert "to_model_time=lambda t: " in found.say()
+    assert "to_model_time=lambda t: " in found.summary()
 
 
 def test_times_of_continuous_schedules():
@@ -118,7 +118,7 @@ def test_a_wrong_range_is_named():
         found = check(exact, images)
         assert found.wrong == ("range",)
         assert found.best.hypothesis.range == name
-        assert f"data in {name}" in found.say()
+        assert f"data in {name}" in found.summary()
     assert (found.low, found.high) == (-1, 1)
 
 
@@ -216,7 +216,7 @@ def test_a_flow_network_with_noise_at_zero_is_found():
     best = found.best.hypothesis
     assert (best.prediction, best.negated, best.time) == ("flow", True, "t_max - t")
     assert best.schedule == FLOW
-    assert "with time_reversed=True it is" in found.say()
+    assert "with time_reversed=True it is" in found.summary()
     right = wrap(network, schedule=FLOW, prediction="flow", time_reversed=True)
     assert model_check(right, POINTS, n=1024).outcome == "passed"
 
@@ -227,7 +227,7 @@ def test_a_velocity_of_the_other_sign_is_found(prediction, data):
     found = model_check(wrap(network, schedule=FLOW, prediction=prediction), data, n=512)
     assert found.wrong == ("negated",)
     assert found.best.hypothesis.negated
-    assert f"the negative of prediction='{prediction}'" in found.say()
+    assert f"the negative of prediction='{prediction}'" in found.summary()
 
 
 def test_hypotheses_that_cannot_be_told_apart_are_named():
@@ -237,7 +237,7 @@ def test_hypotheses_that_cannot_be_told_apart_are_named():
     assert (found.outcome, found.ok) == ("undecided", False)
     rivals = [item.hypothesis for item in found.undecided]
     assert any(r.negated and r.time == "t_max - t" and r.schedule == FLOW for r in rivals)
-    assert "cannot be told apart from it on its own samples" in found.say()
+    assert "cannot be distinguished from it on its own samples" in found.summary()
     assert found.to_record()["outcome"] == "undecided"
 
 
@@ -246,7 +246,7 @@ def test_few_data_do_not_tell_near_schedules_apart():
     claimed = wrap(network, schedule=FLOW, prediction="flow")
     few, many = (model_check(claimed, POINTS, n=n) for n in (16, 1024))
     assert few.outcome == "undecided"
-    assert "schedule=fewstep.schedule('vp-cosine')" in few.say()
+    assert "schedule=fewstep.schedule('vp-cosine')" in few.summary()
     assert many.outcome == "passed"
     # The same function of state and noise level is no rival, whatever its convention is called.
     assert all(item.hypothesis.time != "t" for item in many.hypotheses)

@@ -192,7 +192,7 @@ def draw(
     event_shape(model)
     ready = model.prepare(len(numbers), cond)
     source = NoiseSource(seed, numbers)
-    return run_batch(made, source, ready, image=image, on_call=progress.tick).x.float().cpu()
+    return run_batch(made, source, ready, image=image, on_evaluation=progress.tick).x.float().cpu()
 
 
 def event_shape(denoiser: Denoiser) -> tuple[int, ...]:

@@ -139,7 +139,7 @@ class Runner:
             name=name,
             nfe=job.nfe,
             identity=job.identity,
-            passes=job.nfe * job.sampler.denoiser.calls,
+            passes=job.nfe * job.sampler.denoiser.passes,
             seconds=(min(times), statistics.median(times), max(times)),
             stochastic=bool(draws.any()),
             end=ENDS[end],
@@ -157,7 +157,7 @@ class Runner:
         source.drawn = False
         _wait(model.device)
         begun = time.perf_counter()
-        x = run_batch(job.sampler, source, cond, noise=noise, on_call=self.progress.tick).x
+        x = run_batch(job.sampler, source, cond, noise=noise, on_evaluation=self.progress.tick).x
         _wait(model.device)
         spent = (time.perf_counter() - begun) / len(rows)
         part = {

@@ -1,4 +1,4 @@
-r"""Time grids: which times a sampler visits, as the single place where they are decided."""
+r"""Time grids: the times that a sampler visits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fewstep.diffusion.scalars import column
 from fewstep.diffusion.schedules import NoiseSchedule
 
 CENTER, SCALE = -0.55, 2.2
-"""The place and the width of the grid ``logistic``."""
+"""The default center and scale of the grid ``logistic``."""
 
 MOST_STEPS = 100_000
-"""The most steps of a grid; more is a slip of the pen, or a hostile file."""
+"""The most steps of a grid; more is a typing error, or a hostile file."""
 
-FEW_LEVELS = 50
-"""On a table of fewer training timesteps the second one is a time to start from."""
+FEW_TIMESTEPS = 50
+"""From this number of training timesteps on, a first time of at most 1 is taken for a share by mistake."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class TimeGrid:
         schedule: The schedule that gives the times their meaning.
         times: The times, float64 on the CPU, with shape (K + 1), strictly decreasing. They may
             require gradients.
-        ends_at_zero: Whether the last point has :math:`\sigma = 0`. That is a fact of the
-            structure, not a comparison of numbers: at that point the schedule is not evaluated.
+        ends_at_zero: Whether the last point has :math:`\sigma = 0`. It is stored,
+            never inferred from numbers: at that point the schedule is not evaluated.
     """
 
     schedule: NoiseSchedule
@@ -117,10 +117,10 @@ class TimeGrid:
         return twin
 
     def rounded(self) -> TimeGrid:
-        """Returns the grid with every time moved to the nearest trained level (an integer).
+        """Returns the grid with every time moved to the nearest training timestep (an integer).
 
         Raises:
-            ValueError: If two times fall on one level; the message says how many levels there are.
+            ValueError: If two times fall on one timestep; the message says how many there are.
         """
         if not self.schedule.discrete:
             return self
@@ -128,7 +128,7 @@ class TimeGrid:
         if bool((times.diff() >= 0).any()):
             raise ValueError(
                 f"{self.steps} steps on this grid fall on less than {self.steps + 1} of the "
-                f"{int(self.schedule.t_max) + 1} trained levels; take fewer steps, or another grid "
+                f"{int(self.schedule.t_max) + 1} training timesteps; use fewer steps, or another grid "
                 "(uniform keeps them apart longest)"
             )
         return TimeGrid(self.schedule, times, self.ends_at_zero)
@@ -159,7 +159,7 @@ def _start_of_share(
     start: float,
     end: float,
 ) -> float:
-    """Returns the time at which the share of a grid that is run begins."""
+    """Returns the first time of a grid of which only the last share is run."""
     check_strength(strength)
     if t_start is not None:
         raise ValueError(
@@ -186,10 +186,10 @@ def check_strength(strength: object) -> None:
 
 
 def check_start(schedule: NoiseSchedule, t_start: object) -> None:
-    """Raises unless a first time that a user gave can be meant.
+    """Raises unless a user's ``t_start`` is plausible.
 
-    On a table of training timesteps a number up to 1 is a share that was taken for a time: there
-    is hardly any noise, and nothing would happen.
+    On a table of training timesteps a number up to 1 is most likely a ``strength``: at such a time
+    there is hardly any noise, and the sampler would change nothing.
 
     Raises:
         ValueError: With the range, and the strength that the number would be.
@@ -201,7 +201,7 @@ def check_start(schedule: NoiseSchedule, t_start: object) -> None:
             f"t_start must be a time in ({low:g}, {high:g}] for {schedule.name!r}, got {t_start!r:.40}"
         )
     t = float(t_start)  # type: ignore[arg-type]
-    if schedule.discrete and 0 < t <= 1 < high and (t < 1 or high >= FEW_LEVELS):
+    if schedule.discrete and 0 < t <= 1 < high and (t < 1 or high >= FEW_TIMESTEPS):
         raise ValueError(
             f"t_start is a time of {schedule.name!r}, from {low:g} to {high:g}, and t = {t:g} has "
             f"hardly any noise; for a share of the grid give strength={t:g} with an image, or "
@@ -267,7 +267,7 @@ def power(
         strength: The share s of the grid that is run, instead of ``t_start``: the first time is the
             point at the share 1 - s of the way from the largest time to the last, on the axis in
             which the grid is even (t, its root, :math:`\log\rho`, :math:`\rho^{1/7}`). So K steps are
-            the last K of a grid of K / s steps, as in image to image of diffusers.
+            the last K of a grid of K / s steps, as in the image-to-image pipelines of diffusers.
     """
     if not power > 0:
         raise ValueError(f"power must be positive, got {power!r}")
@@ -406,10 +406,10 @@ def logistic(
     .. math:: \lambda_i = c + s \, \mathrm{logit}(u_i), \qquad
         u_i \text{ evenly from } S\left(\tfrac{\lambda_T - c}{s}\right) \text{ to } S\left(\tfrac{\lambda_0 - c}{s}\right)
 
-    with the sigmoid S. It knows noise levels only, not what a schedule calls time: the steps are
+    with the sigmoid S. It depends on noise levels only, not on the schedule's time: the steps are
     densest at :math:`\sigma \approx e^{-c} \alpha`, where pictures take shape, and thin out towards noise and
     data. With c = 0 and s = 1 it is uniform in the time of rectified flow. The defaults are near the
-    times that dynamic programming finds on networks (``benchmarks/defaults.py``).
+    times that dynamic programming selects for networks (``benchmarks/defaults.py``).
 
     Arguments:
         schedule: The schedule.
@@ -469,11 +469,11 @@ def explicit(
         ends_at_zero = True
     grid = TimeGrid(schedule, points, ends_at_zero)
     if steps is not None and _steps(steps) != grid.steps:
-        raise ValueError(f"{grid.steps + 1} times make {grid.steps} steps, not {steps}")
+        raise ValueError(f"{grid.steps + 1} times are {grid.steps} steps, not {steps}")
     return grid
 
 
-# "exponential" is what k-diffusion, ComfyUI and diffusers call even steps in log sigma.
+# k-diffusion, ComfyUI and diffusers call even steps in log sigma "exponential".
 GRIDS: Registry[Callable[..., TimeGrid]] = Registry(
     "grid",
     {

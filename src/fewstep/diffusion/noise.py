@@ -16,7 +16,7 @@ class NoiseSource:
     r"""Standard normal draws for a batch of samples.
 
     Each sample of each draw has a generator of its own on the CPU, seeded by a hash of its
-    address, so that nothing depends on who else is in the batch.
+    address, so that nothing depends on the other samples of the batch.
 
     Arguments:
         seed: The seed of the run.

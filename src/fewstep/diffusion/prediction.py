@@ -25,7 +25,7 @@ from fewstep.base.registry import unknown
 
 
 class Prediction(enum.StrEnum):
-    """A prediction convention; the value is the name that users write."""
+    """A prediction convention; the value is its name in options and files."""
 
     X0 = "x0"
     EPS = "eps"

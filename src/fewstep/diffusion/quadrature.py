@@ -35,7 +35,7 @@ def integrate(
     Arguments:
         function: Takes points with shape (M), returns values with shape (..., M).
         start: The lower end, a scalar.
-        end: The upper end, a scalar; below ``start`` the sign comes out right.
+        end: The upper end, a scalar; if it is below ``start``, the sign is that of the reversed integral.
         nodes: The number of nodes in each piece.
         breaks: Points between the ends, ordered from start to end, where the integrand has a
             kink: the rule is applied piece by piece.

@@ -39,8 +39,8 @@ def _sqrt(x: float) -> float:
 class Scalar(float):
     """A float64 number with the methods and the functions of a 0-dimensional tensor.
 
-    Arithmetic and elementary functions are those of Python. Whatever else is asked of it, as a method
-    or by a function of torch, is answered by the tensor that it stands for.
+    Arithmetic and elementary functions are those of Python. Every other method or function of torch
+    works on the tensor that it stands for.
     """
 
     __slots__ = ()
@@ -72,7 +72,7 @@ class Scalar(float):
     def __truediv__(self, other: Any) -> Any:
         if isinstance(other, Tensor):
             return float(self) / other
-        # As tensors do, and not an exception.
+        # As tensors do, instead of an exception.
         return Scalar(float.__truediv__(self, other)) if other else _by_zero(self, other)
 
     def __rtruediv__(self, other: Any) -> Any:
@@ -151,7 +151,7 @@ FUNCTIONS: dict[Callable[..., Any], Callable[[float], float]] = {
     logsigmoid: _logsigmoid,
     softplus: _softplus,
 }
-"""The functions of torch that are answered without a tensor."""
+"""The functions of torch that need no tensor."""
 
 
 def _by_zero(above: float, zero: float) -> Scalar:

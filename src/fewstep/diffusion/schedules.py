@@ -22,7 +22,7 @@ MOST_LEVELS = 1_000_000
 """The most levels of a tabulated schedule; a guard against hostile files."""
 
 
-# The default grid of Heun is EDM's, for EDM's range of noise; that of a VP chain is even in time.
+# The default grid of Heun is EDM's, for EDM's range of noise; that of VP schedules is even in time.
 VP_SUITS = {"karras": "uniform"}
 
 
@@ -33,17 +33,17 @@ class NoiseSchedule(ABC):
     differentiable, and are meant to be called in float64.
 
     Attributes:
-        t_min: The smallest time at which the network is trusted.
+        t_min: The smallest time at which the network is trained well.
         t_max: The largest time, where sampling starts.
         t_zero: The label of the point with :math:`\sigma = 0` in a grid; no function of the
             schedule is ever evaluated there.
-        discrete: Whether times are (fractional) indices of trained levels.
+        discrete: Whether times are (possibly fractional) training timesteps.
         flow_coordinate: Whether one-step methods of several stages take
             :math:`s = \sigma / (\alpha + \sigma)` as their coordinate, in which every schedule is a
             rectified flow, :math:`d(x / (\alpha + \sigma)) / ds = \varepsilon - x_0`, and not
             :math:`\rho`, which falls so steeply near pure noise that the stages amplify errors.
         suits: For solvers' default grids that waste steps or diverge in this schedule's time, the grid
-            that takes their place.
+            to use instead.
     """
 
     name: str
@@ -226,7 +226,7 @@ class VPCosine(NoiseSchedule):
     .. math:: \alpha = \cos\theta, \quad \sigma = \sin\theta, \quad
         \theta = \frac{\pi}{2} \frac{t + s}{1 + s}
 
-    Time stops at 0.9946, where DPM-Solver stops it: at 1 nothing of the data is left.
+    Time stops at 0.9946, as in DPM-Solver: at 1 the state does not depend on the data.
 
     References:
         | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021)
@@ -331,7 +331,7 @@ class VPSigma(NoiseSchedule):
     Diffusion.
 
     Arguments:
-        sigma_min: The smallest ratio at which the network is trusted.
+        sigma_min: The smallest ratio at which the network is trained well.
         sigma_max: The largest, where sampling starts.
 
     References:
@@ -365,7 +365,7 @@ class VPSigma(NoiseSchedule):
 class Flow(NoiseSchedule):
     r"""Rectified flow: :math:`\alpha = 1 - t`, :math:`\sigma = t`, time in [1e-3, 0.999].
 
-    At exactly 1 nothing of the data is left and :math:`\varepsilon`-solvers are undefined, so
+    At exactly 1 the state does not depend on the data and :math:`\varepsilon`-solvers are undefined, so
     time starts at 0.999, where the data still enter the state with weight 0.001.
 
     Arguments:
@@ -398,7 +398,7 @@ class Flow(NoiseSchedule):
 
 
 class Tabulated(NoiseSchedule):
-    r"""Variance preserving, known at N trained levels; time is the index, 0 to N - 1.
+    r"""Variance preserving, given at N training timesteps; time is the timestep, 0 to N - 1.
 
     Between two levels :math:`\lambda` is linear in the index, so that fractional times have an
     exact inverse and the ends of the table are met exactly.
@@ -462,7 +462,7 @@ class Tabulated(NoiseSchedule):
 
     @property
     def levels(self) -> int:
-        """The number N of trained levels."""
+        """The number N of training timesteps."""
         return self._table.numel()
 
     @property
@@ -625,4 +625,6 @@ def schedule_from_record(config: Mapping[str, Any]) -> NoiseSchedule:
     try:
         return schedule(config["name"], **options)
     except (TypeError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"the schedule {config['name']!r:.60} cannot be made: {error}") from None
+        raise ValueError(
+            f"the schedule {config['name']!r:.60} cannot be created: {error}"
+        ) from None

@@ -1,4 +1,4 @@
-"""Samplers that are searched for one model: plans whose numbers are parameters, and the search."""
+"""Samplers tuned for one model: plans whose numbers are parameters, and the search over them."""
 
 from fewstep.learned.families import FAMILIES as FAMILIES
 from fewstep.learned.families import Family as Family

@@ -1,4 +1,4 @@
-r"""The conditions of a search: values that its samples take in turn, or at random."""
+r"""The conditions of a search: values that are assigned to its samples in turn, or at random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fewstep.models.denoiser import Denoiser
 
 @dataclass(frozen=True)
 class ConditionPool:
-    """Conditions from which numbered samples take a value each.
+    """Conditions of which each numbered sample gets one value.
 
     Attributes:
         parts: The validated values of each condition, as many as were given.
@@ -29,7 +29,7 @@ class ConditionPool:
     def of(cls, denoiser: Denoiser, cond: Mapping[str, Any]) -> ConditionPool:
         """Returns the pool of a model: a list, array or tensor has one value a row, else all share it.
 
-        A model with classes takes all its classes if nothing is given.
+        If nothing is given, a model with classes gets all its classes.
 
         Raises:
             ValueError, TypeError: As :meth:`Conditions.of`.
@@ -52,7 +52,7 @@ class ConditionPool:
         return cls(parts)
 
     def at(self, rows: Sequence[int]) -> dict[str, Any]:
-        """Returns the conditions of numbered samples: sample i takes value i modulo their number."""
+        """Returns the conditions of numbered samples: sample i gets value i modulo their number."""
         return {
             name: part.at([i % part.n for i in rows])[name] for name, part in self.parts.items()
         }
@@ -73,7 +73,7 @@ class ConditionPool:
 
 @dataclass
 class _One:
-    """A model that takes its conditions one by one."""
+    """A model with conditions, as this module uses it."""
 
     accepts: AcceptedConditions
     null_condition: Mapping[str, Any]

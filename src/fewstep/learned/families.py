@@ -3,7 +3,7 @@ r"""The families of samplers that can be searched, by name.
 Two kinds. Those over GGDM (``ddim-sigma``, ``vars``, ``ggdm``, ``ggdm+pred``, each also with
 ``+time``) combine *states*, as the paper that introduced them does. Those over a solver
 (``schedule``, ``ld3``, ``gs``, ``free``) combine *model outputs*, starting from the solver's own
-coefficients. All are plans of the same sort in the end.
+coefficients. All result in ordinary plans.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Family:
         return self.kind.default_start
 
     def __call__(self, base: Base, **options: Any) -> LearnedPlan:
-        """Returns the learned plan at its start."""
+        """Returns the learned plan with its initial parameters."""
         return self.kind(base, **{**self.options, **options})
 
 
@@ -67,7 +67,7 @@ FAMILIES: Registry[Family] = Registry(
 
 
 def family(name: str, base: Base, **options: Any) -> LearnedPlan:
-    """Returns the learned plan of a family, at its start.
+    """Returns the learned plan of a family, with its initial parameters.
 
     Arguments:
         name: A name in :data:`FAMILIES`.

@@ -6,7 +6,7 @@ the network is evaluated at :math:`y_0 \dots y_{K-1}`. A table stands for
 .. math:: q(y_n | y_{<n}, x_0) = N\left(\mu_{n,0} x_0 + \sum_{u<n} \mu_{n,u} y_u, \; s_n^2 I\right), \qquad
     y_0 = \alpha x_0 + \sigma z
 
-and the sampler puts :math:`\hat x_0(y_{n-1})` in the place of :math:`x_0`. The last row may be the
+and the sampler substitutes :math:`\hat x_0(y_{n-1})` for :math:`x_0`. The last row may be the
 plain :math:`y_K = \hat x_0` (weights 1, 0, ..., 0; no noise) or any other.
 
 References:
@@ -140,7 +140,7 @@ def matched_table(states: Tensor, alpha: Tensor, sigma: Tensor) -> Table:
         c = states[n, :n] @ torch.stack(rows)
         most, length = sigma[n], c.square().sum()
         outside = length > most.square()
-        # Rows on the edge stay there: rounding must not add a noise.
+        # Rows at the limit stay there: rounding must not add noise.
         inside = length < most.square() * (1 - 1e-12)
         shrink = torch.where(
             outside, most / torch.where(outside, length, torch.ones_like(length)).sqrt(), 1.0
@@ -167,7 +167,7 @@ def table_of(plan: Plan) -> Table:
             but the first depends on the prediction just before, with at most one draw of its own.
 
     Raises:
-        ValueError: If the plan has not that form; the message names the state.
+        ValueError: If the plan does not have that form; the message names the state.
     """
     flat = convert_plan(plan, Prediction.X0).flat()
     if float(flat.a[0].detach()) != 1 or bool(flat.C[0].detach().any()):

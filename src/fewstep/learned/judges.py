@@ -1,4 +1,4 @@
-r"""Judgement of candidates: on noise, real data and features that the search does not train on."""
+r"""Evaluation of candidates: on noise, real data and features that the search does not train on."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fewstep.metrics.transport import rms
 IMAGE = 3
 """The dimensions of an image: channels, height, width."""
 LEAST = 20
-"""With fewer samples precision and recall mean nothing."""
+"""The fewest samples for precision and recall."""
 MOST_REAL = 500
-"""The real samples of a final score, if there are fewer generated ones."""
+"""The least number of real samples of a final score."""
 
 
 def random_features(shape: tuple[int, ...], *, seed: int = 0) -> Features:
@@ -131,7 +131,7 @@ def final_scores(
         scores.append(Score("rms to the teacher", TEACHER, distance))
     if reference is not None:
         name = reference.features_name
-        # More real samples than generated ones cost much and add little.
+        # Many more real samples than generated ones cost much and add little precision.
         most = max(MOST_REAL, len(x))
         reference = replace(reference, heldout=reference.heldout[:most])
         scores.append(Score(f"FID ({name})", DATA, fid(x, reference)))

@@ -1,4 +1,4 @@
-r"""A plan whose numbers are parameters: the base class of families, and the sampler that they start from."""
+r"""A plan whose numbers are parameters: the base class of families, and their initial samplers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fewstep.solvers import Solver
 
 @dataclass(frozen=True)
 class Start:
-    r"""The training-free sampler from which a family starts unless another is asked for.
+    r"""The training-free sampler from which a family starts by default.
 
     Attributes:
         solver: ``None`` for what ``auto`` chooses for the schedule and the budget; or a name in
@@ -42,7 +42,7 @@ class Base:
         solver: The solver.
         grid: Its grid.
         head: Whether it begins with an analytic head start.
-        integer_times: Whether the network takes whole timesteps only: times cannot be learned.
+        integer_times: Whether the network takes integer timesteps only: times cannot be learned.
     """
 
     solver: Solver
@@ -54,7 +54,7 @@ class Base:
     def of(
         cls, schedule: NoiseSchedule, request: SamplerRequest, *, integer_times: bool = False
     ) -> Base:
-        """Returns the base that a request stands for; arguments as of :func:`~fewstep.sampling.resolve.resolve_plan`."""
+        """Returns the base that a request describes; arguments as of :func:`~fewstep.sampling.resolve.resolve_plan`."""
         made = resolve_plan(schedule, request, integer_times=integer_times)
         return cls(made.solver, made.plan.grid, made.plan.head, integer_times)
 
@@ -93,15 +93,15 @@ class LearnedPlan(nn.Module, ABC):
 
     with coefficients c (C), conditioning timesteps :math:`\tau` (K) and knots t (S + 1), all float64.
     A subclass sets the attributes below, declares its parameters (float64, all zero at the start)
-    and writes :meth:`numbers`; a line in :data:`fewstep.learned.FAMILIES` then makes it known to
+    and writes :meth:`numbers`; a line in :data:`fewstep.learned.FAMILIES` then registers it for
     ``tune``, the command line and the tests of families. Its constructor takes the base first and
     options by keyword, and raises ``ValueError`` for a base that does not fit.
 
-    Cost: none beside the K evaluations of the structure; the numbers are worked out once a step.
+    Cost: none beside the K evaluations of the structure; the numbers are computed once per step.
 
     Attributes:
-        default_start: The training-free sampler that it starts from unless another is asked for;
-            declared on the class.
+        default_start: The training-free sampler that it starts from by default; declared on the
+            class.
         structure: The rows.
         base: The sampler at the start.
         learns_times: Whether the knots are learned.

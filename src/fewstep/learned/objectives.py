@@ -22,12 +22,12 @@ from fewstep.metrics.reference import Reference
 
 
 class Outcome(NamedTuple):
-    r"""What the sampler returned for a batch.
+    r"""The output of the sampler for a batch.
 
     Attributes:
         x: The samples, with shape (B, \*).
-        states: The inputs of the evaluations but the first, each (B, \*); empty unless an objective
-            wants them.
+        states: The inputs of all evaluations but the first, each (B, \*); empty unless an objective
+            needs them.
     """
 
     x: Tensor
@@ -35,11 +35,11 @@ class Outcome(NamedTuple):
 
 
 class Batch(NamedTuple):
-    r"""A training batch: its address, and the teacher's part of it.
+    r"""A training batch: its address, and the teacher's targets for it.
 
     Attributes:
-        address: The stage and the step; part of the address of whatever an objective draws.
-        pairs: How many of the first rows have a teacher.
+        address: The stage and the step; part of the address of an objective's random draws.
+        pairs: The number of rows, the first ones, that have a teacher's sample.
         target: The teacher's samples of these rows, with shape (pairs, \*), or ``None``.
         states: The teacher's states at the knots between, each (pairs, \*).
     """
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Given:
-    """What an objective is built from.
+    """The arguments from which an objective is built.
 
     Attributes:
         learned: The learned plan, at its start.
@@ -74,8 +74,8 @@ class Objective(ABC):
 
     A search minimises a weighted sum of objectives over the parameters of a sampler. A subclass
     declares the attributes below and writes :meth:`build` and :meth:`loss`, a paired one also
-    :meth:`distances`; a line in :data:`OBJECTIVES` then makes it known to ``tune``, to descriptions
-    such as ``"mmd+0.1*endpoint"`` and to the command line.
+    :meth:`distances`; a line in :data:`OBJECTIVES` then registers it for ``tune``, for descriptions
+    such as ``"mmd+0.1*endpoint"`` and for the command line.
 
     Cost: that of the loss itself; the B times K network evaluations of a step are the sampler's.
 
@@ -83,7 +83,7 @@ class Objective(ABC):
         paired: Whether it compares with a teacher's sample from the same noise. A stage whose first
             objective is paired judges candidates by :meth:`distances` on held-out pairs, else by
             their discrepancy from the reference.
-        wants_states: Whether it compares the states on the way too.
+        wants_states: Whether it also compares intermediate states.
         needs_data: Whether it compares with real data.
         steps: The default number of steps, for images.
         batch_size: The default number of samples of a step: for vectors, for images.
@@ -169,7 +169,7 @@ class Trajectory(Endpoint):
         if given.learned.learns_times or base.plan().nfe != base.grid.steps:
             raise ValueError(
                 "the objective trajectory needs states at common times: a family without learned "
-                "times (ggdm, ggdm+pred, vars, ddim-sigma; gs with times=False), one evaluation a step"
+                "times (ggdm, ggdm+pred, vars, ddim-sigma; gs with times=False), one evaluation per step"
             )
         features = None if given.reference is None else given.reference.extractor
         return cls(given.settings.distance, features=features)
@@ -189,7 +189,7 @@ class MMD(Objective):
 
     with features :math:`\phi` (B, D) of the samples and m real ones r. It may be negative. Features
     are scaled to a root mean square of 1 over the real ones. ``"cubic"`` is the kernel of KID;
-    ``"linear"`` sees means alone; ``"gaussian"`` is characteristic (three widths about the median
+    ``"linear"`` compares means alone; ``"gaussian"`` is characteristic (three widths about the median
     distance); ``"mixture"`` is the mean of the three.
 
     References:

@@ -21,7 +21,8 @@ def write_page(tuned: TunedSampler, path: Path) -> Path:
     """
     about = tuned.recipe.about
     page = Page(
-        f"Tuning of {tuned.recipe.name}", "The search, judged on noise that it did not train on."
+        f"Tuning of {tuned.recipe.name}",
+        "The search, evaluated on noise that it did not train on.",
     )
     page.facts(
         [
@@ -34,7 +35,7 @@ def write_page(tuned: TunedSampler, path: Path) -> Path:
     page.paragraph(tuned.verdict.sentence)
     before, after = tuned.scores["before"], tuned.scores["after"]
     page.table(
-        "Scores on seeds that the search never used",
+        "Scores on seeds that the search did not use",
         ["score", "before", "after"],
         [[name, Estimate(**before[name]), Estimate(**after[name])] for name in before],
     )

@@ -1,4 +1,4 @@
-r"""A search that was checked, and its solution: pairs, search, scores."""
+r"""A validated search, and its run: pairs, search, scores."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.solvers import Solver
 
 SMALL = 64
-"""Samples of at most so many numbers are cheap."""
+"""The largest number of elements of a cheap sample."""
 TRAIN, HELDOUT, TEST = 10_000_019, 20_000_003, 30_000_001
-"""Added to the seed: the three sets of noise have no seed in common, nor with a user's small one."""
+"""Offsets added to the seed: the three sets of noise share no seed with each other or a small user seed."""
 
 
 @dataclass(frozen=True)
 class TunedSampler:
-    """The result of :func:`fewstep.tune`: a sampler of K evaluations, and how good it is.
+    """The result of :func:`fewstep.tune`: a sampler of K evaluations, with its scores.
 
-    ``fewstep.sample(denoiser, n, recipe=tuned.recipe)`` draws with it; each sample costs
+    ``fewstep.sample(denoiser, n, recipe=tuned.recipe)`` uses it; each sample costs
     ``tuned.plan.nfe`` evaluations (twice as many with guidance).
 
     Attributes:
         recipe: The sampler as a recipe: for :func:`fewstep.sample`, the command line, diffusers.
-            ``recipe.about`` has everything that determined the search, the scores and the verdict.
+            ``recipe.about`` has all inputs of the search, the scores and the verdict.
         plan: Its plan; coefficients and conditioning timesteps are float64.
         history: The judgements of the search, one record each: stage, step, mean training loss,
             score (the distance to the teacher or the squared discrepancy from the reference), law,
-            precision, recall, the best score so far, whether the candidate was taken.
+            precision, recall, the best score so far, whether the candidate was accepted.
         scores: Scores ``"before"`` (of the start) and ``"after"``, by name, on seeds that the search
-            never used; each has value, low and high of a 95 % interval. The RMS to the teacher is in
+            did not use; each has value, low and high of a 95 % interval. The RMS to the teacher is in
             the units of a sample, FID, KID and MMD² in those of the features named.
         verdict: Whether the result is better than the start, and why.
     """
@@ -71,7 +71,7 @@ class TunedSampler:
 
     @property
     def improved(self) -> bool:
-        """Whether the result is better than the start, on seeds that the search never used."""
+        """Whether the result is better than the start, on seeds that the search did not use."""
         return self.verdict.state == BETTER
 
     def save(self, path: str | Path) -> Path:
@@ -85,7 +85,7 @@ class TunedSampler:
 
 @dataclass(frozen=True)
 class Problem:
-    """A search that was checked: everything that is known before the first network evaluation."""
+    """A validated search: everything that is known before the first network evaluation."""
 
     model: Denoiser
     base: Base
@@ -144,8 +144,8 @@ class Problem:
         learned = family(family_name, base, **family_options)
         if not learned.count:
             raise ValueError(
-                f"the family {family_name!r} has no parameters with these options at nfe={nfe}; take "
-                "another family, or leave its options out"
+                f"the family {family_name!r} has no parameters with these options at nfe={nfe}; use "
+                "another family, or omit its options"
             )
         source = Source.of(guided, base.plan(), conditions)
         small = math.prod(source.shape) <= SMALL
@@ -211,7 +211,7 @@ class Problem:
         }
 
     def _identity(self) -> list[Any]:
-        """Returns what determines the teacher's samples beside its plan and their numbers."""
+        """Returns the inputs of the teacher's samples other than its plan and their numbers."""
         names = [self.names[key] for key in ("conditions", "dtype")]
         return [self.model.fingerprint(), self.guidance, *names]
 
@@ -238,7 +238,7 @@ class Problem:
             heldout_seed=self.seed + HELDOUT,
             heldout_size=heldout_count,
             judge=judge,
-            # In the features of the loss itself a judge cannot overrule the teacher.
+            # A judge in the features of the loss is not independent of it, so it cannot overrule the teacher.
             real=self.judged is not None and self.judged is not self.reference,
             settings=settings,
             seed=self.seed,
@@ -326,7 +326,7 @@ class Problem:
         return train_pairs, heldout_pairs, test_pairs
 
     def _judge(self, train: Pairs | None) -> Judge:
-        """Returns the judge: against real data where there are any, and else the teacher."""
+        """Returns the judge: against real data where there are any, else against the teacher."""
         if self.judged is not None:
             return Judge.of(self.judged.heldout[:2000], extractor(self.judged.extractor))
         assert train is not None

@@ -27,7 +27,7 @@ from fewstep.learned.unrolled import Unrolled, backpropagate
 from fewstep.models.conditions import joined
 
 MOST_WORSE, LEAST_WORSE = 0.1, 2e-4
-"""How much further from real data, as a share and at least, a candidate of a paired stage may be."""
+"""The tolerated increase of the distance to real data in a paired stage: a share, and a minimum."""
 NORM_ROWS = 128
 """The samples from which the value of each objective at the start is estimated."""
 
@@ -89,7 +89,7 @@ class Searcher:
         self.optimizer = torch.optim.Adam(learned.parameters())
 
     def run(self) -> State:
-        """Runs what is left of all stages; leaves the best parameters in the plan.
+        """Runs the remaining steps of all stages; the plan has the best parameters afterwards.
 
         Raises:
             ValueError: If the checkpoint in the folder is damaged or of another family.
@@ -163,7 +163,7 @@ class Searcher:
             self.progress.tick(1, note)
 
     def _consider(self, stage: Stage, loss: float) -> None:
-        """Judges the average; takes it if better, not less diverse and not further from real data."""
+        """Evaluates the average; accepts it if better, not less diverse and not further from real data."""
         state = self.state
         judgement = self._judgement(stage, state.tensors["average"])
         assert state.start is not None
@@ -210,7 +210,9 @@ class Searcher:
                 self.heldout_size,
                 batch_size=self.settings.sampling_batch,
             )
-        except ValueError:  # samples that are not finite, or coefficients that are no plan
+        except (
+            ValueError
+        ):  # samples that are not finite, or coefficients that are not a valid plan
             return {"score": math.inf, "law": math.inf, "precision": 0.0, "recall": 0.0}
         finally:
             self.learned.load_vector(present)
@@ -355,7 +357,7 @@ class Searcher:
         cond: Mapping[str, Any],
         batch: Batch,
     ) -> None:
-        """Moves training noises downhill within their ball, each only if its distance falls.
+        """Moves training noises along the negative gradient within their ball, each only if its distance falls.
 
         References:
             | Learning to Discretize Denoising Diffusion ODEs (Tong et al., 2024)
@@ -367,7 +369,7 @@ class Searcher:
         assert batch.target is not None
         objective = self.objectives[stage.names[0]]
         before = moved[list(rows)].to(x)
-        # The loss is a mean: times the batch it is each sample's own.
+        # The loss is a mean: times the batch size it is the gradient of each sample.
         after = before - 12 / self.learned.structure.nfe * len(x) * x.grad
         length = after.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.ndim - 1))
         after = after * (radius / length.clamp(min=radius))

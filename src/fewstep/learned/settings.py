@@ -15,7 +15,7 @@ GRADIENTS = ("full", "cut")
 
 @dataclass(frozen=True)
 class Search:
-    r"""Settings of a search. Numbers that are left out depend on the size of a sample.
+    r"""Settings of a search. Numbers that are not given depend on the size of a sample.
 
     Attributes:
         pairs: The noises with a teacher's sample for training.
@@ -32,7 +32,7 @@ class Search:
         patience: The judgements without a better one after which a stage ends.
         recall_drop: A candidate whose recall is lower than the start's by more than this share
             is rejected.
-        microbatch: The samples that go through the network at a time; the gradient is that of
+        microbatch: The samples in one network evaluation of a gradient; the gradient is that of
             the whole batch exactly.
         remat: Whether network evaluations are repeated in the backward pass: memory does not grow
             with their number, for up to half more time. ``None``: not on a CPU.
@@ -42,9 +42,9 @@ class Search:
         kernel: The kernel of ``mmd``: ``"mixture"``, ``"cubic"``, ``"linear"``, ``"gaussian"`` or
             a callable.
         real_batch: The real samples in a step of ``mmd``.
-        radius: How far training noises may move to lower their own distance (LD3), in the norm of
-            a state. ``None``: not at all.
-        sampling_batch: The samples that are drawn at a time without gradients.
+        radius: The radius within which training noises may move to lower their distance (LD3), in
+            the norm of a state. ``None``: not at all.
+        sampling_batch: The batch size of sampling without gradients.
     """
 
     pairs: int | None = None

@@ -52,7 +52,7 @@ class SolverFamily(LearnedPlan):
         super().__init__()
         if base.integer_times and (times or shifts):
             raise ValueError(
-                "this network takes whole timesteps only, so times cannot be learned; take a family "
+                "this network takes integer timesteps only, so times cannot be learned; use a family "
                 "without learned times (ggdm, ggdm+pred, vars, ddim-sigma), or gs with "
                 "times=false and shifts=false"
             )
@@ -127,12 +127,12 @@ def _steps(plan: Plan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     if float(a[0]) != 1 or bool(flat.C[0].detach().any()):
         raise ValueError(
             f"{plan.name} changes the initial state before the first evaluation, so its coefficients "
-            "cannot be corrected; take the family schedule or ld3"
+            "cannot be corrected; use the family schedule or ld3"
         )
     if bool((a[:-1].abs() < 1e-12).any()):
         raise ValueError(
             f"{plan.name} evaluates the network at a state in which the initial state has no weight, "
-            "so its coefficients cannot be corrected; take the family schedule or ld3"
+            "so its coefficients cannot be corrected; use the family schedule or ld3"
         )
     scale, outputs, noise = list[Tensor](), list[Tensor](), list[Tensor]()
     for n in range(plan.nfe):

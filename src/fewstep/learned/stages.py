@@ -1,4 +1,4 @@
-r"""Stages of a search, read from a description: weighted objectives, and how long."""
+r"""Stages of a search, parsed from a description: weighted objectives and their length."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fewstep.learned.objectives import OBJECTIVES
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a search: weighted objectives and how long.
+    """One stage of a search: weighted objectives and its length.
 
     Attributes:
-        terms: Names with weights; the first decides how candidates are judged. Weights are
+        terms: Names with weights; the first decides how candidates are evaluated. Weights are
             relative to each term's value at the start of the search.
         steps: The number of steps.
         batch_size: The samples of a step.
@@ -51,7 +51,7 @@ def stages_of(
 ) -> tuple[Stage, ...]:
     """Returns the stages of a description: ``"endpoint"``, ``"endpoint,mmd"``, ``"mmd+0.1*endpoint"``.
 
-    Commas part stages, a plus sign terms, a star gives a weight. A later stage has a fifth of the
+    Commas separate stages, plus signs separate terms, a star gives a weight. A later stage has a fifth of the
     learning rate and, if it is one objective alone, that objective's anchor (``mmd``: 0.1 times
     ``endpoint``).
 

@@ -29,7 +29,7 @@ def start_of(
 
     A family declares a :class:`~fewstep.learned.learned_plan.Start`: the choice of ``auto``, or a
     solver on the power grid whose last step goes on to :math:`\sigma = 0`. The solver ``"auto"``
-    asks for the choice of ``auto`` whatever the family declares.
+    is the choice of ``auto`` whatever the family declares.
 
     Arguments:
         name: A family in :data:`fewstep.learned.FAMILIES`.

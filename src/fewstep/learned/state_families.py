@@ -34,7 +34,7 @@ class StateFamily(LearnedPlan):
         super().__init__()
         if base.integer_times and time:
             raise ValueError(
-                "this network takes whole timesteps only, so times cannot be learned; take the "
+                "this network takes integer timesteps only, so times cannot be learned; use the "
                 "family without +time"
             )
         self.base = base
@@ -95,12 +95,12 @@ class Variances(nn.Module):
         if not _is_variance_preserving(base):
             raise ValueError(
                 f"this family needs a schedule that preserves variance, {base.schedule.name!r} does "
-                "not; take ggdm, ggdm+pred-free, or a family over a solver"
+                "not; use ggdm, ggdm+pred-free, or a family over a solver"
             )
         grid = base.grid
         self.ends_at_zero = grid.ends_at_zero
         v = grid.sigma.detach().square().flip(0)  # from the sample to the noise
-        # The last share is alpha^2; written as 1 - v it would have half the digits.
+        # The last share is alpha^2; computed as 1 - v it would lose half the digits.
         signal = grid.alpha.detach()[:1].square()
         inner = v.diff() if grid.ends_at_zero else torch.cat([v[:1], v.diff()])
         self.register_buffer("shares", torch.cat([inner, signal]))
@@ -196,7 +196,7 @@ class GGDM(StateFamily):
         noise: Whether step noises are learned; if not they are the base's.
         matched: Whether the marginals stay those of the diffusion.
         theory: Whether the table of the base is computed anew from the learned times.
-        coordinate: In what times are learned.
+        coordinate: The coordinate in which times are learned.
     """
 
     lower: Tensor
@@ -221,11 +221,11 @@ class GGDM(StateFamily):
         if plan.nfe != base.grid.steps:
             raise ValueError(
                 f"{base.solver.name} has {plan.nfe} evaluations in {base.grid.steps} steps; GGDM "
-                "starts from solvers with one evaluation a step"
+                "starts from solvers with one evaluation per step"
             )
         if not base.solver.exact:
             raise ValueError(
-                f"{base.solver.name} does not preserve the marginals, so its table is no GGDM; start "
+                f"{base.solver.name} does not preserve the marginals, so its table is not a GGDM; start "
                 "from ddim, tab3, dpmpp-2m, unipc3 or another exact solver"
             )
         start = Table(*(part.detach() for part in table_of(plan)))
@@ -239,7 +239,7 @@ class GGDM(StateFamily):
         self.pred, self.matched, self.theory = pred, matched, theory
         if matched and pred is not None:
             raise ValueError(
-                "a GGDM that preserves the marginals predicts by Theorem 1; leave pred out"
+                "a GGDM that preserves the marginals predicts by Theorem 1; omit pred"
             )
         for key, tensor in zip(Table._fields, start, strict=True):
             self.register_buffer(f"start_{key}", tensor)

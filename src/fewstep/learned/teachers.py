@@ -29,7 +29,7 @@ def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
 
     Arguments:
         base: The sampler at the start of the search.
-        nfe: About how many evaluations the teacher has.
+        nfe: The approximate number of evaluations of the teacher.
         through_knots: Whether its grid goes through all knots of the base.
     """
     times, zero = base.grid.times.detach(), base.grid.ends_at_zero
@@ -41,7 +41,7 @@ def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
         fine = (inner[:-1, None] + u * inner.diff()[:, None]).reshape(-1)
         knots = torch.cat([fine, inner[-1:]])
         if zero and float(knots[-1]) > schedule.t_min:
-            # The last evaluation of the base is followed by finer ones too, where there is room.
+            # The interval after the base's last evaluation is refined too, where there is room.
             last = torch.linspace(float(knots[-1]), schedule.t_min, pieces + 1).double()
             knots = torch.cat([knots, last[1:].clamp(min=schedule.t_min)])
         if base.integer_times:
@@ -101,7 +101,7 @@ class Source:
         """Returns the source for a model.
 
         Raises:
-            ValueError: If the model does not know the shape of a sample.
+            ValueError: If the model has no ``event_shape``.
         """
         if denoiser.event_shape is None:
             raise ValueError(

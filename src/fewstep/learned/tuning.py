@@ -1,4 +1,4 @@
-r"""``tune``: a sampler of few evaluations, searched for one model."""
+r"""``tune``: searches a sampler of few evaluations for one model."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def tune(
     progress: Progress | bool | None = None,
     **cond: Any,
 ) -> TunedSampler:
-    r"""Searches a sampler of ``nfe`` network evaluations for one model, whose weights stay as they are.
+    r"""Searches a sampler of ``nfe`` network evaluations for one model, whose weights do not change.
 
     .. math:: \min_\psi \; \sum_i \frac{w_i}{|L_i(0)|} L_i(x_\psi), \qquad
         x_\psi = \mathrm{plan}_\psi(x_T, z), \qquad \psi = 0 \text{ is a training-free sampler}
 
     by Adam over the parameters :math:`\psi` of a family (tens of numbers), with gradients through
-    all ``nfe`` evaluations. Every so many steps the moving average of the parameters is judged on
+    all ``nfe`` evaluations. Every ``evaluate_every`` steps the moving average of the parameters is evaluated on
     held-out noise, and the best is the result: by the distance to a teacher, the same model with
     many evaluations, or by the discrepancy from real data in features that no loss uses; candidates
     that lose recall are rejected. Start and result are then scored on seeds that were not used before.
@@ -96,18 +96,18 @@ def tune(
         family_options: Options of the family, e.g. ``{"coordinate": "lambda"}``.
         guidance: The scale of classifier-free guidance; it becomes part of the recipe.
         search: Settings of the search, see :class:`~fewstep.learned.settings.Search`.
-        seed: The seed of everything random.
+        seed: The seed of all random draws.
         out: The file of the recipe. Beside it, in the folder :func:`checkpoint_folder`, are the
             checkpoints: the same call resumes an interrupted one, with the same result.
-        overwrite: Whether to start anew and replace what is there.
+        overwrite: Whether to start again and replace existing files.
         keep_worse: Whether to write a result whose final scores are worse than the start's; else
-            ``out`` is not written then, and a warning is logged.
+            ``out`` is not written, and a warning is logged.
         progress: ``True`` for bars, or an object with ``stage`` and ``tick``.
-        cond: Conditions; of a list each sample takes one value. A model with classes takes all its
+        cond: Conditions; of a list each sample gets one value. A model with classes gets all its
             classes if none are given.
 
     Returns:
-        The tuned sampler; ``.verdict`` says whether it is better than its start.
+        The tuned sampler; ``.verdict`` is whether it is better than its start.
 
     Raises:
         ValueError, TypeError: Before the first network evaluation, if an argument does not fit, a
@@ -161,7 +161,7 @@ def _folder(file: Path, problem: Problem, *, overwrite: bool) -> Path:
     sweep(folder)
     if file.exists():
         raise ValueError(f"{str(file)!r} exists; give overwrite (--overwrite) or another file")
-    # Through JSON, as it will be read again.
+    # Through JSON, for comparison with the stored settings.
     about = json.loads(json.dumps(problem.record()))
     if (folder / SETTINGS).exists():
         before = read_json(folder / SETTINGS, what="the settings of a search")

@@ -44,7 +44,7 @@ class Unrolled:
             does not grow with their number; a third more time.
         gradient: ``"full"``, or ``"cut"``: model outputs count as constants, so that no gradient
             goes through the network. A third of the cost, a worse result.
-        keep_states: Whether the states on the way are returned too.
+        keep_states: Whether intermediate states are returned too.
     """
 
     denoiser: Denoiser
@@ -79,7 +79,7 @@ class Unrolled:
             draw=draws.__getitem__,
             checkpoint=remat,
         )
-        # Evaluations that are repeated in the backward pass append once more, after this.
+        # Evaluations that are repeated in the backward pass append again, after this.
         return Outcome(end, tuple(inputs[1 : self.structure.nfe]))
 
 
@@ -122,7 +122,7 @@ def backpropagate(
             value.backward()
         return value.detach()
     if leaf is not None:
-        raise ValueError("moving noise needs the whole batch at once; leave microbatch out")
+        raise ValueError("moving noise needs the whole batch at once; omit microbatch")
     parts = [slice(start, min(start + microbatch, n)) for start in range(0, n, microbatch)]
     with torch.no_grad():
         numbers = learned()

@@ -1,4 +1,4 @@
-r"""The verdict on a search: is its result better than its start, on seeds that it never used?"""
+r"""The verdict on a search: is its result better than its start, on seeds that it did not use?"""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Verdict:
 
     Attributes:
         state: ``"better"``; ``"unclear"``: neither better nor worse beyond the intervals;
-            ``"worse"``; or ``"start"``: the search found nothing, so the result is the start.
-        reasons: The scores behind it, each a sentence.
+            ``"worse"``; or ``"start"``: no candidate was better, so the result is the start.
+        reasons: The scores that decide it, each a sentence.
     """
 
     state: str
@@ -50,7 +50,7 @@ class Verdict:
             BETTER: "the result is better than the start",
             UNCLEAR: "the result is not shown to be better than the start, nor worse",
             WORSE: "the result is worse than the start",
-            START: "nothing better than the start was found, so the recipe is the start itself",
+            START: "no candidate was better than the start, so the recipe is the start itself",
         }[self.state]
         return f"{text}: {'; '.join(self.reasons)}" if self.reasons else text
 

@@ -28,7 +28,7 @@ class FeaturesRecord(Record, name="fewstep.features", version=1, what="feature e
 
 HERE = Path(__file__).parent.parent / "embedded" / "features"
 EMBEDDED = ("fashion", "fashion-robust")
-"""Of Fashion-MNIST's classifiers: one that saw clean images, one that saw noisy and blurred ones."""
+"""Classifiers of Fashion-MNIST: one trained on clean images, one on noisy and blurred ones."""
 
 
 class Features:
@@ -37,9 +37,9 @@ class Features:
     Attributes:
         name: Its name, for reports.
         sha256: The checksum of its weights, or of its file.
-        settings: What else the features depend on, such as the range that images are brought to.
+        settings: Other settings of the features, such as the range that images are scaled to.
         network: The map from images (B, C, H, W) in [-1, 1] to features (B, D).
-        module: The network's parameters, or ``None``; images are brought to their device.
+        module: The network's parameters, or ``None``; images are moved to their device.
         batch_size: The most images in one evaluation of the network.
     """
 
@@ -67,8 +67,8 @@ class Features:
     def stages(self, images: Tensor) -> list[Tensor]:
         r"""Returns the features of every stage for a batch, (n, C, \*) each; a gradient goes through.
 
-        A network of which only the features are known has one stage, these. The network is
-        brought to the images' device.
+        If only the final features are available they are the one stage. The network is
+        moved to the images' device.
         """
         weight = None if self.module is None else next(self.module.parameters(), None)
         if self.module is not None and weight is not None and weight.device != images.device:
@@ -118,9 +118,9 @@ class Features:
         An embedded one by name, ``"pixels"``, a folder, or a TorchScript file (``.pt``, ``.pth``,
         ``.ts``, ``.torchscript``) of a network images -> features (B, D); nothing is downloaded.
 
-        TorchScript is a program, run by an interpreter that is shut off from Python but not from
-        the machine's resources: give files that you trust only. Give their SHA-256, which is
-        checked; left out, it is written to the log. If the network's ``forward`` has an option
+        TorchScript is a program; its interpreter has no access to Python, but it has to the
+        machine's resources: load only files that you trust. If their SHA-256 is given it is
+        checked; otherwise it is written to the log. If the network's ``forward`` has an option
         ``return_features``, it is switched on. So ``inception-2015-12-05.pt``, the network of the
         usual FID, gives its 2048 features; bytes and 3 channels are its defaults.
 
@@ -165,7 +165,7 @@ class Features:
 
 
 def pixels() -> Features:
-    """Returns the extractor that gives the samples themselves, flattened."""
+    """Returns the extractor whose features are the samples themselves, flattened."""
     digest = hashlib.sha256(b"fewstep.features: pixels").hexdigest()
     return Features(lambda images: images.flatten(1), name="pixels", sha256=digest)
 

@@ -27,7 +27,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> Tensor:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     product = root @ b.covariance @ root
     cross = torch.linalg.eigvalsh((product + product.T) / 2)
-    # At zero eigenvalues the root has no derivative; they add nothing.
+    # At zero eigenvalues the root has no derivative; they contribute nothing to the trace.
     positive = cross > cross.detach().abs().max() * 1e-14
     trace = torch.where(positive, cross, torch.ones_like(cross)).sqrt()
     trace = torch.where(positive, trace, torch.zeros_like(trace)).sum()
@@ -62,8 +62,8 @@ def fid(
     FID of n samples is biased upwards by about c / n. With ``extrapolate`` it is computed on
     random subsets of n, n/2 and n/4 of both sides, and a line in 1/n is extrapolated to 0.
 
-    Against a :class:`~fewstep.metrics.Reference` the statistics of all its data are taken as they
-    are: the interval is about the samples alone, and only their side is cut.
+    Against a :class:`~fewstep.metrics.Reference` the statistics of all its data are taken as
+    exact: the interval is that of the samples alone, and only their side is resampled.
 
     References:
         | GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel et al., 2017)

@@ -1,4 +1,4 @@
-"""What every metric returns: a value and an interval; and the jackknife that makes the interval."""
+"""The result of a metric: a value and an interval; and the jackknife that estimates the interval."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def jackknife(
 ) -> list[Estimate]:
     r"""Returns estimates of several statistics of two samples, by the two-sample block jackknife.
 
-    Each side is cut at random into g blocks; leaving out one block at a time gives
+    Each side is split at random into g blocks; leaving out one block at a time gives
 
     .. math:: v = \sum_{\text{sides}} \frac{g - 1}{g} \sum_{k=1}^{g} (\theta_{(k)} - \bar\theta)^2
 
     and the interval is :math:`\theta \pm q \sqrt v`, q of Student's distribution with
-    :math:`2 (g - 1)` degrees of freedom. A side that is fixed is known, not sampled: it is not cut
-    and adds nothing.
+    :math:`2 (g - 1)` degrees of freedom. A side that is fixed is known exactly: it is not split
+    and adds no variance.
 
     References:
         | The Jackknife, the Bootstrap and Other Resampling Plans (Efron, 1982)
@@ -66,7 +66,7 @@ def jackknife(
         fixed: Which sides are known exactly.
         level: The probability of covering.
         blocks: The number g of blocks on each side.
-        seed: The seed of the cut.
+        seed: The seed of the split.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level!r}")

@@ -18,7 +18,7 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 def linear(a: Tensor, b: Tensor) -> Tensor:
-    r"""Returns :math:`a \cdot b / D`: it compares the means of the features and nothing else."""
+    r"""Returns :math:`a \cdot b / D`: it compares the means of the features only."""
     return a @ b.T / a.shape[1]
 
 
@@ -106,7 +106,7 @@ def kid(
         function: Kernel = KERNELS[kernel]
         if kernel == "gaussian":
             width = median_distance(fb)
-            function = lambda x, y: gaussian(x, y, width=width)  # noqa: E731 - one width for all
+            function = lambda x, y: gaussian(x, y, width=width)  # noqa: E731 - one width for all blocks
     else:
         function = kernel
     xx, yy, xy = function(fa, fa), function(fb, fb), function(fa, fb)

@@ -1,4 +1,4 @@
-r"""Precision, recall, density and coverage: how much of one set lies where the other is."""
+r"""Precision, recall, density and coverage: the shares of one set within the support of the other."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def precision_recall(
         torch.cdist(x, y, compute_mode=exactly) for x, y in ((fa, fa), (fb, fb), (fb, fa))
     )
 
-    # The nearest of all is the point itself, so the k-th neighbour has rank k + 1.
+    # The nearest point is the point itself, so the k-th neighbour has rank k + 1.
     reach_a, reach_b = _Reach(aa, neighbours + 1), _Reach(bb, neighbours + 1)
 
     def statistic(i: Tensor, j: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class _Reach:
 
     def __init__(self, distances: Tensor, rank: int) -> None:
         self.distances, self.rank = distances, rank
-        # With a list of the nearest there is no need to sort anew for each block left out.
+        # With a list of the nearest points each block can be left out without sorting again.
         listed = min(len(distances), 4 * rank + 8)
         self.near, self.neighbours = distances.topk(listed, dim=1, largest=False)
 

@@ -1,4 +1,4 @@
-"""Real data in two parts: to train and search with, and held out for final scores."""
+"""Real data in two parts: one for training and search, one held out for final scores."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class RealData:
 
     Attributes:
         data: Returns the samples (n, *) of n indices, in the model's range.
-        n: How many there are.
+        n: Their number.
         heldout: The same of the samples held out.
-        m: How many those are.
+        m: The number of those.
         event_shape: The shape of one sample.
         sha256: The checksum of all.
     """

@@ -21,7 +21,7 @@ from fewstep.metrics.statistics import Statistics
 
 
 class ReferenceRecord(Record, name="fewstep.reference", version=1, what="reference"):
-    """``reference.json``: what the statistics are of, and the checksum of their file."""
+    """``reference.json``: the data of the statistics, and the checksum of their file."""
 
     name: str
     data: str
@@ -43,7 +43,7 @@ logger = logging.getLogger("fewstep")
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    r"""The statistics and features of real data that metrics compare samples with, computed once.
+    r"""Statistics and features of real data, computed once; metrics compare samples with them.
 
     It takes the place of the second set: ``metrics.fid(samples, reference)``.
 

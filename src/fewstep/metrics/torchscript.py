@@ -48,7 +48,7 @@ def read_script(
     Raises:
         ValueError: If the file is missing or no TorchScript, or its checksum is another.
     """
-    usual = path.name.startswith("inception-2015-12-05")  # the name under which all have that file
+    usual = path.name.startswith("inception-2015-12-05")  # the published name of that file
     takes = takes or ("byte" if usual else "symmetric")
     channels = channels or (3 if usual else None)
     convert = INPUTS[takes]
@@ -63,14 +63,16 @@ def read_script(
         raise ValueError(f"file {str(path)!r} has the SHA-256 {checksum}, not {digest}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, as a whole
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # torch.jit as a whole is deprecated
             module = torch.jit.load(io.BytesIO(content), map_location="cpu")
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"file {str(path)!r} is not TorchScript: {error!s:.200}") from None
     module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    schema = module._c._get_method("forward").schema  # no public way to the signature
+    schema = module._c._get_method("forward").schema  # there is no public access to the signature
     options = {"return_features": True} if "return_features" in str(schema) else {}
 
     def extract(images: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def sliced_wasserstein(
     """
     fa, fb = two_sides(a, b, features, least=2, heldout=heldout)
     directions = _directions(fa.shape[1], projections, seed)
-    # Sorted once; what is left out later keeps the order. One direction a row.
+    # Sorted once: leaving out samples does not change the order. One direction per row.
     pa, pb = ((side @ directions).T.contiguous().sort(1) for side in (fa, fb))
 
     def select(projected: torch.return_types.sort, index: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _quantiles(ordered: Tensor, count: int) -> Tensor:
 def rms(a: Tensor, b: Tensor, *, level: float = 0.95) -> Estimate:
     r"""Returns the root mean square difference of samples from the same noise, with an interval.
 
-    The interval is Student's for the mean square over samples, carried through the root.
+    The interval is Student's for the mean square over samples, transformed by the root.
 
     Arguments:
         a: Samples, with shape (n, \*), n >= 2.

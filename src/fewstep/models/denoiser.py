@@ -44,7 +44,7 @@ class Denoiser(nn.Module, ABC):
         data_mean: The mean of the data, a number or of the event's shape (for a head start).
         data_std: The standard deviation of the data, likewise.
         profile: What was measured of it (:class:`fewstep.Profile`), which ``auto`` takes, or ``None``.
-        calls: How often the network runs in one evaluation (2 with guidance).
+        passes: The forward passes of the network in one evaluation (2 with guidance).
     """
 
     schedule: NoiseSchedule
@@ -59,7 +59,7 @@ class Denoiser(nn.Module, ABC):
     data_std: Tensor | float | None = None
     profile: Any = None
     integer_times: bool = False
-    calls: int = 1
+    passes: int = 1
 
     @abstractmethod
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:

@@ -33,7 +33,7 @@ class _Wrapper(Denoiser):
         self.schedule, self.native = inner.schedule, inner.native
         self.event_shape, self.null_condition = inner.event_shape, inner.null_condition
         self.data_mean, self.data_std = inner.data_mean, inner.data_std
-        self.calls, self.accepts = inner.calls, inner.accepts
+        self.passes, self.accepts = inner.passes, inner.accepts
         self.integer_times, self.unguided = inner.integer_times, inner.unguided
 
     @property
@@ -86,7 +86,7 @@ class Guided(_Wrapper):
         if not math.isfinite(scale):
             raise ValueError(f"the scale of guidance is a finite number, got {scale!r}")
         self.scale = float(scale)
-        self.calls = 2 * inner.calls
+        self.passes = 2 * inner.passes
         self.accepts = replace(inner.accepts, any_of=frozenset(inner.null_condition))
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:

@@ -57,16 +57,16 @@ class Solution(NamedTuple):
 
     Attributes:
         x: The final states, with shape (B, \*).
-        volume: The integral of the divergence, with shape (B), if asked for.
-        calls: The number of network calls of each sample.
+        volume: The integral of the divergence, with shape (B), or ``None``.
+        evaluations: The number of network evaluations of each sample.
         knots: For each sample log rho at the accepted steps, from the start to the end.
         times: The times of the states.
-        states: The states, with shape (S, B, \*), if asked for.
+        states: The states, with shape (S, B, \*), or ``None``.
     """
 
     x: Tensor
     volume: Tensor | None
-    calls: list[int]
+    evaluations: list[int]
     knots: list[list[float]]
     times: Tensor
     states: Tensor | None = None
@@ -74,17 +74,17 @@ class Solution(NamedTuple):
 
 @dataclass
 class _Rows:
-    """The samples under way; tensors of numbers are float64 on the CPU, with shape (A).
+    """The samples still integrated; tensors of numbers are float64 on the CPU, with shape (A).
 
     Attributes:
-        index: Which samples of the batch they are.
-        u: Where they are, in log rho.
+        index: Their numbers in the batch.
+        u: Their present places, in log rho.
         h: The step to try next, signed.
         error: The error of the last accepted step.
         shrunk: Whether the last step was rejected.
         x: The states, with shape (A, D).
         volume: The integrals of the divergence.
-        slope: The network's answers at the states.
+        slope: The model outputs at the states.
     """
 
     index: Tensor
@@ -123,7 +123,7 @@ class Integration:
 
     Attributes:
         network: The network.
-        times: Times of which the first and the last are the ends; states are kept at all.
+        times: Times of which the first and the last are the ends; the states at all of them are stored.
         rtol: The relative tolerance.
         atol: The absolute tolerance.
         max_steps: The most steps.
@@ -136,7 +136,7 @@ class Integration:
     atol: float
     max_steps: int
     samples: Sequence[int]
-    calls: list[int] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
     knots: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -155,7 +155,7 @@ class Integration:
             )
         batch, shape = len(x), x.shape[1:]
         flat = x.detach().reshape(batch, -1)
-        self.calls, self.knots = [0] * batch, [[float(self.points[0])] for _ in range(batch)]
+        self.evaluations, self.knots = [0] * batch, [[float(self.points[0])] for _ in range(batch)]
         final, volume = torch.empty_like(flat), None
         states = flat.new_empty((len(self.points), *flat.shape)) if save else None
         if states is not None:
@@ -180,29 +180,29 @@ class Integration:
                 rows.keep(left)
                 self.network.keep(rows.index, left)
         else:
-            problem = f"is not done after max_steps = {self.max_steps} steps"
+            problem = f"has not arrived after max_steps = {self.max_steps} steps"
             self._give_up(rows, 0, problem, "raise max_steps, or raise rtol and atol")
         if states is not None:
             states[-1] = final
             states = states.reshape(len(states), *x.shape)
         return Solution(
-            final.reshape(batch, *shape), volume, self.calls, self.knots, self.times, states
+            final.reshape(batch, *shape), volume, self.evaluations, self.knots, self.times, states
         )
 
     def _place(self, u: Tensor) -> Place:
         return Place.at(self.schedule, u, self.times)
 
-    def _call(self, index: Tensor, x: Tensor, t: Tensor) -> Slope:
+    def _evaluate(self, index: Tensor, x: Tensor, t: Tensor) -> Slope:
         for i in index.tolist():
-            self.calls[i] += 1
+            self.evaluations[i] += 1
         return self.network(x, t)
 
     def _begin(self, x: Tensor, volume: Tensor | None) -> _Rows:
-        """Finds a first step: 1 % of the state's size over that of its slope, then by curvature."""
+        """Estimates a first step: 1 % of the state's size over that of its slope, then by curvature."""
         index = torch.arange(len(x))
         u = self.points[0].expand(len(x)).clone()
         here = self._place(u)
-        slope = self._call(index, x, here.t)
+        slope = self._evaluate(index, x, here.t)
         self._check_finite(index, [slope], [here])
         size, speed = self._norms(
             x, here, [x, slope.eps], [torch.ones_like(here.sigma), here.sigma]
@@ -211,7 +211,7 @@ class Integration:
         h = torch.where(small, 1e-6, 0.01 * size / speed).clamp(max=abs(self.end - float(u[0])))
         there = self._place(u + self.sign * h)
         weights = stage_weights((1.0,), self.sign * h, here, [here], there)
-        ahead = self._call(index, weights.apply(x, [slope.eps]), there.t)
+        ahead = self._evaluate(index, weights.apply(x, [slope.eps]), there.t)
         self._check_finite(index, [ahead], [there])
         # The change of alpha dy/du, at the scale of the start.
         before = _column(here.sigma, x) * slope.eps
@@ -235,7 +235,7 @@ class Integration:
         return [size * unit * factor for size, factor in zip(sizes, factors, strict=True)]
 
     def _try(self, rows: _Rows) -> _Attempt:
-        """Makes the stages of one step of each sample."""
+        """Evaluates the stages of one step of each sample."""
         left = self.end - rows.u
         # A step that would leave next to nothing goes to the end.
         last = 1.01 * rows.h.abs() >= left.abs()
@@ -248,14 +248,14 @@ class Integration:
             weights = stage_weights(coefficients, h, start, stages, place)
             x = weights.apply(rows.x, [slope.eps for slope in slopes])
             stages.append(place)
-            slopes.append(self._call(rows.index, x, place.t))
+            slopes.append(self._evaluate(rows.index, x, place.t))
         volume = rows.volume
         if volume is not None:
             volume = volume + volume_change(STAGES[-1], h, stages, slopes)
         return _Attempt(u, h, start, stages, slopes, x, volume)
 
     def _judge(self, rows: _Rows, attempt: _Attempt) -> Tensor:
-        """Returns who may step, and sets the next step sizes."""
+        """Returns which samples may step, and sets the next step sizes."""
         self._check_finite(rows.index, attempt.slopes, attempt.stages)
         error = self._error(rows, attempt)
         error = torch.where(error.isfinite(), error, torch.inf).clamp(min=1e-10)
@@ -292,7 +292,7 @@ class Integration:
         return torch.maximum(error, (difference / bound).cpu().double())
 
     def _move(self, rows: _Rows, attempt: _Attempt, accepted: Tensor) -> Tensor:
-        """Steps those who may, and returns who has arrived."""
+        """Advances the samples that may step, and returns which have arrived."""
         yes = accepted.to(rows.x.device)
         last = attempt.slopes[-1]
         rows.u = torch.where(accepted, attempt.u, rows.u)
@@ -339,29 +339,29 @@ class Integration:
     def _check_finite(
         self, index: Tensor, slopes: Sequence[Slope], places: Sequence[Place]
     ) -> None:
-        """Raises if the network gave NaN or infinity at one of the last calls."""
+        """Raises if the network gave NaN or infinity at one of the last evaluations."""
         fine = torch.stack([finite_rows(slope) for slope in slopes]).cpu()
         if bool(fine.all()):
             return
         stage = int((~fine).any(1).nonzero()[0])
         row = int((~fine[stage]).nonzero()[0])
-        call = self.calls[int(index[row])] - len(slopes) + stage + 1
+        evaluation = self.evaluations[int(index[row])] - len(slopes) + stage + 1
         samples = [self.samples[i] for i in index.tolist()]
-        raise ValueError(not_finite(fine[stage], call, samples, places[stage]))
+        raise ValueError(not_finite(fine[stage], evaluation, samples, places[stage]))
 
-    def _give_up(self, rows: _Rows, row: int, problem: str, mend: str) -> None:
-        """Raises; the message has sample, time, and what to do."""
+    def _give_up(self, rows: _Rows, row: int, problem: str, hint: str) -> None:
+        """Raises; the message has sample, time, and a hint."""
         if getattr(self.network.denoiser, "integer_times", False):
-            mend = (
-                "this network rounds times to trained levels, so its output jumps between them; "
-                f"take a solver with a plan, or {mend}"
+            hint = (
+                "this network rounds times to its training timesteps, so its output jumps between them; "
+                f"use a solver with a plan, or {hint}"
             )
         elif rows.x.dtype == torch.float32:
-            mend += ", or let states and network be float64"
+            hint += ", or let states and network be float64"
         raise ValueError(
             f"dopri5: sample {self.samples[int(rows.index[row])]} {problem}, at "
             f"t = {float(self._place(rows.u[row]).t):.6g} on the way from {self.times[0]:g} to "
-            f"{self.times[-1]:g}; {mend} (rtol = {self.rtol:g}, atol = {self.atol:g})"
+            f"{self.times[-1]:g}; {hint} (rtol = {self.rtol:g}, atol = {self.atol:g})"
         )
 
 

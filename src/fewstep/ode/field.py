@@ -21,7 +21,7 @@ from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
 
 STATES = 32
-"""The number of intervals, even in log rho, between the states that ``save="states"`` keeps."""
+"""The number of intervals, even in log rho, between the states that ``save="states"`` stores."""
 
 
 class Place(NamedTuple):
@@ -74,20 +74,20 @@ def stage_weights(
 
 
 class Slope(NamedTuple):
-    r"""The network's answer (B, D), and its divergence in x (B) if that is asked for."""
+    r"""The network's output (B, D), and its divergence in x (B) or ``None``."""
 
     eps: Tensor
     divergence: Tensor | None
 
 
 class Field:
-    """The noise that the network predicts, and its divergence, for the samples under way.
+    """The noise that the network predicts, and its divergence, for the samples still integrated.
 
     Arguments:
         denoiser: The model.
         x: A state of the whole batch.
         cond: The conditions of the whole batch.
-        on_call: Called after each network call.
+        on_evaluation: Called after each network evaluation.
         divergence: Whether to compute the divergence.
     """
 
@@ -96,7 +96,7 @@ class Field:
         denoiser: Denoiser,
         x: Tensor,
         cond: Mapping[str, Any],
-        on_call: Callable[[], None] | None = None,
+        on_evaluation: Callable[[], None] | None = None,
         *,
         divergence: bool = False,
     ) -> None:
@@ -106,33 +106,33 @@ class Field:
         self.probes: Tensor | None = None
         self._shape = x.shape[1:]
         self._all, self._cond = cond, cond
-        self._on_call = on_call
+        self._on_evaluation = on_evaluation
 
-    def keep(self, index: Tensor, kept: Tensor) -> None:
-        """Continues with the samples ``index`` of the batch, which are the rows ``kept``."""
+    def keep(self, index: Tensor, remaining: Tensor) -> None:
+        """Continues with the samples ``index`` of the batch, which are the rows ``remaining``."""
         self._cond = select(self._all, index)
         if self.probes is not None:
-            self.probes = self.probes[:, kept.to(self.probes.device)]
+            self.probes = self.probes[:, remaining.to(self.probes.device)]
 
     def __call__(self, x: Tensor, t: Tensor) -> Slope:
         state = x.reshape(len(x), *self._shape)
         slope = self._with_divergence(state, t) if self.divergence else self._plain(state, t)
-        if self._on_call is not None:
-            self._on_call()
+        if self._on_evaluation is not None:
+            self._on_evaluation()
         return slope
 
-    def _answer(self, state: Tensor, t: Tensor) -> Tensor:
+    def _output(self, state: Tensor, t: Tensor) -> Tensor:
         value = self.denoiser(state, t, prediction=Prediction.EPS, **self._cond)
         return value.reshape(len(state), -1).to(state.dtype)
 
     def _plain(self, state: Tensor, t: Tensor) -> Slope:
         with torch.no_grad():
-            return Slope(self._answer(state, t), None)
+            return Slope(self._output(state, t), None)
 
     def _with_divergence(self, state: Tensor, t: Tensor) -> Slope:
         with torch.inference_mode(False), torch.enable_grad():
             leaf = state.detach().clone().requires_grad_()
-            value = self._answer(leaf, t)
+            value = self._output(leaf, t)
             if self.probes is None:
                 total = self._trace(leaf, value)
             else:
@@ -162,7 +162,7 @@ def _pullback(scalar: Tensor, leaf: Tensor, *, more: bool) -> Tensor:
     if gradient is None:
         raise ValueError(
             "the network's output is not connected to its input by gradients, which a likelihood "
-            "needs; take torch.no_grad, detach and numpy out of the network"
+            "needs; remove torch.no_grad, detach and numpy from the network"
         )
     return gradient.reshape(len(leaf), -1)
 
@@ -188,18 +188,18 @@ def finite_rows(slope: Slope) -> Tensor:
     return fine if slope.divergence is None else fine & slope.divergence.isfinite()
 
 
-def not_finite(fine: Tensor, call: int, samples: Sequence[int], place: Place) -> str:
-    """Returns the message about the samples that are not fine: the first of them, its time, the call."""
+def not_finite(fine: Tensor, evaluation: int, samples: Sequence[int], place: Place) -> str:
+    """Returns the message about non-finite samples: the first of them, its time, the evaluation."""
     row = int((~fine).nonzero()[0])
     return (
-        f"the network returned NaN or infinity at evaluation {call} of sample {samples[row]}, "
+        f"the network returned NaN or infinity at evaluation {evaluation} of sample {samples[row]}, "
         f"t = {float(place.t[row]):.6g}, and for {int((~fine).sum()) - 1} others of the batch"
     )
 
 
 def exact_type(x: Tensor) -> torch.dtype:
-    """Returns the type in which sums over the dimensions of a state are made."""
-    # Sums over thousands of dimensions need float64; one kind of device has none.
+    """Returns the type in which sums over the dimensions of a state are computed."""
+    # Sums over thousands of dimensions need float64; MPS devices have no float64.
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
@@ -208,7 +208,7 @@ def time_span(schedule: NoiseSchedule, t_start: float | None, t_end: float | Non
     span = grid("log-rho", schedule, STATES, t_start=t_start, t_end=t_end)
     if span.ends_at_zero:
         raise ValueError(
-            f"dopri5 integrates in log rho, which is infinite at t_end = {t_end}; take t_end > "
+            f"dopri5 integrates in log rho, which is infinite at t_end = {t_end}; use t_end > "
             f"{schedule.t_zero:g}, e.g. {schedule.t_min:g}"
         )
     return span
@@ -219,7 +219,7 @@ def check_state(denoiser: Denoiser, x: Tensor) -> None:
     if not isinstance(denoiser, Denoiser):
         raise TypeError(
             f"a Denoiser is needed, got {type(denoiser).__name__}; "
-            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
+            "create one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
         )
     if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__

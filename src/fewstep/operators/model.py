@@ -89,8 +89,8 @@ class OperatorSampler:
         operator = self.denoiser.operator
         with torch.no_grad():
             frames = operator(x, **run.cond)
-        if run.on_call is not None:
-            run.on_call()
+        if run.on_evaluation is not None:
+            run.on_evaluation()
         last = frames[:, -1]
         if not bool(last.isfinite().all()):
             rows = (~last.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()

@@ -1,6 +1,6 @@
 """The buffer reuse schedule: what a run can know of each row before it begins.
 
-Numbers beside registers, when a register is read for the last time, and whose memory a result may take.
+Coefficients beside their registers, the last read of each register, and which memory a result may reuse.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Eval, Lin, Structure
 
 NOTHING = -1
-"""Stands for no register."""
+"""The index that means "no register"."""
 
 
 class LinearOp(NamedTuple):
@@ -23,7 +23,7 @@ class LinearOp(NamedTuple):
     Attributes:
         first: The register that it starts with.
         scale: Its coefficient, on the CPU without dimensions: cheaper than a number, which torch
-            would make into just that at every use; and it is read from no device. ``None`` for 1.
+            would wrap in such a tensor at every use, and no device is read. ``None`` for 1.
         others: The other registers and their coefficients.
         in_place: The register ``first`` if the result may be written into its memory, or ``NOTHING``.
         suspects: The registers that might share that memory; checked when the row runs.
@@ -61,11 +61,11 @@ Op = LinearOp | EvaluationOp | NoiseOp
 def buffer_schedule(
     plan: Plan, dtype: torch.dtype, *, keep_inputs: bool, keep_states: bool
 ) -> tuple[Op, ...]:
-    """Returns the rows as a run needs them; worked out once a plan.
+    """Returns the rows as a run needs them; computed once per plan.
 
-    A linear combination may be written into a register that one of ours made and that is read here
-    for the last time. If the network has seen that register, a model output that is still needed may
-    be a view of it: that is for the run to find out.
+    A linear combination may be written into the memory of an earlier linear combination that is read
+    here for the last time. If the network has seen that register, a model output that is still needed
+    may be a view of it: that is checked during the run.
 
     Arguments:
         plan: The plan.
@@ -93,36 +93,36 @@ def _schedule(
     keep_states: bool,
 ) -> tuple[Op, ...]:
     ops: list[Op] = []
-    own: set[int] = set()  # results of linear rows: memory that we asked for
-    kept: set[int] = set()  # of these, those that others hold
+    own: set[int] = set()  # results of linear rows: memory that we allocated
+    held: set[int] = set()  # of these, those that the caller holds
     seen: set[int] = set()  # those whose memory a network saw
-    foreign: set[int] = set()  # still needed, with memory that we did not ask for
+    foreign: set[int] = set()  # still needed, with memory that we did not allocate
     for i, (row, last) in enumerate(
         zip(structure.rows, structure.last_reads, strict=True), start=1
     ):
         if isinstance(row, Lin):
             weights = numbers[row.offset : row.offset + len(row.terms)]
             pairs = dict(zip(row.terms, weights, strict=True))
-            # What comes first must not depend on what is kept, or rounding would.
+            # Which term comes first must not depend on what is held, or rounding would.
             spare = next((r for r in row.terms if r in own and r in last), NOTHING)
             one = next((r for r, c in pairs.items() if c == 1), row.terms[0])
             first = one if spare == NOTHING else spare
             unit = pairs.pop(first) == 1
             scale = None if unit else scales[row.offset + row.terms.index(first)]
-            if spare in kept:
+            if spare in held:
                 spare = NOTHING
             suspects = tuple(sorted(foreign)) if spare in seen else ()
             others = tuple(pairs.items())
             ops.append(LinearOp(first, scale, others, spare, suspects, row.state, last))
             own.add(i)
             if row.state is not None and keep_states:
-                kept.add(i)
+                held.add(i)
             if spare in seen:
                 seen.add(i)
         elif isinstance(row, Eval):
             seen.add(row.of)
             if keep_inputs:
-                kept.add(row.of)
+                held.add(row.of)
             foreign.add(i)
             ops.append(EvaluationOp(row.of, row.at, last))
         else:

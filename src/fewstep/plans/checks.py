@@ -117,7 +117,7 @@ def point_mass_defect(plan: Plan, alpha: Tensor, sigma: Tensor) -> float:
 
 
 def _compressed(registers: list[Any]) -> tuple[int, int]:
-    """Writes the noises of the registers in use in a basis of their span; returns its room and its size."""
+    """Writes the noises of the registers in use in a basis of their span; returns its capacity and its size."""
     live = [k for k, register in enumerate(registers) if register is not None]
     columns = numpy.stack([registers[k][1] for k in live], 1)
     triangle: Any = numpy.linalg.qr(columns, mode="r")
@@ -145,8 +145,8 @@ def table_difference(first: Plan, second: Plan) -> float:
     """Returns the largest difference between two plans' flat tables, relative to their size.
 
     Raises:
-        ValueError: If the plans make a different number of calls or draws, or ask for different
-            predictions.
+        ValueError: If the plans make different numbers of evaluations or draws, or are written
+            for different predictions.
     """
     if (first.nfe, first.n_noise, first.prediction) != (
         second.nfe,

@@ -29,7 +29,7 @@ Draw = Callable[[int], Tensor]
 
 
 class Evaluation(NamedTuple):
-    """What the network is asked for: the prediction at a state, and the number of the evaluation in the plan."""
+    """The next network evaluation: input, time, and its index in the plan."""
 
     x: Tensor
     at: int
@@ -39,7 +39,7 @@ class Execution:
     r"""One run of a plan, advanced from outside.
 
     ``request`` is the evaluation that the run waits for, or ``None`` when it is over; ``advance``
-    takes the model output. All state of a run is in this object, so runs share nothing.
+    takes its model output. All state of a run is in this object, so runs share nothing.
 
     Arguments:
         plan: The plan.
@@ -92,7 +92,7 @@ class Execution:
         """
         if self.request is None:
             raise RuntimeError("the run is over: it waits for no model output")
-        self.request = None  # it holds a state, whose memory may be taken now
+        self.request = None  # it holds a state whose memory may be reused now
         registers = self._registers
         last_reads = self._ops[self._row].last_reads
         self._row += 1
@@ -106,14 +106,14 @@ class Execution:
         op = self._ops[self._row] if self.request is not None else None
         if not isinstance(op, EvaluationOp):
             raise RuntimeError("the run is over: it waits for no evaluation")
-        # The memory is not ours: the schedule says so for inputs that are kept; else it is copied.
+        # The memory is not ours: the buffer schedule allows for that with keep_inputs; else it is copied.
         self._registers[op.of] = x if self._keeps_inputs else x.clone()
         self.request = Evaluation(self._registers[op.of], op.at)
 
     def resize(self, shape: torch.Size) -> bool:
         """Repeats what the rest of the run reads for a larger batch; returns whether it fits that shape.
 
-        The input of the waiting call has been replaced. Only a batch of one can be repeated.
+        The input of the waiting evaluation has been replaced. Only a batch of one can be repeated.
         """
         registers = self._registers
         for r, held in enumerate(registers):
@@ -167,7 +167,7 @@ class Execution:
     def _shared(self, register: int, suspects: tuple[int, ...]) -> bool:
         """Returns whether another register has the memory of this one."""
         if torch.compiler.is_compiling():
-            return True  # a compiled run has its memory planned for it
+            return True  # torch.compile plans the memory itself
         registers = self._registers
         memory = registers[register].untyped_storage().data_ptr() if suspects else 0
         return any(registers[r].untyped_storage().data_ptr() == memory for r in suspects)
@@ -193,7 +193,7 @@ def execute(
     times = plan.times.to(device=x.device, dtype=_time_dtype(x))
     with torch.no_grad():
         run = Execution(plan, x, draw=draw, on_state=on_state)
-        while run.request is not None:  # no name for it: that would keep its state alive
+        while run.request is not None:  # not assigned to a name: that would keep its state alive
             run.advance(network(run.request.x, times[run.request.at]))
         return run.result
 
@@ -260,5 +260,5 @@ def _row(
 
 
 def _time_dtype(x: Tensor) -> torch.dtype:
-    # Below float32 a time such as 999 would be rounded to another one.
+    # In types narrower than float32 a time such as 999 would be rounded.
     return torch.float64 if x.dtype == torch.float64 else torch.float32

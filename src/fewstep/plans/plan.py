@@ -27,12 +27,12 @@ from fewstep.plans.structure import Eval, Lin, Noise, Structure
 class FlatPlan(NamedTuple):
     r"""The normal form :math:`Y = a \, x_T + B F + C Z`.
 
-    Rows 0 to K - 1 are the inputs of the network calls, row K is the sample; F are the network's
-    answers and Z the draws.
+    Rows 0 to K - 1 are the inputs of the network evaluations, row K is the sample; F are the model
+    outputs and Z the draws.
 
     Attributes:
         a: The weights of the initial state, shape (K + 1).
-        B: The weights of the answers, shape (K + 1, K), strictly lower triangular.
+        B: The weights of the model outputs, shape (K + 1, K), strictly lower triangular.
         C: The weights of the draws, shape (K + 1, M).
     """
 
@@ -48,7 +48,7 @@ class Plan:
     Attributes:
         structure: Which registers meet.
         values: Every coefficient, in row order, float64, shape (C). May require gradients.
-        times: Where the network is called, float64, shape (K). May require gradients.
+        times: The times of the network evaluations, float64, shape (K). May require gradients.
         knots: The times of the states, from the first (of the initial state) to the last (of the
             sample), float64, shape (S + 1); ``Lin.state`` counts in it.
         schedule: The schedule for which the coefficients hold.
@@ -89,7 +89,7 @@ class Plan:
         if not bool((self.knots.detach().diff() < 0).all()):
             raise ValueError("the knots of a plan must be numbers that decrease strictly")
         if not self.structure.nfe:
-            raise ValueError("a plan calls the network at least once; this one never does")
+            raise ValueError("a plan evaluates the network at least once; this one never does")
         states = [
             r.state for r in self.structure.rows if isinstance(r, Lin) and r.state is not None
         ]
@@ -101,12 +101,12 @@ class Plan:
 
     @property
     def prediction(self) -> Prediction:
-        """What the network is asked for."""
+        """The prediction that the coefficients are written for."""
         return self.structure.prediction
 
     @property
     def nfe(self) -> int:
-        """The number of network calls."""
+        """The number of network evaluations (NFE)."""
         return self.structure.nfe
 
     @property
@@ -131,16 +131,16 @@ class Plan:
 
     @functools.cached_property
     def scales(self) -> Tensor:
-        r"""The :math:`(\alpha, \sigma)` at the calls, shape (K, 2)."""
+        r"""The :math:`(\alpha, \sigma)` at the evaluations, shape (K, 2)."""
         return torch.stack([self.schedule.alpha(self.times), self.schedule.sigma(self.times)], 1)
 
     @functools.cached_property
     def derived(self) -> dict[Any, Any]:
-        """What was worked out of this plan once: buffer schedules, and the plan in other predictions."""
+        """Cached results: buffer schedules, and the plan rewritten for other predictions."""
         return {}
 
     def flat(self) -> FlatPlan:
-        r"""Returns the normal form; for analysis, as its size grows with the square of the calls."""
+        r"""Returns the normal form; for inspection and tests, as its size grows with the square of the NFE."""
         k, m = self.nfe, self.n_noise
         width = 1 + k + m
         registers: list[Tensor] = [_unit(0, width)]
@@ -164,11 +164,11 @@ class Plan:
         return replace(self, values=values, times=self.times if times is None else times)
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
-        r"""Checks that the plan was made for this schedule.
+        r"""Checks that the plan was built for this schedule.
 
         Raises:
-            ValueError: If :math:`\alpha` or :math:`\sigma` differ at a call; the message has the
-                first such time.
+            ValueError: If :math:`\alpha` or :math:`\sigma` differ at an evaluation; the message
+                has the first such time.
         """
         if schedule == self.schedule:
             return
@@ -243,7 +243,7 @@ class Plan:
     def __repr__(self) -> str:
         start, end = float(self.knots[0]), float(self.knots[-1])
         return (
-            f"Plan({self.name or 'unnamed'}: {self.nfe} calls, {self.n_noise} draws, "
+            f"Plan({self.name or 'unnamed'}: {self.nfe} evaluations, {self.n_noise} draws, "
             f"t {start:g} -> {end:g}, {self.prediction.value}, {self.schedule.name})"
         )
 

@@ -1,4 +1,4 @@
-r"""The same sampler in another prediction: rows rewritten exactly, once a plan."""
+r"""The same sampler for another prediction: rows rewritten exactly, once per plan."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ SMALL_ALPHA = 1e-3
 
 
 def convert_plan(plan: Plan, prediction: Prediction | str, *, shared: bool = False) -> Plan:
-    r"""Returns the same sampler, asking the network for another prediction.
+    r"""Returns the same sampler, written for another prediction of the network.
 
-    Each answer F is replaced by :math:`a Y + b F'` with the maps of
+    Each model output F is replaced by :math:`a Y + b F'` with the maps of
     :func:`fewstep.diffusion.prediction.coefficients`: an exact rewriting of rows. Differentiable in the
     plan's values and times.
 
     Arguments:
         plan: The plan.
-        prediction: What the network is to be asked for.
-        shared: Whether each converted answer becomes a row of its own, up to a factor that leaves
+        prediction: The prediction to write it for.
+        shared: Whether each converted model output becomes a row of its own, up to a factor that leaves
             one operation to it, instead of being written into every row that reads it.
     """
     target = Prediction.of(prediction)
@@ -60,10 +60,11 @@ def convert_plan(plan: Plan, prediction: Prediction | str, *, shared: bool = Fal
 
 
 def plan_for(plan: Plan, prediction: Prediction) -> Plan:
-    r"""Returns the same sampler in the prediction that a network makes, at the fewest operations.
+    r"""Returns the same sampler for the prediction that a network makes, at the fewest operations.
 
-    Rewritten once for each plan and prediction; numbers only, without gradients. The conversions are written into the rows or are rows of their own, whichever costs less; where
-    :math:`\alpha` is nearly zero into the rows, so that no large terms cancel in float32.
+    Rewritten once for each plan and prediction; numbers only, without gradients. The conversions are
+    written into the rows or are rows of their own, whichever costs less; where :math:`\alpha` is
+    nearly zero they are always written into the rows, so that no large terms cancel in float32.
     """
     if prediction is plan.prediction:
         return plan

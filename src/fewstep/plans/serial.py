@@ -1,4 +1,4 @@
-r"""Plans as JSON: what is written, and how every line of a file is checked when it is read.
+r"""Plans as JSON: what is written, and how every entry of a file is checked when it is read.
 
 Format ``fewstep.plan``, version 1::
 
@@ -64,7 +64,7 @@ class Fields(NamedTuple):
 
 
 def to_record(fields: Fields, scales: Tensor) -> PlanRecord:
-    r"""Returns what is stored of a plan.
+    r"""Returns the record of a plan, as it is stored.
 
     Arguments:
         fields: The fields of the plan.
@@ -101,7 +101,7 @@ def from_record(content: Any) -> tuple[Fields, Tensor]:
     """Returns the fields of a stored plan, and the scales stored with it, shape (K, 2).
 
     Raises:
-        ValueError: If the content is not a plan; the message says where.
+        ValueError: If the content is not a plan; the message names the place.
     """
     record = PlanRecord.from_record(content)
     rows, values = _rows(record.rows)
@@ -136,7 +136,7 @@ def check_scales(stored: Tensor, scales: Tensor, times: Tensor) -> None:
 
 
 def _ends_at_zero(record: PlanRecord, schedule: NoiseSchedule, knots: Tensor) -> bool:
-    """Returns whether the plan ends at zero noise; for files that do not say, by their last time."""
+    """Returns whether the plan ends at zero noise; for files without the entry, by their last time."""
     last = float(knots[-1]) if knots.numel() else schedule.t_min
     ends = record.ends_at_zero
     if ends is None:

@@ -1,4 +1,4 @@
-r"""The rows of a plan and which registers meet in them: integers, without any number.
+r"""The rows of a plan and the registers that they combine: integers, without coefficients.
 
 Register 0 is the initial state; each row defines the next register:
 
@@ -25,7 +25,7 @@ class Lin(NamedTuple):
 
 
 class Eval(NamedTuple):
-    """A network call: at which register, at which of the plan's times."""
+    """A network evaluation: of which register, at which of the plan's times."""
 
     of: int
     at: int
@@ -45,7 +45,7 @@ class Structure:
     """The integers of a plan.
 
     Attributes:
-        prediction: What the network is asked for.
+        prediction: The prediction that the rows are written for.
         rows: The rows, defining registers 1, 2, ...
         result: The register that is the sample.
         last_reads: For each row, the registers that nobody reads after it.
@@ -59,7 +59,7 @@ class Structure:
 
     @functools.cached_property
     def nfe(self) -> int:
-        """The number of network calls."""
+        """The number of network evaluations (NFE)."""
         return sum(isinstance(row, Eval) for row in self.rows)
 
     @functools.cached_property
@@ -81,7 +81,7 @@ class Structure:
         for register, i in last.items():
             if i < len(self.rows):
                 ends[i].append(register)
-        for i in range(len(self.rows)):  # a register that nobody reads dies where it is made
+        for i in range(len(self.rows)):  # a register that nobody reads dies where it is defined
             if i + 1 not in last:
                 ends[i].append(i + 1)
         return tuple(tuple(sorted(row)) for row in ends)
@@ -106,8 +106,8 @@ class Structure:
                 case Eval():
                     if row.at != evaluations:
                         raise ValueError(
-                            f"row {i} calls the network at time {row.at}, expected {evaluations}: "
-                            "calls use the plan's times in order"
+                            f"row {i} evaluates the network at time {row.at}, expected {evaluations}: "
+                            "evaluations use the plan's times in order"
                         )
                     evaluations += 1
                 case Noise():

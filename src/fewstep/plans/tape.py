@@ -56,7 +56,7 @@ class Tape:
 
     Arguments:
         grid: The grid that the solver walks along.
-        prediction: What the network is asked for.
+        prediction: The prediction that the equations are written for.
     """
 
     def __init__(self, grid: TimeGrid, prediction: Prediction) -> None:
@@ -77,7 +77,7 @@ class Tape:
         return self._register(len(self._rows))
 
     def state(self, form: Form, knot: int | None = None) -> Form:
-        """Makes a form a register of its own; ``knot`` says the state of which grid point it is."""
+        """Gives a form a register of its own; ``knot`` is the index of the grid point whose state it is."""
         row = Lin(tuple(form.weights), len(self._values), knot)
         self._values.extend(form.weights.values())
         return self._append(row)

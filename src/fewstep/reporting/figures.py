@@ -20,7 +20,7 @@ INK, PALE, GRID = "#18181c", "#60606c", "#e0e0e6"
 """The colours of text, axes and grid; on a page they follow its light or dark theme."""
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7a7a85")
-"""Colours that most eyes tell apart (Okabe and Ito's, on light and dark ground)."""
+"""Colours that are distinct for the colour-blind (Okabe and Ito's), on light and dark ground."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -62,7 +62,7 @@ class Series:
         y: The values.
         low: The lower ends of a band, or ``None``.
         high: The upper ends.
-        style: Which colour, marker and dash it gets; left out, its place among the lines.
+        style: The number of its colour, marker and dash; left out, its place among the lines.
         muted: Whether it stays in the background: thin, grey, without a band or a name.
     """
 
@@ -154,7 +154,7 @@ def draw_lines(
 
 
 def style_of(style: int) -> dict[str, Any]:
-    """Returns colour, marker and dash number so-and-so; no two of the first 224 are the same."""
+    """Returns colour, marker and dash of a number; the first 224 are all different."""
     return {
         "color": COLORS[style % len(COLORS)],
         "marker": MARKERS[(style + style // len(COLORS)) % len(MARKERS)],

@@ -104,12 +104,19 @@ class AdaptiveSampler:
                 ones than its numbers can resolve.
         """
         done = self._integrate(
-            x, run.cond, run.noise.samples, save=run.save, on_call=run.on_call, keep=run.times
+            x,
+            run.cond,
+            run.noise.samples,
+            save=run.save,
+            on_evaluation=run.on_evaluation,
+            keep=run.times,
         )
         times = done.times if run.save else done.times[-1:]
         sigma = float(self.denoiser.schedule.sigma(done.times[-1]))
         warn_if_absurd(self.denoiser, peak(done.x), sigma)
-        return Trajectory(done.x, times, done.states, sum(done.calls) / len(done.calls))
+        return Trajectory(
+            done.x, times, done.states, sum(done.evaluations) / len(done.evaluations)
+        )
 
     def _integrate(
         self,
@@ -118,7 +125,7 @@ class AdaptiveSampler:
         samples: Sequence[int],
         *,
         save: bool = False,
-        on_call: Callable[[], None] | None = None,
+        on_evaluation: Callable[[], None] | None = None,
         keep: Sequence[float] | None = None,
     ) -> Solution:
         times = time_span(self.denoiser.schedule, self.t_start, self.t_end).times
@@ -130,7 +137,7 @@ class AdaptiveSampler:
                     f"{kept[0]:g} to {kept[-1]:g}"
                 )
             times = kept
-        network = Field(self.denoiser, x, cond, on_call)
+        network = Field(self.denoiser, x, cond, on_evaluation)
         return Integration(network, times, self.rtol, self.atol, self.max_steps, samples).run(
             x, save=save
         )

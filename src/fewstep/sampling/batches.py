@@ -62,7 +62,7 @@ def run_batches(
     numbers = range(rows) if isinstance(rows, int) else rows
     size = min(len(numbers), DEFAULT_BATCH) if batch_size is None else batch_size
     model = sampler.denoiser
-    on_call = None if progress is SILENT else progress.tick
+    on_evaluation = None if progress is SILENT else progress.tick
     for start in range(0, len(numbers), size):
         batch = numbers[start : start + size]
         part = slice(start, start + len(batch))
@@ -81,7 +81,7 @@ def run_batches(
                 adjust=adjust,
                 save=save,
                 times=times,
-                on_call=on_call,
+                on_evaluation=on_evaluation,
             ),
         )
 
@@ -97,7 +97,7 @@ def run_batch(
     adjust: Callable[[Tensor], Tensor] | None = None,
     save: bool = False,
     times: Sequence[float] | None = None,
-    on_call: Callable[[], None] | None = None,
+    on_evaluation: Callable[[], None] | None = None,
 ) -> Trajectory:
     """Draws the samples of one batch; the arguments are those of :func:`run_batches`, for this batch.
 
@@ -111,14 +111,14 @@ def run_batch(
         adjust: Applied to the initial state.
         save: Whether the trajectory has its states.
         times: The times of the states to keep.
-        on_call: Called after each network evaluation.
+        on_evaluation: Called after each network evaluation.
     """
     z = initial_noise(sampler.denoiser, source, noise, dtype=dtype)
     # Samplers without a state between noise and data have no start from an image.
     x = sampler.start(z) if image is None else sampler.start(z, image)  # type: ignore[call-arg]
     if adjust is not None:
         x = adjust(x)
-    return sampler.run(x, Run(source, cond, save, on_call, times))
+    return sampler.run(x, Run(source, cond, save, on_evaluation, times))
 
 
 def initial_noise(

@@ -144,7 +144,7 @@ def log_likelihood(
             done = Integration(network, times[[0, -1]], rtol, atol, max_steps, samples).run(part)
         else:
             done = _fixed(network, method, times, part, samples)
-        calls += done.calls
+        calls += done.evaluations
         assert done.volume is not None
         nats.append(_log_prior(schedule, times, done.x) + done.volume)
     total = torch.cat(nats)

@@ -85,8 +85,8 @@ class PlanSampler:
             execution, evaluate = self._begin(x, run, keep if run.save else None)
             while execution.request is not None:  # no name for it: that would keep its state alive
                 execution.advance(evaluate(*execution.request))
-                if run.on_call is not None:
-                    run.on_call()
+                if run.on_evaluation is not None:
+                    run.on_evaluation()
         x = execution.result
         size = peak(x)
         if not math.isfinite(size):

@@ -50,7 +50,7 @@ class Run:
         noise: The source of draws, addressed by the samples' numbers.
         cond: The conditions of this batch.
         save: Whether to keep the states.
-        on_call: Called after each network evaluation.
+        on_evaluation: Called after each network evaluation.
         times: The times of the states to keep, decreasing; left out, all that the sampler has.
             A plan has those of its knots; others do not count.
     """
@@ -58,7 +58,7 @@ class Run:
     noise: NoiseSource
     cond: Mapping[str, Any] = field(default_factory=dict)
     save: bool = False
-    on_call: Callable[[], None] | None = None
+    on_evaluation: Callable[[], None] | None = None
     times: Sequence[float] | None = None
 
 

@@ -1,4 +1,4 @@
-"""The training-free solvers: one class each, and the one list in which they are found."""
+"""The training-free solvers: one class each, and the registry of them all."""
 
 from __future__ import annotations
 

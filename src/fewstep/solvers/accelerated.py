@@ -170,7 +170,7 @@ class AcceleratedDDIMTheory(Solver):
         + \tfrac{(1 - a_t)^2}{4 (1 - a_{t+1})} \left( s_t(Y_t) - \sqrt{a_{t+1}} \, s_{t+1}(Y_t^-) \right) \right]
 
     The noisier level t + 1 is the previous grid point. At the first step there is none on the
-    grid, and the step is DDIM's. Linearised coefficients: below some 64 calls plain ``ddim`` is better.
+    grid, and the step is DDIM's. Linearised coefficients: below some 64 evaluations plain ``ddim`` is better.
 
     References:
         | Accelerating Convergence of Score-Based Diffusion Models, Provably (Li et al., 2024), eq. (15)
@@ -217,7 +217,7 @@ def _momentum(levels: _Levels, i: int, x: Form, f: Form, older: Form) -> Form:
 
 @dataclass(frozen=True)
 class AcceleratedDDIMLagged(Solver):
-    r"""Accelerated DDIM of the theory, with the score of the previous step instead of a second call.
+    r"""Accelerated DDIM of the theory, with the score of the previous step instead of a second evaluation.
 
     .. math:: Y_{t-1} = \frac{1}{\sqrt{a_t}} \left[ Y_t + \tfrac{1 - a_t}{2} s_t(Y_t)
         + \tfrac{(1 - a_t)^2}{4 (1 - a_{t+1})} \left( s_t(Y_t) - \sqrt{a_{t+1}} \, s_{t+1}(Y_{t+1}) \right) \right]
@@ -264,8 +264,8 @@ class AcceleratedDDPM(Solver):
         Y_{t-1} = \frac{1}{\sqrt{a_t}} \left( Y_t^+ + (1 - a_t) s_t(Y_t^+) + \sqrt{\tfrac{1 - a_t}{2}} \, Z_t^+ \right)
 
     The network gets the same time although the state carries more noise: that is intended. No
-    second noise in a last step onto :math:`\sigma = 0`. For some 20 calls and more; below, the
-    deterministic rules are far ahead.
+    second noise in a last step onto :math:`\sigma = 0`. Meant for some 20 evaluations and more;
+    below that the deterministic rules are far better.
 
     References:
         | Accelerating Convergence of Score-Based Diffusion Models, Provably (Li et al., 2024), eq. (24)
@@ -276,10 +276,10 @@ class AcceleratedDDPM(Solver):
     Order: 1 (of the marginals), with a constant some 2.5 times below DDPM's; 2 on Gaussian data.
 
     Arguments:
-        variant: Where the noises go. ``"inside"`` is the rule above, which the derivation asks
-            for; ``"readme"`` adds the second after dividing by :math:`\sqrt{a_t}`; ``"cifar-code"``
+        variant: Where the noises go. ``"inside"`` is the rule above, that of the
+            derivation; ``"readme"`` adds the second after dividing by :math:`\sqrt{a_t}`; ``"cifar-code"``
             moreover scales the first by :math:`\sqrt{a_t}`; ``"fork"`` uses the posterior variance.
-            The last three are in the authors' material and are kept for comparison.
+            The last three are in the authors' material, and are here for comparison.
     """
 
     variant: str = "inside"

@@ -73,7 +73,7 @@ class _ExponentialAdams(Solver):
         curved = [i for i, degree in enumerate(degrees) if degree]
         if not curved:
             return weights
-        first, last = curved[0], curved[-1] + 1  # one after the other
+        first, last = curved[0], curved[-1] + 1  # these steps are consecutive
         u, v = self._points(grid)
         kinks = self._kinks(grid)
         edges, owners = _pieces(u[first : last + 1], kinks)
@@ -144,7 +144,7 @@ class TAB(_ExponentialAdams):
 
     The first steps use the lower degrees 0, 1, ... The integrals are Gauss–Legendre in
     :math:`\log\rho` to rounding; the original code has a left Riemann sum of 10,000 points in
-    float32, off by up to 3e-3 in the first step at 5 steps: here the exact one is meant. A last
+    float32, off by up to 3e-3 in the first step at 5 steps; these are the exact ones. A last
     step onto :math:`\sigma = 0` is DDIM's.
 
     References:
@@ -272,8 +272,8 @@ class IPNDM(Solver):
 
     Cost: one network evaluation per step.
 
-    Order: 2, whatever the number of answers used: constant weights ignore how :math:`\rho`
-    curves along the grid. At few steps the third and fourth answer still help by a constant.
+    Order: 2, for any number of model outputs: constant weights ignore how :math:`\rho` curves along
+    the grid. At few steps the third and fourth output still reduce the error by a constant factor.
 
     Arguments:
         answers: The number of model outputs combined, 1 (DDIM) to 4.
@@ -302,7 +302,7 @@ class IPNDM(Solver):
 
 
 def adams_bashforth(history: list[Form]) -> Form:
-    """Returns the even-grid Adams–Bashforth combination of answers, newest first."""
+    """Returns the even-grid Adams–Bashforth combination of model outputs, newest first."""
     combined = Form({})
     for b, e in zip(ADAMS_BASHFORTH[len(history) - 1], history, strict=True):
         combined = combined + b * e
@@ -320,7 +320,7 @@ class PNDM(Solver):
         e_3 = \varepsilon(\phi(x, e_2; t \to m), m), \quad e_4 = \varepsilon(\phi(x, e_3; t \to s), s)
 
     and the others are those of :class:`IPNDM`. A step onto :math:`\sigma = 0` among the first
-    three is iPNDM's, as the network is not called there.
+    three is iPNDM's, as the network is not evaluated there.
 
     References:
         | Pseudo Numerical Methods for Diffusion Models on Manifolds (Liu et al., 2022)
@@ -350,7 +350,7 @@ class PNDM(Solver):
             raise ValueError(
                 f"pndm begins with steps of several stages, which near pure noise amplify errors by the "
                 f"ratios of sigma / alpha ({float(grid.rho[0] / grid.rho[1]):.3g} in the first step); on "
-                f"{schedule.name!r} take ipndm, which has none, or heun"
+                f"{schedule.name!r} use ipndm, which has none, or heun"
             )
         x, history = tape.x, list[Form]()
         for i in range(grid.steps):

@@ -1,4 +1,4 @@
-r"""The adaptive solver, as an entry of the registry: its options; it runs in :mod:`fewstep.sampling.adaptive`."""
+r"""The registry entry of the adaptive solver: its options. :mod:`fewstep.sampling.adaptive` runs it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Dopri5(Solver):
     .. math:: y_s = y_t + h \sum_i b_i \, \rho_i \, \varepsilon_i, \qquad
         e = h \sum_i (b_i - \hat b_i) \, \rho_i \, \varepsilon_i, \qquad y = x / \alpha, \ h = \log \rho_s - \log \rho_t
 
-    A step is accepted where the error e is below the tolerances. It chooses its steps while it
-    runs, so it has no plan beforehand: :func:`fewstep.sample` runs it, and
+    A step is accepted where the error e is below the tolerances. The steps are chosen
+    during the run, so there is no plan beforehand: :func:`fewstep.sample` runs it, and
     :func:`fewstep.sampling.adaptive.freeze` makes a plan of one of its runs.
 
     References:

@@ -27,7 +27,7 @@ NO_PLAN = (
     "{} chooses its steps while it runs, so it has no plan beforehand; sample "
     "with it, or freeze one of its runs with fewstep.sampling.adaptive.freeze"
 )
-"""What is said where an adaptive solver is asked for a plan, by name."""
+"""The error message for a plan of an adaptive solver; takes its name."""
 
 
 class Solver(ABC):
@@ -49,14 +49,14 @@ class Solver(ABC):
         grid_on_flows: The default grid on schedules with a flow coordinate, if it is another than the
             schedule would take.
         twin: The scheduler of diffusers that has the same table, if there is one; what follows
-            says how that scheduler, or the family that it belongs to, behaves there.
+            describe how that scheduler, or the family that it belongs to, behaves there.
         spacing: Its ``timestep_spacing``.
         spaces_points: Whether it spaces N points; else N steps, of which the last point is left out.
-        ends_above_zero: Whether it ends at the lowest trained level and not at :math:`\sigma = 0`.
+        ends_above_zero: Whether it ends at the lowest training timestep and not at :math:`\sigma = 0`.
         lowers_final: Whether it obeys ``lower_order_final``: the option is ``lower_final`` here.
         always_lowers_final: Whether at any number of steps; else below 15.
         starts_flows_at_noise: Whether it starts at pure noise with ``use_flow_sigmas``; else at the
-            noisiest trained level.
+            noisiest training timestep.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Solver(ABC):
     starts_flows_at_noise: ClassVar[bool] = False
 
     def prediction_on(self, schedule: NoiseSchedule) -> Prediction:
-        """Returns what the equations ask of the network on a schedule."""
+        """Returns the prediction that the equations are written for on a schedule."""
         del schedule
         return self.prediction
 
@@ -100,7 +100,7 @@ class Solver(ABC):
         """Writes the method on the tape and returns the final state."""
 
     def nfe(self, steps: int, *, ends_at_zero: bool = False) -> int:
-        """Returns the number of network calls for so many steps."""
+        """Returns the number of network evaluations (NFE) for this number of steps."""
         del ends_at_zero
         return steps
 
@@ -116,7 +116,7 @@ class Solver(ABC):
 
     @final
     def steps_for(self, nfe: int, *, ends_at_zero: bool = False) -> int:
-        """Returns the number of steps that costs exactly ``nfe`` calls.
+        """Returns the number of steps that costs exactly ``nfe`` network evaluations.
 
         Raises:
             ValueError: If no number of steps does; the message has the nearest budgets that work.
@@ -133,7 +133,7 @@ class Solver(ABC):
         above = min(c for c in costs.values() if c > nfe)
         near = " or ".join(str(c) for c in (below, above) if c is not None)
         raise ValueError(
-            f"{self.name} cannot use exactly {nfe} network calls; the nearest budgets are {near}"
+            f"{self.name} cannot use exactly {nfe} network evaluations; the nearest budgets are {near}"
         )
 
     @final
@@ -147,14 +147,16 @@ class Solver(ABC):
         plan = tape.finish(self.equations(tape, grid.numeric()), self.name)
         expected = self.nfe(grid.steps, ends_at_zero=grid.ends_at_zero)
         if plan.nfe != expected:
-            raise AssertionError(f"{self.name} declares {expected} calls and makes {plan.nfe}")
+            raise AssertionError(
+                f"{self.name} declares {expected} evaluations and makes {plan.nfe}"
+            )
         if self.exact:
             _audit(plan, grid)
         return plan
 
 
 def _audit(plan: Plan, grid: TimeGrid) -> None:
-    """Checks that constant noise and data pass through unchanged, which a scale slip breaks."""
+    """Checks that constant noise and data pass through unchanged, which any error of scale breaks."""
     defect = point_mass_defect(plan, grid.alpha[-1], grid.sigma[-1])
     # Coefficients cancel in the check itself, and the more the closer it starts to pure noise.
     size = float(plan.values.detach().abs().max()) + 1e-4 * float(grid.rho[0].detach())

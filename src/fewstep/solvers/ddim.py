@@ -70,7 +70,7 @@ class DDIM(Solver):
             if float(share.detach()) > 1:
                 most = 1 / float(_loss(grid, i).detach().sqrt())
                 raise ValueError(
-                    f"eta = {self.eta:g} asks for more noise than there is at t = "
+                    f"eta = {self.eta:g} adds more noise than there is at t = "
                     f"{float(grid.times[i + 1]):.4g} (step {i + 1} of {grid.steps}); "
                     f"at most {most:.4g} is possible there"
                 )
@@ -191,7 +191,7 @@ class DDPM(Solver):
 
 @dataclass(frozen=True)
 class AnalyticDDIM(Solver):
-    r"""Analytic-DPM's DDIM (A-DDIM): DDIM plus the noise that the best variance asks for.
+    r"""Analytic-DPM's DDIM (A-DDIM): DDIM plus the noise of the optimal variance.
 
     .. math:: x_s = \frac{\alpha_s}{\alpha_t} (x_t - \sigma_t \varepsilon) + \sigma_s \varepsilon + s z, \qquad
         s^2 = \left( \frac{\alpha_s \sigma_t}{\alpha_t} - \sigma_s \right)^2 (1 - \sigma_t^2 \Gamma_t), \qquad
@@ -203,7 +203,7 @@ class AnalyticDDIM(Solver):
         | Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance (Bao et al., 2022)
         | https://arxiv.org/abs/2201.06503
 
-    Cost: one network evaluation per step, and once the estimate of :math:`\Gamma`.
+    Cost: one network evaluation per step, and one estimate of :math:`\Gamma` beforehand.
 
     Order: 1.
 
@@ -255,8 +255,8 @@ class Euler(Solver):
 
     .. math:: x_s = x_t + (s - t) \left( f(t) x_t + \frac{g(t)^2}{2 \sigma_t} \varepsilon \right)
 
-    The first rung of the ladder to DEIS: the linear part is not integrated exactly, so large
-    steps are unstable.
+    Here for comparison with DEIS: the linear part is not integrated exactly, so large steps are
+    unstable.
 
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), eq. (13)
@@ -324,7 +324,7 @@ def _euler(tape: Tape, grid: TimeGrid, lam: float) -> Form:
     if grid.ends_at_zero and schedule.t_zero != 0.0:
         raise ValueError(
             f"Euler's method steps in time, and {schedule.name!r} has no time with sigma = 0; "
-            "leave to_zero out"
+            "leave out to_zero"
         )
     inner = t[:-1]
     drift, g2 = column(schedule.drift(inner)), column(schedule.diffusion(inner))
@@ -349,7 +349,7 @@ class EIScore(Solver):
 
     For variance-preserving schedules the weight is :math:`\alpha_s / \alpha_t - 1`. Worse than
     Euler: the score grows like :math:`1 / \sigma` within a step, which freezing ignores. It is
-    here as the rung of the ladder that shows why DEIS works with :math:`\varepsilon`.
+    here for comparison: it shows why DEIS works with :math:`\varepsilon`.
 
     References:
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), ingredient 1

@@ -18,7 +18,7 @@ from fewstep.solvers.base import NEARLY_UNIFORM, Solver, check_number
 def difference(grid: TimeGrid, i: int, newer: Form, older: Form, *, back: int = 1) -> Form:
     r"""Returns the slope between two model outputs in :math:`\lambda`, times the coming step h.
 
-    ``newer`` was made at grid point ``i - back + 1``, ``older`` one before.
+    ``newer`` is of grid point ``i - back + 1``, ``older`` one before.
     """
     h = grid.lam[i + 1] - grid.lam[i]
     gap = grid.lam[i - back + 1] - grid.lam[i - back]
@@ -103,13 +103,13 @@ class DPMpp3M(_DPMpp):
     .. math:: x_s = \frac{\sigma_s}{\sigma_t} x_t - \alpha_s (e^{-h} - 1) D_t
         + \alpha_s h \varphi_2(-h) \, D' + c \, \alpha_s h \varphi_3(-h) \, D''
 
-    with the slope :math:`D'` and the second divided difference :math:`D''` of the answers in
-    :math:`\lambda`, scaled by the step h. The second step is :class:`DPMpp2M`'s; so is, where
-    asked for, the last but one.
+    with the slope :math:`D'` and the second divided difference :math:`D''` of the model outputs in
+    :math:`\lambda`, scaled by the step h. The second step is :class:`DPMpp2M`'s; so is
+    the last but one with ``lower_final``.
 
     The published rule, and every implementation of it, has :math:`c = 1`. A divided difference is
-    half a second derivative, so the expansion asks for :math:`c = 2`: with 1 the method is of
-    second order, with an error some times below that of 2M. ``consistent=True`` takes 2.
+    half a second derivative, so the expansion has :math:`c = 2`: with 1 the method is of
+    second order, with an error some times below that of 2M. ``consistent=True`` uses 2.
 
     References:
         | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (Lu et al., 2022)

@@ -1,4 +1,4 @@
-"""Linear multistep with weights that are given, step by step."""
+"""Linear multistep with given weights for each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fewstep.solvers.base import Solver
 
 @dataclass(frozen=True)
 class Multistep(Solver):
-    r"""Linear multistep with given weights: what a measurement of a model found for one grid.
+    r"""Linear multistep with given weights for each step, as :func:`fewstep.fit` measures them on one grid.
 
     .. math::
         x_{k+1} = v_k \frac{\alpha_{k+1}}{\alpha_k} x_k
@@ -22,14 +22,14 @@ class Multistep(Solver):
 
     With :math:`v_k = w_{k 0} = 1` and no other weights a step is one of DDIM. All Adams–Bashforth
     methods of DEIS are of this form, with weights that integrate polynomials; those that
-    :func:`fewstep.fit` finds are least squares along the model's own trajectories instead, as
-    non-stationary solvers have them by gradient descent.
+    :func:`fewstep.fit` returns are least squares along the model's own trajectories instead, where
+    non-stationary solvers use gradient descent.
 
     References:
         | Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow Models (Shaul et al., 2024)
         | https://arxiv.org/abs/2403.01329
 
-    Cost: one evaluation a step.
+    Cost: one network evaluation per step.
 
     Order: that of its weights; 1 without any.
 
@@ -58,7 +58,7 @@ class Multistep(Solver):
             if not all(math.isfinite(w) for w in row):
                 raise ValueError(f"the weights of multistep are finite numbers, got {row!r:.60}")
         object.__setattr__(self, "weights", rows)
-        # Measured weights answer to the model; only the steps of DDIM integrate a constant exactly.
+        # Measured weights suit one model; only the steps of DDIM integrate a constant exactly.
         object.__setattr__(self, "exact", not rows)
 
     @property
@@ -70,7 +70,7 @@ class Multistep(Solver):
         if len(rows) != grid.steps:
             raise ValueError(
                 f"these weights of multistep are for {len(rows)} steps, the grid has {grid.steps}; "
-                "take the times that they were measured with"
+                "use the times that they were measured with"
             )
         x, outputs = tape.x, list[Form]()
         for k, row in enumerate(rows):

@@ -130,7 +130,7 @@ class _RhoRK(Solver):
                     if weight:
                         y = y + scale * h * weight * k
             if stage == 3:
-                # The slopes so far are summed up before the fourth call, which frees them.
+                # The slopes so far are summed up before the fourth evaluation, which frees them.
                 y, form = tape.state(y), tape.state(form)
             _, f = tape.evaluate(y, time)
             slopes.append(f)

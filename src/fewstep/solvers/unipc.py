@@ -21,12 +21,12 @@ class UniPC(Solver):
     r"""UniPC of order p in data prediction: UniP-p predicts, UniC-p corrects.
 
     From grid point t to s, :math:`h = \lambda_s - \lambda_t`, with the differences
-    :math:`D_k = (m_k - m_0) / r_k` of the answers at :math:`\lambda_t + r_k h`:
+    :math:`D_k = (m_k - m_0) / r_k` of the model outputs at :math:`\lambda_t + r_k h`:
 
     .. math:: x_s = \frac{\sigma_s}{\sigma_t} x_t - \alpha_s (e^{-h} - 1) m_0 - \alpha_s B(h) \sum_k a_k D_k,
         \qquad \sum_k r_k^{n-1} a_k = \frac{n! \, (-h) \varphi_{n+1}(-h)}{B(h)}
 
-    The predictor uses the p - 1 older answers, the corrector one more: the answer at the
+    The predictor uses the p - 1 older model outputs, the corrector one more: the one at the
     predicted point, which is not computed again at the corrected one. Corrector and next predictor
     are one row here, so the states between steps are the predicted ones, as the network sees them.
     The order grows from 1 in the first steps, and with ``lower_final`` (as in diffusers at any number of steps) falls to 1
@@ -74,41 +74,41 @@ class UniPC(Solver):
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
         y = tape.x
-        answers = list[Form]()
+        outputs = list[Form]()
         predictor, degree = None, 1
         for i in range(grid.steps):
             y, f = tape.evaluate(y, grid.times[i])
             x = y
             if predictor is not None:
-                # Both start at one state, so what the corrector changes is in the answers alone.
-                x = y + self._change(grid, i - 1, degree, answers, f) - predictor
-            answers = [f, *answers[: self.degree - 1]]
+                # Both start at one state, so what the corrector changes is in the outputs alone.
+                x = y + self._change(grid, i - 1, degree, outputs, f) - predictor
+            outputs = [f, *outputs[: self.degree - 1]]
             degree = min(self.degree, i + 1)
             if grid.is_last_zero(i):
                 degree = 1
             elif self.lower_final:
                 degree = min(degree, grid.steps - i)
-            predictor = self._change(grid, i, degree, answers, None)
-            ends = grid.is_last_zero(i)  # nothing is left of the state there
+            predictor = self._change(grid, i, degree, outputs, None)
+            ends = grid.is_last_zero(i)  # the weight of the state is zero there
             form = predictor if ends else grid.sigma[i + 1] / grid.sigma[i] * x + predictor
             y = tape.state(form, i + 1)
         return y
 
     def _change(
-        self, grid: TimeGrid, i: int, degree: int, answers: list[Form], newest: Form | None
+        self, grid: TimeGrid, i: int, degree: int, outputs: list[Form], newest: Form | None
     ) -> Form:
-        """What step i of order ``degree`` adds: predictor, or corrector if the answer at its end is given."""
+        """What step i of order ``degree`` adds: predictor, or corrector if the output at its end is given."""
         lam, a = grid.lam, grid.alpha[i + 1]
         h = lam[i + 1] - lam[i]
         expm1 = torch.expm1(-h)
-        form = -a * expm1 * answers[0]
+        form = -a * expm1 * outputs[0]
         ratios: list[Any] = [(lam[i - k] - lam[i]) / h for k in range(1, degree)]
         slopes = [
-            (answers[k] - answers[0]) / r for k, r in zip(range(1, degree), ratios, strict=True)
+            (outputs[k] - outputs[0]) / r for k, r in zip(range(1, degree), ratios, strict=True)
         ]
         if newest is not None:
             ratios.append(1.0)
-            slopes.append(newest - answers[0])
+            slopes.append(newest - outputs[0])
         if not slopes:
             return form
         scale = -h if self.variant == "bh1" else expm1
@@ -120,7 +120,7 @@ class UniPC(Solver):
     def _weights(h: Tensor, ratios: list[Any], scale: Tensor) -> list[Any]:
         count = len(ratios)
         if count == 1:
-            # One difference: the value of UniPC's authors, instead of the solution of the system.
+            # One difference: the value that UniPC's authors use, instead of the solution of the system.
             return [0.5]
         b = [math.factorial(n) * -h * phi(n + 1, -h) / scale for n in range(1, count + 1)]
         # The system is a Vandermonde matrix: a_k has the coefficients of the Lagrange basis at r_k.

@@ -1,4 +1,4 @@
-"""Studies of one model: is it what it says, where its error comes from, which sampler suits it."""
+"""Studies of one model: a check of its description, the sources of its error, the best sampler."""
 
 from fewstep.studies.checking import ModelCheck as ModelCheck
 from fewstep.studies.checking import Tested as Tested

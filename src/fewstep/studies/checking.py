@@ -1,4 +1,4 @@
-r"""Is a model what it is said to be? Its denoising error tells, beside that under other hypotheses."""
+r"""Checks the description of a model by its denoising error, compared with that under other hypotheses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETTLED = 0.5
 """After a change of one aspect that brings the error below this, and to half, no others are tried."""
 
 MOST = 4.0
-"""Errors are cut off here: beyond, a hypothesis is just wrong."""
+"""Errors are clipped to this: a hypothesis with a larger one is wrong, however large it is."""
 
 NUMBERS = 8192
 """The least number of coordinates of a batch, all samples together."""
@@ -46,7 +46,7 @@ SHOWN = 3
 """The most undecided hypotheses that the verdict names."""
 
 NEAR = 0.005
-"""Conditioning times that differ by less than this share of their range are the same."""
+"""Conditioning timesteps that differ by less than this share of their range are the same."""
 
 ASPECTS = ("prediction", "negated", "schedule", "time", "range")
 
@@ -73,10 +73,10 @@ class ModelCheck:
 
     Attributes:
         claimed: The hypothesis that the user gave.
-        best: The likely right one: the claimed one unless another is clearly better.
-        hypotheses: All that were tested, the best first.
-        undecided: Those that differ from the best and cannot be told apart from it on these data.
-        source: What it was tested on: ``"data"`` or ``"samples"``.
+        best: The most likely one: the claimed one unless another is clearly better.
+        hypotheses: All tested hypotheses, the best first.
+        undecided: Those that differ from the best and are not distinguishable from it on these data.
+        source: The images of the test: ``"data"`` or ``"samples"``.
         low: The 0.5 % quantile of the data or samples, in the model's own range.
         high: The 99.5 % quantile.
     """
@@ -91,12 +91,12 @@ class ModelCheck:
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """The aspects in which the model is not what it is said to be."""
+        """The aspects in which the model differs from the claimed hypothesis."""
         return _changed(self.claimed.hypothesis, self.best.hypothesis)
 
     @property
     def ok(self) -> bool:
-        """Whether the claim stands alone and the model denoises better than a Gaussian would."""
+        """Whether only the claimed hypothesis fits and the model denoises better than a Gaussian."""
         return self.outcome == "passed"
 
     @property
@@ -106,35 +106,33 @@ class ModelCheck:
             return "failed"
         return "undecided" if self.undecided else "passed"
 
-    def say(self) -> str:
+    def summary(self) -> str:
         """Returns the verdict in words."""
         on = "real data" if self.source == "data" else "its own samples"
         error = f"its denoising error on {on} is {self.claimed.relative_error:.3g} of a Gaussian's"
         claim, best = self.claimed.hypothesis, self.best.hypothesis
         if not self.wrong and not self.claimed.relative_error < 1:
             return (
-                f"The model denoises no better than mean and variance alone would ({error}), and no "
+                f"The model denoises no better than a Gaussian of the data ({error}), and no "
                 "other hypothesis is better: it may be untrained, or the data are not what it was trained on."
             )
         if not self.wrong and not self.undecided:
-            return (
-                f"The model is what it is said to be: {error}, and no other hypothesis is better."
-            )
+            return f"The model is as claimed: {error}, and no other hypothesis is better."
         if not self.wrong:
             return (
-                f"The model may be what it is said to be: {error}; but {self._rivals(claim)} cannot "
-                f"be told apart from it on {on}."
+                f"The model may be as claimed: {error}; but {self._rivals(claim)} cannot "
+                f"be distinguished from it on {on}."
             )
         verdict = (
-            f"The model is probably not what it is said to be: {error}; "
+            f"The model is probably not as claimed: {error}; "
             f"with {best.describe(claim)} it is {self.best.relative_error:.3g}"
         )
         if self.undecided:
-            verdict += f", and {self._rivals(claim)} cannot be told apart from that"
+            verdict += f", and {self._rivals(claim)} cannot be distinguished from that"
         return f"{verdict}."
 
     def _rivals(self, claim: Hypothesis) -> str:
-        """Returns the hypotheses that are as good, in words."""
+        """Returns the undecided hypotheses, in words."""
         named = [
             item.hypothesis.describe(claim) or "the claimed hypothesis"
             for item in self.undecided[:SHOWN]
@@ -143,7 +141,7 @@ class ModelCheck:
         return " or ".join(named) + (f" (and {more} more)" if more else "")
 
     def to_record(self) -> dict[str, Any]:
-        """Returns the numbers as JSON has them."""
+        """Returns the numbers as a JSON object."""
 
         def record(item: Tested) -> dict[str, Any]:
             return {**item.hypothesis.to_record(), "relative_error": item.relative_error}
@@ -152,7 +150,7 @@ class ModelCheck:
             "ok": self.ok,
             "outcome": self.outcome,
             "wrong": list(self.wrong),
-            "verdict": self.say(),
+            "verdict": self.summary(),
             "source": self.source,
             "low": self.low,
             "high": self.high,
@@ -171,7 +169,7 @@ def model_check(
     seed: int = 0,
     cond: Mapping[str, Any] | None = None,
 ) -> ModelCheck:
-    r"""Checks prediction, its sign, schedule, conditioning times and data range of a model on a batch.
+    r"""Checks prediction, its sign, schedule, conditioning timesteps and data range of a model on a batch.
 
     Data are noised at five levels :math:`\lambda`, the same for every schedule; the network's output
     is converted under each hypothesis and compared with the truth in the velocity of unit scale,
@@ -181,21 +179,21 @@ def model_check(
 
     with the optimal denoiser :math:`v_G` of Gaussian data of the same mean and variance. Under a wrong
     hypothesis the network denoises worse, whatever it predicts. First each aspect is changed alone; if
-    that leaves doubt, schedules and times are tried together, then the ranges. Hypotheses whose errors
+    the claim is then in doubt, schedules and times are tried together, then the ranges. Hypotheses whose errors
     do not differ by more than chance from the best one's are listed as undecided.
 
     Without data the same is done with samples that the network draws under each hypothesis (10
     evaluations of DDIM), which under a wrong one mostly are not likely data afterwards. That is weaker
     evidence: the claim then stands if its relative error is below 1, and else the hypothesis below 1
-    that changes least is named. The range is then reported, not tested.
+    that changes least is named. Without data the range is reported, not tested.
 
     Cost: some 20 evaluations for each of n samples and 5 levels; in case of doubt 5 times that.
 
     Arguments:
         denoiser: The model.
-        data: Real data in the range that the model is said to have, with shape (N, \*).
-        n: The size of the batch; data are repeated with other noise if there are less. Left out,
-            8, and more where samples are small: nearness of two schedules shows in averages only.
+        data: Real data in the model's claimed range, with shape (N, \*).
+        n: The size of the batch; data are repeated with other noise if there are fewer. Left out,
+            8, and more where samples are small: similar schedules differ in averages only.
         seed: The seed of the noise.
         cond: The conditions, of the first n of these data.
 
@@ -212,7 +210,7 @@ def model_check(
     if shape is None:
         raise ValueError("the shape of a sample is not known; give data")
     if n is None:
-        # Without data no two hypotheses are weighed against each other, so less will do.
+        # Without data no hypotheses are compared in pairs, so fewer samples are enough.
         enough = NUMBERS if data is not None else NUMBERS // 16
         n = max(8, math.ceil(enough / math.prod(shape)))
     if data is not None:
@@ -223,7 +221,7 @@ def model_check(
 
 
 class _Bench:
-    """The batch, and what has been measured on it."""
+    """The batch, and the hypotheses measured on it."""
 
     def __init__(
         self,
@@ -289,13 +287,13 @@ class _Bench:
         return ModelCheck(claimed, best, tuple(self.tested), undecided, source, low, high)
 
     def _undecided(self, best: Tested) -> tuple[Tested, ...]:
-        """Returns hypotheses that are as good as the best as far as can be told, one of each kind."""
+        """Returns the hypotheses that are not distinguishable from the best, one of each kind."""
         if not best.relative_error < 1:
             return ()
         known, rivals = [self._signature(best.hypothesis)], []
         for item in self.tested:
             if self.data is None:
-                # Each drew samples of its own, so there are no pairs to compare.
+                # Each has samples of its own, so there are no pairs to compare.
                 rival = item.relative_error <= (1 + CLEAR) * best.relative_error
             else:
                 rival = not _clearly_better(best, item)
@@ -307,7 +305,7 @@ class _Bench:
         return tuple(rivals)
 
     def _signature(self, hypothesis: Hypothesis) -> tuple[Any, Tensor, Tensor]:
-        """Returns what the network computes under a hypothesis: kind, conditioning times, scales."""
+        """Returns what defines the network's evaluations under a hypothesis: kind, conditioning timesteps, scales."""
         schedule = hypothesis.schedule
         times = schedule.time(torch.tensor(LEVELS, dtype=torch.float64))
         data_range = hypothesis.range if hypothesis.range != self.range else AS_CLAIMED
@@ -332,7 +330,7 @@ class _Bench:
 
     def _test(self, hypothesis: Hypothesis) -> Iterable[Tested]:
         kinds = [(p, False) for p in Prediction]
-        # With data the other sign costs no evaluation; without, runs of its own.
+        # With data the other sign costs no evaluation; without, it needs runs of its own.
         if self.data is not None or hypothesis.schedule == self.claim.schedule:
             kinds += [(p, True) for p in NEGATED]
         if self.data is not None:
@@ -359,7 +357,7 @@ class _Bench:
             alpha, sigma = _scales(hypothesis.schedule, t)
             size = math.hypot(alpha, sigma)
             x = alpha * x0 + sigma * z
-            # v is a function of x and x0 alone, so all errors are those of x0 in these units.
+            # v depends on x and x0 alone, so all errors are those of x0 in these units.
             unit = size / sigma
             shrunk = mean + alpha * var / (alpha**2 * var + sigma**2) * (x - alpha * mean)
             baseline += float(((shrunk - x0) * unit).square().mean())
@@ -376,7 +374,7 @@ class _Bench:
                 )
                 difference = (a * x + own.sign * b * output - x0) * unit
                 parts.append(difference.square().flatten(1).mean(1).cpu().double())
-        if not baseline > 0:  # all samples are alike: nothing to compare with
+        if not baseline > 0:  # all samples are equal: nothing to compare with
             return
         for own, parts in zip(every, errors, strict=True):
             relative = torch.stack(parts, 1) * len(LEVELS) / baseline
@@ -415,11 +413,11 @@ def _clearly_better(one: Tested, two: Tested) -> bool:
 
 
 def _likely(claimed: Tested, tested: Iterable[Tested]) -> Tested:
-    """Returns the best hypothesis if it is clearly better than the claimed one, which else stands."""
+    """Returns the best hypothesis if it is clearly better than the claimed one, else that."""
     best = min(tested, key=lambda item: item.relative_error)
     if not _clearly_better(best, claimed):
         return claimed
-    # Of hypotheses that are as good, the one that changes least.
+    # Of equally good hypotheses, the one that changes least.
     near = [r for r in tested if r.relative_error <= (1 + CLEAR / 2) * best.relative_error]
     return min(
         near,
@@ -432,7 +430,7 @@ def _least_change(claimed: Tested, tested: Iterable[Tested]) -> Tested:
     if claimed.relative_error < 1:
         return claimed
     consistent = [r for r in tested if r.relative_error < 1]
-    # A wrong prediction is the commonest slip, and the one that samples tell best.
+    # A wrong prediction is the most common mistake, and the one that samples show best.
     order = {a: k for k, a in enumerate(ASPECTS)}
 
     def rank(r: Tested) -> tuple[int, int, float]:
@@ -447,7 +445,7 @@ def _changed(one: Hypothesis, two: Hypothesis) -> tuple[str, ...]:
 
 
 def _same(one: tuple[Any, Tensor, Tensor], two: tuple[Any, Tensor, Tensor]) -> bool:
-    """Whether two hypotheses are one function of the state and the noise level, nearly."""
+    """Whether two hypotheses are nearly the same function of the state and the noise level."""
     if one[0] != two[0]:
         return False
     span = float(one[1].max() - one[1].min())

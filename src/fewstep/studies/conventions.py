@@ -1,4 +1,4 @@
-"""Hypotheses about a network: its prediction, schedule, conditioning times, and the range of its data."""
+"""Hypotheses about a network: its prediction, schedule, conditioning timesteps, and the range of its data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fewstep.models.denoiser import Denoiser, WrappedNetwork
 AS_CLAIMED = "as claimed"
 
 NEGATED = (Prediction.V, Prediction.FLOW)
-"""The predictions that networks exist of with the other sign: velocities from noise to data."""
+"""The predictions that some networks have with the other sign: velocities from noise to data."""
 
 Convention = Callable[[NoiseSchedule, Tensor], Tensor]
-"""Takes a schedule and its times (B), float64, returns the conditioning times of the network."""
+"""Takes a schedule and its times (B), float64, returns the conditioning timesteps of the network."""
 
 
 def _span(s: NoiseSchedule) -> float:
@@ -41,7 +41,7 @@ CONVENTIONS: Mapping[str, tuple[Convention, str]] = {
     "sigma": (lambda s, t: s.rho(t), "lambda t: schedule.rho(t.double()).to(t)"),
     "lambda": (lambda s, t: s.lam(t), "lambda t: schedule.lam(t.double()).to(t)"),
 }
-"""Conditioning times of networks, with the ``to_model_time`` that makes them."""
+"""Conditioning timesteps of networks, with the ``to_model_time`` of each."""
 
 _OF_INDICES = ("t / t_max", "1 - t / t_max")
 _OF_FRACTIONS = ("1000 t", "999 t", "999 (1 - t)")
@@ -56,13 +56,13 @@ RANGES: Mapping[str, tuple[float, float]] = {
 
 
 def conventions_for(s: NoiseSchedule) -> list[str]:
-    """Returns the conventions that make sense for a schedule's times, each only once."""
+    """Returns the conventions that are possible for a schedule's times, each once."""
     left_out = _OF_FRACTIONS if s.discrete else _OF_INDICES
     return [AS_CLAIMED, *(name for name in CONVENTIONS if name not in left_out)]
 
 
 def range_of(data: Tensor) -> str | None:
-    """Returns the range that data seem to be in, or ``None`` if it is none of the usual."""
+    """Returns the likely range of data, or ``None`` if it is not a usual one."""
     low, high = float(data.min()), float(data.max())
     if low < -1.05 or high > 255.5 or high <= low:
         return None
@@ -72,14 +72,14 @@ def range_of(data: Tensor) -> str | None:
 
 
 def between(one: str, two: str) -> tuple[float, float]:
-    """Returns scale and shift that take data from one range to another."""
+    """Returns scale and shift that map data from one range to another."""
     (a, b), (c, d) = RANGES[one], RANGES[two]
     return c / a, d - b * c / a
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What a network may be.
+    """A hypothesis about a network.
 
     Attributes:
         prediction: What the network predicts.
@@ -101,15 +101,15 @@ class Hypothesis:
         return -1.0 if self.negated else 1.0
 
     def model_time(self, t: Tensor) -> Tensor:
-        """Returns the conditioning times of the network at schedule times (B), float64."""
+        """Returns the conditioning timesteps of the network at schedule times (B), float64."""
         return CONVENTIONS[self.time][0](self.schedule, t)
 
     def to_model_time(self) -> str:
-        """Returns the argument ``to_model_time`` that makes these conditioning times."""
+        """Returns the argument ``to_model_time`` for these conditioning timesteps."""
         return CONVENTIONS[self.time][1].format(top=_span(self.schedule))
 
     def describe(self, other: Hypothesis) -> str:
-        """Returns in what it differs from another hypothesis, as somebody would write it."""
+        """Returns the differences to another hypothesis, as arguments that a user would write."""
         reversed_flow = self.negated and self.time == "t_max - t" and self.schedule.name == "flow"
         if reversed_flow and self.prediction is Prediction.FLOW:
             same = replace(self, negated=other.negated, time=other.time).describe(other)
@@ -128,7 +128,7 @@ class Hypothesis:
         return ", ".join(parts)
 
     def to_record(self) -> dict[str, Any]:
-        """Returns it as JSON has it."""
+        """Returns it as a JSON object."""
         return {
             "prediction": self.prediction.value,
             "negated": self.negated,
@@ -153,7 +153,7 @@ class Probe:
     """A denoiser's network, evaluated under hypotheses other than the claimed one.
 
     Arguments:
-        denoiser: The denoiser; guidance and clipping around it are taken off.
+        denoiser: The denoiser; guidance and clipping around it are removed.
         cond: The conditions, ready for the batch.
     """
 
@@ -167,7 +167,7 @@ class Probe:
         self.whole = denoiser.integer_times
 
     def output(self, hypothesis: Hypothesis, x: Tensor, t: float) -> Tensor | None:
-        r"""Returns the network's output at a state (B, \*) and a time, or ``None`` if it refuses."""
+        r"""Returns the network's output at a state (B, \*) and a time, or ``None`` if it raises an error."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         times = torch.full((len(x),), t, dtype=torch.float64)
         with torch.no_grad():
@@ -181,13 +181,13 @@ class Probe:
             try:
                 value = self.network.raw(x, given.to(x.device), **self.cond)
             except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
-                return None  # a network of whole indices, say, that is given fractions
+                return None  # for example a network of integer timesteps that is given fractions
         return value if bool(value.isfinite().all()) else None
 
     def conditioning(self, hypothesis: Hypothesis, t: Tensor) -> Tensor:
-        """Returns the conditioning times of the network at schedule times (B), float64.
+        """Returns the conditioning timesteps of the network at schedule times (B), float64.
 
-        Two hypotheses with the same ones are one, whatever the names of their conventions.
+        Hypotheses with the same timesteps are equal, whatever the names of their conventions.
         """
         if hypothesis.time != AS_CLAIMED:
             given = hypothesis.model_time(t)

@@ -15,7 +15,7 @@ from fewstep.plans.plan import Plan
 from fewstep.studies.local_errors import Path, step_errors
 
 POINTS = 60
-"""How many times the curves have."""
+"""The number of times of the curves."""
 
 GRIDS: tuple[tuple[str, str, Mapping[str, float]], ...] = (
     ("uniform", "uniform", {}),
@@ -83,7 +83,7 @@ def anatomy(
     *,
     steps: Sequence[int] = (10, 20),
 ) -> dict[str, Any]:
-    """Returns all curves as JSON has them.
+    """Returns all curves as a JSON object.
 
     Arguments:
         path: The reference path, with gains.

@@ -19,7 +19,7 @@ class BestGrid:
     Attributes:
         times: Its times, from the start to the end, float64, shape (K + 1).
         head: Whether it begins with an analytic head start.
-        cost: The root of the sum of the squared errors left at the end.
+        cost: The root of the sum of the squared errors that remain at the end.
     """
 
     times: Tensor
@@ -28,7 +28,7 @@ class BestGrid:
 
 
 class StepCosts:
-    r"""The squared error that is left at the end of each step of exponential Adams–Bashforth.
+    r"""The squared error of each step of exponential Adams–Bashforth that remains at the end.
 
     A step from node i to node j with polynomial degree r in time through node i and r earlier ones
     loses :math:`\alpha_j \| y_j - y_i - \int_{\rho_i}^{\rho_j} P_r \, d\rho \|` with :math:`y = x / \alpha`; the
@@ -36,7 +36,7 @@ class StepCosts:
 
     Arguments:
         path: The reference path.
-        degree: The most degree, 0 to 2; the first steps have less history.
+        degree: The highest degree, 0 to 2; the first steps have less history.
     """
 
     def __init__(self, path: Path, degree: int = 2) -> None:
@@ -114,7 +114,7 @@ def best_grids(
 ) -> dict[int, BestGrid]:
     """Returns the best grid for each number of steps up to ``most``.
 
-    Exact over all grids of nodes, for the sum of squared local errors that are left at the end.
+    Exact over all grids of nodes, for the sum of squared local errors that remain at the end.
 
     Arguments:
         costs: The costs of steps.
@@ -126,7 +126,7 @@ def best_grids(
         ValueError: If there are fewer nodes than steps.
     """
     if not 0 < most < costs.size:
-        raise ValueError(f"{costs.size} nodes hold 1 to {costs.size - 1} steps, not {most}")
+        raise ValueError(f"{costs.size} nodes allow 1 to {costs.size - 1} steps, not {most}")
     path = costs.path
     starts = torch.full((costs.size,), math.inf, dtype=torch.float64)
     starts[0] = 0.0
@@ -150,14 +150,14 @@ def best_grids(
 
 @dataclass(frozen=True)
 class _Layer:
-    """The least costs of arriving with a history, and the node before it from which that was."""
+    """The least cost of reaching each history, and the node before it on that path."""
 
     cost: Tensor
     before: Tensor
 
 
 class _Tables:
-    """Histories are tuples of ``degree + 1`` nodes (less at the start), the newest last."""
+    """Histories are tuples of ``degree + 1`` nodes (fewer at the start), the newest last."""
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs, size = costs, costs.size

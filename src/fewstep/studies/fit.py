@@ -1,4 +1,4 @@
-r"""``fewstep.fit``: what suits a model, measured on the model itself in the cost of a few pictures."""
+r"""``fewstep.fit``: the best sampler for a model, measured on the model at the cost of a few images."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from fewstep.studies.reference import Reference, draw_noise, follow, grid_of, ru
 logger = logging.getLogger("fewstep")
 
 BUDGETS = (4, 5, 6, 8, 10, 15, 20)
-"""The numbers of evaluations that are fitted if none are named."""
+"""The default numbers of evaluations."""
 
 INTERVALS = 40
 """The least number of intervals between the nodes of the reference."""
 
 PLACES, GAIN_SAMPLES = 5, 4
-"""Where, and for how many samples, it is measured what is left of an error at the end."""
+"""The number of places, and of samples, at which the gain of errors is measured."""
 
 FITTED_SHARE = 5 / 8
-"""The share of the trajectories that is fitted to; the others are held out, to choose by."""
+"""The share of the trajectories to fit to; the others are held out for the selection."""
 
 SOLVERS = ("tab2", "tab3", "unipc2", "unipc3", "ipndm", "dpmpp-2m", "ddim")
-"""The named solvers of which the best is taken too: for starts in mid-schedule, and other budgets."""
+"""The named solvers of which the best is stored too: for starts in mid-schedule, and other budgets."""
 
 
 @dataclass(frozen=True)
@@ -92,35 +92,35 @@ def fit(
     progress: Progress | bool | None = False,
     **cond: Any,
 ) -> Profile:
-    r"""Measures a model once, without training and without data: which sampler is nearest to it.
+    r"""Measures which sampler suits a model, without training and without data.
 
-    From n noises the probability-flow ODE is followed with many steps. Along these trajectories
+    From n noises the probability-flow ODE is solved with many steps. Along these trajectories
 
-    1. local errors of all steps between all pairs of times, weighted by what is left of an error at
-       the end, give by dynamic programming the best times for each budget;
+    1. local errors of all steps between all pairs of times, weighted by how much of an error remains at
+       the end, give the best times for each budget by dynamic programming;
     2. on these times the weights of a linear multistep method are fitted by least squares
        (:func:`fewstep.studies.multistep.fit_multistep`), step after step;
     3. that method, the best of the named solvers on these times and the static default are run on
        held-out noises, and the nearest is recommended.
 
     The distance is the root mean square difference to the model's own many-step solution from the
-    same noise. What is fitted are a few numbers a step, so that n = 16 is enough for any model.
+    same noise. Only a few numbers per step are fitted, so n = 16 is enough for any model.
 
     Cost: about 5,900 evaluations of one image for the seven budgets and n = 16
-    (:func:`evaluations`); it is said beforehand, in evaluations and seconds.
+    (:func:`evaluations`); the log shows it beforehand, in evaluations and seconds.
 
     Arguments:
         denoiser: The model; under guidance either a :class:`fewstep.Guided` or with ``guidance``.
         nfe: The numbers of evaluations to measure for.
-        n: How many trajectories; five of eight are fitted to, the others are held out.
+        n: The number of trajectories; five of eight are fitted to, the others are held out.
         seed: The seed of their noise.
         guidance: The scale of classifier-free guidance; 1 is none.
         progress: ``True`` for a bar, or a :class:`fewstep.base.progress.Progress`.
-        cond: The conditions, e.g. ``class_labels``, one for all or n. A class-conditional model of
-            which no class is asked gets its classes in turn.
+        cond: The conditions, e.g. ``class_labels``, one for all or n. A class-conditional model
+            without given classes gets its classes in turn.
 
     Returns:
-        The profile: ``sample(denoiser, profile=PROFILE)`` takes what was measured.
+        The profile: ``sample(denoiser, profile=PROFILE)`` uses it.
 
     Raises:
         ValueError: Before the first evaluation, if anything does not fit.
@@ -154,7 +154,7 @@ def fit(
 
 
 class _Meter:
-    """Counts evaluations of one image, and says after the first how long it will take."""
+    """Counts evaluations of one image, and logs after the first how long all will take."""
 
     def __init__(self, shown: Progress, total: int) -> None:
         self.shown, self.total, self.count = shown, total, 0
@@ -162,7 +162,7 @@ class _Meter:
         shown.stage("measuring: evaluations of one image", total)
 
     def add(self, evaluations: int, images: int) -> None:
-        """Counts evaluations of a batch of so many images."""
+        """Counts evaluations of a batch of this many images."""
         first = not self.count
         self.count += evaluations * images
         if first:
@@ -175,7 +175,7 @@ class _Meter:
         self.shown.tick(evaluations * images)
 
     def of(self, images: int) -> Progress:
-        """Returns what counts the evaluations of a batch of so many images."""
+        """Returns a progress that counts the evaluations of a batch of this many images."""
         return _Batches(self, images)
 
 
@@ -245,7 +245,7 @@ class _Work:
         )
 
     def _grids(self, reference: Reference, most: int) -> list[dict[int, BestGrid]]:
-        """Returns the best times for each budget, under three weights of an error on the way."""
+        """Returns the best times for each budget, under three weightings of local errors."""
         few = min(GAIN_SAMPLES, len(self.fitted))
         gain = measure_gain(self.denoiser, reference, places=PLACES, samples=few)
         self.meter.add(PLACES * (len(reference.times) // 4 + 1), 2 * few)
@@ -255,7 +255,7 @@ class _Work:
             )
         self.path = path_of(reference, self.denoiser, gain)
         grids = []
-        # Few samples know the gain roughly only; its root and 1 hedge against it.
+        # From few samples the gain is uncertain; its root and 1 are robust alternatives.
         for weight, degree in ((gain, 1), (gain.sqrt(), 1), (None, 2)):
             path: Path = path_of(reference, self.denoiser, weight)
             grids.append(best_grids(StepCosts(path, degree), most, free_end=False))
@@ -316,7 +316,7 @@ def _squares(difference: Tensor) -> Tensor:
 
 
 def _robust(squares: Tensor) -> float:
-    """Returns a pseudo-Huber mean: a sample that went to another basin must not decide alone."""
+    """Returns a pseudo-Huber mean: a sample in another basin of attraction must not dominate."""
     middle = squares.median().clamp_min(1e-24)
     return float((2 * middle * ((1 + squares / middle).sqrt() - 1)).mean())
 
@@ -345,11 +345,11 @@ def _checked(denoiser: object, nfe: Sequence[int], n: object) -> list[int]:
     if not isinstance(denoiser, Denoiser):
         raise TypeError(
             f"a Denoiser is needed, got {type(denoiser).__name__}; "
-            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
+            "create one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
         )
     if denoiser.built_in_sampler() is not None:
         raise ValueError(
-            "this model has a built-in sampler, of which there is nothing to measure; fit the model "
+            "this model has a built-in sampler, so there is nothing to measure; fit the model "
             "that it was distilled from"
         )
     budgets = [nfe] if isinstance(nfe, int) else list(nfe)
@@ -361,7 +361,7 @@ def _checked(denoiser: object, nfe: Sequence[int], n: object) -> list[int]:
 
 
 def _classes(denoiser: Denoiser, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the conditions; if a class-conditional model is asked for no class, all in turn."""
+    """Returns the conditions; for a class-conditional model without given classes, all in turn."""
     accepts, labels = denoiser.accepts, "class_labels"
     named = accepts.names is not None and labels in accepts.names
     if cond or not named or not accepts.num_classes:
@@ -370,7 +370,7 @@ def _classes(denoiser: Denoiser, n: int, cond: Mapping[str, Any]) -> dict[str, A
 
 
 def _described(value: Any) -> Any:
-    """Returns a condition as JSON has it, for readers."""
+    """Returns a condition as a JSON value, for readers."""
     if isinstance(value, Tensor):
         return value.tolist() if value.numel() <= 64 else f"a tensor {tuple(value.shape)}"
     return value if isinstance(value, (int, float, str, list)) else str(type(value).__name__)

@@ -1,4 +1,4 @@
-r"""Fitting error: how far a network is from the optimal denoiser of the data, split from discretisation."""
+r"""Fitting error: a network's distance to the optimal denoiser of the data, apart from discretisation."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fewstep.studies.local_errors import Path, step_errors
 from fewstep.studies.reference import Reference, follow
 
 MOST_NUMBERS = 1 << 27
-"""The most coordinates of a data set that is compared with, all images together."""
+"""The most coordinates of a data set for the comparison, all images together."""
 
 
 class Optimal(Denoiser):
-    r"""The optimal denoiser of a data set with classes: of each sample, that of its own class.
+    r"""The optimal denoiser of a data set with classes: for each sample, that of its own class.
 
     Arguments:
         data: The data, with shape (N, \*).
-        labels: The classes of the data (N), or ``None`` if the model knows none.
-        denoiser: The model that it stands beside: its schedule and the range of labels.
+        labels: The classes of the data (N), or ``None`` if the model has none.
+        denoiser: The model, for its schedule and the range of labels.
     """
 
     def __init__(self, data: Tensor, labels: Tensor | None, denoiser: Denoiser) -> None:
@@ -77,9 +77,9 @@ def fitting_error(
     the optimal denoiser from the same noise; and for each step of a plan what this difference moves
     the state by, :math:`\alpha_j \| \int (\varepsilon_\theta - \varepsilon^*) \, d\rho \|`, beside the step's local error.
 
-    The optimal denoiser of finite data returns the data: a network that makes new images must differ
-    from it where few data are near, so this difference is no defect by itself; it is what the model
-    adds, and the measure beside which the discretisation error is small or not.
+    The optimal denoiser of finite data returns the data: a network that generalises must differ
+    from it where few data are near, so this difference is not an error by itself; it is the scale on
+    which the discretisation error is small or not.
 
     Cost: one evaluation for each noised sample and time, and a pass over the data for each sample,
     place and time.
@@ -92,8 +92,8 @@ def fitting_error(
         labels: The classes of the data, or ``None``.
         plan: A plan of the model, for the split.
         seed: The seed of the noise.
-        samples: How many noised data are used.
-        every: Which of the nodes are used: every one, every other.
+        samples: The number of noised data.
+        every: The stride of the nodes that are used: 1 for all, 2 for every other.
         progress: Follows the times.
     """
     data = data.to(reference.noise)

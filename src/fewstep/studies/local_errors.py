@@ -1,4 +1,4 @@
-r"""Local errors: the error of one step of a method if all before it was exact, for any plan."""
+r"""Local errors of any plan: the error of each step if all steps before it were exact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Path:
-    r"""Reference trajectories in coordinates of their own span, so that anything linear is cheap.
+    r"""Reference trajectories in coordinates of their span, so that linear operations are cheap.
 
     All states and predictions at S nodes are at most 2 S vectors; only their inner products (means
     over samples and coordinates) are stored, so a norm here is a root mean square there.
@@ -34,7 +34,7 @@ class Path:
         times: The times of the nodes, float64, shape (S).
         x: The states, float64, shape (S, R).
         eps: The predictions of the noise, float64, shape (S, R).
-        gain: How much of a small error at each node is left at the end, float64, shape (S).
+        gain: The factor by which a small error at each node remains at the end, float64, shape (S).
         head: The root mean square error of an analytic head start at each node, or ``None``.
         schedule: The schedule.
     """
@@ -47,7 +47,7 @@ class Path:
     schedule: Any
 
     def at(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns states, predictions and gains at any times between the nodes, by splines."""
+        """Returns states, predictions and gains at times between the nodes, by splines."""
         inside = times.clamp(float(self.times[-1]), float(self.times[0]))
         matrix = spline_matrix(
             coordinate(self.schedule, self.times), coordinate(self.schedule, inside)
@@ -100,10 +100,10 @@ def measure_gain(
     size: float = 0.05,
     progress: Progress = SILENT,
 ) -> Tensor:
-    r"""Returns how much of an error at each node is left at the end, float64, shape (S).
+    r"""Returns the factor by which an error at each node remains at the end, float64, shape (S).
 
-    At some nodes the reference state is moved by the error of a DDIM step to there, made small, and
-    both are run to the end on the nodes; between the places the logarithm is interpolated. Errors
+    At some nodes the reference state is moved by a scaled-down error of a DDIM step, and both states
+    are run to the end on the nodes; between these nodes the logarithm of the factor is interpolated. Errors
     at high noise are mostly forgotten, since the flow contracts towards the data.
 
     Cost: about ``places * S / 2`` evaluations for each of 2 ``samples``.
@@ -155,9 +155,9 @@ class StepErrors:
     Attributes:
         times: The time at the end of each step, shape (K).
         local: The root mean square local error of each, shape (K).
-        left: What is left of it at the end, shape (K).
-        start: What is left of the error of a head start; 0 without one.
-        predicted: The root of the sum of squares of all that is left.
+        left: The part of it that remains at the end, shape (K).
+        start: The remaining error of a head start; 0 without one.
+        predicted: The root of the sum of squares of all remaining errors.
     """
 
     times: Tensor
@@ -181,7 +181,7 @@ def step_errors(plan: Plan, path: Path) -> StepErrors:
         ValueError: If the plan draws noise.
     """
     if plan.stochastic:
-        raise ValueError("a plan that draws noise follows no trajectory")
+        raise ValueError("a plan that draws noise follows no trajectory of the ODE")
     knots = plan.knots.detach()
     zero = plan.ends_at_zero
     states, _, gains = path.at(knots)

@@ -17,12 +17,12 @@ HISTORY = 4
 """The most predictions that a step is a combination of."""
 
 RIDGE = 1e-4
-"""How strongly weights are held to those of a DDIM step, relative to the size of what they multiply."""
+"""The ridge penalty on the difference to the weights of a DDIM step, relative to their terms' size."""
 
 
 @dataclass(frozen=True)
 class FittedMultistep:
-    r"""What :func:`fit_multistep` found.
+    r"""The result of :func:`fit_multistep`.
 
     Attributes:
         solver: The solver, with its weights.
@@ -52,10 +52,10 @@ def fit_multistep(
 
     minimise the mean square distance of :math:`x_{k+1}` to the reference trajectory from the same
     noise. The states :math:`x_k` are those of the method itself, not of the reference, so that a step
-    also corrects what the steps before it lost. There are at most ``history + 1`` weights for as many
+    also corrects the errors of the steps before it. There are at most ``history + 1`` weights for as many
     equations as the samples have coordinates: nothing is trained, and little can be overfitted.
 
-    Cost: one evaluation of each sample a step.
+    Cost: one evaluation of each sample per step.
 
     Arguments:
         denoiser: The model, with its guidance.
@@ -78,7 +78,7 @@ def fit_multistep(
         outputs = [output, *outputs][:history]
         ratio = alpha[k + 1] / alpha[k]
         span = sigma[k + 1] - ratio * sigma[k]
-        # Predictions of neighbouring steps are nearly the same: in differences the penalty is fair.
+        # Predictions of neighbouring steps are nearly equal: the penalty is on their differences.
         parts = [ratio * x, span * output, *(span * (past - output) for past in outputs[1:])]
         change = _ridge(parts, reference.x[int(nodes[k + 1])] - parts[0] - parts[1], ridge)
         state, newest, *past = change
@@ -90,7 +90,7 @@ def fit_multistep(
 
 
 def _ridge(terms: list[Tensor], target: Tensor, ridge: float) -> list[float]:
-    """Returns the weights of the terms that sum up to the target, in float64 on the CPU."""
+    """Returns the weights of the terms that fit the target, in float64 on the CPU."""
     columns = torch.stack([term.flatten() for term in terms]).cpu().double()
     gram = columns @ columns.T
     gram = gram + ridge * torch.diag(gram.diagonal())

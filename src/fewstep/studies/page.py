@@ -20,14 +20,14 @@ def write_page(results: Mapping[str, Any], path: Path, *, command: str) -> Path:
     Arguments:
         results: The record that :func:`fewstep.studies.study` returns.
         path: The file.
-        command: The command that makes it again.
+        command: The command that reproduces it.
     """
     settings = results["settings"]
     page = Page(
         f"Analysis of {Path(settings['model']).name}",
         "Where its sampling error comes from, and which sampler suits it.",
     )
-    page.footer = f"fewstep {__version__}. Nothing was trained. Made by: {command}"
+    page.footer = f"fewstep {__version__}. Nothing was trained. Command: {command}"
     _summary(page, results)
     _advice(page, results)
     _check(page, results["check"])
@@ -67,11 +67,11 @@ def _summary(page: Page, results: Mapping[str, Any]) -> None:
 
 def _advice(page: Page, results: Mapping[str, Any]) -> None:
     advice = results["advice"]
-    page.heading("What is recommended")
+    page.heading("Recommendation")
     page.paragraph(
-        "Each solver on each grid is predicted from local errors along reference trajectories; the best "
+        "The error of each solver on each grid is predicted from local errors along reference trajectories; the best "
         "grid of each solver is run; the times of the best are polished by Gauss–Newton steps on the "
-        "distance to the reference; what is best on held-out samples is recommended."
+        "distance to the reference; the best on held-out samples is recommended."
     )
     rows = []
     for item in advice:
@@ -111,7 +111,7 @@ def _advice(page: Page, results: Mapping[str, Any]) -> None:
             x_ticks=ticks,
         ),
         "Root mean square distance to the reference from the same noise, held-out samples. The prediction adds "
-        "up squares of local errors; polishing makes errors cancel, which it does not know of.",
+        "up squares of local errors; after polishing errors cancel, which it does not model.",
         alt="Distance to the reference against the number of network evaluations.",
     )
     page.figure(
@@ -132,7 +132,7 @@ def _advice(page: Page, results: Mapping[str, Any]) -> None:
         alt="The times of the recommended grids.",
     )
     for item in advice:
-        with page.details(f"Everything that was tried with {item['nfe']} evaluations"):
+        with page.details(f"All samplers tried with {item['nfe']} evaluations"):
             page.table(
                 f"Samplers at {item['nfe']} evaluations; the predicted best first",
                 ["solver", "grid", "predicted", "on fitted samples", "held out"],
@@ -149,12 +149,12 @@ def _percent(share: float) -> Cell:
 
 
 def _check(page: Page, check: Mapping[str, Any]) -> None:
-    page.heading("Is the model what it says it is")
+    page.heading("Model check")
     on = "real data" if check["source"] == "data" else "its own samples"
     page.paragraph(
-        f"Under each hypothesis (prediction, its sign, schedule, conditioning times, range of the data) the "
+        f"Under each hypothesis (prediction, its sign, schedule, conditioning timesteps, range of the data) the "
         f"network denoises {on}, at five levels of noise. The relative error is its squared error divided by "
-        "that of the best Gaussian denoiser: below 1 it knows more than mean and variance. "
+        "that of the best Gaussian denoiser: below 1 it has learned more than mean and variance. "
         f"99 % of the values are between {check['low']:.3g} and {check['high']:.3g}."
     )
     shown = check["hypotheses"][:SHOWN_HYPOTHESES]
@@ -168,7 +168,7 @@ def _check(page: Page, check: Mapping[str, Any]) -> None:
                 item["time"],
                 item["range"],
                 item["relative_error"],
-                "cannot be told apart from the best" if item in check["undecided"] else "",
+                "not distinguishable from the best" if item in check["undecided"] else "",
             ]
             for item in shown
         ],
@@ -178,7 +178,7 @@ def _check(page: Page, check: Mapping[str, Any]) -> None:
 
 def _anatomy(page: Page, results: Mapping[str, Any]) -> None:
     anatomy = results["anatomy"]
-    page.heading("Anatomy of the error")
+    page.heading("Sources of the error")
     page.paragraph(
         f"Along reference trajectories ({results['reference']['nfe']} evaluations each). All sizes are root mean "
         "squares over coordinates and samples."
@@ -216,11 +216,11 @@ def _anatomy(page: Page, results: Mapping[str, Any]) -> None:
         line_plot(
             [Series("", gain["times"], gain["values"])],
             x_label="time",
-            y_label="left at the end",
+            y_label="remaining at the end",
             log_y=max(gain["values"]) > 5 * min(gain["values"]),
             markers=False,
         ),
-        "How much of a small error at a time is left at the end: the weight of a local error.",
+        "The factor by which a small error at a time remains at the end: the weight of a local error.",
         alt="The gain of errors over time.",
     )
     page.table(
@@ -236,10 +236,10 @@ def _anatomy(page: Page, results: Mapping[str, Any]) -> None:
         line_plot(
             series,
             x_label="time at the end of the step",
-            y_label="left at the end",
+            y_label="remaining at the end",
             log_y=True,
         ),
-        f"The local error of each step at {results['shown']} evaluations, as it is left at the end.",
+        f"The local error of each step at {results['shown']} evaluations, as it remains at the end.",
         alt="Local errors of the steps of the recommended and the default sampler.",
     )
 
@@ -250,14 +250,14 @@ def _fitting(page: Page, results: Mapping[str, Any]) -> None:
     if fitting is None:
         page.paragraph(
             "Without `--data` the network cannot be compared with the optimal denoiser of its data: this part "
-            "is left out."
+            "is omitted."
         )
         return
     by_class = f", each class by itself ({fitting['classes']})" if fitting["classes"] else ""
     page.paragraph(
         f"The optimal denoiser of the {number(fitting['points'])} data{by_class} returns the data themselves: a "
-        "network that makes new ones must differ from it along its own trajectories. The size of that difference "
-        "is the model's own part; the discretisation error matters where it is not small beside it."
+        "network that generalises must differ from it along its own trajectories. The size of that difference "
+        "is the model's own part; the discretisation error matters where it is not small compared with it."
     )
     times = fitting["times"]
     page.figure(
@@ -307,8 +307,8 @@ def _fitting(page: Page, results: Mapping[str, Any]) -> None:
 def _spectrum(page: Page, spectrum: Mapping[str, Any]) -> None:
     page.heading("Spectrum over time")
     page.paragraph(
-        "How compact trajectories are in time: what a temporal operator needs (`fewstep distill`). The plain "
-        "transform takes the jump from the end back to the start for high frequencies; the cosine basis does not."
+        "How compact trajectories are in time, which sets the size of a temporal operator (`fewstep distill`). The plain "
+        "transform shows the jump from the end back to the start as high frequencies; the cosine basis does not."
     )
     most = 33
     series = [
@@ -340,8 +340,8 @@ def _spectrum(page: Page, spectrum: Mapping[str, Any]) -> None:
         sortable=False,
     )
     enough = spectrum["spline_frames"]
-    reach = f"From {enough} frames on" if enough else "With no number of frames that was tried"
+    reach = f"From {enough} frames on" if enough else "With none of the tried numbers of frames"
     page.paragraph(
-        f"{reach} a cubic spline through them leaves less than 0.1 % of the energy; the best fit by the schedule's "
-        f"own two curves leaves {spectrum['schedule_residual']:.2%}."
+        f"{reach} a cubic spline through them has a residual below 0.1 % of the energy; that of the best fit by the schedule's "
+        f"own two curves is {spectrum['schedule_residual']:.2%}."
     )

@@ -1,4 +1,4 @@
-r"""Times of a plan made better by running it: Gauss–Newton on the distance to the reference."""
+r"""Improves the times of a plan by running it: Gauss–Newton on the distance to the reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENOUGH = 0.01
 """An iteration that gains less than this share is the last."""
 
 TRIES = 8
-"""How often a step is tried with more damping."""
+"""The number of tries of a step, each with more damping."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Candidate:
         solver: The solver.
         times: The times, float64, shape (K + 1).
         head: Whether it begins with an analytic head start.
-        origin: Where the times come from, for people.
+        origin: The source of the times, for display.
     """
 
     solver: Solver
@@ -74,7 +74,7 @@ def polish(
     iterations: int = 3,
     progress: Progress = SILENT,
 ) -> Polished:
-    r"""Moves the times of a plan towards the least distance to the reference.
+    r"""Minimises the distance to the reference over the times of a plan.
 
     With :math:`r_b` the difference to the reference of sample b, :math:`e_b` its root mean square and
     m the median of these before the first iteration, it lowers the pseudo-Huber mean
@@ -82,8 +82,8 @@ def polish(
     .. math:: L = \frac1B \sum_b 2 m^2 \left( \sqrt{1 + e_b^2 / m^2} - 1 \right)
 
     by damped Gauss–Newton steps in all times at once, with differences for derivatives. A few samples
-    whose trajectory turned into another basin would rule a plain mean of squares, and moving times for
-    them does not carry over to others.
+    whose trajectory ends in another basin of attraction would dominate a plain mean of squares, and times
+    that suit them do not suit others.
 
     Cost: an iteration takes K + 1 runs of which the first evaluations are shared, hence about
     :math:`K^2 / 2 + 2 K` evaluations for each sample. The residuals leave the model's device; the
@@ -91,7 +91,7 @@ def polish(
 
     Arguments:
         denoiser: The model.
-        candidate: Where to start.
+        candidate: The initial candidate.
         noise: The initial draws, of unit variance, with shape (B, \*).
         end: The reference samples from them, with shape (B, \*).
         cond: The conditions, ready for this batch.
@@ -99,7 +99,7 @@ def polish(
         progress: Follows the evaluations.
     """
     if denoiser.integer_times:
-        return Polished(candidate, (), 0)  # whole indices have no derivatives
+        return Polished(candidate, (), 0)  # integer timesteps have no derivatives
     work = _Work(denoiser, candidate, noise, end, cond, progress)
     place = candidate.times.clamp_min(0).pow(1 / POWER)
     residual, log = work.run(place, ())
@@ -151,7 +151,7 @@ class _Work:
         self.low, self.high = s.t_min ** (1 / POWER), s.t_max ** (1 / POWER)
         self.zero = float(candidate.times[-1]) < s.t_min
         last = len(candidate.times) - 1
-        # A start without a head start is the prior's, an end at the schedule's end stays there.
+        # Without a head start the first time is the prior's; a last time at the schedule's end is fixed.
         self.free = list(range(0 if candidate.head else 1, last))
         if not self.zero and float(candidate.times[-1]) > s.t_min:
             self.free.append(last)
@@ -207,7 +207,7 @@ class _Work:
         return None
 
     def fits(self, place: Tensor, moved: Tensor) -> bool:
-        """Whether times are still in order and in the schedule, and no step has all but vanished."""
+        """Whether times still decrease, are in the schedule's range, and no step is nearly zero."""
         inner = moved[:-1] if self.zero else moved
         if not bool(moved.isfinite().all()):
             return False

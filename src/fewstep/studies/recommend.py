@@ -1,4 +1,4 @@
-r"""Which solver, grid and number of evaluations suit a model: predicted, then run, then polished."""
+r"""Recommends a solver, grid and number of evaluations for a model: predicted, then run, then polished."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GRIDS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
 )
 
 FRONT = 4
-"""How many of those that were run are run on held-out samples too."""
+"""The number of candidates that are run on held-out samples too."""
 
 FINE = 0.05
 """The number of evaluations that is recommended brings the error below this share of the data's deviation."""
@@ -41,7 +41,7 @@ FINE = 0.05
 
 @dataclass(frozen=True)
 class Batch:
-    r"""Samples whose reference is known.
+    r"""Noise draws with their reference samples.
 
     Attributes:
         noise: The initial draws, of unit variance, with shape (B, \*).
@@ -84,17 +84,17 @@ class Tried:
 
     @property
     def candidate(self) -> Candidate:
-        """The same as times that can be moved."""
+        """Returns it as a candidate for :func:`polish`."""
         times = torch.tensor(self.times, dtype=torch.float64)
         return Candidate(make_solver(self.solver), times, self.head, self.grid)
 
     def to_record(self) -> dict[str, Any]:
-        """Returns it as JSON has it."""
+        """Returns it as a JSON object."""
         return {**self.__dict__, "times": list(self.times)}
 
     @classmethod
     def from_record(cls, content: Mapping[str, Any]) -> Tried:
-        """Returns the same from its record."""
+        """Returns it from its JSON object."""
         return cls(**{**content, "times": tuple(content["times"])})
 
 
@@ -105,8 +105,8 @@ class Advice:
     Attributes:
         nfe: The number of evaluations.
         best: The recommended sampler.
-        default: The sampler that ``auto`` is without a fitted grid.
-        tried: All that were tried, the predicted best first.
+        default: The sampler of ``auto`` without a fitted grid.
+        tried: All samplers tried, the predicted best first.
         polished: Whether there was time to polish times.
     """
 
@@ -117,7 +117,7 @@ class Advice:
     polished: bool
 
     def to_record(self) -> dict[str, Any]:
-        """Returns it as JSON has it."""
+        """Returns it as a JSON object."""
         return {
             "nfe": self.nfe,
             "best": self.best.to_record(),
@@ -128,7 +128,7 @@ class Advice:
 
     @classmethod
     def from_record(cls, content: Mapping[str, Any]) -> Advice:
-        """Returns the same from its record."""
+        """Returns it from its JSON object."""
         return cls(
             content["nfe"],
             Tried.from_record(content["best"]),
@@ -141,8 +141,8 @@ class Advice:
 def dynamic_grids(path: Path, most: int) -> dict[str, dict[int, BestGrid]]:
     """Returns the grids of dynamic programming, by name: without and, if it pays, with a head start.
 
-    They end where the schedule does. An earlier end can be nearer in the mean of squares, but it
-    leaves noise in the samples, which people and feature extractors see and that mean does not.
+    They end at the schedule's smallest time. An earlier end can have a lower mean square distance, but
+    it leaves visible noise in the samples, which that mean hardly counts and feature extractors do.
     """
     costs = StepCosts(path, 2 if most > 1 else 0)
     grids = {"dynamic": best_grids(costs, most, free_end=False)}
@@ -198,11 +198,11 @@ def advise(
     iterations: int = 3,
     progress: Progress = SILENT,
 ) -> Advice:
-    r"""Returns the sampler that suits a model at a number of evaluations.
+    r"""Returns the best sampler for a model at a number of evaluations.
 
-    All solvers on all grids are predicted from local errors along the reference (no evaluations);
-    of each solver the grid with the least prediction is run, and so is the default; of the best two of
-    these (one above 10 evaluations) the times are polished (:func:`polish`); what is best on held-out samples
+    The errors of all solvers on all grids are predicted from local errors along the reference (no
+    evaluations); of each solver the grid with the least predicted error is run, and so is the default; of the best two of
+    these (one above 10 evaluations) the times are polished (:func:`polish`); the best on held-out samples
     is recommended.
 
     Cost: some ``(solvers + 2) * nfe`` evaluations for each sample, and of polishing about ``2 * nfe ** 2``.
@@ -212,7 +212,7 @@ def advise(
         path: The reference path, with gains.
         nfe: The number of evaluations.
         fit: Samples to fit to.
-        held_out: Other samples, to choose by.
+        held_out: Other samples, for the selection.
         dynamic: See :func:`dynamic_grids`.
         solvers: The names of the solvers to try; each makes one evaluation a step.
         deadline: The value of :func:`time.monotonic` after which nothing is polished any more.
@@ -235,7 +235,7 @@ def advise(
     finals = [_hold_out(denoiser, path, item, held_out, middle, progress) for item in front]
     late = deadline is not None and time.monotonic() > deadline
     if not late:
-        # Both sets of samples decide which are worth polishing: one alone is too few to tell.
+        # Both sets of samples decide which to polish: one alone has too few samples.
         both = [
             (one.score or 0.0) + (two.score or 0.0) for one, two in zip(front, finals, strict=True)
         ]

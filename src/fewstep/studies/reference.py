@@ -1,4 +1,4 @@
-r"""Reference trajectories: what the probability-flow ODE does, with very small steps."""
+r"""Reference trajectories: the probability-flow ODE solved with very small steps."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ class Reference:
         return self.x[-1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns what a file needs to hold; conditions are made again."""
+        """Returns the tensors to store; conditions are computed again."""
         return {"times": self.times, "x": self.x, "eps": self.eps, "noise": self.noise}
 
 
 def coordinate(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    r"""Returns a coordinate of time in which nodes are even: from 0 at the start to 1 at the end.
+    r"""Returns a coordinate of time in which nodes are evenly spaced: 0 at the start, 1 at the end.
 
-    The mean of one that is even in :math:`t^{2/3}` and one that is even in :math:`\log\rho`; states and
+    The mean of one linear in :math:`t^{2/3}` and one linear in :math:`\log\rho`; states and
     predictions are smooth in it at both ends.
     """
     ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
@@ -190,8 +190,8 @@ def run_plan(
         plan: The plan.
         noise: The initial draws, of unit variance.
         cond: The conditions, ready.
-        known: Evaluations of a plan that is nearly the same: where time and input are the same,
-            the model's output is taken from there.
+        known: Evaluations of a similar plan: where time and input are the same,
+            the model output is reused.
         log: This run's evaluations are added to it.
     """
     evaluate = bind(denoiser, plan, len(noise), cond, noise)

@@ -18,14 +18,14 @@ RECONSTRUCTION = 1e-3
 """The relative mean square error that the suggested frames may leave."""
 
 FRAMES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""The numbers of frames that are tried."""
+"""The numbers of frames to try."""
 
 CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Basis:
-    """How the energy is spread over one basis in time.
+    """The distribution of the energy over one basis in time.
 
     Attributes:
         name: ``"dft"`` (periodic) or ``"dct"`` (even extension: no jump from the end to the start).
@@ -49,7 +49,7 @@ class Spectrum:
     Attributes:
         variable: The variable in which the frames are even: ``"t"`` or ``"sqrt"``.
         resampled: Whether the states were interpolated onto even places first.
-        trajectories: How many there were.
+        trajectories: Their number.
         dft: The periodic basis.
         dct: The cosine basis.
         spline: For each number M of frames, the relative mean square error of a cubic spline
@@ -69,7 +69,7 @@ class Spectrum:
     schedule_residual: float | None
 
     def to_record(self) -> dict[str, Any]:
-        """Returns the numbers as JSON has them."""
+        """Returns the numbers as a JSON object."""
 
         def basis(item: Basis) -> dict[str, Any]:
             return {
@@ -106,7 +106,7 @@ def time_spectrum(
     :math:`[u, \text{reversed } u]` (the DCT-II): of a signal that is not periodic the plain
     transform decays as :math:`k^{-2}` however smooth it is, because of the jump from its end to its start.
 
-    States that are not even in the variable are put there by a cubic spline, and the result says so.
+    States that are not evenly spaced in the variable are interpolated by a cubic spline, and ``resampled`` is true.
 
     References:
         | Fast Sampling of Diffusion Models via Operator Learning (Zheng et al., 2022)
@@ -115,11 +115,11 @@ def time_spectrum(
     Arguments:
         states: The trajectories, with shape (B, S, \*); 256 of 128 states or more are advised.
         times: The times of the states, float64, shape (S), in strict order.
-        variable: In what the frames of the operator will be even: ``"t"``, or ``"sqrt"``.
+        variable: The variable in which the frames of the operator will be even: ``"t"``, or ``"sqrt"``.
         schedule: The schedule, to compare with the basis :math:`\{\alpha_t, \sigma_t\}`.
 
     Raises:
-        ValueError: If shapes do not fit, there are less than 4 states, or all of them are 0.
+        ValueError: If shapes do not fit, there are fewer than 4 states, or all of them are 0.
     """
     if variable not in ("t", "sqrt"):
         raise ValueError(f"variable must be 't' or 'sqrt', got {variable!r}")
@@ -157,7 +157,7 @@ def time_spectrum(
 def _gram(states: Tensor, onto: Tensor | None) -> Tensor:
     """Returns the sum over samples and coordinates of the products of two times, (K, K).
 
-    Everything below is quadratic in the trajectories, so this is all that is needed of them.
+    Everything below is quadratic in the trajectories, so these products are sufficient.
     """
     size = states.shape[1]
     gram = torch.zeros((size, size), dtype=torch.float64)
@@ -168,7 +168,7 @@ def _gram(states: Tensor, onto: Tensor | None) -> Tensor:
 
 
 def _quadratic(rows: Tensor, gram: Tensor) -> Tensor:
-    """Returns the energy of each row of an analysis matrix, (R)."""
+    """Returns the energy of each row of a transform matrix, (R)."""
     return ((rows @ gram) * rows).sum(1).clamp_min(0)
 
 

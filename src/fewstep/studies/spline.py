@@ -1,4 +1,4 @@
-"""Interpolation between a few times, as a matrix: it acts on states of any shape."""
+"""Interpolation between a few times, as a matrix that applies to states of any shape."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from fewstep.diffusion.quadrature import lagrange
 
 
 def spline_matrix(knots: Tensor, points: Tensor) -> Tensor:
-    """Returns the matrix that takes values at knots to a cubic spline's values at points.
+    """Returns the matrix that maps values at knots to a cubic spline's values at points.
 
     The ends are not-a-knot; with 2 or 3 knots it is the line or the parabola through them.
 
     Arguments:
         knots: The n distinct knots, float64, shape (n), increasing or decreasing.
-        points: Where the spline is wanted, float64, shape (P).
+        points: Where the spline is evaluated, float64, shape (P).
 
     Returns:
         The matrix, float64, shape (P, n).
 
     Raises:
-        ValueError: If there are less than 2 knots, or they are not in strict order.
+        ValueError: If there are fewer than 2 knots, or they are not in strict order.
     """
     if knots.ndim != 1 or len(knots) < 2:
         raise ValueError(f"a spline needs at least 2 knots, got shape {tuple(knots.shape)}")
@@ -49,7 +49,7 @@ def spline_matrix(knots: Tensor, points: Tensor) -> Tensor:
 
 
 def _slopes(knots: Tensor) -> Tensor:
-    """Returns the matrix that takes values at knots to the spline's slopes there, (n, n)."""
+    """Returns the matrix that maps values at knots to the spline's slopes there, (n, n)."""
     n, h = len(knots), knots.diff()
     eye = torch.eye(n, dtype=torch.float64)
     chord = (eye[1:] - eye[:-1]) / h[:, None]

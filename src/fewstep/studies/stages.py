@@ -27,19 +27,19 @@ from fewstep.studies.spectrum import time_spectrum
 
 FORMAT, VERSION = "fewstep.analysis", 2
 EVEN = 129
-"""The even times at which the spectrum is taken."""
+"""The number of evenly spaced times of the spectrum."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    r"""The model that is studied, with its data and conditions.
+    r"""The model to study, with its data and conditions.
 
     Attributes:
         denoiser: The model, with its guidance.
         data: Real data in the model's range, with shape (N, \*), or ``None``.
         labels: Their classes, or ``None``.
         cond: The conditions of the trajectories and of the held-out samples, 2 n together.
-        settings: The settings as JSON has them, for the results.
+        settings: The settings as a JSON object, for the results.
     """
 
     denoiser: Denoiser
@@ -60,25 +60,25 @@ def study(
     solvers: Sequence[str] = SOLVERS,
     progress: Progress | bool | None = None,
 ) -> tuple[dict[str, Any], list[Advice]]:
-    """Studies a model; returns all numbers as JSON has them, and the advice.
+    """Studies a model; returns all numbers as a JSON object, and the advice.
 
-    Stages that are in the folder already are read from there. They belong to one model (its weights,
+    Finished stages in the folder are read from there. They belong to one model (its weights,
     schedule and guidance), data, conditions, number of trajectories and seed.
 
     Arguments:
-        subject: What is studied.
-        folder: Where stages are written; or a folder that is running, of a caller who has more
+        subject: The model with its data and conditions.
+        folder: The folder for the stages; or the running folder of a caller that has more
             inputs and finishes it.
-        nfe: The numbers of evaluations that advice is given for.
-        n: How many trajectories are studied, and how many others advice is chosen by.
+        nfe: The numbers of evaluations to give advice for.
+        n: The number of trajectories to study, and of others for the selection.
         seed: The seed of their noise.
-        minutes: After so many minutes of advice nothing is polished any more.
-        solvers: The solvers that are tried.
+        minutes: After this many minutes of advice no more grids are polished.
+        solvers: The solvers to try.
         progress: Follows the stages: ``True`` for a bar, or an object that is called.
 
     Raises:
         ValueError: Before the first evaluation, if the folder has stages of another study; the message
-            says what differs.
+            names the difference.
     """
     with progress_of(progress) as shown:
         if isinstance(folder, RunFolder):
@@ -123,7 +123,7 @@ def _study(
 
 
 def _identity(subject: Subject, n: int, seed: int, solvers: Sequence[str]) -> dict[str, Any]:
-    """Returns all inputs of the stages, as JSON has them."""
+    """Returns all inputs of the stages, as a JSON object."""
     denoiser = subject.denoiser
     conditions = Conditions.of(denoiser, 2 * n, subject.cond).values
     return {
@@ -176,7 +176,7 @@ class _Work:
         return model_check(self.denoiser, data, n=n, seed=self.seed, cond=cond).to_record()
 
     def references(self) -> tuple[Reference, Batch]:
-        """Returns the trajectories that are studied, and held-out samples."""
+        """Returns the trajectories to study, and held-out samples."""
         conditions = Conditions.of(self.denoiser, 2 * self.n, self.subject.cond)
         first, second = (conditions.at(range(k, k + self.n)) for k in (0, self.n))
         noise = draw_noise(self.denoiser, 2 * self.n, self.seed)
@@ -196,7 +196,7 @@ class _Work:
 
     def path(self, reference: Reference) -> Route:
         def gain() -> list[float]:
-            self.progress.stage("how errors carry over", 7)
+            self.progress.stage("gain of errors", 7)
             return measure_gain(self.denoiser, reference, progress=self.progress).tolist()
 
         values = torch.tensor(self.run.record("gain", gain), dtype=torch.float64)

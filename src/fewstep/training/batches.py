@@ -1,4 +1,4 @@
-r"""Batches of a training run: states, conditioning times, targets and weights of a step."""
+r"""Batches of a training run: states, conditioning timesteps, targets and weights of a step."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ LOG_MEAN, LOG_STD = -1.2, 1.2
 """Mean and deviation of the logarithm of the noise level in EDM's training (table 1)."""
 
 CHUNK = 4096
-"""How many images are looked through at a time for statistics of the data."""
+"""The images in a batch when the statistics of the data are computed."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    r"""What one step is computed from.
+    r"""The tensors of one training step.
 
     Attributes:
-        x: What the network is given, (B, C, H, W): the state, in EDM's preconditioning times
+        x: The network's input, (B, C, H, W): the state, in EDM's preconditioning timesteps
             :math:`c_\text{in}`.
-        t: The conditioning times, (B).
-        target: What the network should return, (B, C, H, W).
+        t: The conditioning timesteps, (B).
+        target: The target of the network's output, (B, C, H, W).
         labels: The classes, (B), or ``None``.
         weight: The weights of the squared errors, (B, 1, 1, 1), or ``None`` for 1.
     """
@@ -53,7 +53,7 @@ class Batch:
         return (error if self.weight is None else self.weight * error).mean()
 
     def pinned(self) -> Batch:
-        """Returns the batch in memory from which copies to a GPU do not wait."""
+        """Returns the batch in pinned memory, from which copies to a GPU are asynchronous."""
         return Batch(*(None if v is None else v.pin_memory() for v in self._tensors()))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Batch:
@@ -70,7 +70,7 @@ class Batch:
 class Batches:
     """The batches of a recipe on images: the batch of step i depends on (seed, i) alone.
 
-    It may be called from several threads.
+    It is thread-safe.
 
     Attributes:
         data: The images.
@@ -120,14 +120,14 @@ class Batches:
 
     @property
     def conditioning_range(self) -> float:
-        """The length of the interval of the network's conditioning times."""
+        """The length of the interval of the network's conditioning timesteps."""
         ends = torch.tensor([self.schedule.t_min, self.schedule.t_max], dtype=torch.float64)
         if self.preconditioning is not None:
             ends = self.preconditioning.coefficients(self.schedule.sigma(ends))[3]
         return float(ends[1] - ends[0])
 
     def preconditioning_record(self) -> dict[str, Any] | None:
-        """Returns what a model folder says of the preconditioning, or ``None``."""
+        """Returns the preconditioning as stored in a model folder, or ``None``."""
         made = self.preconditioning
         return None if made is None else {"kind": "edm", "sigma_data": made.sigma_data}
 
@@ -142,7 +142,7 @@ class Batches:
                 total += part.sum(0)
                 squares += part.square().sum(0)
             mean, square = total / len(data), squares / len(data)
-            if self.recipe.flip:  # each image is seen from both sides
+            if self.recipe.flip:  # each image counts twice, once mirrored
                 mean, square = ((m + m.flip(-1)) / 2 for m in (mean, square))
             self._statistics = mean, (square - mean.square()).clamp(min=0).sqrt()
         return self._statistics

@@ -1,4 +1,4 @@
-"""What training runs share: a state on disk that is resumed bit for bit, averages, addressed generators."""
+"""Parts of training runs: checkpoints that resume bit for bit, moving averages, addressed generators."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def generator(*address: int | str) -> torch.Generator:
 
 
 def new_average(network: nn.Module) -> dict[str, Tensor]:
-    """Returns a moving average of the network's state, at its start."""
+    """Returns the initial moving average of the network's state."""
     return {key: value.detach().clone() for key, value in network.state_dict().items()}
 
 
@@ -42,7 +42,7 @@ def update_average(
     decay = min(decay, (1 + step) / (10 + step))
     weights = network.state_dict()
     floating = [key for key, value in weights.items() if value.is_floating_point()]
-    # One launch for all tensors: small networks on a GPU would spend their time on this otherwise.
+    # One launch for all tensors: for small networks on a GPU single launches would dominate.
     means, values = [average[k] for k in floating], [weights[k] for k in floating]
     torch._foreach_lerp_(means, values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     for key in weights.keys() - floating:
@@ -88,10 +88,10 @@ def read_checkpoint(out: Path) -> dict[str, Any] | None:
 def check_inputs(out: Path, state: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     """Checks that a checkpoint is of a run with these inputs: data, teacher, trajectories.
 
-    Checkpoints of versions that did not note them are taken.
+    Checkpoints of early versions, which lack them, are accepted.
 
     Raises:
-        ValueError: If it is of others; the message names the first that changed.
+        ValueError: If it has other inputs; the message names the first that changed.
     """
     changed = difference(state["inputs"], inputs) if "inputs" in state else None
     if changed is not None:
@@ -111,7 +111,7 @@ def load_checkpoint(
 ) -> tuple[int, float]:
     """Loads the state of a run from its checkpoint; returns its step and loss.
 
-    Without an optimiser its moments are left where they are.
+    Without an optimiser its moments are not loaded.
 
     Raises:
         ValueError: If it is damaged or of a longer run.

@@ -1,4 +1,4 @@
-"""Images of the user's: a folder, an idx file or an npz file, as one uint8 tensor."""
+"""The user's images: a folder, an idx file or an npz file, as one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 MOST_CLASSES = 100_000
-"""The most classes of a data set; labels beyond are something else."""
+"""The most classes of a data set; larger labels are not class labels."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ImageData:
         return tuple(self.images.shape[1:])
 
     def inputs(self) -> dict[str, str | None]:
-        """Returns the SHA-256 of images and labels, which tell one data set from another."""
+        """Returns the SHA-256 of images and labels, which identifies the data set."""
         labels = None if self.labels is None else _sha256(self.labels)
         return {"images": _sha256(self.images), "labels": labels}
 
@@ -79,7 +79,7 @@ class ImageData:
 
         Arguments:
             index: Which ones; left out, all.
-            data_range: The values that black and white get.
+            data_range: The values of black and white.
         """
         low, high = data_range
         images = self.images[index].float() / 127.5 - 1
@@ -96,17 +96,17 @@ def _sha256(tensor: Tensor) -> str:
 def read_images(source: str | Path, *, size: int | None = None) -> ImageData:
     """Reads images from a folder, an idx file (``.gz`` or not) or an npz file.
 
-    A folder of images may have one sub-folder a class; a folder may also hold the idx files of
+    A folder of images may have one sub-folder per class; a folder may also hold the idx files of
     MNIST (``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``). An npz file has the
     images in the first four- or three-dimensional uint8 array, and labels in ``labels`` or ``y``.
 
     Arguments:
         source: The folder or file.
-        size: The height and width after cropping and resizing; left out, the images stay as
-            they are, and must all be of one size.
+        size: The height and width after cropping and resizing; left out, the images are not
+            resized, and must all have one size.
 
     Raises:
-        ValueError: If nothing readable is there; the message says what was expected.
+        ValueError: If there is nothing readable; the message says what was expected.
     """
     path = Path(source)
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
@@ -141,7 +141,7 @@ def _read_idx(path: Path) -> numpy.ndarray:
         raise ValueError(f"{str(path)!r} is not an idx file of unsigned bytes")
     body = raw[4 + 4 * ndim :]
     if len(body) != math.prod(shape):
-        raise ValueError(f"{str(path)!r} is cut: {len(body)} bytes for shape {shape}")
+        raise ValueError(f"{str(path)!r} is truncated: {len(body)} bytes for shape {shape}")
     return numpy.frombuffer(body, numpy.uint8).reshape(shape)
 
 
@@ -158,7 +158,7 @@ def _read_idx_pair(path: Path) -> ImageData:
 
 def _read_npz(path: Path) -> ImageData:
     try:
-        # Opened here: numpy leaves a file open that it refuses.
+        # Opened here: numpy does not close a file that it refuses.
         with open(path, "rb") as stream, numpy.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (

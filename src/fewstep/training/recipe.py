@@ -1,4 +1,4 @@
-r"""What determines a training run besides the images: :class:`TrainRecipe`."""
+r"""The settings of a training run: :class:`TrainRecipe`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class TrainRecipe:
     r"""Everything that determines a training run, besides the images.
 
     Batch, times and noise of step i depend on (seed, i) alone, so an interrupted run is resumed
-    exactly where it was. The learning rate rises during ``warmup`` steps, stays, and falls
-    linearly to zero over the last ``decay`` share of the steps; a run can therefore be made
-    longer as long as it has not begun to fall.
+    exactly where it was. The learning rate rises during ``warmup`` steps, is constant, and falls
+    linearly to zero over the last ``decay`` share of the steps; a run can therefore be extended
+    as long as the rate has not begun to fall.
 
     Attributes:
         network: The options of :class:`fewstep.models.networks.unet.SmallUNet`. Classes are those
             of the data if ``num_classes`` is left out; ``null`` trains an unconditional network.
         schedule: The noise schedule, as :meth:`NoiseSchedule.to_record` writes it.
-        prediction: ``"eps"``, ``"x0"``, ``"v"`` or ``"flow"``; what the loss is measured in, see
+        prediction: ``"eps"``, ``"x0"``, ``"v"`` or ``"flow"``; the variable of the loss, see
             :func:`fewstep.training.train.train`.
         preconditioning: ``"edm"`` trains the raw network of EDM's preconditioning
             (:class:`fewstep.models.preconditioning.Preconditioned`); it needs a schedule with
@@ -45,9 +45,9 @@ class TrainRecipe:
             where images are made; or ``"log-normal"``: :math:`\ln (\sigma / \alpha)` normal with
             mean -1.2 and deviation 1.2, EDM's.
         flip: Whether images are mirrored left to right with probability 1/2.
-        range: The values that black and white have, [-1, 1] if left out.
-        cycles: The steps at which the rate has fallen to zero and a new cycle begins: a run that
-            is finished is made longer by writing its ``steps`` here and giving more.
+        range: The values of black and white, [-1, 1] if left out.
+        cycles: The steps at which the rate has fallen to zero and a new cycle begins: a
+            finished run is extended by adding its ``steps`` here and raising ``steps``.
         later_peak: The share of the learning rate to which later cycles rise.
         ema: The decay of the moving average of the weights, which is what is stored.
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).
@@ -184,7 +184,7 @@ class TrainRecipe:
         return peak * min(1.0, (step - start + 1) / max(1, self.warmup), (end - step) / falling)
 
     def continues_as(self, other: TrainRecipe, step: int) -> bool:
-        """Returns whether a run of this recipe, stopped at a step, is one of the other so far.
+        """Returns whether a run of this recipe up to a step is also one of the other recipe.
 
         The length may differ, as long as the finished steps had the same learning rates.
         """
@@ -198,7 +198,7 @@ def default_recipe(data: ImageData, *, device: str) -> TrainRecipe:
     _, height, width = data.event_shape
     patch = 2 if height % 2 == 0 and width % 2 == 0 and min(height, width) >= 16 else 1
     inside = min(height, width) // patch
-    # A level for each halving down to about 8 pixels, at least 2, with attention on the last.
+    # One level for each halving down to about 8 pixels, at least 2, with attention on the last.
     levels = 2 if inside < 32 else 3
     network: dict[str, Any] = {
         "channels": [64, 128, 128][:levels],
@@ -221,10 +221,10 @@ def default_recipe(data: ImageData, *, device: str) -> TrainRecipe:
 def with_schedule(
     recipe: TrainRecipe, schedule: dict[str, Any], *, prediction: str | None = None
 ) -> TrainRecipe:
-    """Returns a recipe for another noise schedule, with what is usual for it.
+    """Returns a recipe for another noise schedule, with its usual prediction and preconditioning.
 
     ``edm`` and ``ve`` get EDM's preconditioning and density of noise levels, unless another
-    prediction than ``"x0"`` is asked for; ``flow`` predicts ``"flow"`` with uniform times.
+    prediction than ``"x0"`` is given; ``flow`` predicts ``"flow"`` with uniform times.
 
     Arguments:
         recipe: The recipe.

@@ -32,10 +32,10 @@ from fewstep.training.data import ImageData, read_images
 from fewstep.training.recipe import TrainRecipe, default_recipe
 
 AHEAD = 4
-"""How many batches are prepared before they are needed."""
+"""The number of batches that are prepared ahead."""
 
 READ_EVERY = 20
-"""On an accelerator the loss is read once in so many steps: each read waits for the device."""
+"""The steps between two reads of the loss on an accelerator: each read waits for the device."""
 
 
 def train(
@@ -81,12 +81,12 @@ def train(
         | https://arxiv.org/abs/2206.00364
 
     Arguments:
-        data: The images, and labels if the network has classes; or where :func:`read_images`
-            finds them.
+        data: The images, and labels if the network has classes; or a folder or file for
+            :func:`read_images`.
         out: The folder to write; if it holds a checkpoint of the same recipe, the run is resumed. On
-            Ctrl-C the last whole step is saved.
+            Ctrl-C the last completed step is saved.
         recipe: What to train, how long, with which seed; left out, :func:`default_recipe`.
-        device: Where.
+        device: The device to train on.
         checkpoint_every: The steps between two checkpoints.
         progress: ``True`` for a bar, or an object that is notified of each step, after its checkpoint
             if it has one; the note is the smoothed loss.
@@ -173,7 +173,7 @@ def train(
 def export_checkpoint(data: ImageData | str | Path, run: str | Path, out: str | Path) -> Path:
     """Writes the model of an unfinished run: the moving average of its last checkpoint.
 
-    The folder of the run is left as it is, so the run can still be resumed.
+    The folder of the run is not changed, so the run can still be resumed.
 
     Arguments:
         data: The images that it is trained on.
@@ -220,7 +220,7 @@ def build_network(data: ImageData, recipe: TrainRecipe, batches: Batches) -> Sma
         raise ValueError(f"patch {patch} does not divide images of shape {data.event_shape}")
     options.setdefault("time_scale", 1000.0 / batches.conditioning_range)
 
-    with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it is
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
         torch.manual_seed(recipe.seed)
         try:
             network = SmallUNet(**options)
@@ -239,7 +239,7 @@ def build_network(data: ImageData, recipe: TrainRecipe, batches: Batches) -> Sma
 def _ahead(
     batches: Batches, steps: range, device: torch.device
 ) -> Iterator[Iterator[tuple[int, Batch]]]:
-    """Gives the steps with their batches, which threads prepare before they are needed.
+    """Yields the steps with their batches, which threads prepare ahead.
 
     A batch depends on its step alone, so the order in which threads finish changes nothing.
     """

@@ -75,8 +75,8 @@ class DiffusersSampler:
                 output = evaluations.output(x, state, time, k, run.cond)
                 with draws:  # around the step alone: the mode would slow the network down
                     x = scheduler.step(output, t, x, return_dict=False, **self.stepping)[0]
-                if run.on_call is not None:
-                    run.on_call()
+                if run.on_evaluation is not None:
+                    run.on_evaluation()
         if not bool(x.isfinite().all()):
             raise ValueError(
                 f"{type(scheduler).__name__} with {self.nfe} evaluations returns NaN or infinity"
