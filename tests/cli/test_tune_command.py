@@ -189,7 +189,7 @@ def test_wrong_arguments_are_refused_before_any_evaluation():
         ("null condition", model, {"guidance": 2.0}),
         ("takes no condition", model, {"class_labels": [1]}),
         ("shape of a sample", unknown, {}),
-        ("whole timesteps", whole, {}),
+        ("integer timesteps", whole, {}),
         ("data must have shape", model, {"data": torch.zeros(50, 3)}),
         ("there is no folder or file", model, {"data": "nowhere"}),
         ("moves the noises", model, {"objective": "mmd", "data": torch.rand(50, 1, 4, 4),

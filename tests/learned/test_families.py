@@ -181,14 +181,14 @@ def test_times_stay_in_order_and_in_range(coordinate, zero, schedule):
     assert bool(((timesteps - knots[:6]).abs()[1:] <= gaps / 2 + 1e-12).all())
 
 
-def test_networks_of_whole_timesteps_cannot_learn_times():
+def test_networks_of_integer_timesteps_cannot_learn_times():
     levels = fewstep.schedule("ddpm-linear")
     base = start_of("gs", levels, 5, integer_times=True)
     assert torch.equal(base.grid.times, base.grid.times.round())
     for name in FAMILIES:
         own = start_of(name, levels, 5, integer_times=True)
         if "time" in name or name in ("gs", "ld3", "schedule", "free"):
-            with pytest.raises(ValueError, match="whole timesteps"):
+            with pytest.raises(ValueError, match="integer timesteps"):
                 family(name, own)
         else:
             assert torch.equal(family(name, own)().times, own.grid.times[:5])

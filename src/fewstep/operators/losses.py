@@ -153,7 +153,7 @@ class ModelFeatures:
 
     Arguments:
         denoiser: The model.
-        rho: The ratio of noise to data at the conditioning timestepstep.
+        rho: The ratio of noise to data at the conditioning timestep.
 
     Raises:
         ValueError: If the model's network has no way down (``encode``).

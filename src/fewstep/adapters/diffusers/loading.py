@@ -330,7 +330,7 @@ def _how_to_wrap(scheduler: Mapping[str, Any] | None) -> str:
 def _conventions(
     config: Mapping[str, Any] | None, flow: bool
 ) -> tuple[NoiseSchedule, Prediction, Callable[[Tensor], Tensor] | None]:
-    """Returns schedule, prediction, and the conditioning timestepstep of a time (``None``: the time)."""
+    """Returns schedule, prediction, and the conditioning timestep of a time (``None``: the time)."""
     given = dict(config or {})
     if given.get("_class_name") in CONDITIONED_OTHERWISE:
         raise ValueError(

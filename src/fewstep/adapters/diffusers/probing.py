@@ -38,7 +38,7 @@ class Table(NamedTuple):
     Attributes:
         inputs: The network's inputs, shape (K, 1 + K + M).
         output: The sample, shape (1 + K + M).
-        times: The conditioning timestepstep of each evaluation.
+        times: The conditioning timestep of each evaluation.
         draws: The number M of draws.
     """
 

@@ -28,7 +28,7 @@ class Setup(NamedTuple):
             are clipped or thresholded.
         grid: The grid, or ``None`` for a stored plan.
         solver: The solver, or ``None`` for a stored plan.
-        conditioning: The conditioning timestepstep of each evaluation.
+        conditioning: The conditioning timestep of each evaluation.
         to_data: For each evaluation the map from state and prediction to the predicted data, where
             those are clipped or thresholded; else ``None``.
         alphas: For each evaluation alpha, where clipping leaves the predicted noise as it is
@@ -136,7 +136,7 @@ class Run:
         return timestep.data_ptr() == self._pointer + self.step_index * self._size
 
     def conditioning(self) -> float:
-        """Returns the conditioning timestepstep of the next evaluation."""
+        """Returns the conditioning timestep of the next evaluation."""
         assert self.active is not None
         assert self.step_index is not None
         return float(self.active.conditioning[self.step_index - self.offset])

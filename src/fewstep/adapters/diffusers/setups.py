@@ -275,7 +275,7 @@ class Planner:
         return tuple(float(round(t)) if self.config["integer_times"] else t for t in conditioning)
 
     def _time_of(self, conditioning: float) -> float:
-        """Returns the time that a conditioning timestepstep stands for."""
+        """Returns the time that a conditioning timestep stands for."""
         if self._flow:
             return conditioning / self.config["num_train_timesteps"]
         return math.exp(4 * conditioning) if isinstance(self.schedule, VPSigma) else conditioning

@@ -127,7 +127,7 @@ class Stepping:
 
     @property
     def timesteps(self) -> Tensor:
-        """The conditioning timestepstep of each evaluation, on the device given to :meth:`set_timesteps`."""
+        """The conditioning timestep of each evaluation, on the device given to :meth:`set_timesteps`."""
         run = self._run()
         if run.setup is None or torch.compiler.is_compiling():
             return run.timesteps
