@@ -186,7 +186,7 @@ def load_denoiser(
 
     A network with more input channels than the state has (inpainting, editing, enlarging) takes
     ``extra_channels``. With a ControlNet, ``controlnet_cond`` is its picture and ``conditioning_scale`` its
-    weight. What is missing is said before the first evaluation. Weights of a variant (``*.fp16.safetensors``) are
+    weight. Missing conditions are an error before the first evaluation. Weights of a variant (``*.fp16.safetensors``) are
     read where there are no others. A component of a pipeline that would change what the network computes and is not
     known is refused. A network alone comes without noise levels: a ``UNet2DModel`` and DiT get those of DDPM, a
     flow-matching transformer a flow, others are refused.

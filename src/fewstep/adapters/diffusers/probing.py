@@ -49,7 +49,7 @@ class Table(NamedTuple):
 
 
 class Draws(TorchFunctionMode):
-    """Answers requests for normal draws with what ``make(index, shape)`` returns."""
+    """Replaces normal draws by what ``make(index, shape)`` returns."""
 
     def __init__(self, make: Callable[[int, tuple[int, ...]], Tensor]) -> None:
         super().__init__()

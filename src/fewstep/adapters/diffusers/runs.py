@@ -1,4 +1,4 @@
-"""What a PlanScheduler holds: plans that all threads share, and the state of a run on one thread."""
+"""The state of a PlanScheduler: plans that all threads share, and the run of each thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fewstep.plans.plan import Plan
 from fewstep.solvers import Solver
 
 MOST_SETUPS = 32
-"""The most setups that a scheduler keeps."""
+"""The most setups that a scheduler caches."""
 
 
 class Setup(NamedTuple):

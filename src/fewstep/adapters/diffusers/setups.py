@@ -45,7 +45,7 @@ NO_HEAD = (
 
 @dataclass(frozen=True)
 class Request:
-    """What ``set_timesteps`` was asked for.
+    """The arguments of ``set_timesteps``.
 
     Attributes:
         steps: ``num_inference_steps``, or ``None``.

@@ -1,4 +1,4 @@
-"""The run of a PlanScheduler: planning it, stepping through it, and where it is on this thread."""
+"""The runs of a PlanScheduler: planning, stepping, and the position of this thread's run."""
 
 from __future__ import annotations
 
