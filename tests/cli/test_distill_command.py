@@ -138,7 +138,7 @@ def test_times_and_weights_and_a_recipe(folders, tmp_path):
         (["--loss", "features", "--features", "fashon"], "Did you mean 'fashion'"),
         (["--features", "fashion"], "features are for the loss 'features', got the loss 'l1'"),
         (["--times", "0.5,x"], "--times takes numbers with commas"),
-        (["--times", "9"], "9 frames are wanted, but 4 states are stored"),
+        (["--times", "9"], "9 frames are requested, but 4 states are stored"),
         (["--device", "quantum"], "cannot be used"),
         (["--accumulate", "0"], "accumulate must be a positive integer"),
     ],

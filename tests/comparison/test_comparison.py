@@ -105,7 +105,7 @@ def test_a_folder_has_a_recipe_for_each_budget(tmp_path, vp):
     model = smooth(vp)
     assert [entry.build(model, nfe).plan.name for nfe in (4, 6)] == ["tab2", "ddim"]
     assert (entry.name, entry.nfe) == (str(tmp_path), None)
-    with pytest.raises(ValueError, match="has recipes for 4, 6 calls, not for 5"):
+    with pytest.raises(ValueError, match="has recipes for 4, 6 evaluations, not for 5"):
         entry.build(model, 5)
 
 
@@ -346,7 +346,7 @@ def test_what_is_there_is_not_run_again(tmp_path, data):
     before, watch = model.seen, Stop(1000)
     second = run(model, tmp_path, "ddim,tab2,tab1", (3, 5), data=data, progress=watch)
     assert model.seen - before == N * (3 + 5)  # tab2 alone
-    assert "ddim, 3: there already" in watch.notes
+    assert "ddim, 3: stored" in watch.notes
     assert "tab2, 3" in watch.notes
     both = scores(second)
     assert {key: both[key] for key in scores(first)} == scores(first)
@@ -512,7 +512,7 @@ def test_verdicts_order_and_tell_ties(tmp_path, model):
     clear = judge(run(model, tmp_path / "b", {k: same[k] for k in "bc"}, (6,)))[0]
     assert clear.sentence().startswith("clearly: `c` is behind by ")
     alone = judge(run(model, tmp_path / "c", "tab2", (6,)))[0]
-    assert alone.sentence() == "nothing else ran at this budget"
+    assert alone.sentence() == "no other sampler ran at this budget"
 
 
 def test_of_many_samplers_only_the_best_have_a_colour(tmp_path, model):

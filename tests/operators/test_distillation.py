@@ -96,7 +96,7 @@ def test_frames_are_the_stored_times():
         pick(times=[0.4, 0.0])
     with pytest.raises(ValueError, match="must decrease"):
         pick(times=[0.0, 0.9])
-    with pytest.raises(ValueError, match="7 frames are wanted, but 6"):
+    with pytest.raises(ValueError, match="7 frames are requested, but 6"):
         pick(frames=7)
 
 
@@ -206,7 +206,7 @@ def test_a_distance_of_one_s_own(model, store, tmp_path):
     # A run of one frame has weight 1; the row is the mean of the six steps.
     assert row["loss"] == pytest.approx(2 * sum(d for _, d in seen) / 6, rel=1e-4)
     assert read_json(tmp_path / "operator.json")["training"]["recipe"]["loss"] == "custom"
-    with pytest.raises(ValueError, match=r"one number a state, shape \(4,\), got \(\)"):
+    with pytest.raises(ValueError, match=r"one number per state, shape \(4,\), got \(\)"):
         distill(model, store, tmp_path / "b", mode="endpoint", **SHORT, distance=lambda a, b: a.sum())  # fmt: skip
 
 

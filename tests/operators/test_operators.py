@@ -455,7 +455,7 @@ def test_named_modules_of_a_user_s_network(tmp_path):
         if isinstance(module, TemporalConv):
             filled(module)
     write_operator(tmp_path, operator, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"not one that a folder can describe.*teacher="):
+    with pytest.raises(ValueError, match=r"cannot be described in a folder.*teacher="):
         fewstep.load(tmp_path)
     again = read_operator(tmp_path, teacher=own())
     one, two = (fewstep.sample(m, 2) for m in (OperatorModel(operator), again))
@@ -651,7 +651,7 @@ def test_the_folder(extra, tmp_path):
         ({"layout": {"times": [0.1], "start": 1.0, "size": 1e9}}, "size must be positive"),
         ({"layout": {"times": [0.1], "start": 1.0, "x": 1}}, "cannot be read"),
         ({"network": {"kind": "small-unet", "channels": [60000] * 2}}, "cannot be read"),
-        ({"network": {"kind": "odd"}}, "not one that a folder can describe"),
+        ({"network": {"kind": "odd"}}, "cannot be described in a folder"),
         ({"network": {"kind": "diffusers", "class": "os", "config": {}}}, "'os' are not known"),
         ({"event_shape": [1, 8]}, "event_shape must be"),
         ({"schedule": {"name": "?"}}, "cannot be read"),

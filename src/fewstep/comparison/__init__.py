@@ -1,4 +1,4 @@
-"""Comparisons: samplers at budgets from the same noise, measured, judged and shown."""
+"""Comparisons: samplers at budgets from the same noise, with scores, verdicts and a report."""
 
 from fewstep.comparison.entries import Entry as Entry
 from fewstep.comparison.entries import read_entries as read_entries

@@ -1,4 +1,4 @@
-"""Runs the cells of a comparison, batch by batch, and stores what metrics need of them."""
+"""Runs the cells of a comparison, batch by batch, and stores the inputs of the metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ POINTS = 1000
 
 @dataclass(frozen=True)
 class Job:
-    """A cell that is to be run: an entry at a budget, its sampler and the checksum of that."""
+    """A cell to run: an entry at a budget, its sampler and the sampler's checksum."""
 
     entry: Entry
     nfe: int
@@ -42,16 +42,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells have in common.
+    """The settings that all cells share.
 
     Attributes:
-        denoiser: The model, guided if that was asked for.
+        denoiser: The model, with guidance if there is any.
         n: The number of samples.
         seed: The seed; all samplers start from the same noise.
         conditions: The conditions of the n samples.
         data: The real data, or ``None``.
-        batch_size: How many samples go through the network at a time.
-        shown: How many images are stored for pictures.
+        batch_size: The samples in one network evaluation.
+        shown: The number of images that are stored for pictures.
     """
 
     denoiser: Denoiser
@@ -83,7 +83,7 @@ class Runner:
         self.ends: list[Path] = []
 
     def reference(self, job: Job) -> Cell:
-        """Runs the reference; its samples are stored, batch by batch, for the others."""
+        """Runs the reference; its samples are stored, batch by batch, for the other cells."""
         self.ends = [
             self.store.part(REFERENCE, job.nfe, job.identity, rows.start)
             for rows in self.setting.batches()
@@ -96,15 +96,13 @@ class Runner:
         return self._finished(cached, job, REFERENCE)
 
     def cell(self, job: Job) -> Cell:
-        """Runs a cell, unless it is there."""
+        """Runs a cell, unless it is stored."""
         cached = self.store.find(job.entry.name, job.nfe, job.identity)
         return self._finished(cached, job, job.entry.name)
 
     def _finished(self, cached: Cell | None, job: Job, name: str) -> Cell:
         if cached is not None:
-            self.progress.tick(
-                len(self.setting.batches()) * job.nfe, f"{name}, {job.nfe}: there already"
-            )
+            self.progress.tick(len(self.setting.batches()) * job.nfe, f"{name}, {job.nfe}: stored")
             return self._measured(cached, self.store.tensors(cached))
         self.progress.tick(0, f"{name}, {job.nfe}")
         cell, tensors = self._run(job, name)
@@ -149,7 +147,7 @@ class Runner:
         return cell, every
 
     def _batch(self, job: Job, rows: range, end: Path | None) -> dict[str, Tensor]:
-        """Draws one batch; returns what is stored of it."""
+        """Draws one batch; returns the tensors to store."""
         model = job.sampler.denoiser
         source = Counting(self.setting.seed, rows)
         cond = self.setting.conditions.at(rows)
@@ -179,15 +177,15 @@ class Runner:
         return min(self.setting.n, POINTS if len(shape) == 1 else self.setting.shown)
 
     def _shown(self, x: Tensor, rows: range) -> Tensor:
-        """Returns the samples of a batch that pictures show, decoded if the model is of latents."""
+        """Returns the samples of a batch for pictures, decoded if the model is of latents."""
         some = x[: max(0, self._shown_count() - rows.start)]
         inner = getattr(self.setting.denoiser, "inner", self.setting.denoiser)
         decode = getattr(inner, "decode", None)
         images = decode(some) if decode is not None and len(some) else some
-        return images.float().cpu().clone()  # what shares memory is not written
+        return images.float().cpu().clone()  # safetensors does not write tensors that share memory
 
     def _measured(self, cell: Cell, tensors: Mapping[str, Tensor]) -> Cell:
-        """Adds metrics that this run has and the cell has not."""
+        """Adds the metrics of this run that the cell lacks."""
         asked = set(self.metrics) if self.setting.data is not None else set[str]()
         had = {*cell.scores, *cell.failed}
         if "precision" in had:
@@ -211,7 +209,7 @@ class Runner:
 
 
 class Counting(NoiseSource):
-    """Notes whether anything but the initial noise was drawn."""
+    """Records whether anything but the initial noise was drawn."""
 
     drawn = False
 

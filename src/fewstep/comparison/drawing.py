@@ -37,16 +37,16 @@ NAMES = {
 """The names of measures in sentences."""
 
 MOST_LINES = 9
-"""The most samplers that have a colour of their own; the others stay grey."""
+"""The most samplers that have a colour of their own; the others are grey."""
 
 TILE, MOST_PIXELS = 64, 128
-"""The side to which small images are magnified, by a whole factor, and the largest that is shown."""
+"""The side to which small images are magnified, by a whole factor, and the largest side that is shown."""
 
 POINT_SIZE, POINT_COLUMNS = 236, 3
 
 
 def styles(comparison: Comparison, measure: str) -> dict[str, int | None]:
-    """Returns a style for each sampler: the best on average over budgets have one, the others ``None``."""
+    """Returns a style for each of the samplers that are best on average over budgets, ``None`` for the others."""
     names = list(dict.fromkeys(cell.name for cell in comparison.cells))
     if len(names) <= MOST_LINES:
         return {name: place for place, name in enumerate(names)}
@@ -136,7 +136,7 @@ def against_seconds(comparison: Comparison, measure: str, front: Sequence[Cell])
 
 
 def _logarithmic(measure: str, values: Sequence[float]) -> bool:
-    """Whether values ask for a logarithmic axis; shares do not."""
+    """Whether values suit a logarithmic axis; shares do not."""
     return measure not in BETTER_HIGH and min(values) > 0 and max(values) > 4 * min(values)
 
 

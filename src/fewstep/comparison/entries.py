@@ -1,4 +1,4 @@
-"""What is compared: samplers as texts (names with options, files, peers) or as callables."""
+"""The samplers of a comparison, as texts (names with options, files, peers) or as callables."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from fewstep.sampling.request import SamplerRequest
 from fewstep.sampling.resolve import Resolved, resolve
 
 SYNTAX = "NAME[@GRID[:VALUE]][+OPTION=VALUE]..."
-"""How a sampler is written; the other ways are the path of a file or of an operator's folder."""
+"""The syntax of a sampler; it may also be the path of a file or of an operator's folder."""
 
 GRID_VALUE = {"power": "power", "karras": "rho"}
-"""What the value after a grid's name stands for."""
+"""The option that the value after a grid's name sets."""
 
 PEERS = "diffusers:"
 
 Build = Callable[[Denoiser, int], Sampler]
-"""Takes a denoiser and a number of network calls, returns the sampler."""
+"""Takes a denoiser and a number of network evaluations, returns the sampler."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A sampler that takes part, at any budget or at its own.
+    """A sampler of a comparison, at any budget or at its own.
 
     Attributes:
         name: Its name in tables.
-        build: Makes it for a denoiser and a budget.
-        recipe: Returns the recipe of the same, or ``None`` if there is none for a sampler like it.
-        nfe: The one number of network calls that it can make; ``None`` if it takes a budget.
+        build: Returns it for a denoiser and a budget.
+        recipe: Returns its recipe, or ``None`` if this kind of sampler has none.
+        nfe: The one number of network evaluations that it can make; ``None`` if it has a budget.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Entry:
 
 
 def read_entries(samplers: str | Sequence[str] | Mapping[str, Build]) -> list[Entry]:
-    """Returns what takes part.
+    """Returns the samplers of a comparison.
 
     Arguments:
         samplers: Texts as :func:`read_entry` reads them, in a list or with commas between; or a
@@ -75,7 +75,7 @@ def read_entry(text: str) -> Entry:
 
     It is one of
 
-    - the name of a solver, or ``auto``, with a grid and options if wanted: ``tab3``,
+    - the name of a solver, or ``auto``, optionally with a grid and options: ``tab3``,
       ``tab3@power:1.5``, ``unipc3@karras``, ``ddim+eta=0.5``, ``tab3@auto:grid.json``;
     - a scheduler of diffusers with options: ``diffusers:UniPC+solver_order=3``;
     - the path of a recipe, a plan or a tuned sampler (``.json``), of a folder with a recipe for
@@ -83,7 +83,7 @@ def read_entry(text: str) -> Entry:
       of an operator's folder.
 
     Raises:
-        ValueError: If it cannot be read; whether a name is known is seen when it is built.
+        ValueError: If it cannot be read; names are checked when it is built.
     """
     text = text.strip()
     if not text:
@@ -107,14 +107,14 @@ def read_entry(text: str) -> Entry:
 
 
 def identity(made: Sampler) -> str:
-    """Returns a checksum of what a sampler does, as far as it can be told without running it."""
+    """Returns a checksum of a sampler's settings, without running it."""
     if isinstance(made, PlanSampler):
         about: Any = json.loads(made.plan.to_json())
     else:
         about = {"kind": type(made).__qualname__, "nfe": made.nfe}
         config = getattr(getattr(made, "scheduler", None), "config", None)
         for key, value in (config or {}).items():
-            if not key.startswith("_"):  # such as the options left at their defaults, in any order
+            if not key.startswith("_"):  # such as options, in any order
                 about[f"config.{key}"] = str(value)
         for key in ("steps", "stepping", "setting", "options", "rtol", "atol"):
             if hasattr(made, key):
@@ -126,7 +126,7 @@ def identity(made: Sampler) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Splits at commas that are not inside of brackets."""
+    """Splits at commas outside of brackets."""
     return [part for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
 
 
@@ -191,7 +191,7 @@ def _file(path: Path) -> Entry:
 
 
 def _recipes(folder: Path) -> dict[int, Path]:
-    """Returns the recipes of a folder by their number of calls."""
+    """Returns the recipes of a folder by their number of evaluations."""
     names = [
         (re.fullmatch(r"(?:recipe|best)-(\d+)\.json", f.name), f) for f in folder.glob("*.json")
     ]
@@ -202,7 +202,9 @@ def _folder(text: str, files: Mapping[int, Path]) -> Entry:
     def recipe(_: Denoiser, nfe: int) -> SamplerRecipe:
         if nfe not in files:
             known = ", ".join(map(str, sorted(files)))
-            raise ValueError(f"the folder {text!r} has recipes for {known} calls, not for {nfe}")
+            raise ValueError(
+                f"the folder {text!r} has recipes for {known} evaluations, not for {nfe}"
+            )
         return SamplerRecipe.load(files[nfe])
 
     def build(denoiser: Denoiser, nfe: int) -> Sampler:
@@ -219,7 +221,7 @@ def _operator(folder: Path) -> Entry:
     def build(denoiser: Denoiser, _: int) -> Sampler:
         if model.event_shape != denoiser.event_shape:
             raise ValueError(
-                f"the operator {str(folder)!r} makes samples of shape {model.event_shape}, the "
+                f"the operator {str(folder)!r} has samples of shape {model.event_shape}, the "
                 f"model {denoiser.event_shape}"
             )
         device = next((p.device for p in denoiser.parameters()), None)
@@ -239,17 +241,17 @@ def _peer(text: str, name: str, options: dict[str, Any]) -> Entry:
 
 def _peer_recipe(build: Build) -> Callable[[Denoiser, int], SamplerRecipe | None]:
     def recipe(denoiser: Denoiser, nfe: int) -> SamplerRecipe | None:
-        """The plan that does what the scheduler does, if it is one."""
+        """The plan that is equal to the scheduler, if there is one."""
         from fewstep.adapters.diffusers import plan_from_scheduler
 
         made: Any = build(denoiser, nfe)
         if not denoiser.schedule.discrete:
-            return None  # its plan would be for the levels, not for the model's own times
+            return None  # its plan would be for its noise levels, not for the model's own times
         try:
             plan = plan_from_scheduler(made.scheduler, made.steps, **made.setting, **made.stepping)
         except (ValueError, TypeError):
             return None
-        # The same levels, but for the rounding of float32.
+        # The same levels up to the rounding of float32.
         return SamplerRecipe("plan", plan.name, plan=replace(plan, schedule=denoiser.schedule))
 
     return recipe

@@ -117,20 +117,20 @@ def _summary(
     page.paragraph(
         f"Samplers are ordered by {NAMES[measure]}. Intervals are 95 %. All samplers start from the "
         "same noise, so two are compared sample by sample: if the interval of their difference "
-        "reaches zero, they are called a tie."
+        "includes zero, it is a tie."
     )
     if measure == "fid":
         page.paragraph(
             f"FID is too high with few samples (here {comparison.question['n']}), by about the same "
-            "for all samplers: compare it within this page, not with values from elsewhere. The "
+            "for all samplers: compare it within this page, not with other sources. The "
             f"reference itself, with {comparison.reference.nfe} evaluations, has "
             f"{comparison.reference.scores['fid'].value:.4g}."
         )
     else:
         page.paragraph(
             "No real data were given (`--data`), so this measures how exactly a sampler follows the "
-            "model, not how good the model's samples are. A sampler that draws noise on the way "
-            "goes elsewhere on purpose, and is far from the reference whatever its quality."
+            "model, not how good the model's samples are. A stochastic sampler "
+            "has other samples by design, and is far from the reference whatever its quality."
         )
     other = [
         f"`best-{v.nfe}.json` holds `{recipes[v.nfe][0].name}`: `{v.best.name}` cannot be written "
@@ -227,7 +227,7 @@ def _table(page: Page, comparison: Comparison, verdicts: Sequence[Verdict], meas
                 ]
             )
     page.table(
-        "Every sampler at every budget. A click on a title sorts; * draws noise on the way.",
+        "Every sampler at every budget. A click on a title sorts; * is stochastic.",
         columns,
         rows,
         marked=marked,
@@ -247,7 +247,7 @@ def _lines(title: str) -> str:
 
 
 def _settings(page: Page, comparison: Comparison, invocation: Invocation, when: str) -> None:
-    page.heading("What was run")
+    page.heading("Settings")
     question, reference = comparison.question, comparison.reference
     if invocation.command:
         page.code(invocation.command)
@@ -273,7 +273,7 @@ def _settings(page: Page, comparison: Comparison, invocation: Invocation, when: 
     page.paragraph(
         f"The {NAMES[RMS]} is taken to the reference at the lowest level of the schedule or at "
         "sigma = 0, whichever is nearer, as libraries end at either. Times are those of the fastest "
-        "batch, which other work on the machine disturbs least."
+        "batch, which is least affected by other work on the machine."
     )
     with page.details("The times at which each sampler evaluates the network"):
         listed = [
@@ -284,7 +284,7 @@ def _settings(page: Page, comparison: Comparison, invocation: Invocation, when: 
         if listed:
             page.table("Times", ["sampler", "NFE", "times"], listed, sortable=False)
         else:
-            page.paragraph("None of these samplers has times that are known beforehand.")
+            page.paragraph("None of these samplers has fixed times.")
 
 
 def _next(

@@ -1,4 +1,4 @@
-"""The numbers of a comparison as JSON, and the commands to go on with."""
+"""The numbers of a comparison as JSON, and commands for next steps."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fewstep.reporting.commands import command
 
 @dataclass(frozen=True)
 class Invocation:
-    """The names in the command of a comparison, which its report repeats and its next commands need.
+    """The arguments of a comparison's command, for its report and the next commands.
 
     Attributes:
-        model: The model, as the commands name it.
-        data: The data, as the commands name it; empty if none was given.
-        command: The command that was given.
-        class_labels: The class labels, as the commands write them.
+        model: The model, as in the command.
+        data: The data, as in the command; empty if none was given.
+        command: The whole command.
+        class_labels: The class labels, as in the command.
         prompt: The text of a text-to-image model.
         device: The device, unless it is the default.
     """
@@ -50,7 +50,7 @@ def all_numbers(
     invocation: Invocation,
     when: str,
 ) -> dict[str, Any]:
-    """Returns every number of a comparison as JSON has them."""
+    """Returns all numbers of a comparison as a JSON object."""
     measure = measure_of(comparison)
     return {
         "format": FORMAT,
@@ -93,7 +93,7 @@ def next_commands(
     recipes: dict[int, tuple[Cell, Path]],
     invocation: Invocation,
 ) -> list[tuple[str, str]]:
-    """Returns what to do with the result: a sentence and a command each."""
+    """Returns commands for next steps, each with a sentence."""
     model, guidance = invocation.model, comparison.question["guidance"]
     conditions = {"class_labels": invocation.class_labels, "device": invocation.device}
     commands = []
@@ -113,11 +113,11 @@ def next_commands(
         )
     if invocation.prompt is not None:
         return commands  # the other commands have no prompts
-    # What ships for an embedded name is statistics of its images; the analysis needs the images.
+    # For an embedded name only statistics of its images ship; the analysis needs the images.
     statistics = invocation.data in EMBEDDED and not Path(invocation.data).exists()
     commands.append(
         (
-            "See where the error that is left comes from:",
+            "See where the remaining error comes from:",
             command(
                 "analyze",
                 model,
@@ -148,7 +148,7 @@ def next_commands(
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of this package and of those that decide the numbers."""
+    """Returns the versions of this package and of those that affect the numbers."""
     from importlib.metadata import PackageNotFoundError, version
 
     known = {"fewstep": __version__}

@@ -30,12 +30,12 @@ class Comparison:
 
     Attributes:
         store: Its folder.
-        question: The inputs that decide all numbers.
+        question: The inputs that determine all numbers.
         cells: The cells, by sampler in the order given, then by budget.
         reference: The reference as a cell.
-        refused: Sampler, budget and reason of the cells that there cannot be.
+        refused: Sampler, budget and reason of the impossible cells.
         entries: The samplers.
-        setting: What all cells have in common.
+        setting: The settings that all cells share.
     """
 
     store: Store
@@ -69,8 +69,8 @@ def compare(
 ) -> Comparison:
     r"""Runs samplers at budgets from the same noise, and measures their samples.
 
-    Each cell (a sampler at a budget) is written to the folder when it is done, so a run that was
-    interrupted is resumed where it was, within a cell batch by batch; only features are stored, not
+    Each cell (a sampler at a budget) is written to the folder when it is done, so an interrupted run
+    is resumed, within a cell batch by batch; only features are stored, not
     the samples. The distance of each sample to the reference is the root mean square over its values.
     Libraries end differently, at the lowest level of the schedule or at :math:`\sigma = 0`; a
     sampler is compared with the reference at either end (the second by one more evaluation),
@@ -81,8 +81,8 @@ def compare(
         samplers: Texts that :func:`fewstep.comparison.read_entry` reads, or a mapping from names to
             functions (denoiser, nfe) -> sampler.
         nfe: The budgets: numbers of network evaluations. A sampler that cannot meet one of them
-            is left out there, and one with its own number runs at that.
-        folder: Where results are written.
+            has no cell there, and one with its own number runs at that.
+        folder: The folder for the results.
         n: The number of samples.
         seed: The seed; sample i starts from the noise of (seed, i) with every sampler.
         data: The real data to compare with; left out, only the distance to the reference is
@@ -92,10 +92,10 @@ def compare(
         reference_nfe: Its number of evaluations.
         guidance: The scale of classifier-free guidance.
         cond: The conditions, one value or n each.
-        batch_size: How many samples go through the network at a time.
-        shown: How many images of each cell are stored for pictures.
-        extend: Whether a finished comparison in the folder may be added to.
-        overwrite: Whether a comparison in the folder is replaced.
+        batch_size: The samples in one network evaluation.
+        shown: The images of each cell that are stored for pictures.
+        extend: Whether to add cells to a finished comparison in the folder.
+        overwrite: Whether to replace a comparison in the folder.
         progress: Follows the evaluations: ``True`` for a bar, or an object that is called.
 
     Raises:
@@ -107,7 +107,7 @@ def compare(
     NoiseSource(seed, ())
     if denoiser.built_in_sampler() is not None:
         raise ValueError(
-            "this model is an operator, of one evaluation; compare the model that it was distilled "
+            "this model is an operator of one evaluation; compare the model that it was distilled "
             "from, with the operator's folder among the samplers"
         )
     if denoiser.event_shape is None:
@@ -142,7 +142,7 @@ def _jobs(
     """Builds every sampler at every budget.
 
     Raises:
-        ValueError: If one can meet none.
+        ValueError: If one of them can meet no budget.
     """
     jobs: list[Job] = []
     refused: list[tuple[str, int, str]] = []

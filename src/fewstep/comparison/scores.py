@@ -1,4 +1,4 @@
-"""How good the samples of a cell are: estimates with intervals, and differences in pairs."""
+"""Scores of the samples of a cell: estimates with intervals, and paired differences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fewstep.models.denoiser import Denoiser
 
 RMS = "rms"
 METRICS = ("fid", "kid", "precision-recall", "sliced-wasserstein")
-"""The metrics there are; the distance to the reference is always measured."""
+"""The available metrics; the distance to the reference is always measured."""
 
 TITLES = {
     "fid": "FID",
@@ -86,7 +86,7 @@ def spread(values: Tensor) -> Tensor:
 def less_fid(others: Sequence[Tensor], first: Tensor, reference: Reference) -> list[Estimate]:
     """Returns how much larger the FID of each set of features (n, D) is than that of the first.
 
-    Sample i of all sets started from the same noise, so most of the chance is common to them, and
+    Sample i of all sets started from the same noise, so most of the random error is common to them, and
     these intervals are much narrower than those of the FIDs: the blocks of the jackknife leave
     the same samples out of all sets.
     """
@@ -121,7 +121,7 @@ def less_rms(a: Tensor, b: Tensor) -> Estimate:
 
 
 def estimate_record(estimate: Estimate) -> dict[str, Any]:
-    """Returns an estimate as JSON has it."""
+    """Returns an estimate as a JSON object."""
     return {
         "value": estimate.value,
         "low": estimate.low,

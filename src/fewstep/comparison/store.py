@@ -31,11 +31,11 @@ class Cell:
     Attributes:
         name: The name of the sampler.
         nfe: Its number of evaluations.
-        identity: A checksum of what it does.
-        passes: The passes through the network for each sample (with guidance two an evaluation).
+        identity: A checksum of its settings.
+        passes: The passes through the network for each sample (with guidance two per evaluation).
         seconds: The seconds for each image in the fastest batch, the median one and the slowest.
-        stochastic: Whether it drew noise on the way.
-        end: Which end of the reference it came closer to: ``"lowest level"`` or ``"sigma = 0"``.
+        stochastic: Whether it drew noise after the initial draw.
+        end: The nearer end of the reference: ``"lowest level"`` or ``"sigma = 0"``.
         scores: The estimates by name.
         failed: The metrics that are not defined, with the reason.
         about: Further facts, such as the solver and its times.
@@ -58,7 +58,7 @@ class Cell:
         return self.name, self.nfe
 
     def to_record(self) -> dict[str, Any]:
-        """Returns it as JSON has it."""
+        """Returns it as a JSON object."""
         return {
             "sampler": self.name,
             "nfe": self.nfe,
@@ -93,7 +93,7 @@ class Store:
     """The files of a comparison.
 
     Arguments:
-        folder: The folder; it need not be there yet.
+        folder: The folder; it need not exist yet.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -103,9 +103,9 @@ class Store:
         """Prepares a folder in which the comparison starts or is resumed.
 
         Arguments:
-            question: The inputs that decide all numbers: model, seed, number of samples, data.
+            question: The inputs that determine all numbers: model, seed, number of samples, data.
             extend: Whether samplers or budgets may be added to a finished comparison.
-            overwrite: Whether the results that are there are removed.
+            overwrite: Whether to remove existing results.
 
         Raises:
             ValueError: If the folder holds something else, or a comparison with other settings.
@@ -143,7 +143,7 @@ class Store:
             )
 
     def finish(self, question: Mapping[str, Any]) -> None:
-        """Notes that the report is written."""
+        """Marks the report as written."""
         self._write(question, finished=True)
 
     def _write(self, question: Mapping[str, Any], *, finished: bool) -> None:
@@ -177,7 +177,7 @@ class Store:
         """Returns the finished cell of the same sampler; ``None`` if it is missing or damaged."""
         try:
             cell = Cell.from_record(read_json(self.file(name, nfe, ".json"), what="cell"))
-            self.tensors(cell)  # reading checks them
+            self.tensors(cell)  # reading verifies their checksums
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
         return cell if cell.identity == identity else None
@@ -195,7 +195,7 @@ class Store:
     def write(
         self, cell: Cell, tensors: Mapping[str, Tensor] | None = None, *, keep_parts: bool = False
     ) -> None:
-        """Writes a cell: first its tensors, then the JSON that says that it is whole."""
+        """Writes a cell: first its tensors, then the JSON that marks it as complete."""
         if tensors is not None:
             write_tensors(self.file(cell.name, cell.nfe, ".safetensors"), tensors)
         write_json(self.file(cell.name, cell.nfe, ".json"), cell.to_record())
@@ -203,7 +203,7 @@ class Store:
             shutil.rmtree(self.file(cell.name, cell.nfe, ".parts"), ignore_errors=True)
 
     def tensors(self, cell: Cell) -> dict[str, Tensor]:
-        """Returns the features and squared distances of a cell's samples, and those that are shown."""
+        """Returns the features and squared distances of a cell's samples, and the images for pictures."""
         return read_tensors(self.file(cell.name, cell.nfe, ".safetensors"))
 
     def part(self, name: str, nfe: int, identity: str, start: int) -> Path:
@@ -211,7 +211,7 @@ class Store:
         return self.file(name, nfe, ".parts") / f"{identity[:12]}-{start:09d}.safetensors"
 
     def read_part(self, path: Path, rows: int, keys: Sequence[str]) -> dict[str, Tensor] | None:
-        """Returns a batch if it is there and whole; a damaged one is drawn again."""
+        """Returns a batch if it is stored and intact; a damaged one is drawn again."""
         if not path.exists():
             return None
         try:

@@ -1,4 +1,4 @@
-"""The verdicts of a comparison: the best at each budget, and how sure that is."""
+"""The verdicts of a comparison: the best at each budget, and its significance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Verdict:
         nfe: The budget.
         measure: The measure they are ordered by: ``"fid"``, or ``"rms"`` to the reference.
         order: The cells, best first.
-        behind: How much worse than the first each is, from the same noise, so in pairs.
+        behind: The paired difference of each to the first, from the same noise.
     """
 
     nfe: int
@@ -31,12 +31,12 @@ class Verdict:
 
     @property
     def best(self) -> Cell:
-        """The first."""
+        """The best cell."""
         return self.order[0]
 
     @property
     def ties(self) -> list[Cell]:
-        """Those whose difference to the first may be chance: its interval reaches zero."""
+        """The cells whose difference to the first is not significant: its interval includes zero."""
         return [
             cell
             for cell, more in zip(self.order[1:], self.behind[1:], strict=True)
@@ -44,9 +44,9 @@ class Verdict:
         ]
 
     def sentence(self) -> str:
-        """Returns how sure the first place is, in words."""
+        """Returns the significance of the first place, in words."""
         if len(self.order) == 1:
-            return "nothing else ran at this budget"
+            return "no other sampler ran at this budget"
         if not self.ties:
             value, low, high = estimate_texts(self.behind[1])
             return f"clearly: `{self.order[1].name}` is behind by {value} ({low} to {high})"
@@ -56,7 +56,7 @@ class Verdict:
 
 
 def measure_of(comparison: Comparison) -> str:
-    """Returns the measure that samplers are ordered by: FID if all have one, or else the distance to the reference."""
+    """Returns the measure that samplers are ordered by: FID if all have one, else the distance to the reference."""
     return "fid" if all("fid" in cell.scores for cell in comparison.cells) else RMS
 
 
@@ -87,7 +87,7 @@ def _nothing(estimate: Estimate) -> Estimate:
 
 
 def pareto(comparison: Comparison, measure: str) -> list[Cell]:
-    """Returns the cells that no other beats in both seconds and quality, the fastest first."""
+    """Returns the Pareto front in seconds and quality, the fastest first."""
     front: list[Cell] = []
     cells = [cell for cell in comparison.cells if measure in cell.scores]
     for cell in sorted(cells, key=lambda c: (c.seconds[0], c.scores[measure].value)):
@@ -97,7 +97,7 @@ def pareto(comparison: Comparison, measure: str) -> list[Cell]:
 
 
 def best_recipe(comparison: Comparison, verdict: Verdict) -> tuple[Cell, SamplerRecipe] | None:
-    """Returns the best sampler that can be written as a recipe, and it."""
+    """Returns the best sampler that can be written as a recipe, and the recipe."""
     by_name = {entry.name: entry for entry in comparison.entries}
     denoiser, question = comparison.setting.denoiser, comparison.question
     for cell in verdict.order:

@@ -1,4 +1,4 @@
-"""Operators: networks that give a whole trajectory in one evaluation, and their training."""
+"""Operators: networks that return a whole trajectory in one evaluation, and their training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks without time: controls of equal size or cost in the place of temporal blocks."""
+"""Blocks without time: controls of equal size or cost that replace temporal blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 
 class Pointwise(nn.Module):
-    r"""Two matrices on the channels of each place: :math:`x + B \, \mathrm{silu}(A x)`; identity at first.
+    r"""Two matrices on the channels of each place: :math:`x + B \, \mathrm{silu}(A x)`; the identity at initialisation.
 
     Arguments:
         channels: The number C of channels.
@@ -33,7 +33,7 @@ class Pointwise(nn.Module):
 
 
 class Deeper(nn.Module):
-    """Further residual blocks of two convolutions each; identity at first.
+    """Further residual blocks of two convolutions each; the identity at initialisation.
 
     Arguments:
         channels: The number of channels.

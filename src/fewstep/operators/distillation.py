@@ -33,7 +33,7 @@ def distill(
     progress: Progress | bool | None = None,
     **changes: Any,
 ) -> OperatorModel:
-    r"""Trains a student whose one evaluation gives the states of a many-step trajectory.
+    r"""Trains a student that returns the states of a many-step trajectory in one evaluation.
 
     .. math:: L(\theta) = \frac1M \sum_m \lambda_m \, \frac1B \sum_b
         d \left( G_\theta(x_T^b)(t_m), x^b(t_m) \right)
@@ -58,10 +58,10 @@ def distill(
         folder: The folder that :func:`fewstep.record` wrote, with states (n, S, \*).
         out: The folder to write.
         recipe: The student, the loss, the schedule of the training and the seed.
-        distance: A loss of one's own (perceptual, say): takes two batches of states (N, \*)
+        distance: A custom loss (for example perceptual): takes two batches of states (N, \*)
             and returns (N), differentiable in the first.
-        sites: The names of the modules behind which temporal blocks go, for a network that is
-            not known.
+        sites: The names of the modules after which temporal blocks are inserted, for a network
+            without known sites.
         device: The device. Under ``accelerate launch`` each process takes its own.
         checkpoint_every: The steps between two checkpoints, and two measurements.
         tensorboard: Whether to write losses for TensorBoard as well.
@@ -73,10 +73,10 @@ def distill(
         The operator as a model, with its built-in sampler of one evaluation.
 
     Raises:
-        ValueError: Before the first step, if trajectories and model do not belong together, a
+        ValueError: Before the first step, if the trajectories are not of this model, a
             setting does not fit, or the folder has a run of another recipe; later, if the loss is
             not finite.
-        TypeError: If ``denoiser`` is no denoiser.
+        TypeError: If ``denoiser`` is not a denoiser.
     """
     recipe = replace(recipe or DistillRecipe(), **_known(changes))
     if distance is not None and recipe.loss != CUSTOM:

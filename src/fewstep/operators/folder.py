@@ -1,4 +1,4 @@
-"""The folder that holds an operator: ``operator.json`` and ``operator.safetensors``."""
+"""The folder of an operator: ``operator.json`` and ``operator.safetensors``."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ ADAPTERS = {
     "UNet2DConditionModel": "TextCall",
     "DiTTransformer2DModel": "ClassesCall",
 }
-"""The networks of diffusers that a folder can describe, and how each is called."""
+"""The networks of diffusers that a folder can describe, with their adapters."""
 
 
 class OperatorRecord(Record, name="fewstep.operator", version=1, what="operator"):
-    """``operator.json``: the network that was trained, the frames of the operator, its training."""
+    """``operator.json``: the trained network, the frames of the operator, its training."""
 
     network: dict[str, Any]
     schedule: dict[str, Any]
@@ -54,7 +54,7 @@ def write_operator(
     """Writes an operator as a folder that :func:`fewstep.load` reads; returns the folder.
 
     Arguments:
-        folder: Where to write.
+        folder: The folder to write.
         operator: The operator.
         weights: The state of its network, instead of its own (for example the average).
         training: A record of its training; informative, not read by the code.
@@ -104,7 +104,7 @@ def read_operator(
     Arguments:
         folder: The folder.
         teacher: The model that it was distilled from: needed if its network is the user's own,
-            whose code no folder has; its weights are replaced in a copy.
+            whose code is not in the folder; its weights are replaced in a copy.
         dtype: The type of the weights.
 
     Raises:
@@ -139,7 +139,7 @@ def _rebuild(about: OperatorRecord) -> Denoiser:
     prediction = Prediction.of(about.prediction)
     if kind == "small-unet":
         preconditioning = config.pop("preconditioning", None)
-        # On the meta device an absurd size costs nothing; the weights must then have it.
+        # On the meta device an absurd size allocates nothing; the weights are checked against it.
         with torch.device("meta"):
             network = SmallUNet(**config)
         module, to_model_time = precondition(network, preconditioning, schedule, prediction)
@@ -156,7 +156,7 @@ def _rebuild(about: OperatorRecord) -> Denoiser:
     if kind == "diffusers":
         return _diffusers(config, about, schedule, prediction)
     raise ValueError(
-        "its network is not one that a folder can describe; read it with "
+        "its network cannot be described in a folder; read it with "
         "fewstep.operators.read_operator(folder, teacher=denoiser)"
     )
 

@@ -1,4 +1,4 @@
-r"""Insertion of blocks into a network whose code stays as it is: submodules and forward hooks.
+r"""Insertion of blocks into a network without changes to its code: submodules and forward hooks.
 
 Frames are folded into the batch, so the network sees (B M, \*). Each host gets its block as a
 submodule, ``host.temporal``, and a forward hook that applies it: devices, states, optimisers and
@@ -23,11 +23,11 @@ BLOCK = "temporal"
 
 @dataclass(frozen=True)
 class Site:
-    """A place for a block.
+    """A module after which a block is inserted.
 
     Attributes:
         name: The name of the host in the network.
-        channels: The channels that it returns.
+        channels: The channels of its output.
         tokens: Whether it returns (B, L, C) instead of (B, C, *).
     """
 
@@ -37,14 +37,14 @@ class Site:
 
 
 Sites = Sequence[str] | Callable[[str, nn.Module], bool] | None
-"""The sites of blocks: names of modules, or a test of names and modules; ``None`` if they are known."""
+"""The sites of blocks: names of modules, or a predicate of name and module; ``None`` for the known sites."""
 
 
 class TimeAxis:
-    """The frames that the temporal blocks of a network see.
+    """The number of frames, shared by the temporal blocks of a network.
 
     Arguments:
-        network: The network; its blocks may come later.
+        network: The network; its blocks may be inserted later.
         frames: The number M of frames.
     """
 
@@ -55,7 +55,7 @@ class TimeAxis:
 
     @property
     def frames(self) -> int:
-        """The number M of frames; a whole number, never a tensor."""
+        """The number M of frames; an integer, never a tensor."""
         return self._frames
 
     @frames.setter
@@ -82,18 +82,18 @@ def attach(
     sites: Sites = None,
     example: Callable[[nn.Module], Any] | None = None,
 ) -> list[Site]:
-    r"""Puts a block behind each site of a network; returns the sites.
+    r"""Inserts a block after each site of a network; returns the sites.
 
     Arguments:
         network: The network, changed in place.
-        make: Makes the block of a site; the block takes and returns what the host returns.
-        sites: Names of modules or a test of (name, module). Left out, the sites of a network that
-            is known: after every unit of the levels of U-Nets (:class:`SmallUNet`,
+        make: Returns the block of a site; it maps features of the host's output shape to the same shape.
+        sites: Names of modules or a predicate of (name, module). Left out, the sites known for
+            the network: after every unit of the levels of U-Nets (:class:`SmallUNet`,
             ``UNet2DModel``, ``UNet2DConditionModel``), after every block of ``DiT``.
-        example: Evaluates the network once, to find the channels of sites that the caller names.
+        example: Evaluates the network once, to infer the channels of the caller's sites.
 
     Raises:
-        ValueError: If the sites are not known, not there, or have a block already.
+        ValueError: If the sites are not known, do not exist, or have a block already.
     """
     chosen = known_sites(network) if sites is None else _named(network, sites, example)
     modules = dict(network.named_modules())
@@ -125,10 +125,10 @@ def detach(network: nn.Module) -> None:
 
 
 def known_sites(network: nn.Module) -> list[Site]:
-    """Returns the sites of a network that is known.
+    """Returns the sites of a network for which they are known.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If they are not.
     """
     kind = type(network).__name__
     if isinstance(network, SmallUNet):
@@ -199,7 +199,7 @@ def _named(
         )
     if example is None:
         raise ValueError(
-            "to find the channels of sites, give example=, which evaluates the network"
+            "to infer the channels of sites, give example=, which evaluates the network"
         )
     shapes: dict[str, tuple[int, ...]] = {}
 

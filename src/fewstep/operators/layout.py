@@ -28,14 +28,14 @@ class Layout:
             of the input.
         output: ``"convert"``: the model output is converted to data with the coefficients of the
             label, so that the start is the teacher; ``"direct"``: the model output is the data.
-        extra: The blocks attached to the network: ``"temporal"``, ``"none"``, or in their place
+        extra: The blocks inserted into the network: ``"temporal"``, ``"none"``, or instead
             ``"pointwise"`` or ``"deeper"`` blocks without time.
         modes: The modes J of temporal blocks.
         basis: Their basis.
         slope: The slope of their rectifier.
         size: The hidden width (a multiple of the channels) of pointwise blocks, or the number of
             residual blocks of deeper ones.
-        sites: The names of the hosts; ``None`` if the network is known.
+        sites: The names of the hosts; ``None`` for the known sites.
     """
 
     times: tuple[float, ...]
@@ -68,7 +68,7 @@ def check_times(times: Sequence[float], start: float) -> None:
     """Raises unless times decrease from below the start.
 
     Raises:
-        ValueError: With what is wrong.
+        ValueError: If they do not.
     """
     if not times or len(times) > 4096:
         raise ValueError(f"an operator has 1 to 4096 frames, got {len(times)} times")
@@ -126,11 +126,11 @@ def well_posed_output(
     start: float,
     labels: str,
 ) -> str:
-    r"""Returns ``"convert"`` if it neither silences nor amplifies the network, else ``"direct"``.
+    r"""Returns ``"convert"`` if it neither attenuates nor amplifies the network's output, else ``"direct"``.
 
-    Data come from a v-network by a factor :math:`\sigma` of the label, from an
+    A v-network's output enters the data with a factor :math:`\sigma` of the label, from an
     :math:`\varepsilon`-network by :math:`\sigma / \alpha`. For a frame labelled with hardly any noise
-    the model output would be multiplied by next to nothing (0.01 for ``ddpm-linear``), and the
+    the model output would be multiplied by a tiny factor (0.01 for ``ddpm-linear``), and the
     student could not learn; an :math:`\varepsilon`-network at pure noise would be amplified (by 157).
 
     Arguments:

@@ -1,4 +1,4 @@
-"""The log of a training run: JSON lines, and TensorBoard if asked for."""
+"""The log of a training run: JSON lines, and optionally TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOG, BOARD = "log.jsonl", "tensorboard"
 
 
 class LossLog:
-    """``log.jsonl``, and TensorBoard if asked for.
+    """``log.jsonl``, and optionally TensorBoard.
 
     Arguments:
         out: The folder.
@@ -35,7 +35,7 @@ class LossLog:
             self.board = SummaryWriter(str(out / BOARD), purge_step=start + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row: ``step``, ``loss``, ``losses`` of the frames, and now and then ``heldout``."""
+        """Appends a row: ``step``, ``loss``, ``losses`` of the frames, and in some rows ``heldout``."""
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         if self.board is not None:
@@ -53,5 +53,5 @@ class LossLog:
 def _step_of(row: str) -> float:
     try:
         return float(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that was cut off
+    except (ValueError, KeyError, TypeError):  # a truncated line
         return math.inf

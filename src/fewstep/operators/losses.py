@@ -23,7 +23,7 @@ Stages = Callable[[Tensor], Sequence[Tensor]]
 r"""Takes states (N, \*), returns the features of several stages of a network, (N, C, \*) each."""
 
 CUSTOM = "custom"
-"""The name of a loss that a user gives as a callable."""
+"""The name of a loss that is a user's callable."""
 
 
 class Loss(ABC):
@@ -31,13 +31,13 @@ class Loss(ABC):
 
     A distillation minimises :math:`\frac1M \sum_m \lambda_m \frac1B \sum_b d(\hat x^b(t_m), x^b(t_m))`
     over M frames and B trajectories, with the weights of :func:`loss_weights`; the units are those
-    of d. A subclass writes :meth:`build` and :meth:`__call__`; a line in :data:`LOSSES` then makes it
-    known to ``distill``, to recipes and to the command line.
+    of d. A subclass writes :meth:`build` and :meth:`__call__`; a line in :data:`LOSSES` then registers it
+    for ``distill``, recipes and the command line.
 
     Cost: no evaluation of teacher or student; a loss in features has its own network.
 
     Attributes:
-        takes_features: Whether it has a feature extractor that the recipe may name.
+        takes_features: Whether it uses a feature extractor, which the recipe may name.
     """
 
     takes_features: ClassVar[bool] = False
@@ -51,7 +51,7 @@ class Loss(ABC):
             features: The feature extractor that the recipe names, or ``None``.
 
         Raises:
-            ValueError: If it cannot be had for this model.
+            ValueError: If it is not possible for this model.
         """
         del denoiser, features
         return cls()
@@ -122,7 +122,7 @@ class FeatureLoss(Loss):
 
         stages = Features.load(features).stages
         if denoiser.event_shape is not None:
-            stages(torch.zeros((1, *denoiser.event_shape)))  # another shape is refused here
+            stages(torch.zeros((1, *denoiser.event_shape)))  # raises for another shape
         return cls(stages)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class FeatureLoss(Loss):
         for one, two in zip(self.stages(a), target, strict=True):
             if a.requires_grad and not one.requires_grad:
                 raise ValueError(
-                    "the features have no gradient, so nothing could be learned from them (a "
+                    "the features have no gradient, so they cannot be a loss (a "
                     "TorchScript file that takes bytes rounds its images)"
                 )
             sides = [side.float().reshape(*side.shape[:2], -1) for side in (one, two)]
@@ -147,7 +147,7 @@ class FeatureLoss(Loss):
 
 
 class ModelFeatures:
-    """The features of the stages on the way down of the model's own U-Net, at little noise.
+    """The features of the encoder stages of the model's own U-Net, at little noise.
 
     Features without another network and without data.
 
@@ -156,7 +156,7 @@ class ModelFeatures:
         rho: The ratio of noise to data at the conditioning timestep.
 
     Raises:
-        ValueError: If the model's network has no way down (``encode``).
+        ValueError: If the model's network has no encoder (``encode``).
     """
 
     def __init__(self, denoiser: Denoiser, *, rho: float = 0.1) -> None:
@@ -189,18 +189,18 @@ WEIGHTS = ("snr", "uniform")
 def loss_of(
     name: str, distance: Distance | None, denoiser: Denoiser, features: str | None = None
 ) -> Distance:
-    """Returns the loss of a name, or the user's own, whose name is ``"custom"``.
+    """Returns the loss of a name, or the user's callable, whose name is ``"custom"``.
 
     Arguments:
         name: A name in :data:`LOSSES`.
-        distance: The user's own.
+        distance: The user's callable.
         denoiser: The teacher.
         features: The feature extractor, as of :meth:`Features.load`; left out, the loss's own.
 
     Raises:
-        TypeError: If the user's own is not callable.
+        TypeError: If ``distance`` is not callable.
         ValueError: If the name is unknown, is ``"custom"`` and none is given, or the extractor
-            is unknown or takes images of another shape than the model's.
+            is unknown or accepts images of another shape than the model's.
     """
     if distance is not None:
         if not callable(distance):

@@ -19,8 +19,8 @@ from fewstep.sampling.protocol import Run, Trajectory
 class OperatorModel(Denoiser):
     r"""An operator as a model with a built-in sampler of one evaluation.
 
-    :func:`fewstep.sample` takes it with its default arguments; it has no prediction at other
-    times than its own, so other solvers are an error.
+    :func:`fewstep.sample` runs it with its default arguments; it has no prediction at times
+    other than its own, so other solvers are an error.
 
     Attributes:
         operator: The operator.
@@ -60,7 +60,7 @@ class OperatorModel(Denoiser):
 
 ONE_EVALUATION = (
     "this model is an operator: it maps noise to the sample in one evaluation and has no prediction "
-    "in between; leave the solver out, or take the model that it was distilled from"
+    "in between; leave the solver out, or use the model that it was distilled from"
 )
 
 

@@ -30,7 +30,7 @@ class TrajectoryOperator(nn.Module):
 
     so that :math:`\hat x(T) = x_T` for any model output, and with a label T and one frame
     the operator starts as one step of DDIM. At :math:`\sigma_m = 0` the frame is
-    :math:`F_m`. Where a label asks for less noise than there is, the input is scaled to the size
+    :math:`F_m`. Where the noise level of a label is below that of the input, the input is scaled to the size
     of states at that label (a factor of 1 for variance-preserving schedules).
 
     References:
@@ -40,7 +40,7 @@ class TrajectoryOperator(nn.Module):
     Arguments:
         teacher: The denoiser; it is copied, never changed.
         layout: Times, labels, blocks.
-        example: Conditions of one sample, for the evaluation that finds the channels of named sites.
+        example: Conditions of one sample, for the evaluation that infers the channels of named sites.
     """
 
     labels: Tensor
@@ -62,14 +62,14 @@ class TrajectoryOperator(nn.Module):
             )
         if getattr(teacher, "inner", None) is not None:
             raise ValueError(
-                f"an operator is made of the model itself, not of {type(teacher).__name__}; "
+                f"an operator needs the model itself, not {type(teacher).__name__}; "
                 "guidance and clipping are part of the recorded trajectories"
             )
         self.model = copy.deepcopy(teacher)
         self.layout = layout
         self.host = _host(self.model, layout.sites)
         if layout.extra != "none":
-            with torch.random.fork_rng(devices=[]):  # the caller's generator is not advanced
+            with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
                 attach(
                     self.network,
                     lambda site: _block(site, layout),
@@ -101,7 +101,7 @@ class TrajectoryOperator(nn.Module):
         return len(self.times)
 
     def set_times(self, times: Sequence[float]) -> None:
-        """Sets the times of the frames; other than trained ones are allowed, without a promise."""
+        """Sets the times of the frames; other times than those of training are allowed, with unknown quality."""
         check_times(times, self.layout.start)
         self.times = tuple(float(t) for t in times)
         self.axis.frames = len(times)
@@ -117,7 +117,7 @@ class TrajectoryOperator(nn.Module):
             setattr(self, name, value.to(device=like.device, dtype=kind))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrajectoryOperator:
-        # Times and factors of the output map stay precise for any type of weights.
+        # Times and factors of the output map keep their precision for any type of weights.
         super()._apply(fn, recurse)
         self._lay_out()
         return self
@@ -158,7 +158,7 @@ class TrajectoryOperator(nn.Module):
 
 
 def _host(model: Denoiser, sites: Sites) -> str:
-    """Returns the name of the module with the blocks: the first that is known, or the whole model."""
+    """Returns the name of the module with the blocks: the first with known sites, or the whole model."""
     if sites is not None:
         return "network" if isinstance(getattr(model, "network", None), nn.Module) else ""
     return next((name for name, module in model.named_modules() if is_known(module)), "")

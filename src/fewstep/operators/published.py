@@ -1,4 +1,4 @@
-r"""The two published operators, network and temporal blocks, as presets: for counts and for their weights."""
+r"""The two published operators, network and temporal blocks, as presets, for parameter counts and for their weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Preset:
         size: The height and width of an image.
         width: The channels at the first level.
         multiples: The channels of each level, in multiples of ``width``.
-        blocks: The residual blocks of a level on the way down; one more on the way up.
+        blocks: The residual blocks of a level of the encoder; the decoder has one more.
         attention: The resolutions that have self-attention.
         head: The channels of a head; ``None`` is one head.
-        embedding: The width of the embedding of times.
+        embedding: The width of the time embedding.
         classes: The number of classes, or ``None``.
         modes: The number of temporal modes.
     """
@@ -109,7 +109,7 @@ class PublishedOperator(nn.Module):
 
     Arguments:
         preset: ``"cifar10"`` or ``"imagenet64"``, or a :class:`Preset`.
-        compat: Whether the temporal parameters are as published, the dead quarter included.
+        compat: Whether the temporal parameters are as published, including the unused quarter.
 
     References:
         | Fast Sampling of Diffusion Models via Operator Learning (Zheng et al., 2023)

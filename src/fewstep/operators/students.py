@@ -1,4 +1,4 @@
-r"""Students: the recipe of a distillation, the frames that are learned, and the network for them."""
+r"""Students: the recipe of a distillation, the frames to learn, and the network."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class DistillRecipe:
     r"""Everything that determines a distillation, besides teacher and trajectories.
 
     The trajectories of step i depend on (seed, i) alone, so an interrupted run is resumed exactly
-    at its step. The learning rate rises during ``warmup`` steps, stays, and falls linearly to
+    at its step. The learning rate rises during ``warmup`` steps, is constant, and falls linearly to
     zero over the last ``decay`` share of the steps.
 
     Attributes:
         mode: The kind of student, a name in :data:`STUDENTS`.
-        times: The times of the frames, among those that are stored; or
+        times: The times of the frames, among the stored ones; or
         frames: their number M, spread evenly over the stored ones. The last is always the
             sample's. Left out, 4 (or all, if fewer are stored).
         modes: The modes J of temporal blocks.
         basis: ``"dft"``, ``"dct"`` or ``"dense"``.
-        output: ``"convert"`` or ``"direct"``, see :class:`Layout`; ``"auto"`` takes the first
+        output: ``"convert"`` or ``"direct"``, see :class:`Layout`; ``"auto"`` is the first
             where it is well posed (:func:`well_posed_output`).
         loss: A name in :data:`LOSSES` (``"l1"``, ``"l2"``, ``"huber"``, ``"features"``), or
             ``"custom"``.
@@ -51,7 +51,7 @@ class DistillRecipe:
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).
         checkpointing: Whether activations are computed again in the backward pass, to save memory.
         compile: Whether the student is compiled.
-        heldout: The most trajectories that are held out for measurements; a tenth, if that is fewer.
+        heldout: The most held-out trajectories for measurements; a tenth, if that is fewer.
         seed: The seed of the new layers and of the order of trajectories.
     """
 
@@ -141,11 +141,11 @@ def select_frames(stored: Sequence[float], recipe: DistillRecipe) -> list[int]:
     """Returns the indices of the frames among the stored times, of which the first is the input's.
 
     Raises:
-        ValueError: If a time is not stored, or fewer times are stored than frames are wanted.
+        ValueError: If a time is not stored, or fewer times are stored than there are frames.
     """
     most = len(stored) - 1
     if most < 1:
-        raise ValueError("the trajectories hold the initial states alone; record them with keep=")
+        raise ValueError("the trajectories have the initial states alone; record them with keep=")
     if recipe.times is not None:
         indices = [_nearest(stored, t) for t in recipe.times]
         if indices != sorted(set(indices)):
@@ -153,7 +153,7 @@ def select_frames(stored: Sequence[float], recipe: DistillRecipe) -> list[int]:
     else:
         frames = recipe.frames or min(DEFAULT_FRAMES, most)
         if frames > most:
-            raise ValueError(f"{frames} frames are wanted, but {most} states are stored")
+            raise ValueError(f"{frames} frames are requested, but {most} states are stored")
         indices = [round(k * most / frames) for k in range(1, frames + 1)]
     return indices[-1:] if STUDENTS[recipe.mode].one_frame else indices
 
@@ -174,13 +174,13 @@ def make_student(
     sites: Sequence[str] | None = None,
     example: Mapping[str, Any] | None = None,
 ) -> TrajectoryOperator:
-    """Returns the student of a recipe, as it is before training.
+    """Returns the student of a recipe before training.
 
     Arguments:
         teacher: The model.
         recipe: The recipe.
         stored: The stored times, the input's first.
-        sites: The modules with a block behind; left out, those of a network that is known.
+        sites: The modules after which blocks are inserted; left out, the known sites.
         example: Conditions of one sample, to evaluate the network once.
     """
     indices = select_frames(stored, recipe)
@@ -205,7 +205,7 @@ def make_student(
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a student is built from.
+    """The arguments from which a student is built.
 
     Attributes:
         teacher: The model.
@@ -221,7 +221,7 @@ class Blueprint:
 
     @property
     def frames(self) -> int:
-        """The number of frames that the recipe asks for, also where the student has one."""
+        """The number of frames of the recipe, also where the student has one."""
         recipe = self.recipe
         return recipe.frames or (len(recipe.times) if recipe.times else DEFAULT_FRAMES)
 
@@ -236,11 +236,11 @@ class Blueprint:
 
 
 class Student(ABC):
-    """A kind of student; a line in :data:`STUDENTS` makes it known to recipes and the command line.
+    """A kind of student; a line in :data:`STUDENTS` registers it for recipes and the command line.
 
     Attributes:
         about: A sentence about it.
-        one_frame: Whether it gives the sample alone, in one frame with the label of its input.
+        one_frame: Whether it returns the sample alone, in one frame with the label of its input.
     """
 
     about: ClassVar[str]
@@ -264,7 +264,7 @@ class DSNO(Student):
 
 
 class Folded(Student):
-    """The whole trajectory, each frame for itself."""
+    """The whole trajectory, each frame independently."""
 
     about = "M frames, without temporal blocks"
     one_frame = False
@@ -287,11 +287,11 @@ class Endpoint(Student):
 class SameParameters(Student):
     """A control: the sample alone, with the parameters of temporal blocks."""
 
-    about = "endpoint, with as many further parameters as dsno, but no time"
+    about = "endpoint, with as many extra parameters as dsno, but without time"
 
     @staticmethod
     def build(blueprint: Blueprint) -> TrajectoryOperator:
-        # A matrix of channels squared has half a hidden width.
+        # A matrix of channels squared corresponds to half a hidden channel width.
         size = _matrices(blueprint.recipe, blueprint.frames) / 2
         return blueprint.operator(extra="pointwise", size=size)
 
@@ -299,7 +299,7 @@ class SameParameters(Student):
 class SameFlops(Student):
     """A control: the sample alone, at the cost of the whole trajectory."""
 
-    about = "endpoint, made deeper until it costs as much as dsno"
+    about = "endpoint, deepened until it costs as much as dsno"
 
     @staticmethod
     def build(blueprint: Blueprint) -> TrajectoryOperator:
@@ -337,7 +337,7 @@ def _matrices(recipe: DistillRecipe, frames: int) -> int:
 def flops(operator: TrajectoryOperator, cond: Mapping[str, Any] | None = None) -> int:
     """Returns the floating-point operations of one evaluation for one sample (2 a multiplication).
 
-    Convolutions, products of matrices and attention are counted, the rest is not.
+    Only convolutions, matrix products and attention are counted.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

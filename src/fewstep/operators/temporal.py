@@ -27,9 +27,9 @@ class TemporalConv(nn.Module):
         w_0 = w_{M/2} = 1, \text{ else } 2
 
     which is the inverse real Fourier transform of :math:`R \cdot F u`. The imaginary parts that
-    the inverse transform discards (of the mean, and of j = M/2) are no parameters here. The basis
+    the inverse transform discards (of the mean, and of j = M/2) are not parameters here. The basis
     ``dct`` uses :math:`\cos(\pi j (m + \frac12) / M)`, which does not wrap around, with one matrix
-    a mode; ``dense`` mixes any frame into any other, with :math:`M^2` matrices.
+    per mode; ``dense`` mixes every frame into every other, with :math:`M^2` matrices.
 
     References:
         | Fast Sampling of Diffusion Models via Operator Learning (Zheng et al., 2023), section 3
@@ -48,7 +48,7 @@ class TemporalConv(nn.Module):
         init: ``"zero"``, the identity exactly, or ``"published"``, uniform on
             :math:`[0, 1 / C^2)`.
         compat: Whether to keep the parameters as they were published: one tensor (C, C, J, 2)
-            with its dead part. Only with ``dft``.
+            with its unused part. Only with ``dft``.
         tokens: Whether features are (B, L, C) instead of (B, C, \*).
 
     Raises:
@@ -114,7 +114,7 @@ class TemporalConv(nn.Module):
             return
         if self.basis == "dense" and self.frames:
             raise ValueError(
-                f"the basis dense has {self.frames} frames and takes no other number, got {frames}"
+                f"the basis dense has a fixed number of frames, {self.frames}, got {frames}"
             )
         self.frames = frames
         self._lay_out()
@@ -127,13 +127,13 @@ class TemporalConv(nn.Module):
             self.synthesis = back.to(device=like.device, dtype=like.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemporalConv:
-        # The transforms are numbers, not state: they follow the parameters to device and type.
+        # The transforms are not part of the state; they follow the parameters to device and type.
         super()._apply(fn, recurse)
         self._lay_out()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        r"""Returns the features after the exchange.
+        r"""Returns the features after the exchange between frames.
 
         Arguments:
             x: Features (B M, C, \*), or (B M, L, C) of tokens; the frames of a trajectory follow
@@ -162,7 +162,9 @@ class TemporalConv(nn.Module):
             a, k = u[:, j], u[:, j] @ real[j]
             if count + j <= u.shape[1]:  # the mode has a sine: all but j = M / 2
                 b, l = u[:, count + j - 1], u[:, count + j - 1] @ real[j]  # noqa: E741
-                if j <= len(imag):  # at more frames than at first, a mode may lack its part
+                if j <= len(
+                    imag
+                ):  # with more frames than initially, a mode may lack its imaginary part
                     k, l = k - b @ imag[j - 1], l + a @ imag[j - 1]  # noqa: E741
                 sines.append(l)
             cosines.append(k)
@@ -229,7 +231,7 @@ def transforms(basis: str, modes: int, frames: int) -> tuple[Tensor, Tensor]:
 def published_parameters(
     levels: list[tuple[int, int]], modes: int = 2, *, device: str = "meta"
 ) -> int:
-    """Returns the number of published temporal parameters, the dead ones included.
+    """Returns the number of published temporal parameters, including the unused ones.
 
     Arguments:
         levels: (channels, number of blocks) for each level.

@@ -36,7 +36,7 @@ LOG_EVERY = 10
 
 
 class Trajectories(Protocol):
-    """The training data: :class:`fewstep.trajectories.TrajectoryStore`, or anything like it."""
+    """The training data: :class:`fewstep.trajectories.TrajectoryStore`, or an object of the same interface."""
 
     @property
     def times(self) -> Tensor:
@@ -58,7 +58,7 @@ class Trajectories(Protocol):
 def distill_inputs(
     denoiser: Denoiser, store: Trajectories, recipe: DistillRecipe
 ) -> dict[str, Any]:
-    """Returns the inputs of a run beside the recipe: teacher, trajectories, features."""
+    """Returns the inputs of a run other than the recipe: teacher, trajectories, features."""
     stored = dict(store.settings)
     about = [stored, len(store), store.times.tolist()]
     features = hash_inputs(recipe.features) if isinstance(recipe.features, str) else None
@@ -78,7 +78,7 @@ class Trainer:
         out: The folder.
         recipe: The recipe.
         loss: The loss, (N, \*), (N, \*) to (N).
-        sites: The modules with a temporal block behind; left out, those of a known network.
+        sites: The modules after which temporal blocks are inserted; left out, the known sites.
         device: The device.
     """
 
@@ -105,7 +105,7 @@ class Trainer:
         self.accelerator = _accelerator(device)
         first = store.read([0])
         example = {name: value[:1] for name, value in first.conditions.items()}
-        with torch.random.fork_rng(devices=[]):  # the caller's generator is not advanced
+        with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
             torch.manual_seed(recipe.seed)
             self.student = make_student(denoiser, recipe, stored, sites=sites, example=example)
         self.student = self.student.to(self.accelerator.device)
@@ -128,7 +128,7 @@ class Trainer:
         tensorboard: bool,
         progress: Progress = SILENT,
     ) -> None:
-        """Runs the steps that are left, with checkpoints, log and progress.
+        """Runs the remaining steps, with checkpoints, log and progress.
 
         Raises:
             ValueError: If the folder has a run of another recipe, or the loss is not finite.
@@ -204,7 +204,7 @@ class Trainer:
         each = self.state_loss(states.float().flatten(0, 1), target.flatten(0, 1))
         if each.shape != (batch * frames,):
             raise ValueError(
-                f"a distance returns one number a state, shape ({batch * frames},), got "
+                f"a distance returns one number per state, shape ({batch * frames},), got "
                 f"{tuple(each.shape)}"
             )
         return each.unflatten(0, (batch, frames)).mean(0)
