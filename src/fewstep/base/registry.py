@@ -17,11 +17,28 @@ class Registry(Mapping[str, T], Generic[T]):
     Arguments:
         kind: What the entries are, in the words of an error message (``"solver"``).
         entries: The mapping itself, in the order in which it is listed to users.
+        aliases: The names of other libraries, by which an entry is found too, and their options. They
+            are not listed; an entry of the same name has precedence.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, T]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        entries: Mapping[str, T],
+        aliases: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None,
+    ) -> None:
         self.kind = kind
         self._entries = dict(entries)
+        self._aliases = {k: v for k, v in (aliases or {}).items() if k not in self._entries}
+        for name, (ours, _) in self._aliases.items():
+            if ours not in self._entries:
+                raise AssertionError(f"the alias {name!r} is of {ours!r}, which is no {kind}")
+
+    def own(self, name: str) -> tuple[str, Mapping[str, Any]]:
+        """Returns the name of an entry here, and the options that an alias of it stands for."""
+        if isinstance(name, str) and name not in self._entries and name in self._aliases:
+            return self._aliases[name]
+        return name, {}
 
     def __getitem__(self, name: str) -> T:
         """Returns the entry of that name.
@@ -30,12 +47,15 @@ class Registry(Mapping[str, T], Generic[T]):
             ValueError: If there is no such entry; the message has the nearest names.
         """
         try:
-            return self._entries[name]
+            ours, options = self.own(name)
+            entry = self._entries[ours]
         except (KeyError, TypeError):
-            raise ValueError(unknown(self.kind, name, self._entries)) from None
+            known, others = list(self._entries), list(self._aliases)
+            raise ValueError(unknown(self.kind, name, known, others)) from None
+        return functools.partial(entry, **options) if options else entry  # type: ignore[return-value,operator]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._entries
+        return isinstance(name, str) and (name in self._entries or name in self._aliases)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -47,11 +67,18 @@ class Registry(Mapping[str, T], Generic[T]):
         return f"Registry({self.kind!r}, {list(self._entries)})"
 
 
-def unknown(kind: str, name: object, known: Mapping[str, object] | list[str]) -> str:
+def unknown(
+    kind: str,
+    name: object,
+    known: Mapping[str, object] | list[str],
+    aliases: Iterable[str] = (),
+) -> str:
     """Returns the message for an unknown name: what was got, near matches, what is known."""
     names = sorted(known)
     text = f"{name!s:.60}".lower().replace("_", "-")
-    lowered = {known_name.lower(): known_name for known_name in names}
+    lowered = {
+        known_name.lower().replace("_", "-"): known_name for known_name in [*aliases, *names]
+    }
     close = [lowered[c] for c in difflib.get_close_matches(text, lowered, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"Unknown {kind} {name!r:.60}.{hint} Known: {', '.join(names)}."

@@ -51,6 +51,7 @@ def app() -> App:
         ("train", "train", "train", "Train a small diffusion model on your images."),
         ("plan", "plan", "plan_app", "Read, check, compare and make plans (samplers as data)."),
         ("solvers", "listing", "solvers", "List the solvers, or describe one."),
+        ("grids", "listing", "grids", "List the time grids, or describe one."),
         ("models", "listing", "models", "List the embedded models."),
     ):
         made.command(f"fewstep.cli.{module}:{function}", name=name, help=text)

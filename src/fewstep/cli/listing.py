@@ -1,4 +1,4 @@
-"""``fewstep solvers`` and ``fewstep models``: what there is."""
+"""``fewstep solvers``, ``fewstep grids`` and ``fewstep models``: what there is."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def solvers(name: str | None = None) -> None:
 
     if name is not None:
         say_result(inspect.getdoc(_class(SOLVERS[name])) or "")
+        _say_aliases("solver", SOLVERS.own(name)[0])
         say(f"\nnext: fewstep sample fashion --solver {name} --out samples")
         return
 
@@ -47,7 +48,72 @@ def solvers(name: str | None = None) -> None:
         )
         rows.append(row)
     _print(columns, rows)
+    _print_aliases("solver")
     say("\nnext: fewstep solvers NAME, or fewstep sample fashion --solver NAME --out samples")
+
+
+def grids(name: str | None = None) -> None:
+    """List the time grids; with a name, say everything about one.
+
+    Args:
+        name: A grid.
+    """
+    from fewstep.diffusion.grids import GRIDS
+
+    if name is not None:
+        ours = GRIDS.own(name)[0]
+        say_result(inspect.getdoc(_class(GRIDS[name])) or "")
+        say_result(f"\nOptions: {_options(GRIDS[ours])}")
+        _say_aliases("grid", ours)
+        say(f"\nnext: fewstep sample fashion --grid {ours} --out samples")
+        return
+    rows = [(key, _options(build), _sentence(build)) for key, build in GRIDS.items()]
+    _print((("grid", "left"), ("options", "left"), ("what it is", "left")), rows)
+    _print_aliases("grid")
+    say("\nnext: fewstep grids NAME, or fewstep sample fashion --grid NAME --out samples")
+
+
+def _options(build: Any) -> str:
+    """Returns the options of a grid with their defaults; those that need no value are only named."""
+    parts = []
+    for parameter in list(inspect.signature(build).parameters.values())[2:]:
+        given = parameter.default not in (None, parameter.empty)
+        parts.append(f"{parameter.name}={parameter.default}" if given else parameter.name)
+    return ", ".join(parts)
+
+
+def _print_aliases(kind: str) -> None:
+    """Prints the names of other libraries, each with ours."""
+    say_result("\nnames of other libraries:\n")
+    columns = [(n, "left") for n in ("their name", "ours", "options", "match", "where", "remark")]
+    _print(columns, [row for row, _ in _alias_rows(kind)])
+
+
+def _say_aliases(kind: str, ours: str) -> None:
+    """Says by which names other libraries know an entry."""
+    names = [f"{row[0]} ({row[4]}, {row[3]})" for row, entry in _alias_rows(kind) if entry == ours]
+    if names:
+        say_result(f"\nIn other libraries: {', '.join(names)}.")
+
+
+def _alias_rows(kind: str) -> list[tuple[tuple[str, ...], str]]:
+    from fewstep.base.aliases import ALIASES
+
+    return [
+        (
+            (
+                row.name,
+                row.ours or "none",
+                ", ".join(f"{k}={v}" for k, v in row.options.items()),
+                row.match,
+                ", ".join(row.where),
+                row.note,
+            ),
+            row.ours,
+        )
+        for row in ALIASES
+        if row.kind == kind
+    ]
 
 
 def models() -> None:
@@ -80,9 +146,9 @@ def _print(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) ->
     console(result=True).print(table)
 
 
-def _class(build: Any) -> type:
+def _class(build: Any) -> Any:
     return getattr(build, "func", build)
 
 
-def _sentence(kind: type) -> str:
+def _sentence(kind: Any) -> str:
     return (inspect.getdoc(kind) or "").partition("\n")[0].replace("``", "")

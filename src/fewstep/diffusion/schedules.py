@@ -42,6 +42,8 @@ class NoiseSchedule(ABC):
             :math:`s = \sigma / (\alpha + \sigma)` as their coordinate, in which every schedule is a
             rectified flow, :math:`d(x / (\alpha + \sigma)) / ds = \varepsilon - x_0`, and not
             :math:`\rho`, which falls so steeply near pure noise that the stages amplify errors.
+        time_is_rho: Whether the time is :math:`\rho` itself. Networks are then conditioned on its
+            logarithm, in which the grids of other libraries that are even in "timesteps" are even.
         suits: For solvers' default grids that waste steps or diverge in this schedule's time, the grid
             to use instead.
     """
@@ -52,6 +54,7 @@ class NoiseSchedule(ABC):
     t_zero: float = 0.0
     discrete: bool = False
     flow_coordinate: bool = False
+    time_is_rho: bool = False
     suits: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
@@ -300,6 +303,7 @@ class EDM(NoiseSchedule):
     """
 
     name = "edm"
+    time_is_rho = True
     suits = dict.fromkeys(("uniform", "quadratic", "power"), "logistic")
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
@@ -340,6 +344,7 @@ class VPSigma(NoiseSchedule):
     """
 
     name = "vp-sigma"
+    time_is_rho = True
     suits = dict.fromkeys(("uniform", "quadratic", "power", "karras"), "logistic")
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 700.0) -> None:

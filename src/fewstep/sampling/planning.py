@@ -23,7 +23,12 @@ EXPLICIT = "explicit"
 ENDS = ("strength", "t_start", "t_end", "to_zero")
 """The options that every evenly spaced grid has."""
 
-GRID_OPTIONS = frozenset({*ENDS, "power", "rho", "center", "scale", "times"})
+GRID_OPTIONS = frozenset(
+    name
+    for build in GRIDS.values()
+    for name in inspect.signature(build).parameters
+    if name not in ("schedule", "steps")
+)
 """The options of a request that belong to its grid; all others are the solver's."""
 
 MOST_PLANS = 128
@@ -327,7 +332,7 @@ def _grid(
     else:
         count = steps
         if nfe is not None:
-            own = method.default_grid[1] if grid is None else {}
+            own = method.default_grid[1] if grid is None else _defaults(grid)
             count = method.steps_for(nfe, ends_at_zero=_to_zero(schedule, {**own, **options}))
         if grid == EXPLICIT:
             count = None
@@ -340,6 +345,12 @@ def _grid(
     if steps is not None and found.steps != steps:
         raise ValueError(f"the grid has {found.steps} steps, not {steps}")
     return found
+
+
+def _defaults(grid: str) -> Mapping[str, Any]:
+    """Returns whether a grid ends at zero by itself, as an option."""
+    end = inspect.signature(GRIDS[grid]).parameters.get("to_zero")
+    return {} if end is None else {"to_zero": end.default}
 
 
 def _to_zero(schedule: NoiseSchedule, options: Mapping[str, Any]) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from fewstep.diffusion.grids import TimeGrid
+from fewstep.diffusion.grids import GRIDS, TimeGrid
 from fewstep.plans.plan import Plan
+from fewstep.solvers import SOLVERS
 from fewstep.solvers.base import Solver
 
 UNSET: Final = None
@@ -26,7 +27,8 @@ class SamplerRequest:
     ``"auto"`` and contradictions are the matter of :func:`fewstep.resolve`.
 
     Attributes:
-        solver: A name in :data:`fewstep.SOLVERS`, ``"auto"``, or a solver.
+        solver: A name in :data:`fewstep.SOLVERS`, ``"auto"``, or a solver. A name that another library has for it
+            becomes ours, with the options that it stands for; so does that of a grid.
         nfe: The number of network evaluations; or
         steps: the number of steps.
         grid: A name in :data:`fewstep.GRIDS`, ``"auto:FILE"`` (the times of a profile), or a grid.
@@ -56,6 +58,12 @@ class SamplerRequest:
                 f"options must be a mapping such as {{'eta': 0.5}}, got {self.options!r:.60}"
             )
         given = {str(k): v for k, v in self.options.items() if v is not None}
+        for name, registry in (("solver", SOLVERS), ("grid", GRIDS)):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                ours, meant = registry.own(value)
+                object.__setattr__(self, name, ours)
+                given = {**meant, **given}
         object.__setattr__(self, "options", given)
         expected: dict[str, tuple[tuple[type, ...], str]] = {
             "solver": ((str, Solver), "a name or a solver"),
