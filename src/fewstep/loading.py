@@ -93,7 +93,7 @@ def _with_profile(denoiser: Denoiser, folder: Path) -> Denoiser:
             denoiser.profile = profile
         else:
             logger.warning(
-                "%s was measured of other weights than these, so auto takes the static default; "
+                "%s was measured on other weights than these, so auto uses the static default; "
                 "measure the model again with fewstep fit %s --overwrite",
                 file,
                 folder,

@@ -310,7 +310,7 @@ class Table(nn.Module):
 
 def test_networks_of_whole_timesteps():
     assert distance(Table(), DDPM, integer_times=True, nfe=25) < 0.01
-    with pytest.raises(ValueError, match=r"wants whole timesteps.*integer_times=True"):
+    with pytest.raises(ValueError, match=r"needs integer timesteps.*integer_times=True"):
         distance(Table(), DDPM)
 
 
@@ -346,13 +346,13 @@ def test_a_function_is_told_where_its_network_is():
     assert seen == [{"meta"}]
 
 
-def test_another_place_is_said_to_be_the_reason():
+def test_a_network_on_another_device_gets_a_hint():
     def network(x, t):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found cuda:0 and cpu"
         )
 
-    with pytest.raises(ValueError, match=r"say where: Denoiser.wrap\(..., device="):
+    with pytest.raises(ValueError, match=r"give it: Denoiser.wrap\(..., device="):
         distance(network)
 
 

@@ -137,9 +137,9 @@ def test_blocks_that_are_refused(change, message):
         TemporalConv(4, **{"modes": 2, **change})
 
 
-def test_dense_has_the_frames_that_it_has():
+def test_dense_has_a_fixed_number_of_frames():
     block = TemporalConv(4, frames=4, basis="dense")
-    with pytest.raises(ValueError, match="has 4 frames"):
+    with pytest.raises(ValueError, match="fixed number of frames, 4"):
         block.set_frames(8)
 
 
@@ -678,10 +678,10 @@ def test_damaged_weights_are_refused(tmp_path):
         fewstep.load(tmp_path)
 
 
-def test_what_no_operator_is_made_of():
+def test_models_that_cannot_become_operators_are_refused():
     with pytest.raises(ValueError, match="no parameters to train"):
         TrajectoryOperator(fewstep.load("mixture-smooth"), Layout(times=(0.1,), start=1.0))
-    with pytest.raises(ValueError, match="not of Guided"):
+    with pytest.raises(ValueError, match="not Guided"):
         TrajectoryOperator(fewstep.Guided(teacher(), 2.0), Layout(times=(0.1,), start=0.9))
     with pytest.raises(TypeError, match="a Denoiser"):
         TrajectoryOperator(Own(), Layout(times=(0.1,), start=0.9))

@@ -133,11 +133,11 @@ for kind, source in (("plan", PLAN), ("recipe", RECIPE)):
         ),
         f"{kind} and another nfe": (
             {kind: source, "nfe": 7},
-            f"this {kind} makes 4 evaluations, not 7; leave nfe out, or take another {kind}",
+            f"this {kind} makes 4 evaluations, not 7; leave nfe out, or use another {kind}",
         ),
         f"{kind} and another number of steps": (
             {kind: source, "steps": 7},
-            f"this {kind} has 4 steps, not 7; leave steps out, or take another {kind}",
+            f"this {kind} has 4 steps, not 7; leave steps out, or use another {kind}",
         ),
     }
 
@@ -334,8 +334,8 @@ def test_a_contradiction_has_one_text_at_every_command(name, case, tmp_path, cap
 # A model with a built-in sampler
 
 OPERATOR = (
-    "this model has a built-in sampler, of one evaluation, and takes no other; leave {} out, or "
-    "take the model that it was distilled from"
+    "this model has a built-in sampler of one evaluation and cannot use another; leave {} out, or "
+    "use the model that it was distilled from"
 )
 
 
@@ -411,7 +411,7 @@ def test_auto_holds_a_grid_that_is_given():
 
 
 def test_an_image_and_a_head_start_are_two_beginnings():
-    message = "an image and a head start are two beginnings of one run"
+    message = "an image and a head start both set the initial state"
     for given in (
         {"solver": "ddim", "nfe": 3, "head_start": 0.5},
         {"plan": fewstep.plan("ddim", SCHEDULE, nfe=3, head_start=0.5)},
@@ -439,7 +439,7 @@ def test_guidance_of_model_and_recipe():
 
 def test_a_profile_is_for_its_model():
     other = Profile(SCHEDULE, "abc", PROFILE.entries, PROFILE.recommended, guidance=1.0)
-    with pytest.raises(ValueError, match="measured of another model"):
+    with pytest.raises(ValueError, match="measured on another model"):
         fewstep.sample(MODEL, 2, profile=other)
     mine = Profile(SCHEDULE, MODEL.fingerprint(), PROFILE.entries, PROFILE.recommended, 3.0)
     with pytest.raises(ValueError, match="measured with guidance 3, this run has 1"):

@@ -127,7 +127,7 @@ WHOLE = fewstep.plan("ddim", VP, nfe=4)
         ),
         (VP, {"image": IMAGE, "strength": 0.5, "head_start": 0.3}, "both the first time"),
         (VP, {"image": IMAGE, "strength": 0.5, "options": {"strength": 0.5}}, "given twice"),
-        (VP, {"image": IMAGE, "strength": 0.5, "options": {"times": [1, 0.5]}}, "times that are"),
+        (VP, {"image": IMAGE, "strength": 0.5, "options": {"times": [1, 0.5]}}, "the given times"),
         (VP, {"image": IMAGE, "options": {"t_start": "half"}}, r"a time in \(0.001, 1\]"),
         (VP, {"strength": 0.5}, "there is no image; give image="),
         (VP, {"strength": 0.5, "solver": "dopri5"}, "there is no image; give image="),

@@ -147,7 +147,7 @@ def test_recipes_take_the_times_over(file):
     assert again == recipe
     assert again.plan_for(VP).knots.tolist() == list(grids().entries[2].times)
     outside = json.loads(text) | {"grid": f"auto:{file}"}
-    with pytest.raises(ValueError, match="not in another file"):
+    with pytest.raises(ValueError, match="not those of another file"):
         SamplerRecipe.from_json(json.dumps(outside))
 
 
@@ -155,7 +155,7 @@ def test_what_does_not_fit(file):
     name = f"auto:{file}"
     with pytest.raises(ValueError, match="measured for the schedule 'vp-linear'"):
         fewstep.plan("tab3", fewstep.schedule("ddpm-linear"), nfe=4, grid=name)
-    with pytest.raises(ValueError, match="not in another file"):
+    with pytest.raises(ValueError, match="not those of another file"):
         SamplerRecipe(nfe=4, grid=name)
     with pytest.raises(ValueError, match="has its times already, got power"):
         fewstep.plan("tab3", VP, nfe=4, grid=name, power=2.0)

@@ -69,7 +69,7 @@ REFUSED = {
     "hostile schedule": ({"schedule": {"name": "ddpm-linear", "levels": 10**12}}, "levels"),
     "a schedule of huge numbers": (
         {"schedule": {"name": "vp-linear", "beta_min": 10**400, "beta_max": 10**401}},
-        "cannot be made",
+        "cannot be created",
     ),
     "unknown schedule": ({"schedule": {"name": "vp"}}, "Unknown schedule"),
     "huge head start": (

@@ -1,1 +1,1 @@
-"""Networks in one coordinate system: denoisers and what wraps them, exact models, model folders."""
+"""Denoisers: networks with their schedule and prediction; wrappers, exact models, model folders."""

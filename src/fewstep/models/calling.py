@@ -1,7 +1,7 @@
-r"""One evaluation of somebody's network: types and devices in, one tensor like the state out.
+r"""One evaluation of a user's network: handles types and devices, returns one tensor like the state.
 
 Networks return tensors, tuples, dicts, objects with ``.sample`` and twice the channels; they have weights in half, single or double
-precision, on another device, and may have been left in training mode. All that is taken care of here, once.
+precision, on another device, and may have been left in training mode. This module handles all of that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fewstep.diffusion.prediction import Prediction
 logger = logging.getLogger("fewstep")
 
 COMPUTING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The types in which networks compute; weights of others (quantised ones) do not count."""
+"""The types in which networks compute; weights of other types (quantised ones) are ignored."""
 
 NAMES = {
     Prediction.EPS: ("eps", "epsilon", "noise"),
@@ -30,11 +30,11 @@ NAMES = {
     Prediction.SCORE: ("score",),
     Prediction.FLOW: ("flow", "velocity", "v"),
 }
-"""The keys under which a dict may have a prediction, besides ``sample``."""
+"""The keys of a prediction in a dict, besides ``sample``."""
 
 
 class NetworkCall(nn.Module):
-    """A module that calls a network in another way and has no layers of its own.
+    """A module that adapts the arguments of a network and has no layers of its own.
 
     Attributes:
         network: The network inside.
@@ -44,17 +44,17 @@ class NetworkCall(nn.Module):
 
 
 def innermost(network: Any) -> Any:
-    """Returns the network inside of modules that only call it."""
+    """Returns the network inside of modules that only adapt its arguments."""
     while isinstance(network, NetworkCall):
         network = network.network
     return network
 
 
 def modules_of(network: Any) -> list[nn.Module]:
-    """Returns the modules that a callable runs, as far as can be seen.
+    """Returns the modules that a callable visibly runs.
 
-    Those are itself, what a bound method or a :func:`functools.partial` belongs to, what a function
-    refers to by name, and the attributes of any other object.
+    Those are itself, the object of a bound method or a :func:`functools.partial`, the modules that a
+    function refers to by name, and the attributes of any other object.
     """
     network = innermost(network)
     if isinstance(network, nn.Module):
@@ -81,7 +81,7 @@ def modules_of(network: Any) -> list[nn.Module]:
 
 @contextmanager
 def evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Puts modules in evaluation mode (no dropout, fixed batch norms), then back as they were."""
+    """Sets modules to eval mode (no dropout, fixed batch norms), and afterwards back to their modes."""
     training = [m for module in modules for m in module.modules() if m.training]
     for module in modules:
         module.eval()
@@ -96,7 +96,7 @@ def computing_dtype(network: Any) -> torch.dtype | None:
     """Returns the type of the first weights of a module; ``None`` for functions and modules without."""
     if not isinstance(network, nn.Module):
         return None
-    # In each evaluation: .parameters() is slow to begin.
+    # Run in each evaluation, where .parameters() is slow to start.
     for module in network.modules():
         for p in module._parameters.values():
             if p is not None and p.dtype in COMPUTING:
@@ -105,14 +105,14 @@ def computing_dtype(network: Any) -> torch.dtype | None:
 
 
 class NetworkCaller:
-    """Calls a network on its device and in its type.
+    """Evaluates a network on its device and in its type.
 
     The state and floating conditions are cast to the type of the network's weights, the output back
-    to the state's. Times keep at least single precision, unless the network refuses that.
+    to the state's. Times have at least single precision, unless the network fails with it.
 
     Arguments:
         network: The network.
-        device: Where it is; left out, where the state is.
+        device: Its device; left out, that of the state.
         dtype: The type in which it computes; left out, that of its weights, for modules.
     """
 
@@ -121,13 +121,13 @@ class NetworkCaller:
     ) -> None:
         self.device, self.dtype = device, dtype
         self._taken: dict[torch.dtype, int] = {}
-        # Weak: a copy of a function runs the same modules, and nobody but it holds them.
+        # Weak references: a copy of a function runs the same modules, and only the function owns them.
         self._modules = [weakref.ref(m) for m in modules_of(network)]
         owner = getattr(network, "__self__", network)
         self._is_module = isinstance(innermost(owner), nn.Module)
 
     def modules(self, network: Any) -> list[nn.Module]:
-        """Returns the modules that the network, or a copy of it, runs, as far as can be seen."""
+        """Returns the modules that the network, or a copy of it, visibly runs."""
         if isinstance(inner := innermost(network), nn.Module):
             return [inner]
         return [m for ref in self._modules if (m := ref()) is not None]
@@ -145,12 +145,12 @@ class NetworkCaller:
         r"""Returns the prediction, with the shape, type and device of the state.
 
         Arguments:
-            network: The network; a copy of that of the beginning is fine.
+            network: The network, or a copy of it.
             x: The state, with shape (B, \*).
             t: The times, with shape (B), float32, float64 or int64.
             cond: The conditions, ready for the batch.
-            prediction: What is predicted, to find it in a dict.
-            training: Whether a module in training mode is left so.
+            prediction: The prediction, to select it from a dict.
+            training: Whether a module in training mode stays in it.
 
         Raises:
             ValueError: If the output has another shape, or the network fails for a reason that an
@@ -170,7 +170,7 @@ class NetworkCaller:
         cond: Mapping[str, Any],
         prediction: Prediction,
     ) -> Tensor:
-        if isinstance(network, NetworkCall):  # which calls its own network so
+        if isinstance(network, NetworkCall):  # it evaluates its own network like this
             value = network(x, t, **cond)
         else:
             value = self._evaluate(network, x, t, cond)
@@ -180,7 +180,7 @@ class NetworkCaller:
     def _evaluate(
         self, network: Callable[..., Any], x: Tensor, t: Tensor, cond: Mapping[str, Any]
     ) -> Any:
-        """Calls with the first types that the network takes, and keeps to them."""
+        """Evaluates with the first types that the network accepts, and uses these from then on."""
         types = self._types(network, x.dtype, t.dtype)
         first: Exception | None = None
         for place in range(self._taken.get(x.dtype, 0), len(types)):
@@ -207,7 +207,7 @@ class NetworkCaller:
     def _types(
         self, network: Any, state: torch.dtype, times: torch.dtype
     ) -> list[tuple[torch.dtype, torch.dtype]]:
-        """Returns the types of state and times in the order to be tried."""
+        """Returns the types of state and times in the order of trial."""
         if self._is_module or self.dtype:
             own = self.dtype or next(map(computing_dtype, self.modules(network)), None) or state
             kinds = [own]
@@ -225,7 +225,7 @@ class NetworkCaller:
 
 
 def is_type_error(error: Exception) -> bool:
-    """Returns whether tensors of different floating types met."""
+    """Returns whether an error is about tensors of different floating types."""
     text = str(error)
     return isinstance(error, RuntimeError) and (
         "Long" not in text
@@ -246,25 +246,27 @@ def _cast(value: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
 def _hint(error: str, t: Tensor) -> str | None:
     """Returns which argument of ``Denoiser.wrap`` helps against an error, if one does."""
     if "same device" in error:
-        return "If the network is elsewhere, say where: Denoiser.wrap(..., device='cuda')"
+        return "If the network is on another device, give it: Denoiser.wrap(..., device='cuda')"
     whole = ("Long, Int", "scalar type Long", "used as indices must be", "only integer tensors")
     if t.is_floating_point() and any(text in error for text in whole):
         return (
-            "If the network wants whole timesteps, as one with a table of embeddings does, say so: "
+            "If the network needs integer timesteps, as one with a table of embeddings does, give "
             "Denoiser.wrap(..., integer_times=True)"
         )
     if "dtype" in error or "expected scalar type" in error:
-        return "Say in which type the network computes: Denoiser.wrap(..., dtype=torch.float16)"
+        return (
+            "Give the type in which the network computes: Denoiser.wrap(..., dtype=torch.float16)"
+        )
     if "index out of range" in error or "out of bounds" in error:
         return (
             "A label or a timestep is outside of the network's table; give num_classes= to "
-            "Denoiser.wrap to have labels checked, and to_model_time= if it counts time otherwise"
+            "Denoiser.wrap to have labels checked, and to_model_time= if its timesteps are others"
         )
     return None
 
 
 def model_output(value: Any, x: Tensor, prediction: Prediction) -> Tensor:
-    r"""Returns the prediction in what a network returned, with the state's shape.
+    r"""Returns the prediction from a network's return value, with the state's shape.
 
     That is the tensor itself, the first element of a tuple or list, the attribute ``sample``, or an
     entry of a dict: ``sample``, the name of the prediction, or the only tensor. Of twice the
@@ -277,7 +279,7 @@ def model_output(value: Any, x: Tensor, prediction: Prediction) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(
             f"the network must return a tensor of the state's shape {tuple(x.shape)}, got "
-            f"{_described(value)}; a tuple, a dict or an object with .sample that has one will do"
+            f"{_described(value)}; a tuple, a dict or an object with .sample that has one is accepted"
         )
     if not output.is_floating_point():
         raise ValueError(f"the network must return real numbers, got {output.dtype}")

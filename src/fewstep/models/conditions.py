@@ -1,8 +1,8 @@
-r"""Conditions: what a network is given besides the state and the time, for n numbered samples.
+r"""Conditions: the arguments of a network besides the state and the time, for n numbered samples.
 
-A condition is a keyword argument of the network: ``class_labels=``, ``prompt=``, ``encoder_hidden_states=``. Whatever a user
-writes (a number, a list, a numpy array, a tensor on any device) is checked and converted here, once, before the first evaluation;
-everybody else slices and repeats what comes out. In *ready* conditions a tensor with dimensions and a list have one row for each
+A condition is a keyword argument of the network: ``class_labels=``, ``prompt=``, ``encoder_hidden_states=``. A user's
+value (a number, a list, a numpy array, a tensor on any device) is checked and converted here, once, before the first evaluation;
+all other code only slices and repeats the result. In *ready* conditions a tensor with dimensions and a list have one row for each
 sample; everything else (a number, a flag, a text, ``None``, a tensor without dimensions) is shared by all samples.
 """
 
@@ -29,13 +29,13 @@ class AcceptedConditions:
 
     Attributes:
         names: Their names; ``None`` if any name is accepted.
-        required: The names that the network cannot do without.
-        plain: The names whose numbers are passed as they are: parameters of the network with a
+        required: The names without a default.
+        plain: The names whose numbers are passed unchanged: parameters of the network with a
             number, a flag or a text as default or annotation (``num_frames=16``). Any other integer is
             a label, one for each sample.
-        num_classes: The number of classes, if it is known: labels are then from 0 to one less.
+        num_classes: The number of classes N, if it is known: labels are then from 0 to N - 1.
         any_of: If not empty, one of these must be given (guidance has nothing to guide otherwise).
-        owner: Who takes them, for messages.
+        owner: The name of the network, for messages.
     """
 
     names: frozenset[str] | None = None
@@ -49,7 +49,7 @@ class AcceptedConditions:
     def of(
         cls, network: Callable[..., Any], *, num_classes: int | None = None
     ) -> AcceptedConditions:
-        """Returns what the signature of ``network(x, t, **conditions)`` says."""
+        """Returns the conditions in the signature of ``network(x, t, **conditions)``."""
         if num_classes is None:
             own = getattr(network, "num_classes", None)
             num_classes = own if type(own) is int and own > 0 else None
@@ -71,7 +71,7 @@ class AcceptedConditions:
         )
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raises ``ValueError`` if a name is not known, or one that is needed is missing."""
+        """Raises ``ValueError`` if a name is not known, or a required one is missing."""
         if self.names is not None and (others := sorted(set(names) - self.names)):
             if not self.names:
                 raise ValueError(
@@ -104,14 +104,14 @@ def _is_plain(parameter: inspect.Parameter) -> bool:
 
 
 class Conditioned(Protocol):
-    """What is asked of a denoiser."""
+    """The part of a denoiser that conditions need."""
 
     accepts: AcceptedConditions
     null_condition: Mapping[str, Any]
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         ...
 
 
@@ -153,12 +153,12 @@ class Conditions:
         Arguments:
             denoiser: The model: the names it takes, its classes, its null conditions.
             n: The number of samples.
-            cond: The conditions as a user gave them.
+            cond: The conditions as the user gave them.
             first: The number of the first sample.
 
         Raises:
             ValueError: If a name is unknown or missing, a number of rows is neither 1 nor n, or a
-                label is no integer or not one of the classes.
+                label is not an integer or not one of the classes.
             TypeError: If a value cannot be converted.
         """
         accepts, null = denoiser.accepts, denoiser.null_condition
@@ -189,22 +189,22 @@ def select(cond: Mapping[str, Any], rows: Sequence[int] | Tensor) -> dict[str, A
 
 
 def repeat(cond: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """Returns ready conditions with each row repeated so often, one after the other."""
+    """Returns ready conditions with each row repeated, copies next to each other."""
     return {name: _repeated(value, times) for name, value in cond.items()}
 
 
 def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the ready conditions of two parts of a batch, one after the other."""
+    """Returns the ready conditions of two parts of a batch, concatenated."""
     return {name: _joined(value, second[name]) for name, value in first.items()}
 
 
 def is_label(name: str, null: Mapping[str, Any]) -> bool:
-    """Returns whether a condition is a class label: by its name, or by a whole number for none."""
+    """Returns whether a condition is a class label: by its name, or by an integer null value."""
     return type(null.get(name)) is int or name in LABELS
 
 
 def _converted(name: str, value: Any) -> Any:
-    """Numbers in lists and arrays become tensors; texts a list; what is shared stays."""
+    """Numbers in lists and arrays become tensors, texts a list; shared values are unchanged."""
     if isinstance(value, Tensor):
         if value.is_complex() or value.is_quantized:
             raise TypeError(f"the condition {name!r} must be real numbers, got {value.dtype}")
@@ -273,7 +273,7 @@ def _spread(
     if isinstance(value, Tensor):
         whole = not value.is_floating_point() and value.dtype != torch.bool
     if name in null or is_label(name, null) or (whole and name not in accepts.plain):
-        # One value for each sample: guidance puts the null value beside each.
+        # One value for each sample: guidance appends the null value for each.
         if isinstance(value, Tensor):
             return value.expand(n)
         number = isinstance(value, (bool, int, float))
@@ -284,7 +284,7 @@ def _spread(
 def _check_labels(
     name: str, value: Any, accepts: AcceptedConditions, null: Mapping[str, Any]
 ) -> None:
-    """Raises unless labels are among the classes, as far as those are known."""
+    """Raises unless labels are among the classes, if those are known."""
     none = null.get(name)
     classes = accepts.num_classes
     if not is_label(name, null) or (classes is None and type(none) is not int):

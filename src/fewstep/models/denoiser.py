@@ -20,9 +20,9 @@ from fewstep.models.conditions import AcceptedConditions, Conditions
 
 
 class Denoiser(nn.Module, ABC):
-    r"""A network with the noise schedule that it was trained with: what every sampler takes.
+    r"""A network with the noise schedule that it was trained with: the model of every sampler.
 
-    It is made by :func:`fewstep.load` or :meth:`Denoiser.wrap`, and gives any of the five predictions
+    It is created by :func:`fewstep.load` or :meth:`Denoiser.wrap`, and returns any of the five predictions
     of :class:`fewstep.Prediction` at a state :math:`x = \alpha(t) x_0 + \sigma(t) \varepsilon`:
 
     .. code-block:: python
@@ -30,20 +30,20 @@ class Denoiser(nn.Module, ABC):
         eps = denoiser(x, 0.5)                        # (B, *) -> (B, *)
         x0 = denoiser(x, 0.5, prediction="x0", class_labels=[1, 2, 3])
 
-    A model of one's own kind derives from it: it sets ``schedule``, ``native`` and ``event_shape`` and
+    A custom model derives from it: it sets ``schedule``, ``native`` and ``event_shape`` and
     defines :meth:`raw`.
 
     Attributes:
         schedule: The noise schedule, :math:`\alpha(t)` and :math:`\sigma(t)`.
-        native: What the network predicts; other predictions are converted exactly.
+        native: The network's own prediction; others are converted exactly.
         event_shape: The shape of one sample, (C, H, W) for images, or ``None`` if it is not known.
-        null_condition: For each condition, the value that stands for none (for guidance).
+        null_condition: For each condition its null value (for guidance).
         accepts: The conditions that the network takes.
-        unguided: What is said if guidance is asked for and there is no null condition.
-        integer_times: Whether the network takes whole timesteps only; grids are rounded then.
+        unguided: The error message for guidance without a null condition.
+        integer_times: Whether the network takes integer timesteps only; grids are then rounded.
         data_mean: The mean of the data, a number or of the event's shape (for a head start).
         data_std: The standard deviation of the data, likewise.
-        profile: What was measured of it (:class:`fewstep.Profile`), which ``auto`` takes, or ``None``.
+        profile: Its :class:`fewstep.Profile`, which ``auto`` uses, or ``None``.
         passes: The forward passes of the network in one evaluation (2 with guidance).
     """
 
@@ -74,7 +74,7 @@ class Denoiser(nn.Module, ABC):
         Arguments:
             x: The state, with shape (B, \*).
             t: The time in the schedule's units, a number or a tensor with shape () or (B).
-            prediction: What is wanted: ``"eps"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``.
+            prediction: The prediction to return: ``"eps"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``.
             cond: The conditions, e.g. ``class_labels``: for all samples, or one for each.
 
         Raises:
@@ -115,14 +115,14 @@ class Denoiser(nn.Module, ABC):
         return Conditions.of(self, n, cond).at(range(n))
 
     def built_in_sampler(self) -> Any:
-        """Returns the built-in sampler of this model, or ``None``: any solver samples it then."""
+        """Returns the built-in sampler of this model, or ``None`` if any solver samples it."""
         return None
 
     def fingerprint(self) -> str:
-        """Returns a SHA-256 of what this model is: schedule, prediction, shape and every weight.
+        """Returns a SHA-256 of the model: schedule, prediction, shape and all weights.
 
-        Two models with the same fingerprint predict the same, as far as can be told without reading
-        code: a plain function has no weights to hash. Guidance is part of a sampler, not of a model.
+        Models with the same fingerprint have the same predictions, except that code is not hashed: of
+        a plain function nothing is. Guidance is part of a sampler, not of a model.
 
         Cost: one pass over the weights, on the CPU. It is not cached: torch does not count changes that
         are made through ``.data``, as averages of weights are.
@@ -154,7 +154,7 @@ class Denoiser(nn.Module, ABC):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Denoiser:
-        r"""Returns a denoiser from any callable; ``fewstep.studies.model_check`` tells if it was described rightly.
+        r"""Returns a denoiser from any callable; ``fewstep.studies.model_check`` checks its description.
 
         .. code-block:: python
 
@@ -174,25 +174,25 @@ class Denoiser(nn.Module, ABC):
         Arguments:
             network: ``network(x, t, **cond)`` with x (B, \*) and t (B), a module or a function.
             schedule: The noise schedule that it was trained with.
-            prediction: What it predicts: ``"eps"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``, or as
-                diffusers says, ``"epsilon"``, ``"sample"``, ``"v_prediction"``, ``"flow_prediction"``.
+            prediction: Its prediction: ``"eps"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``, or the names
+                in diffusers, ``"epsilon"``, ``"sample"``, ``"v_prediction"``, ``"flow_prediction"``.
             event_shape: The shape of one sample; without it, give ``noise=`` when sampling.
-            to_model_time: Maps schedule times (B) to what the network is given; left out, they
-                are given as they are (for tabulated schedules the fractional index).
-            integer_times: Whether the network takes whole timesteps only (int64), as one with a table of
-                embeddings does: grids are then rounded when they are made, and stages between grid
-                points get the nearest timestep.
+            to_model_time: Maps schedule times (B) to conditioning timesteps; left out, they are the
+                times themselves (for tabulated schedules the possibly fractional index).
+            integer_times: Whether the network takes integer timesteps only (int64), as one with a table of
+                embeddings does: grids are then rounded, and stages between grid points get the
+                nearest timestep.
             time_reversed: For the schedule ``flow``, whether the network's time is 0 at noise and 1 at
                 data, as in most code for flow matching: it is given 1 - t, before ``to_model_time``, and
                 its velocity is :math:`dx/d(1 - t) = x_0 - \varepsilon`, data minus noise. (By default it
                 is given t, 1 at noise, and its velocity is :math:`\varepsilon - x_0`.)
-            null_condition: For each condition the value that stands for none, for guidance.
+            null_condition: For each condition its null value, for guidance.
             num_classes: The number of classes; labels outside are then refused. Left out, the
                 network's attribute of that name, if it has one.
             data_mean: The mean of the data, for a head start.
             data_std: The standard deviation of the data, for a head start.
-            device: Where the network is, and where samples are drawn; a module is moved there. Left
-                out, where its parameters are, or those of the modules that a function refers to.
+            device: The device of the network and of the samples; a module is moved there. Left out,
+                that of its parameters, or of the modules that a function refers to.
             dtype: The type in which the network computes; a module is converted to it.
 
         Raises:
@@ -247,7 +247,7 @@ def _times(t: Tensor, x: Tensor) -> Tensor:
 
 
 class WrappedNetwork(Denoiser):
-    """A callable with its schedule and conventions; made by :meth:`Denoiser.wrap`."""
+    """A callable with its schedule and conventions, created by :meth:`Denoiser.wrap`."""
 
     def __init__(
         self,
@@ -276,18 +276,18 @@ class WrappedNetwork(Denoiser):
         self.accepts = AcceptedConditions.of(network, num_classes=num_classes)
         self.data_mean, self.data_std = data_mean, data_std
         self.to_model_time = to_model_time
-        # A module is where its parameters are, also after .to().
+        # The device of a module is that of its parameters, also after .to().
         self._place = None if any(True for _ in self.parameters()) else device
         self._caller = NetworkCaller(network, device=self._place, dtype=dtype)
         inner = getattr(network, "caller", None)
         if isinstance(inner, NetworkCaller):
             inner.device, inner.dtype = self._place, dtype
-        # Only whoever trains this denoiser (an operator) leaves its network in training mode.
+        # Only training of this denoiser (an operator) leaves its network in training mode.
         self.training = False
 
     @property
     def device(self) -> torch.device:
-        """Where the network is, as far as is known; otherwise the CPU."""
+        """The device of the network if known, else the CPU."""
         modules = [self, *self._caller.modules(self.network)]
         tensors = (
             p for module in modules for p in itertools.chain(module.parameters(), module.buffers())
@@ -297,7 +297,7 @@ class WrappedNetwork(Denoiser):
         return next((p.device for p in tensors), torch.device("cpu"))
 
     def model_time(self, t: Tensor) -> Tensor:
-        """Returns the conditioning timesteps that the network is given at times of the schedule, (B)."""
+        """Returns the conditioning timesteps of the network at times of the schedule, (B)."""
         if self.integer_times:
             t = t.round().long()
         if self.time_reversed:

@@ -103,7 +103,7 @@ class GaussianMixture(Denoiser):
 
 
 class DataSet(Denoiser):
-    r"""The optimal denoiser of a finite data set: what a network of unlimited size would learn.
+    r"""The optimal denoiser of a finite data set: the minimum of the training loss.
 
     .. math:: x_0(x, t) = \sum_i r_i \, x^{(i)}, \qquad r_i \propto \exp\left( -\frac{\|x - \alpha x^{(i)}\|^2}{2 \sigma^2} \right)
 
@@ -112,7 +112,7 @@ class DataSet(Denoiser):
     Arguments:
         points: The data, with shape (N, \*).
         schedule: The noise schedule.
-        chunk: How many points are compared at a time.
+        chunk: The number of points in a chunk of the computation.
     """
 
     accepts = NO_CONDITIONS

@@ -1,4 +1,4 @@
-"""The folder that holds a model, ``model.json`` and ``model.safetensors``, and the model in it."""
+"""The folder of a model, ``model.json`` and ``model.safetensors``, and the model."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def write_model(
     """Writes a model as a folder that :func:`fewstep.load` reads; returns the folder.
 
     Arguments:
-        folder: Where to write.
+        folder: The folder to write.
         weights: The state of the network; besides it ``data.mean`` and ``data.std``, the
             statistics of the data for head starts, may be there.
         network: Its kind and the options that rebuild it.
         schedule: The schedule that it was trained with.
-        prediction: What it predicts.
+        prediction: Its prediction.
         event_shape: The shape of one sample.
         class_names: The names of the classes.
         preconditioning: ``{"kind": "edm", "sigma_data": s}`` if the network is the raw network of
             EDM's preconditioning, which predicts ``"x0"``.
-        data_range: The values that black and white have.
-        training: How it was trained; for the reader, not for the code.
+        data_range: The values of black and white.
+        training: The record of its training; informative, not read by the code.
     """
     folder = Path(folder)
     file = write_tensors(folder / "model.safetensors", weights)
@@ -88,7 +88,7 @@ MOST_PIXELS = 4096
 
 
 class PreconditionedUNet(Preconditioned):
-    """A raw U-Net in EDM's preconditioning, which takes the same conditions as the U-Net."""
+    """A raw U-Net in EDM's preconditioning, with the same conditions as the U-Net."""
 
     network: SmallUNet
 
@@ -113,7 +113,7 @@ class FolderModel(WrappedNetwork):
     about: Mapping[str, Any] = {}
 
     def decode(self, x: Tensor) -> Tensor:
-        """Returns samples scaled from the range of the data to [-1, 1], to be shown."""
+        """Returns samples scaled from the range of the data to [-1, 1], for display."""
         low, high = self.data_range
         return x if (low, high) == (-1.0, 1.0) else (x - low) * (2 / (high - low)) - 1
 
@@ -122,7 +122,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
     """Reads the model that :func:`write_model` wrote.
 
     Raises:
-        ValueError: If the folder holds none, or it is damaged.
+        ValueError: If the folder is not a model, or it is damaged.
     """
     about = ModelRecord.load(folder / "model.json")
     file = folder / "model.safetensors"
@@ -133,7 +133,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
             f"the weights {str(file)!r} are damaged: their checksum is not model.json's"
         )
     try:
-        # On the meta device an absurd size costs nothing; the weights must then have it.
+        # On the meta device an absurd size allocates nothing; the weights are checked against it.
         with torch.device("meta"):
             network = _network(dict(about.network))
         tensors = read_tensors(file)
@@ -180,9 +180,9 @@ def precondition(
 
     Arguments:
         network: The network; the raw one if there is a preconditioning.
-        record: What :func:`write_model` was given as ``preconditioning``.
+        record: The ``preconditioning`` of :func:`write_model`.
         schedule: The schedule.
-        prediction: What the preconditioned network predicts.
+        prediction: The prediction of the preconditioned network.
 
     Raises:
         ValueError: If they do not fit.

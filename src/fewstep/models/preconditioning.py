@@ -28,8 +28,8 @@ class Preconditioned(NetworkCall):
     Arguments:
         network: ``F(x, c_noise, **cond)`` with x (B, \*) and c_noise (B).
         sigma_data: The deviation s of the data.
-        sign: The sign of :math:`c_\text{out}`; -1 for what diffusers calls ``v_prediction``.
-        to_noise: Maps :math:`\sigma` (B) to what the network is given; left out, as above.
+        sign: The sign of :math:`c_\text{out}`; -1 for ``v_prediction`` in diffusers.
+        to_noise: Maps :math:`\sigma` (B) to :math:`c_\text{noise}`; left out, as above.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Preconditioned(NetworkCall):
         def spread(c: Tensor) -> Tensor:
             return c.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
-        # The scales are applied in the state's precision, whatever the network's.
+        # The scales are applied in the state's precision, not the network's.
         value = self.caller(
             self.network,
             x * spread(c_in),
@@ -87,7 +87,7 @@ def preconditioned(
         network: ``F(x, c_noise, **cond)``.
         sigma_data: The deviation of the data that it was trained with.
         sign: The sign of :math:`c_\text{out}`; see :class:`Preconditioned`.
-        to_noise: Maps :math:`\sigma` to what the network is given; left out, :math:`\ln(\sigma) / 4`.
+        to_noise: Maps :math:`\sigma` to :math:`c_\text{noise}`; left out, :math:`\ln(\sigma) / 4`.
         schedule: An EDM schedule with other ends than 0.002 and 80.
         options: Further arguments of :meth:`fewstep.Denoiser.wrap`, e.g. ``event_shape``.
 

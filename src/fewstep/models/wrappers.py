@@ -59,7 +59,7 @@ class Guided(_Wrapper):
         guided = fewstep.Guided(fewstep.load("fashion"), 2.0)
         images = fewstep.sample(guided, 16, nfe=10, class_labels=3)
 
-    Cost: the network runs once for each evaluation, on a batch of twice the size (``calls`` is 2). The
+    Cost: the network runs once for each evaluation, on a batch of twice the size (``passes`` is 2). The
     state, the times and the conditions without a null value are the same in both halves.
 
     References:
@@ -67,8 +67,8 @@ class Guided(_Wrapper):
         | https://arxiv.org/abs/2207.12598
 
     Arguments:
-        inner: A denoiser with a ``null_condition``: for each condition that is guided, the value that
-            stands for none (the label of no class, the empty prompt).
+        inner: A denoiser with a ``null_condition``: for each condition that is guided, the null
+            value (the label of no class, the empty prompt).
         scale: The scale w: 1 is the conditional model, 0 the unconditional one.
 
     Raises:
@@ -157,7 +157,7 @@ class Thresholded(_Wrapper):
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         x0 = self.inner(x, t, prediction=Prediction.X0, **cond)
         sizes = x0.flatten(1).abs()
-        # torch.quantile refuses more than 16 million values; the k-th smallest does not.
+        # torch.quantile is limited to 16 million values; kthvalue is not.
         place = self.quantile * (sizes.shape[1] - 1)
         low = int(place)
         below = sizes.kthvalue(low + 1, dim=1).values

@@ -219,7 +219,7 @@ def check_state(denoiser: Denoiser, x: Tensor) -> None:
     if not isinstance(denoiser, Denoiser):
         raise TypeError(
             f"a Denoiser is needed, got {type(denoiser).__name__}; "
-            "create one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
+            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
         )
     if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__

@@ -1,1 +1,1 @@
-"""From a request to samples."""
+"""Sampling: from a request to samples."""

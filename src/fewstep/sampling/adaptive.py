@@ -1,4 +1,4 @@
-r"""Sampling to a tolerance, and freezing what it did into a plan.
+r"""Adaptive sampling to a tolerance, and plans of the accepted steps.
 
 References:
     | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), rhoRK-DEIS
@@ -40,11 +40,11 @@ class AdaptiveSampler:
     with h in :math:`\log\rho`. The error is measured on :math:`y / \nu = x / \sqrt{\alpha^2 + \sigma^2}`:
     for variance preserving schedules that is x itself, and for all others the state that the
     variance preserving schedule would have, so that the same data take the same steps whatever
-    the schedule. There an early error reaches the sample about as large as it was made, while y
-    starts some hundred times larger than the data. Tolerances are for data of about unit size.
+    the schedule. On that scale an early error reaches the sample about unchanged, while y starts some
+    hundred times larger than the data. Tolerances are for data of about unit size.
 
     Every sample has its own time, step size, acceptance and end: the network gets times of shape
-    (B), and samples that are done leave the batch. The step sizes are controlled by the last two
+    (B), and finished samples leave the batch. The step sizes are controlled by the last two
     errors (PI); the first comes from the size of the first two slopes.
 
     Cost: 2 network evaluations to begin and 6 for each step, accepted or not.
@@ -75,11 +75,11 @@ class AdaptiveSampler:
 
     @property
     def nfe(self) -> None:
-        """The number of network evaluations: not known beforehand."""
+        """``None``: the number of network evaluations is not known beforehand."""
         return None
 
     def start(self, noise: Tensor, image: Tensor | None = None) -> Tensor:
-        r"""Returns the initial state that standard normal noise stands for.
+        r"""Returns the initial state of standard normal noise.
 
         That is :math:`\sigma z` of the prior, or :math:`\alpha x_0 + \sigma z` of an image, noised
         to ``t_start``.
@@ -94,14 +94,14 @@ class AdaptiveSampler:
 
         Arguments:
             x: The state at ``t_start``, with shape (B, \*), float32 or float64.
-            run: The conditions, and what to keep: the states are those at ``run.times``, from
-                ``t_start`` to ``t_end``, or else at 33 times, even in log rho; the same for all
+            run: The conditions, and the times of the states: those of ``run.times``, from
+                ``t_start`` to ``t_end``, or else 33 times, even in log rho; the same for all
                 samples, by the interpolant of order 4.
 
         Raises:
-            ValueError: If the times to keep do not go from the start to the end; if the network
+            ValueError: If the times of the states do not go from the start to the end; if the network
                 returns NaN or infinity; or if a sample needs more steps than allowed, or smaller
-                ones than its numbers can resolve.
+                ones than its type can resolve.
         """
         done = self._integrate(
             x,
@@ -133,7 +133,7 @@ class AdaptiveSampler:
             kept = grid("explicit", self.denoiser.schedule, None, times=keep).times
             if not torch.equal(kept[[0, -1]], times[[0, -1]]):
                 raise ValueError(
-                    f"the times to keep must go from {times[0]:g} to {times[-1]:g}, got "
+                    f"the times of the states must go from {times[0]:g} to {times[-1]:g}, got "
                     f"{kept[0]:g} to {kept[-1]:g}"
                 )
             times = kept
@@ -148,7 +148,7 @@ def freeze(sampler: AdaptiveSampler, x: Tensor, *, row: int | None = None, **con
 
     The plan has no error estimate and no rejected steps: N accepted steps cost 6 N network evaluations,
     since the seventh stage of a step is the first of the next and the last step needs none. It
-    gives the frozen sample again, to rounding, and serves any other sample.
+    reproduces the frozen sample up to rounding, and runs for any other sample.
 
     Arguments:
         sampler: The sampler.

@@ -11,12 +11,12 @@ import torch
 from fewstep.diffusion.schedules import NoiseSchedule
 
 AUTO = "auto"
-"""The name that stands for the choice."""
+"""The name of the automatic choice."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What ``auto`` stands for at a budget.
+    """The choice of ``auto`` at a budget.
 
     Attributes:
         solver: The name of the solver.
@@ -37,15 +37,15 @@ class Choice:
 
 
 WIDE = -7.0
-"""Below this half log-SNR at its start a schedule reaches far beyond what networks say well."""
+"""A schedule that starts below this half log-SNR has times at which network errors are large."""
 
 
 def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
-    r"""Returns what ``auto`` stands for at a budget, by the range of noise levels of a schedule.
+    r"""Returns the choice of ``auto`` at a budget, by the range of noise levels of a schedule.
 
     UniPC-2 on the grid ``logistic``; where the first half log-SNR is below -7 (a cosine table of few
     levels starts at -8.7) third-order rhoAB on Karras' grid: there the state is nearly all noise,
-    a constant :math:`\varepsilon` is the truth, and in :math:`\rho` that is integrated exactly.
+    the true :math:`\varepsilon` is nearly constant, and in :math:`\rho` that is integrated exactly.
 
     Chosen by the least regret over the networks of ``benchmarks/zoo.py``, see ``docs/choosing.md``; a
     profile of the model (:func:`fewstep.fit`) does better.
@@ -60,6 +60,6 @@ def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
 
 def describe(solver: str, grid: str | None, options: Mapping[str, Any], nfe: int) -> str:
     """Returns a sampler in one line, for logs."""
-    told = ", ".join(f"{k}={v}" for k, v in options.items() if k != "times")
+    listed = ", ".join(f"{k}={v}" for k, v in options.items() if k != "times")
     place = f" on the grid {grid!r}" if grid else ""
-    return f"{solver}{place}{f' ({told})' if told else ''} with {nfe} evaluations"
+    return f"{solver}{place}{f' ({listed})' if listed else ''} with {nfe} evaluations"

@@ -1,4 +1,4 @@
-r"""Numbered samples in batches: the one loop that ``sample``, ``record``, ``compare`` and ``tune`` share."""
+r"""Numbered samples in batches: the loop of ``sample``, ``record``, ``compare`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def run_batches(
 ) -> Iterator[tuple[Sequence[int], Trajectory]]:
     r"""Draws numbered samples, batch by batch: yields the numbers of a batch and its trajectory.
 
-    Sample i depends on ``(seed, i)`` and its conditions alone, not on the batches. Nothing is held
-    from one batch to the next, so the memory needed is that of a batch.
+    Sample i depends on ``(seed, i)`` and its conditions alone, not on the batches. Batches share
+    no memory, so the memory needed is that of one batch.
 
     Arguments:
         sampler: The sampler.
-        rows: The numbers of the samples; an integer n stands for 0 to n - 1.
+        rows: The numbers of the samples; an integer n means 0 to n - 1.
         seed: The seed.
-        conditions: What has the conditions of numbered samples; left out, there are none.
-        batch_size: How many samples go through the network at a time; at most
+        conditions: The conditions of numbered samples; left out, there are none.
+        batch_size: The samples in one network evaluation; at most
             :data:`~fewstep.sampling.protocol.DEFAULT_BATCH` if left out.
         noise: The initial draws, with shape (n, \*), in the order of ``rows``; left out, those
-            that the seed has for each number.
+            of the seed for each number.
         image: Data to start from, with shape (n, \*), in the order of ``rows``.
         dtype: The type of the initial draws, if they are not given.
-        adjust: Applied to the initial state of a batch, e.g. rounding to what a file can hold.
+        adjust: Applied to the initial state of a batch, e.g. rounding to the type of a file.
         save: Whether the trajectories have their states.
-        times: The times of the states to keep; left out, all that the sampler has.
+        times: The times of the states to save; left out, all that the sampler has.
         progress: Ticks once for each network evaluation of a batch.
     """
     numbers = range(rows) if isinstance(rows, int) else rows
@@ -110,11 +110,11 @@ def run_batch(
         dtype: The type of the initial draws, if they are not given.
         adjust: Applied to the initial state.
         save: Whether the trajectory has its states.
-        times: The times of the states to keep.
+        times: The times of the states to save.
         on_evaluation: Called after each network evaluation.
     """
     z = initial_noise(sampler.denoiser, source, noise, dtype=dtype)
-    # Samplers without a state between noise and data have no start from an image.
+    # Samplers without intermediate states cannot start from an image.
     x = sampler.start(z) if image is None else sampler.start(z, image)  # type: ignore[call-arg]
     if adjust is not None:
         x = adjust(x)
@@ -131,7 +131,7 @@ def initial_noise(
     r"""Returns the initial draws of a batch, or the given ones, (B, \*), on the device of the model.
 
     Raises:
-        ValueError: If the model does not know the shape of a sample, and no noise is given.
+        ValueError: If the model has no ``event_shape``, and no noise is given.
     """
     device = denoiser.device
     if noise is not None:

@@ -1,4 +1,4 @@
-r"""A network as a plan evaluates it, with times and conversions laid out beforehand."""
+r"""A network as a plan evaluates it, with times and conversion factors computed beforehand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bind(
 ) -> Callable[[Tensor, int], Tensor]:
     r"""Returns the network as a plan evaluates it: ``f(x, k)`` in the plan's prediction at its k-th time.
 
-    Times and conversion factors are laid out beforehand, so that an evaluation costs the network and at
+    Times and conversion factors are computed beforehand, so an evaluation costs the network and at
     most two tensor operations.
 
     Arguments:

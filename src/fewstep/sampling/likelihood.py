@@ -1,4 +1,4 @@
-r"""Likelihoods: the probability-flow ODE run backwards, together with the change of volume."""
+r"""Likelihoods: the probability-flow ODE from data to noise, with the change of volume."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from fewstep.solvers.adaptive import check_positive, check_tolerances
 from fewstep.solvers.rk import RhoHeun, RhoKutta3, RhoMidpoint, RhoRK4
 
 PROBE = -2
-"""The index of the first probe of a likelihood; the next are below it, away from all other draws."""
+"""The index of the first probe of a likelihood; the next are below it, distinct from all other draws."""
 
 
 _FIXED = {method.name: method for method in (RhoMidpoint, RhoHeun, RhoKutta3, RhoRK4)}
 
 
 class LogLikelihood(NamedTuple):
-    r"""What :func:`log_likelihood` returns.
+    r"""The result of :func:`log_likelihood`.
 
     Attributes:
         nats: The logarithm of the density, with shape (B), float64.
@@ -85,7 +85,7 @@ def log_likelihood(
     So this is the density of data with the little noise of :math:`t_0`, in the model's own range.
     It is the density of what the sampler draws if it is solved exactly, the start from
     :math:`N(0, \sigma_T^2 I)` included. The divergence is exact, or Hutchinson's estimate
-    :math:`v^\top \partial_x \varepsilon \, v` with probes v held fixed along the way: unbiased, with
+    :math:`v^\top \partial_x \varepsilon \, v` with probes v fixed along the trajectory: unbiased, with
     the error of a mean over ``probes``. Sample i depends on ``(seed, i)`` alone.
 
     References:
@@ -101,7 +101,7 @@ def log_likelihood(
         seed: The seed of the probes.
         exact: Whether the divergence is exact: d backward passes for each network evaluation.
         probes: The number of probes; each costs a backward pass for each network evaluation.
-        probe: What a probe is: ``"rademacher"`` (signs) or ``"normal"``.
+        probe: The distribution of a probe: ``"rademacher"`` (signs) or ``"normal"``.
         solver: ``"dopri5"`` (the default without ``steps``), or with a fixed number of steps in
             rho ``"rho-midpoint"``, ``"rho-heun"``, ``"rho-kutta3"`` (the default with ``steps``)
             or ``"rho-rk4"``, on the Karras grid.
@@ -110,7 +110,7 @@ def log_likelihood(
             dimension as well.
         atol: Its absolute tolerance.
         max_steps: Its most steps.
-        batch_size: How many samples go through the network at a time.
+        batch_size: The samples in one network evaluation.
         guidance: The scale of classifier-free guidance; 1 is none.
         first: The number of the first sample, to do a part of a larger run.
         cond: The conditions, e.g. ``class_labels``.
@@ -179,7 +179,7 @@ def _method(solver: str | None, steps: int | None) -> type[RhoHeun] | None:
     if solver == "dopri5":
         if steps is not None:
             raise ValueError(
-                f"dopri5 chooses its steps; leave out steps = {steps}, or take another solver"
+                f"dopri5 chooses its steps; leave out steps = {steps}, or use another solver"
             )
         return None
     if solver not in _FIXED:

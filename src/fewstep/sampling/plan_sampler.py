@@ -48,11 +48,11 @@ class PlanSampler:
 
     @functools.cached_property
     def native(self) -> Plan:
-        """The plan as it is run: asking for what the network predicts."""
+        """The plan as it is run, rewritten for the network's own prediction."""
         return plan_for(self.plan, self.denoiser.native)
 
     def start(self, noise: Tensor, image: Tensor | None = None) -> Tensor:
-        r"""Returns the initial state that standard normal noise stands for.
+        r"""Returns the initial state of standard normal noise.
 
         That is :math:`\sigma z` of the prior, :math:`\alpha x_0 + \sigma z` of an image, or
         :math:`\alpha m + \sqrt{\alpha^2 s^2 + \sigma^2} \, z` of a head start.
@@ -83,7 +83,9 @@ class PlanSampler:
 
         with torch.no_grad():
             execution, evaluate = self._begin(x, run, keep if run.save else None)
-            while execution.request is not None:  # no name for it: that would keep its state alive
+            while (
+                execution.request is not None
+            ):  # not assigned to a name: that would keep its state alive
                 execution.advance(evaluate(*execution.request))
                 if run.on_evaluation is not None:
                     run.on_evaluation()
@@ -108,7 +110,7 @@ class PlanSampler:
         return execution, bind(self.denoiser, self.native, len(x), run.cond, x)
 
     def _find_nan(self, x: Tensor, run: Run) -> None:
-        """Runs again, looking at each model output: the usual run reads nothing back from the device."""
+        """Runs again with a check of each model output: the usual run reads nothing from the device."""
         with torch.no_grad():
             execution, evaluate = self._begin(x, run, None)
             while (request := execution.request) is not None:

@@ -1,4 +1,4 @@
-r"""From solver, grid and budget to a plan; each plan is made once."""
+r"""From solver, grid and budget to a plan; plans are cached."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GRID_OPTIONS = frozenset(
 """The options of a request that belong to its grid; all others are the solver's."""
 
 MOST_PLANS = 128
-"""So many plans are held; the one that was not asked for the longest is dropped first."""
+"""The size of the cache of plans; the least recently used is dropped first."""
 
 NO_BUDGET = "give nfe, the number of network evaluations, or steps"
 
@@ -44,7 +44,7 @@ ADAPTIVE = (
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, with what it was made of.
+    """A plan, with the request that it was built from.
 
     Attributes:
         plan: The plan.
@@ -83,7 +83,7 @@ def planned(
         default_nfe: The budget if none is given; left out, a budget must be given.
 
     Raises:
-        Contradiction: If it says two things at once.
+        Contradiction: If two parts of it contradict each other.
         ValueError: If a name is unknown, or the budget cannot be met (with the nearest budgets).
         TypeError: If neither solver nor grid have an option (with those that they have).
     """
@@ -153,7 +153,7 @@ def _planned(
 
 
 def check_adaptive(request: SamplerRequest, *, plan: bool = True) -> None:
-    """Raises for what an adaptive solver does not take, or because it has no plan.
+    """Raises for arguments that an adaptive solver does not have, or because it has no plan.
 
     Raises:
         Contradiction: If a budget, a grid or a head start is given, or a plan is needed.
@@ -170,7 +170,7 @@ def check_adaptive(request: SamplerRequest, *, plan: bool = True) -> None:
 
 
 def is_adaptive(solver: object) -> bool:
-    """Whether a solver, or the one of a name, chooses its steps while it runs."""
+    """Whether a solver, given as an object or by name, chooses its steps while it runs."""
     if isinstance(solver, str):
         return solver != AUTO and SOLVERS[solver]().adaptive
     return isinstance(solver, Solver) and solver.adaptive
@@ -203,7 +203,7 @@ def _method(
         of_grid = frozenset[str]()
         if taken := sorted(GRID_OPTIONS & set(options)):
             raise Contradiction(
-                f"a grid that is made already has its times, got {as_text(taken)} as well; leave "
+                f"a grid object already has its times, got {as_text(taken)} as well; leave "
                 f"{'it' if len(taken) == 1 else 'them'} out"
             )
     else:
@@ -215,9 +215,7 @@ def _method(
         of_grid = grid_options(own)
     if isinstance(solver, Solver):
         if others := sorted(set(options) - of_grid):
-            raise Contradiction(
-                f"a solver that is made already takes no options, got {as_text(others)}"
-            )
+            raise Contradiction(f"a solver object already has its options, got {as_text(others)}")
         return solver, dict(options)
     of_solver = solver_options(solver) - of_grid
     check_options(
@@ -248,11 +246,9 @@ def check_options(
 
 def _check_times(grid: str | TimeGrid | None) -> None:
     if isinstance(grid, TimeGrid):
-        raise Contradiction(
-            "a grid that is made already has its times, got times as well; leave it out"
-        )
+        raise Contradiction("a grid object already has its times, got times as well; leave it out")
     if grid is not None and grid != EXPLICIT:
-        GRIDS[grid]  # an unknown name is said first
+        GRIDS[grid]  # an unknown name is the first error
         raise Contradiction(
             f"the grid {grid!r} places its own times, got times as well; leave one of them out "
             "(times alone are the grid 'explicit')"
@@ -267,7 +263,7 @@ def _check_head(
         try:
             first = float(times[0])  # type: ignore[index]
         except (TypeError, ValueError, IndexError):
-            return  # the grid says what is wrong with its times
+            return  # the grid itself raises for wrong times
         if first != head_start:
             raise Contradiction(
                 f"head_start is {head_start:g}, but the first of the times is {first:g}"
@@ -283,7 +279,7 @@ def _check_head(
 def _check_start(
     schedule: NoiseSchedule, grid: str | TimeGrid | None, options: Mapping[str, Any]
 ) -> None:
-    """Raises for a first time, or a share of the grid, that cannot be meant."""
+    """Raises for a first time, or a share of the grid, that is not plausible."""
     if "strength" in options:
         check_strength(options["strength"])
         if "t_start" in options:
@@ -292,7 +288,7 @@ def _check_start(
             )
         if grid == EXPLICIT:
             raise Contradiction(
-                "times that are given have their first already, got strength as well; leave one of "
+                "the given times already have a first time, got strength as well; leave one of "
                 "them out"
             )
     if "t_start" in options:
@@ -311,7 +307,7 @@ def _own_steps(grid: str | TimeGrid | None, options: Mapping[str, Any]) -> int |
     try:
         return max(1, len(times) - (0 if options.get("to_zero") else 1))
     except TypeError:
-        return 1  # the grid says what is wrong with its times
+        return 1  # the grid itself raises for wrong times
 
 
 def _grid(
@@ -361,7 +357,7 @@ def _to_zero(schedule: NoiseSchedule, options: Mapping[str, Any]) -> bool:
 
 
 def _steps_of(method: Solver, plan: Plan, knots: TimeGrid) -> int:
-    """Returns the number of steps that a budget stands for: some methods meet one in two ways."""
+    """Returns the number of steps for a budget: some methods meet one with two numbers of steps."""
     return method.steps_for(plan.nfe, ends_at_zero=knots.ends_at_zero)
 
 
@@ -375,7 +371,7 @@ def _times(knots: TimeGrid) -> list[float]:
 
 
 class _Memory:
-    """The plans that were asked for last; the least recently used is dropped first."""
+    """A cache of plans; the least recently used is dropped first."""
 
     def __init__(self) -> None:
         self._plans: OrderedDict[Any, tuple[NoiseSchedule, Planned]] = OrderedDict()
@@ -390,7 +386,7 @@ class _Memory:
             return entry[1]
 
     def put(self, key: Any, schedule: NoiseSchedule, value: Planned) -> Planned:
-        # The schedule is held, so that its id in the key stays its own.
+        # The schedule is referenced, so that its id in the key is not reused.
         with self._lock:
             self._plans[key] = schedule, value
             while len(self._plans) > MOST_PLANS:
@@ -420,20 +416,20 @@ def _key(
 
 
 def _frozen(value: Any) -> Any:
-    """Returns what stands for a value in a key: equal only for values of one type.
+    """Returns the key of a value: equal only for values of one type.
 
     Raises:
-        TypeError: If nothing does.
+        TypeError: If there is none.
     """
     if isinstance(value, (list, tuple, range)):
         return tuple(_frozen(item) for item in value)
     if isinstance(value, Tensor):
         if value.requires_grad:
-            raise TypeError("a plan with gradients is made anew")
+            raise TypeError("a plan with gradients is not cached")
         return "tensor", str(value.dtype), _frozen(value.tolist())
     if isinstance(value, TimeGrid):
         if value.times.requires_grad:
-            raise TypeError("a plan with gradients is made anew")
+            raise TypeError("a plan with gradients is not cached")
         return value
     if isinstance(value, (bool, int, float, str, Solver)) or value is UNSET:
         return type(value).__qualname__, value

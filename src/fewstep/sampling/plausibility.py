@@ -1,4 +1,4 @@
-r"""A look at the size of samples: a model that was described wrongly mostly gives numbers that no data have."""
+r"""A check of the size of samples: a wrongly described model mostly returns implausible values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fewstep.models.denoiser import Denoiser
 logger = logging.getLogger("fewstep")
 
 USUAL = 10.0
-"""The magnitude that data are expected to have where their statistics are not known."""
+"""The expected magnitude of data whose statistics are not known."""
 
 ABSURD = 100.0
-"""So many times beyond the data, samples are not plausible."""
+"""Samples that exceed the data by this factor are not plausible."""
 
 _warned: weakref.WeakSet[Denoiser] = weakref.WeakSet()
 
@@ -31,9 +31,9 @@ def warn_if_absurd(denoiser: Denoiser, size: float, sigma: float) -> None:
     r"""Warns, once for each model, if samples are far larger than data can be.
 
     Arguments:
-        denoiser: The model; with ``data_mean`` and ``data_std`` it is known how large data are.
+        denoiser: The model; ``data_mean`` and ``data_std`` give the size of its data.
         size: The largest magnitude of the samples.
-        sigma: The standard deviation :math:`\sigma` of the noise that is left in them.
+        sigma: The standard deviation :math:`\sigma` of the noise that remains in them.
     """
     if size <= ABSURD or denoiser in _warned:
         return
@@ -47,7 +47,7 @@ def warn_if_absurd(denoiser: Denoiser, size: float, sigma: float) -> None:
     logger.warning(
         "the samples reach %.3g, %.3g times as far as %s: prediction=%r or the schedule %r may not be "
         "what the network was trained with; fewstep.studies.model_check(denoiser, data) and the command "
-        "'fewstep analyze' tell which are",
+        "'fewstep analyze' show which are",
         size,
         size / (scale + sigma),
         "data usually do" if denoiser.data_std is None else "the data of this model",

@@ -1,4 +1,4 @@
-r"""What was measured of a model: for each budget the solver and the times that suit it best."""
+r"""The profile of a model: for each budget the best solver and times, as measured."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from fewstep.solvers.multistep import Multistep
 
 FORMAT, VERSION = "fewstep.profile", 1
 GRIDS_FORMAT = "fewstep.grids"
-"""The format before: times without the costs, the default's errors and the guidance."""
+"""The previous format: times without the costs, the default's errors and the guidance."""
 
 PROFILE = "profile.json"
 """The name of the profile in a model's folder."""
 
 PREFIX = "auto:"
-"""What the name of a grid begins with if it is the path of a profile."""
+"""The prefix of a grid's name that is the path of a profile."""
 
 MEASURED = Multistep.name
-"""The solver whose weights are measured too."""
+"""The solver with measured weights."""
 
 MOST_ENTRIES = 10_000
 
@@ -46,9 +46,9 @@ class ProfileEntry:
         solver: The solver's name.
         times: The times, from the start to the end; the last may be the schedule's zero.
         head: Whether it begins with an analytic head start.
-        error: The distance to the model's own many-step solution that is expected, or ``None``.
+        error: The expected RMS distance to the model's own many-step solution, or ``None``.
         default_error: That of the static default at the same budget, or ``None``.
-        cost: The network evaluations that it took to find the times, or ``None``.
+        cost: The network evaluations of the measurement of these times, or ``None``.
         weights: The measured weights, of the solver ``multistep``; they hold for these times only.
     """
 
@@ -68,16 +68,16 @@ class ProfileEntry:
 
 @dataclass(frozen=True)
 class Profile:
-    """Solvers and times for several budgets, measured of one model.
+    """Solvers and times for several budgets, measured on one model.
 
     Attributes:
         schedule: The model's schedule.
         fingerprint: The model's fingerprint; an empty text if it is not known.
-        entries: The times; of one solver at one number of steps there is only one entry.
-        recommended: For each number of steps, the solver that is recommended.
+        entries: The times; at most one for each solver and number of steps.
+        recommended: For each number of steps, the recommended solver.
         guidance: The scale of guidance that it was measured with, 1 for none; ``None`` if it is not
             known.
-        about: How it was measured: evaluations, seconds, samples, seed, conditions. For readers.
+        about: The settings of the measurement: evaluations, seconds, samples, seed, conditions. For readers.
     """
 
     schedule: NoiseSchedule
@@ -97,7 +97,7 @@ class Profile:
             self._times(entry.times)  # raises if they do not fit the schedule
             if entry.weights and (entry.solver, len(entry.weights)) != (MEASURED, entry.steps):
                 raise ValueError(
-                    f"weights belong to {MEASURED!r}, one row a step; {entry.solver} with "
+                    f"weights belong to {MEASURED!r}, one row per step; {entry.solver} with "
                     f"{entry.steps} steps has {len(entry.weights)} rows"
                 )
         for steps, solver in self.recommended.items():
@@ -107,9 +107,9 @@ class Profile:
                 )
 
     def recipe(self, nfe: int) -> SamplerRecipe:
-        """Returns the sampler that is recommended for a budget, as a recipe for this model.
+        """Returns the recommended sampler for a budget, as a recipe for this model.
 
-        For a budget between those that were measured the times are interpolated, see :meth:`fit`.
+        For a budget between the measured ones the times are interpolated, see :meth:`fit`.
 
         Arguments:
             nfe: The number of network evaluations.
@@ -136,7 +136,7 @@ class Profile:
         Arguments:
             nfe: The number of network evaluations; or
             steps: the number of steps.
-            solver: The solver; left out, the one that is recommended.
+            solver: The solver; left out, the recommended one.
         """
         budget = nfe if nfe is not None else steps
         if budget is None:
@@ -154,7 +154,7 @@ class Profile:
         )
 
     def options_for(self, solver: str, steps: int) -> dict[str, Any]:
-        """Returns the options of a solver on its times: the weights, where they were measured."""
+        """Returns the options of a solver on its times: the measured weights, if any."""
         entry = self._entry(solver, steps)
         return {"weights": entry.weights} if entry is not None and entry.weights else {}
 
@@ -163,7 +163,7 @@ class Profile:
         return next((e for e in self.entries if (e.solver, e.steps) == wanted), None)
 
     def table(self) -> list[dict[str, Any]]:
-        """Returns one row for each budget: what is recommended, its error, the default's, the cost."""
+        """Returns one row for each budget: the recommended sampler, its error, the default's, the cost."""
         rows = []
         for steps, name in sorted(self.recommended.items()):
             entry = next(e for e in self.entries if (e.solver, e.steps) == (name, steps))
@@ -185,14 +185,14 @@ class Profile:
         return explicit(self.schedule, times=times)
 
     def solver_for(self, steps: int) -> str:
-        """Returns the solver that is recommended for a number of steps, or for the nearest."""
+        """Returns the recommended solver for a number of steps, or for the nearest."""
         if not self.recommended:
             raise ValueError("the file recommends no solver; name one")
         if steps in self.recommended:
             return self.recommended[steps]
         nearest = min(self.recommended, key=lambda k: (abs(k - steps), k))
         entries = [e for e in self.entries if e.steps == nearest and not e.weights]
-        # Weights hold for their own times; between budgets a solver that has none stands in.
+        # Weights hold for their own times; between budgets a solver without weights replaces it.
         if self.recommended[nearest] != MEASURED or not entries:
             return self.recommended[nearest]
         return min(entries, key=lambda e: math.inf if e.error is None else e.error).solver
@@ -236,7 +236,7 @@ class Profile:
         return entry.times[-1] < self.schedule.t_min
 
     def to_record(self) -> dict[str, Any]:
-        """Returns it as JSON has it."""
+        """Returns it as a JSON object."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -268,14 +268,14 @@ class Profile:
 
     @classmethod
     def from_record(cls, content: Any) -> Profile:
-        """Returns the profile that JSON describes.
+        """Returns the profile of a JSON object.
 
         Raises:
-            ValueError: If it describes none; the message says why.
+            ValueError: If it is not a profile; the message has the reason.
         """
         if not isinstance(content, dict) or content.get("format") not in (FORMAT, GRIDS_FORMAT):
             got = content.get("format") if isinstance(content, dict) else content
-            raise ValueError(f"it holds no profile: its format is {got!r:.40}, not {FORMAT!r}")
+            raise ValueError(f"it has no profile: its format is {got!r:.40}, not {FORMAT!r}")
         if content.get("version") != VERSION:
             raise ValueError(
                 f"it has version {content.get('version')!r:.20}; this fewstep reads version {VERSION}"
@@ -296,14 +296,14 @@ class Profile:
             raise ValueError(f"its guidance must be a number, got {guidance!r:.40}")
         about = content.get("about", {})
         if not isinstance(about, dict):
-            raise ValueError(f"what it is about must be a JSON object, got {about!r:.40}")
+            raise ValueError(f"its about must be a JSON object, got {about!r:.40}")
         if not isinstance(content["fingerprint"], str):
             raise ValueError("its fingerprint must be a text")
         if not isinstance(recommended, dict) or not all(
             isinstance(name, str) and steps.isascii() and steps.isdigit() and len(steps) < 7
             for steps, name in recommended.items()
         ):
-            raise ValueError("what it recommends must be names of solvers by numbers of steps")
+            raise ValueError("its recommended must be names of solvers by numbers of steps")
         if not isinstance(content["schedule"], dict):
             raise ValueError("its schedule must be a JSON object")
         return cls(
@@ -337,7 +337,7 @@ def _stretch(entry: ProfileEntry, steps: int) -> Tensor:
     times = torch.tensor(entry.times, dtype=torch.float64)
     where = torch.linspace(0, entry.steps, steps + 1, dtype=torch.float64)
     below = where.floor().long().clamp(max=entry.steps - 1)
-    # In this root of time good grids are nearly even, so lines between their points are good.
+    # In this root of time good grids are nearly evenly spaced, so linear interpolation is accurate.
     root = times.clamp_min(0).pow(2 / 3)
     made = torch.lerp(root[below], root[below + 1], where - below).pow(1.5)
     made[0], made[-1] = times[0], times[-1]
@@ -384,7 +384,7 @@ def _weights(value: Any) -> Sequence[Sequence[float]]:
     rows: Any = value if isinstance(value, list) and len(value) <= MOST_STEPS else [None]
     if not all(isinstance(row, list) and all(_is_number(w) for w in row) for row in rows):
         raise ValueError(
-            f"the weights of an entry are a list of numbers a step, got {value!r:.40}"
+            f"the weights of an entry are a list of numbers per step, got {value!r:.40}"
         )
     return Multistep(rows).weights
 
@@ -394,7 +394,7 @@ def _is_number(value: object) -> bool:
 
 
 def names_profile(grid: object) -> TypeGuard[str]:
-    """Whether the name of a grid means the times of a profile."""
+    """Whether the name of a grid refers to a profile."""
     return isinstance(grid, str) and grid.startswith(PREFIX)
 
 
@@ -422,7 +422,7 @@ def read_profile(source: Profile | str | Path, schedule: NoiseSchedule) -> Profi
 
 
 def _alike(one: NoiseSchedule, two: NoiseSchedule) -> bool:
-    """Whether two schedules are the same curve in the same times: a table may have been rounded."""
+    """Whether two schedules are equal up to the rounding of a table."""
     if one == two:
         return True
     if (one.t_min, one.t_max, one.t_zero) != (two.t_min, two.t_max, two.t_zero):

@@ -16,18 +16,18 @@ logger = logging.getLogger("fewstep")
 
 
 DEFAULT_BATCH = 256
-"""The most samples that are drawn at a time if no batch size is given."""
+"""The largest batch if no batch size is given."""
 
 
 BUILT_IN_SAMPLER = (
-    "this model has a built-in sampler, of one evaluation, and takes no other; leave {} out, or "
-    "take the model that it was distilled from"
+    "this model has a built-in sampler of one evaluation and cannot use another; leave {} out, or "
+    "use the model that it was distilled from"
 )
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    r"""Samples, with the states on the way to them.
+    r"""Samples, with their intermediate states.
 
     Attributes:
         x: The samples, with shape (B, \*).
@@ -44,15 +44,15 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Run:
-    """What a sampler needs besides the state: draws, conditions, a callback, the states to keep.
+    """The inputs of a sampler besides the state: draws, conditions, a callback, the states to save.
 
     Attributes:
         noise: The source of draws, addressed by the samples' numbers.
         cond: The conditions of this batch.
-        save: Whether to keep the states.
+        save: Whether to save the states.
         on_evaluation: Called after each network evaluation.
-        times: The times of the states to keep, decreasing; left out, all that the sampler has.
-            A plan has those of its knots; others do not count.
+        times: The times of the states to save, decreasing; left out, all that the sampler has.
+            A plan has those of its knots; others are ignored.
     """
 
     noise: NoiseSource
@@ -76,7 +76,7 @@ class Sampler(Protocol):
         ...
 
     def start(self, noise: Tensor) -> Tensor:
-        """Returns the initial state that standard normal noise stands for."""
+        """Returns the initial state of standard normal noise."""
         ...
 
     def run(self, x: Tensor, run: Run) -> Trajectory:

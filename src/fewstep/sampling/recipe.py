@@ -1,4 +1,4 @@
-"""The recipe: a sampler as names and numbers, in a file; the unit of the command line and of papers."""
+"""The recipe: a sampler as names and numbers, in a file."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class SamplerRecipe:
-    r"""A sampler that can be written down.
+    r"""A sampler as names and numbers, which can be stored.
 
     Attributes:
-        kind: ``"solver"`` (built by name for a schedule), ``"plan"`` (coefficients and all),
+        kind: ``"solver"`` (built by name for a schedule), ``"plan"`` (with its coefficients),
             ``"adaptive"``, or ``"operator"`` (the sampler that is built into the model).
         name: The name of the solver.
         nfe: The number of network evaluations (of a solver).
@@ -61,7 +61,7 @@ class SamplerRecipe:
         plan: The plan, of kind ``"plan"``.
         guidance: The scale of classifier-free guidance that belongs to it, or ``None``.
         model: The fingerprint of the model that it was made for, or ``None`` if any.
-        about: Where it comes from: scores, model, objective. For readers.
+        about: Its origin: scores, model, objective. For readers.
     """
 
     kind: str = "solver"
@@ -83,7 +83,7 @@ class SamplerRecipe:
             )
         if self.grid is not None and self.grid.startswith("auto:"):
             raise ValueError(
-                "a recipe has its times itself, not in another file; make it of the file with "
+                "a recipe has its own times, not those of another file; make it from the file with "
                 "fewstep.resolve, or Profile.load(FILE).recipe(nfe)"
             )
         if (self.plan is not None) != (self.kind == "plan"):
@@ -108,8 +108,8 @@ class SamplerRecipe:
 
         Arguments:
             schedule: The schedule.
-            integer_times: Whether the grid of a solver is rounded to trained levels.
-            force: Whether a plan that was made for another schedule is taken with its numbers.
+            integer_times: Whether the grid of a solver is rounded to training timesteps.
+            force: Whether to use a plan of another schedule with its numbers.
 
         Raises:
             ValueError: If the recipe is for another schedule, or has no plan beforehand.
@@ -127,7 +127,7 @@ class SamplerRecipe:
         return planned(schedule, self.request(), integer_times=integer_times).plan
 
     def request(self) -> SamplerRequest:
-        """Returns the request that this recipe of a solver answers."""
+        """Returns the request of this recipe of a solver."""
         return SamplerRequest(
             self.name,
             nfe=self.nfe,
@@ -141,7 +141,7 @@ class SamplerRecipe:
 
         Arguments:
             denoiser: The model.
-            force: Whether to take it although it was made for another model or schedule.
+            force: Whether to use it although it was made for another model or schedule.
 
         Raises:
             ValueError: If it was made for another model or schedule.
@@ -193,7 +193,7 @@ class SamplerRecipe:
         """Returns the recipe of a JSON object; a plan is a recipe of kind ``"plan"``.
 
         Raises:
-            ValueError: If it is none; the message says why.
+            ValueError: If it is not a recipe; the message has the reason.
         """
         if isinstance(content, dict) and content.get("format") == PlanRecord.FORMAT:
             plan = Plan.from_record(content)
@@ -241,7 +241,7 @@ class SamplerRecipe:
 
 
 def recipe_of(schedule: NoiseSchedule, made: Planned) -> SamplerRecipe:
-    """Returns the recipe of a plan: by names where they say it all, and else with its coefficients."""
+    """Returns the recipe of a plan: by names if they determine it, else with its coefficients."""
     if made.name is None:
         return SamplerRecipe(kind="plan", name=made.plan.name, plan=made.plan)
     return SamplerRecipe(
@@ -255,7 +255,7 @@ def recipe_of(schedule: NoiseSchedule, made: Planned) -> SamplerRecipe:
 
 
 def _for_schedule(plan: Plan, schedule: NoiseSchedule) -> Plan:
-    """Returns a plan with its numbers for another schedule, whatever comes of it."""
+    """Returns a plan with its numbers for another schedule, without a check of the result."""
     top = float(plan.times.max())
     if not schedule.t_zero < float(plan.times.min()) <= top <= schedule.t_max * (1 + 1e-9):
         raise ValueError(

@@ -1,4 +1,4 @@
-r"""What a caller asks for: a solver with a budget, or a plan, a recipe, a profile."""
+r"""The request of a caller: a solver with a budget, or a plan, a recipe, a profile."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fewstep.solvers import SOLVERS
 from fewstep.solvers.base import Solver
 
 UNSET: Final = None
-"""What was not given. No field of a request has ``None`` as a value, so an explicit value is told from a default."""
+"""The value of a field that was not given. ``None`` is no field's value, so given values differ from defaults."""
 
 
 class Contradiction(ValueError):
-    """A request that says two things at once, or asks for what a sampler does not do."""
+    """A request with arguments that contradict each other or the sampler."""
 
 
 @dataclass(frozen=True)
 class SamplerRequest:
-    """What :func:`fewstep.sample` and every other door are asked for, before anything is decided.
+    """The sampler that a caller of :func:`fewstep.sample` or another entry point describes, unresolved.
 
-    What was not given is :data:`UNSET` (``None``), never a default value. Defaults,
-    ``"auto"`` and contradictions are the matter of :func:`fewstep.resolve`.
+    Fields that were not given are :data:`UNSET` (``None``), never a default value.
+    :func:`fewstep.resolve` decides defaults and ``"auto"`` and checks for contradictions.
 
     Attributes:
         solver: A name in :data:`fewstep.SOLVERS`, ``"auto"``, or a solver. A name that another library has for it
@@ -36,7 +36,7 @@ class SamplerRequest:
         options: Options of solver and grid; an option that is ``None`` is not given.
         plan: A plan to run, instead of all of these; or
         recipe: a :class:`fewstep.SamplerRecipe`, or the path of one; or
-        profile: a :class:`fewstep.Profile`, or the path of one: what was measured of the model.
+        profile: a :class:`fewstep.Profile`, or the path of one, measured on the model.
 
     Raises:
         TypeError: If a value has another type.
@@ -84,7 +84,7 @@ class SamplerRequest:
 
     @property
     def given(self) -> list[str]:
-        """The names of what was given, options by their own names."""
+        """The names of the given fields, options by their own names."""
         names = [item.name for item in fields(self) if item.name != "options"]
         return [*(n for n in names if getattr(self, n) is not UNSET), *self.options]
 

@@ -1,31 +1,31 @@
-r"""The one resolver: from a request to a sampler and its recipe, or to a plan.
+r"""The resolver: from a request to a sampler and its recipe, or to a plan.
 
-Every door (``sample``, ``steps``, ``record``, ``compare``, ``tune``, ``plan``, ``PlanScheduler``, the commands) turns its
+Every entry point (``sample``, ``steps``, ``record``, ``compare``, ``tune``, ``plan``, ``PlanScheduler``, the commands) turns its
 arguments into a :class:`SamplerRequest` and calls one of two functions:
 
-- :func:`resolve` has a model: it knows the model's schedule, fingerprint, guidance and built-in sampler;
+- :func:`resolve` has a model, and uses the model's schedule, fingerprint, guidance and built-in sampler;
 - :func:`resolve_plan` has a schedule only: for plans without a model, and for adapters. Its result has the plan, the
   solver object and the grid::
 
       made = resolve_plan(schedule, SamplerRequest("auto", nfe=8), integer_times=True)
       made.plan, made.solver, made.grid, made.chosen
 
-What is decided here and nowhere else, by what goes together:
+The rules for arguments that are given together, all of them here:
 
 =====================  ================================================================================
-plan, recipe, profile  one of them, with nothing but an nfe (or steps) that is its own; a profile takes any
-nfe, steps             one of them; with given times only the number that these times make
+plan, recipe, profile  one of them, with nothing but its own nfe (or steps); a profile allows any
+nfe, steps             one of them; with given times only their own number
 grid, times            ``times`` alone are the grid ``explicit``; with another grid a contradiction
 head_start             not with ``t_start`` or ``strength``, nor with an image; with given times only their first
 image                  needs a start: ``strength``, ``t_start``, or a plan or grid that begins below the largest time
 strength               needs an image; not with ``t_start``, nor with given times
-auto                   what was measured of this model, if it brings its profile (``denoiser.profile``), and else the
-                       static default; a grid that is given is held
+auto                   the model's profile (``denoiser.profile``), if it has one, and else the
+                       static default; a given grid is used
 dopri5                 its own options, ``t_start``, ``t_end``, ``strength`` only; no plan, nfe, steps, grid, head start
 a built-in sampler     ``auto`` and its own nfe only; no image
 =====================  ================================================================================
 
-Each contradiction is a :class:`~fewstep.sampling.request.Contradiction` with one text at every door.
+Each contradiction is a :class:`~fewstep.sampling.request.Contradiction` with one text at every entry point.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ DEFAULT_NFE = 10
 SOURCES = ("plan", "recipe", "profile")
 
 SPAN = frozenset({"t_start", "t_end", "strength"})
-"""The options that say from where to where an adaptive solver integrates."""
+"""The options that set the interval of an adaptive solver."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A request that was decided: what runs, and how it is written down.
+    """A resolved request: the sampler, and its recipe.
 
     Attributes:
         sampler: The sampler; its ``denoiser`` has the guidance around it.
@@ -86,7 +86,7 @@ class Resolved:
 
     @cached_property
     def recipe(self) -> SamplerRecipe:
-        """The recipe: what is stored and shown; the same sampler when it is run again."""
+        """The recipe, for files and display; resolved again it is the same sampler."""
         return self._recipe()
 
 
@@ -99,20 +99,20 @@ def resolve(
     force: bool = False,
     default_nfe: int = DEFAULT_NFE,
 ) -> Resolved:
-    """Returns the sampler that a request stands for with a model, and its recipe.
+    """Returns the sampler that a request describes for a model, and its recipe.
 
-    The plan of a request is made once: the second call costs a look-up. No network evaluation.
+    Plans are cached: the second call costs a look-up. No network evaluation.
 
     Arguments:
         denoiser: The model.
         request: The request.
         guidance: The scale of classifier-free guidance, 1 for none; it replaces that of a recipe.
-        image: Whether the run starts from an image instead of noise, which needs a start.
-        force: Whether a recipe or profile is taken although it was made for another model.
+        image: Whether the run starts from an image instead of noise, which needs a first time.
+        force: Whether to use a recipe or profile although it was made for another model.
         default_nfe: The number of network evaluations if neither nfe nor steps nor times are given.
 
     Raises:
-        Contradiction: If the request says two things at once, or what the model does not do.
+        Contradiction: If parts of the request contradict each other or the model.
         ValueError: If a name is unknown, a budget cannot be met, or a file cannot be read.
         TypeError: If something has the wrong type, or an option is unknown.
     """
@@ -164,7 +164,7 @@ def resolve_plan(
     integer_times: bool = False,
     default_nfe: int | None = None,
 ) -> Planned:
-    """Returns the plan that a request stands for on a schedule, with its solver and its grid.
+    """Returns the plan that a request describes on a schedule, with its solver and its grid.
 
     Arguments:
         schedule: The noise schedule.
@@ -182,7 +182,7 @@ def resolve_plan(
         )
     _check_sources(request)
     if request.plan is not UNSET:
-        raise TypeError("a plan is made already; run it as it is")
+        raise TypeError("this is a plan already; run it as it is")
     chose = request.profile is not UNSET
     if isinstance(request.profile, (str, Path, Profile)):
         profile = read_profile(request.profile, schedule)
@@ -230,7 +230,7 @@ def plan(
             solver ``"auto"``, its solver), or a grid; left out, the solver's own.
         head_start: A time below the schedule's largest: the evaluations above it are replaced by the
             Gaussian solution with the mean and the variance of the data.
-        profile: What was measured of a model, or its path; with solver ``"auto"``.
+        profile: The profile of a model, or its path; with solver ``"auto"``.
         integer_times: Whether the grid is rounded to training timesteps.
         options: Options of the grid (``t_start`` or ``strength``, ``t_end``, ``to_zero``, ``power``, ``rho``,
             ``times``) and of the solver.
@@ -253,7 +253,7 @@ def plan(
 
 
 def check_denoiser(denoiser: object) -> None:
-    """Raises ``TypeError`` unless a model is a :class:`Denoiser`; the message says how to make one."""
+    """Raises ``TypeError`` unless a model is a :class:`Denoiser`; the message says how to create one."""
     if not isinstance(denoiser, Denoiser):
         raise TypeError(
             f"a Denoiser is needed, got {type(denoiser).__name__}; "
@@ -272,7 +272,7 @@ def _check_sources(request: SamplerRequest) -> None:
     if sources:
         ours = (*sources, "nfe", "steps")
         if sources == ["profile"] and request.solver == AUTO:
-            ours = (*ours, "solver")  # auto is what takes a profile
+            ours = (*ours, "solver")  # auto uses the profile
         extra = [name for name in request.given if name not in ours]
         if extra:
             raise Contradiction(
@@ -300,23 +300,23 @@ def _check_operator(
 def _check_budget(request: SamplerRequest, kind: str, plan: Plan) -> None:
     if request.nfe is not UNSET and request.nfe != plan.nfe:
         raise Contradiction(
-            f"this {kind} makes {plan.nfe} evaluations, not {request.nfe}; leave nfe out, or take "
+            f"this {kind} makes {plan.nfe} evaluations, not {request.nfe}; leave nfe out, or use "
             f"another {kind}"
         )
     steps = len(plan.knots) - 1
     if request.steps is not UNSET and request.steps != steps:
         raise Contradiction(
-            f"this {kind} has {steps} steps, not {request.steps}; leave steps out, or take another "
+            f"this {kind} has {steps} steps, not {request.steps}; leave steps out, or use another "
             f"{kind}"
         )
 
 
 def _check_image(plan: Plan, options: Mapping[str, Any], *, image: bool) -> None:
-    """Raises unless an image has a start, and a share of the grid an image."""
+    """Raises unless an image has a first time, and a share of the grid an image."""
     if image and plan.head:
         raise Contradiction(
-            "an image and a head start are two beginnings of one run; leave one of them out (strength "
-            "says how much noise the image gets)"
+            "an image and a head start both set the initial state; leave one of them out (strength "
+            "sets how much noise the image gets)"
         )
     _check_start(plan.schedule, float(plan.knots[0].detach()), options, image=image)
 
@@ -328,12 +328,12 @@ def _check_start(
     if image and not asked and first >= schedule.t_max * (1 - 1e-9):
         raise Contradiction(
             f"an image needs a start: this sampler begins at t = {first:g}, the largest time, where "
-            "next to nothing is left of an image; give strength= (above 0 and at most 1, the share "
+            "almost nothing of an image remains; give strength= (above 0 and at most 1, the share "
             f"of the grid that is run), or the option t_start, a time up to {schedule.t_max:g}"
         )
     if options.get("strength") is not None and not image:
         raise Contradiction(
-            "strength is the share of the grid that an image goes through, and there is no image; "
+            "strength is the share of the grid that is run from an image, and there is no image; "
             "give image=, or leave strength out"
         )
 
@@ -345,7 +345,7 @@ def _check_profile(
         return
     if profile.fingerprint and denoiser.fingerprint() != profile.fingerprint:
         raise ValueError(
-            "the profile was measured of another model (fingerprint "
+            "the profile was measured on another model (fingerprint "
             f"{profile.fingerprint[:12]}…); measure this model, or use it all the same: force=True "
             "(--force)"
         )
@@ -360,7 +360,7 @@ def _check_profile(
 def _own_profile(
     denoiser: Denoiser, request: SamplerRequest, guidance: float | None, default_nfe: int
 ) -> Profile | None:
-    """Returns the profile that the model brings, if ``auto`` is asked for within what it measured."""
+    """Returns the model's profile, if the request is for ``auto`` and the profile covers it."""
     base = denoiser.inner if isinstance(denoiser, Guided) else denoiser
     profile = base.profile
     free = request.solver in (UNSET, AUTO) and not set(request.given) - {"solver", "nfe", "steps"}
@@ -369,7 +369,7 @@ def _own_profile(
     scale, budget = _scale(denoiser, guidance), request.steps or request.nfe or default_nfe
     if profile.guidance not in (None, scale):
         logger.info(
-            "the model's profile was measured with guidance %g, this run has %g: auto takes the "
+            "the model's profile was measured with guidance %g, this run has %g: auto uses the "
             "static default; measure it with fewstep fit --guidance %g",
             profile.guidance,
             scale,
@@ -419,9 +419,7 @@ def _of_adaptive(
         name = solver.name
         own = {key: getattr(solver, key) for key in solver_options(name)}
         if others := sorted(set(options) - SPAN):
-            raise Contradiction(
-                f"a solver that is made already takes no options, got {as_text(others)}"
-            )
+            raise Contradiction(f"a solver object already has its options, got {as_text(others)}")
         options = {**own, **options}
     schedule = denoiser.schedule
     if "t_start" in options:
@@ -429,7 +427,7 @@ def _of_adaptive(
     first = float(options.get("t_start") or schedule.t_max)
     _check_start(schedule, first, options, image=image)
     if "strength" in options:
-        # Its steps are free, so the share is one of log rho, in which it integrates.
+        # It has no grid, so the share is one of log rho, in which it integrates.
         ends = {key: options.get(key) for key in SPAN}
         options["t_start"] = float(GRIDS["log-rho"](schedule, 1, **ends).times[0])
         del options["strength"]
@@ -477,7 +475,7 @@ def _of_recipe(
 def _unfolded(
     schedule: NoiseSchedule, request: SamplerRequest, default_nfe: int | None
 ) -> SamplerRequest:
-    """Returns a request with the times that ``auto:FILE`` stands for."""
+    """Returns a request with the times of ``auto:FILE``."""
     if not names_profile(request.grid):
         return request
     extra = sorted(GRID_OPTIONS & set(request.options))

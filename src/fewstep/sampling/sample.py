@@ -30,13 +30,13 @@ from fewstep.solvers import Solver
 
 @dataclass(frozen=True)
 class Step:
-    r"""What :func:`steps` gives after each step.
+    r"""The state after a step of :func:`steps`.
 
     Attributes:
         index: The number of the step, from 0.
         t: The time of the state.
-        x: The state, with shape (B, \*). Changing it in place changes what follows.
-        x0: The data predicted by the step's last network call.
+        x: The state, with shape (B, \*). Changing it in place changes the following steps.
+        x0: The data predicted by the step's last network evaluation.
         eps: The noise predicted by it.
     """
 
@@ -107,13 +107,13 @@ def sample(
 
     Arguments:
         denoiser: The model.
-        n: How many samples; left out, as many as ``noise`` has.
+        n: The number of samples; left out, that of ``noise``.
         solver: A name in :data:`fewstep.SOLVERS`, ``"auto"`` (the default), or a solver.
         nfe: The number of network evaluations, 10 by default.
         plan: A plan to run, instead of a solver; or
         recipe: a recipe, or the path of one; or
-        profile: what was measured of the model, or the path of it.
-        force: Whether to take a recipe or a profile although it was made for another model.
+        profile: the profile of the model, or the path of one.
+        force: Whether to use a recipe or a profile although it was made for another model.
         grid: The name of a grid, ``"auto:FILE"`` for the times of a profile, or a grid; left out,
             the solver's own.
         head_start: The time above which the Gaussian solution replaces network evaluations.
@@ -122,16 +122,16 @@ def sample(
             grid, :math:`\alpha x_0 + \sigma z`. It needs ``strength``, the option ``t_start``, or a
             plan or grid that begins below the largest time.
         strength: The share of the grid that the image goes through, above 0 and at most 1: the first
-            time is the point with that share of the grid left, on the axis in which the grid is even
+            time is the point with that share of the grid remaining, on the axis in which the grid is even
             (see :func:`fewstep.diffusion.grids.power`). All ``nfe`` evaluations are made on that
-            share: ``nfe=6, strength=0.6`` are the last 6 steps of 10, where diffusers is asked for 10.
+            share: ``nfe=6, strength=0.6`` are the last 6 steps of 10, where diffusers has ``num_inference_steps=10``.
         seed: The seed.
         first: The number of the first sample, to draw a part of a larger run.
         noise: The initial draw, with shape (n, \*), of unit variance; its type, float32 or
             float64, is the state's.
-        batch_size: How many samples go through the network at a time.
+        batch_size: The samples in one network evaluation.
         save: ``"states"`` to get a :class:`Trajectory` with the states at all grid points.
-        progress: Whether to show a progress bar, or what follows the run.
+        progress: ``True`` for a progress bar, or a :class:`fewstep.base.progress.Progress`.
         guidance: The scale of classifier-free guidance; 1 is none.
         cond: The conditions, e.g. ``class_labels``; tensors and lists of n values are split
             among the batches.
@@ -211,9 +211,9 @@ def steps(
     head_start: float | None = None,
     **cond: Any,
 ) -> Iterator[Step]:
-    """Samples step by step: for previews, edits, an early stop. Arguments as for :func:`sample`.
+    """Samples step by step, for previews, edits or an early stop. Arguments as for :func:`sample`.
 
-    The last ``.x`` is the sample. All arguments are checked at once, before the first step.
+    The last ``.x`` is the sample. All arguments are checked before the first step.
 
     Raises:
         ValueError: If the sampler has no steps known beforehand.
@@ -235,7 +235,7 @@ def steps(
     n, noise, conditions = _checked(denoiser, n, noise, cond)
     image = _image(image, n, denoiser, noise)
     if not isinstance(made, PlanSampler):
-        raise ValueError("only samplers with a plan can be followed step by step")
+        raise ValueError("only samplers with a plan can be run step by step")
     source = NoiseSource(seed, range(n))
     z = initial_noise(denoiser, source, noise)
     x = made.start(z) if image is None else made.start(z, image)
@@ -250,7 +250,7 @@ def _follow(made: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
         execution, evaluate = made._begin(x, run, lambda k, state: reached.append((k, state)))
     while (request := execution.request) is not None:
         with torch.no_grad():
-            # The state may be overwritten when the run goes on, so predictions come first.
+            # The state may be overwritten when the run continues, so predictions come first.
             output = evaluate(request.x, request.at)
             x0, eps = _predictions(made.native, request, output)
             execution.advance(output)

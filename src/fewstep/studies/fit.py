@@ -345,7 +345,7 @@ def _checked(denoiser: object, nfe: Sequence[int], n: object) -> list[int]:
     if not isinstance(denoiser, Denoiser):
         raise TypeError(
             f"a Denoiser is needed, got {type(denoiser).__name__}; "
-            "create one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
+            "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
         )
     if denoiser.built_in_sampler() is not None:
         raise ValueError(

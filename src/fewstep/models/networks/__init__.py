@@ -1,1 +1,1 @@
-"""The networks that ship."""
+"""The networks of embedded models and of ``fewstep train``."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class SmallClassifier(nn.Module):
-    r"""A convolutional classifier of small images; its penultimate layer gives features.
+    r"""A convolutional classifier of small images; its penultimate layer returns features.
 
     Arguments:
         in_channels: The channels of an image.
@@ -36,7 +36,7 @@ class SmallClassifier(nn.Module):
         return self.body(x)
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """Returns what every convolution sees, (B, C, H, W) each."""
+        """Returns the input of every convolution, (B, C, H, W) each."""
         stages = []
         for part in self.body:
             x = part(x)

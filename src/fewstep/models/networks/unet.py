@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, where asked for, attention: the unit after which others may hook."""
+    """A residual block and, optionally, attention: the unit after which other code may add hooks."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, *, heads: int) -> None:
         super().__init__()
@@ -70,15 +70,15 @@ class SmallUNet(nn.Module):
 
     Arguments:
         in_channels: The channels of an image.
-        patch: The side of the squares of pixels that are folded into channels at the entrance
-            (and unfolded at the exit); 2 makes the network four times cheaper. It must divide
+        patch: The side of the squares of pixels that are folded into channels at the input
+            (and unfolded at the output); 2 makes the network four times cheaper. It must divide
             the height and the width.
         channels: The width at each level; each further level halves the resolution.
-        blocks: The number of stages at each level, on the way down and on the way up.
+        blocks: The number of stages at each level, in the encoder and in the decoder.
         attention: The levels (from 0) that have self-attention.
         num_classes: The number of classes, or ``None`` for an unconditional network. Label
             ``num_classes`` is the null label of classifier-free guidance.
-        time_scale: What a time is multiplied with before the sinusoidal embedding, so that it
+        time_scale: The factor of a time before the sinusoidal embedding, so that it
             covers about 0 to 1000.
         input_skip: Whether the input is added to the output, times a factor that depends on the time.
             At high noise ``eps`` is almost the input, to an accuracy that normalised features do not
@@ -132,7 +132,7 @@ class SmallUNet(nn.Module):
         }
         if not isinstance(input_skip, bool):
             raise ValueError(f"input_skip must be true or false, got {input_skip!r:.40}")
-        if input_skip:  # files of before do not have it
+        if input_skip:  # absent in older files
             self.config["input_skip"] = True
         self.checkpointing = False
         self.patch = patch
@@ -181,7 +181,7 @@ class SmallUNet(nn.Module):
             nn.init.ones_(self.skip_factor.bias)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Lets the backward pass compute the stages again instead of keeping what is inside."""
+        """Enables gradient checkpointing: the backward pass computes the stages again."""
         self.checkpointing = True
 
     def _call(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class SmallUNet(nn.Module):
     def encode(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Returns the way down: its end, the embedding of times, and the features of each stage.
+        """Returns the output of the encoder, the embedding of times, and the features of each stage.
 
         Arguments:
             x: As for :meth:`forward`.
@@ -239,7 +239,7 @@ class SmallUNet(nn.Module):
 
 
 def _silence(layer: nn.Conv2d) -> None:
-    """Makes a layer return zeros at the start of training."""
+    """Initialises a layer to return zeros."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
@@ -254,7 +254,7 @@ def _groups(channels: int) -> int:
 
 
 def _sinusoid(t: Tensor, frequencies: int) -> Tensor:
-    # Times stay in at least float32: in bfloat16 999 would become 1000.
+    # Times have at least float32: in bfloat16 999 would become 1000.
     t = t if t.dtype == torch.float64 else t.float()
     rate = torch.arange(frequencies, device=t.device, dtype=t.dtype) / frequencies
     angle = t[:, None] * torch.exp(-math.log(10_000.0) * rate)
@@ -267,8 +267,8 @@ def build(config: dict[str, Any]) -> SmallUNet:
 
 
 def lay_out(network: nn.Module) -> nn.Module:
-    """Brings the weights into the order in memory in which the network is fastest; returns it.
+    """Sets the memory format in which the network is fastest; returns it.
 
-    channels_last: a fifth faster on a CPU, attention too, and what tensor cores want.
+    channels_last: a fifth faster on a CPU, attention too, and the layout of tensor cores.
     """
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
