@@ -176,3 +176,70 @@ def test_a_network_of_whole_indices():
     )
     profile = fewstep.fit(network, (5,), n=8)
     assert all(t == round(t) for e in profile.entries for t in e.times)
+
+
+class Interrupted(Counted):
+    """Stops after some evaluations, as a machine that goes away."""
+
+    left = 10**9
+
+    def raw(self, x, t, **cond):
+        if self.count + len(x) > self.left:
+            raise KeyboardInterrupt
+        return super().raw(x, t, **cond)
+
+
+def test_an_interrupted_measurement_is_resumed(tmp_path):
+    folder, budgets = tmp_path / "parts", (4, 5)
+    whole = fewstep.fit(SMOOTH, budgets, n=8)
+    model, total = Interrupted(SMOOTH), whole.about["evaluations"]
+    runs = []
+    for left in (0.6, 0.4, 1.0):  # after the reference, in a budget, to the end
+        model.count, model.left = 0, int(left * total)
+        try:
+            profile = fewstep.fit(model, budgets, n=8, folder=folder)
+        except KeyboardInterrupt:
+            runs.append(model.count)
+    assert len(runs) == 2
+    assert model.count < total / 2  # it made the rest only
+    for one, two in zip(profile.entries, whole.entries, strict=True):
+        assert (one.solver, one.times) == (two.solver, two.times)
+        assert one.error == pytest.approx(two.error, rel=1e-6)
+    assert profile.recommended == whole.recommended
+    assert profile.about["evaluations"] == total
+    assert not (folder / "parts").exists()
+
+
+def test_parts_of_another_measurement_are_not_mixed_in(tmp_path):
+    model = Interrupted(SMOOTH)
+    model.left = 1100
+    with pytest.raises(KeyboardInterrupt):
+        fewstep.fit(model, 4, n=8, folder=tmp_path)
+    with pytest.raises(ValueError, match="seed 0, now 1"):
+        fewstep.fit(model, 4, n=8, seed=1, folder=tmp_path)
+
+
+def test_step_costs_of_fitted_weights_are_what_least_squares_leaves():
+    from fewstep.studies.dynamic import FittedStepCosts, best_grids
+    from fewstep.studies.local_errors import path_of
+
+    noise = draw_noise(SMOOTH, 6, 1, dtype=torch.float64)
+    reference = follow(SMOOTH, noise, {}, intervals=12)
+    path = path_of(reference)
+    costs = FittedStepCosts(path, ridge=1e-12)
+    g, h, i, j = 1, 3, 4, 7
+    s, t = VP, reference.times
+    ratio = s.alpha(t[j]) / s.alpha(t[i])
+    columns = [reference.x[i], *(reference.eps[k] for k in (i, h, g))]
+    matrix = torch.stack([c.flatten() for c in columns], 1)
+    target = reference.x[j].flatten()
+    left = target - matrix @ torch.linalg.lstsq(matrix, target[:, None]).solution[:, 0]
+    assert float(ratio) > 0
+    torch.testing.assert_close(costs.two(h)[g, i, j], left.square().mean(), rtol=1e-4, atol=1e-14)
+    # The first step has no history, the second one earlier node; cost and grid agree.
+    grid = best_grids(costs, 5, free_end=False)[5]
+    nodes = torch.searchsorted(-t, -grid.times).tolist()
+    total = costs.zero()[nodes[0], nodes[1]] + costs.one(nodes[0])[nodes[1], nodes[2]]
+    for a in range(len(nodes) - 3):
+        total += costs.two(nodes[a + 1])[nodes[a], nodes[a + 2], nodes[a + 3]]
+    assert grid.cost == pytest.approx(float(total.sqrt()), rel=1e-9)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from fewstep.base.interrupts import keeping
 from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
@@ -15,6 +17,7 @@ from fewstep.cli._common import (
     event_shape,
     exists,
     follows,
+    kept_files,
     load_model,
     parse_labels,
     positive,
@@ -41,7 +44,8 @@ def fit(
 ) -> None:
     """Measure which sampler is nearest to a model at each budget: OUT, a profile.
 
-    About 5,900 evaluations of one image for the seven budgets: a minute for a small model. Nothing
+    At most 5,632 evaluations of one image for the seven budgets: a minute for a small model. The same
+    command resumes a measurement that was interrupted. Nothing
     is trained and no data is needed. `fewstep sample MODEL --profile OUT` takes what was measured; a
     profile in the model's own folder is taken by itself.
 
@@ -72,12 +76,24 @@ def fit(
 
     from fewstep.studies.fit import fit as measure
 
-    with progress_of(follows()) as progress:
+    parts = file.with_name(f"{file.name}.parts")
+    with (
+        progress_of(follows()) as progress,
+        keeping(lambda: kept_files(parts, "parts/*", "parts")),
+    ):
         profile = measure(
-            denoiser, budgets, n=n, seed=seed, guidance=guidance, progress=progress, **cond
+            denoiser,
+            budgets,
+            n=n,
+            seed=seed,
+            guidance=guidance,
+            folder=parts,
+            overwrite=overwrite,
+            progress=progress,
+            **cond,
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    profile.save(file)
+        profile.save(file)
+    shutil.rmtree(parts, ignore_errors=True)
     _show(profile)
     say(
         f"wrote {file} ({profile.about['evaluations']:,} evaluations, {profile.about['seconds']} s)"

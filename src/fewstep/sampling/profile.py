@@ -65,6 +65,59 @@ class ProfileEntry:
         """The number of steps."""
         return len(self.times) - 1
 
+    def to_record(self) -> dict[str, Any]:
+        """Returns it as a JSON object."""
+        known = {k: getattr(self, k) for k in ("error", "default_error", "cost")}
+        return {
+            "solver": self.solver,
+            "steps": self.steps,
+            "times": list(self.times),
+            **({"head": True} if self.head else {}),
+            **{key: value for key, value in known.items() if value is not None},
+            **({"weights": [list(w) for w in self.weights]} if self.weights else {}),
+        }
+
+    @classmethod
+    def from_record(cls, content: Any) -> ProfileEntry:
+        """Returns the entry that a JSON object describes.
+
+        Raises:
+            ValueError: If it describes none; the message says why.
+        """
+        if not isinstance(content, dict):
+            raise ValueError(f"an entry is a JSON object, got {content!r:.40}")
+        keys = {"solver", "steps", "times", "head", "error", "default_error", "cost", "weights"}
+        if others := set(content) - keys:
+            raise ValueError(f"an entry has an unknown key {min(others)!r:.40}")
+        solver, times = content.get("solver"), content.get("times")
+        if not isinstance(solver, str):
+            raise ValueError(f"the solver of an entry is a name, got {solver!r:.40}")
+        if (
+            not isinstance(times, list)
+            or not 2 <= len(times) <= MOST_STEPS
+            or not all(_is_number(t) for t in times)
+        ):
+            raise ValueError("the times of an entry are a list of two or more numbers")
+        if content.get("steps") != len(times) - 1:
+            raise ValueError(f"{len(times)} times are not {content.get('steps')!r:.20} steps")
+        head, cost = content.get("head", False), content.get("cost")
+        if not isinstance(head, bool):
+            raise ValueError(f"the head of an entry is true or false, got {head!r:.40}")
+        for key in ("error", "default_error"):
+            if content.get(key) is not None and not _is_number(content[key]):
+                raise ValueError(f"the {key} of an entry is a number, got {content[key]!r:.40}")
+        if cost is not None and (type(cost) is not int or cost < 0):
+            raise ValueError(f"the cost of an entry is a number of evaluations, got {cost!r:.40}")
+        return cls(
+            solver,
+            tuple(float(t) for t in times),
+            head,
+            content.get("error"),
+            content.get("default_error"),
+            cost,
+            _weights(content.get("weights", [])),
+        )
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -245,21 +298,7 @@ class Profile:
             "guidance": self.guidance,
             **({"about": dict(self.about)} if self.about else {}),
             "recommended": {str(k): name for k, name in sorted(self.recommended.items())},
-            "entries": [
-                {
-                    "solver": entry.solver,
-                    "steps": entry.steps,
-                    "times": list(entry.times),
-                    **({"head": True} if entry.head else {}),
-                    **{
-                        key: getattr(entry, key)
-                        for key in ("error", "default_error", "cost")
-                        if getattr(entry, key) is not None
-                    },
-                    **({"weights": [list(w) for w in entry.weights]} if entry.weights else {}),
-                }
-                for entry in self.entries
-            ],
+            "entries": [entry.to_record() for entry in self.entries],
         }
 
     def save(self, path: str | Path) -> Path:
@@ -309,7 +348,7 @@ class Profile:
         return cls(
             schedule_from_record(content["schedule"]),
             content["fingerprint"],
-            tuple(_entry(entry) for entry in entries),
+            tuple(ProfileEntry.from_record(entry) for entry in entries),
             {int(steps): name for steps, name in recommended.items()},
             guidance,
             about,
@@ -342,42 +381,6 @@ def _stretch(entry: ProfileEntry, steps: int) -> Tensor:
     made = torch.lerp(root[below], root[below + 1], where - below).pow(1.5)
     made[0], made[-1] = times[0], times[-1]
     return made
-
-
-def _entry(content: Any) -> ProfileEntry:
-    if not isinstance(content, dict):
-        raise ValueError(f"an entry is a JSON object, got {content!r:.40}")
-    keys = {"solver", "steps", "times", "head", "error", "default_error", "cost", "weights"}
-    if others := set(content) - keys:
-        raise ValueError(f"an entry has an unknown key {min(others)!r:.40}")
-    solver, times = content.get("solver"), content.get("times")
-    if not isinstance(solver, str):
-        raise ValueError(f"the solver of an entry is a name, got {solver!r:.40}")
-    if (
-        not isinstance(times, list)
-        or not 2 <= len(times) <= MOST_STEPS
-        or not all(_is_number(t) for t in times)
-    ):
-        raise ValueError("the times of an entry are a list of two or more numbers")
-    if content.get("steps") != len(times) - 1:
-        raise ValueError(f"{len(times)} times are not {content.get('steps')!r:.20} steps")
-    head, cost = content.get("head", False), content.get("cost")
-    if not isinstance(head, bool):
-        raise ValueError(f"the head of an entry is true or false, got {head!r:.40}")
-    for key in ("error", "default_error"):
-        if content.get(key) is not None and not _is_number(content[key]):
-            raise ValueError(f"the {key} of an entry is a number, got {content[key]!r:.40}")
-    if cost is not None and (type(cost) is not int or cost < 0):
-        raise ValueError(f"the cost of an entry is a number of evaluations, got {cost!r:.40}")
-    return ProfileEntry(
-        solver,
-        tuple(float(t) for t in times),
-        head,
-        content.get("error"),
-        content.get("default_error"),
-        cost,
-        _weights(content.get("weights", [])),
-    )
 
 
 def _weights(value: Any) -> Sequence[Sequence[float]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.base.progress import Progress, progress_of
+from fewstep.base.runs import RunFolder
 from fewstep.models.conditions import Conditions, select
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
@@ -21,10 +24,17 @@ from fewstep.sampling.resolve import plan as make_plan
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
 from fewstep.solvers.multistep import Multistep
-from fewstep.studies.dynamic import BestGrid, StepCosts, best_grids
-from fewstep.studies.local_errors import Path, measure_gain, path_of, step_errors
+from fewstep.studies.dynamic import BestGrid, FittedStepCosts, StepCosts, best_grids
+from fewstep.studies.local_errors import gain_evaluations, measure_gain, path_of, step_errors
 from fewstep.studies.multistep import fit_multistep
-from fewstep.studies.reference import Reference, draw_noise, follow, grid_of, run_plan
+from fewstep.studies.reference import (
+    Reference,
+    digest_input,
+    draw_noise,
+    follow,
+    grid_of,
+    run_plan,
+)
 
 logger = logging.getLogger("fewstep")
 
@@ -34,7 +44,10 @@ BUDGETS = (4, 5, 6, 8, 10, 15, 20)
 INTERVALS = 40
 """The least number of intervals between the nodes of the reference."""
 
-PLACES, GAIN_SAMPLES = 5, 4
+SUBSTEPS = 3
+"""The steps of the reference in each interval."""
+
+PLACES, GAIN_SAMPLES = 4, 8
 """The number of places, and of samples, at which the gain of errors is measured."""
 
 FITTED_SHARE = 5 / 8
@@ -76,9 +89,9 @@ class Candidate:
 def evaluations(nfe: Sequence[int] = BUDGETS, n: int = 16) -> int:
     """Returns how many evaluations of one image :func:`fit` makes at most."""
     fitted, intervals = _split(n), _intervals(nfe)
-    reference = n * (2 * intervals + 1)
-    gain = 2 * min(GAIN_SAMPLES, fitted) * PLACES * (intervals // 4 + 1)
-    grids = 3
+    reference = n * (SUBSTEPS * intervals + 1)
+    gain = 2 * min(GAIN_SAMPLES, fitted) * gain_evaluations(intervals + 1, PLACES)
+    grids = 2
     return reference + gain + sum(nfe) * (grids * n + 2 * (n - fitted))
 
 
@@ -89,6 +102,8 @@ def fit(
     n: int = 16,
     seed: int = 0,
     guidance: float | None = None,
+    folder: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | bool | None = False,
     **cond: Any,
 ) -> Profile:
@@ -106,7 +121,7 @@ def fit(
     The distance is the root mean square difference to the model's own many-step solution from the
     same noise. Only a few numbers per step are fitted, so n = 16 is enough for any model.
 
-    Cost: about 5,900 evaluations of one image for the seven budgets and n = 16
+    Cost: at most 5,632 evaluations of one image for the seven budgets and n = 16
     (:func:`evaluations`); the log shows it beforehand, in evaluations and seconds.
 
     Arguments:
@@ -115,6 +130,9 @@ def fit(
         n: The number of trajectories; five of eight are fitted to, the others are held out.
         seed: The seed of their noise.
         guidance: The scale of classifier-free guidance; 1 is none.
+        folder: Where finished parts are kept, so that an interrupted measurement is resumed by the
+            same call; it is empty again when the measurement is done.
+        overwrite: Whether parts of another measurement in the folder are thrown away.
         progress: ``True`` for a bar, or a :class:`fewstep.base.progress.Progress`.
         cond: The conditions, e.g. ``class_labels``, one for all or n. A class-conditional model
             without given classes gets its classes in turn.
@@ -132,17 +150,33 @@ def fit(
     conditions = Conditions.of(denoiser, n, cond)
     noise = draw_noise(denoiser, n, seed)
     began, total = time.monotonic(), evaluations(budgets, n)
-    with progress_of(progress) as shown:
-        meter = _Meter(shown, total)
-        work = _Work(denoiser, noise, conditions, _split(n), meter)
-        entries, recommended = work.entries(budgets)
     base = denoiser.inner if isinstance(denoiser, Guided) else denoiser
+    scale = denoiser.scale if isinstance(denoiser, Guided) else 1.0
+    with progress_of(progress) as shown, ExitStack() as stack:
+        run = None
+        if folder is not None:
+            run = RunFolder(folder, "measurement of a model", outputs=())
+            inputs = {
+                "model": base.fingerprint(),
+                "schedule": denoiser.schedule.to_record(),
+                "guidance": scale,
+                "conditions": {k: digest_input(v) for k, v in sorted(conditions.values.items())},
+                "trajectories": n,
+                "seed": seed,
+                "intervals": _intervals(budgets),
+            }
+            stack.enter_context(run.running(inputs, overwrite=overwrite, progress=shown))
+        meter = _Meter(shown, total)
+        work = _Work(denoiser, noise, conditions, _split(n), meter, run)
+        entries, recommended = work.entries(budgets)
+        if run is not None:
+            run.finish()
     return Profile(
         denoiser.schedule,
         base.fingerprint(),
         tuple(entries),
         recommended,
-        denoiser.scale if isinstance(denoiser, Guided) else 1.0,
+        scale,
         about={
             "evaluations": meter.count,
             "seconds": round(time.monotonic() - began, 1),
@@ -174,6 +208,11 @@ class _Meter:
             )
         self.shown.tick(evaluations * images)
 
+    def resume(self, count: int) -> None:
+        """Counts evaluations that an interrupted run has made."""
+        self.count += count
+        self.shown.tick(count)
+
     def of(self, images: int) -> Progress:
         """Returns a progress that counts the evaluations of a batch of this many images."""
         return _Batches(self, images)
@@ -203,36 +242,96 @@ class _Work:
         conditions: Conditions,
         fitted: int,
         meter: _Meter,
+        run: RunFolder | None,
     ) -> None:
-        self.denoiser, self.noise, self.meter = denoiser, noise, meter
+        self.denoiser, self.noise, self.meter, self.run = denoiser, noise, meter, run
         self.fitted, self.held_out = range(fitted), range(fitted, len(noise))
         self.cond = conditions.at(range(len(noise)))
 
     def entries(self, budgets: Sequence[int]) -> tuple[list[ProfileEntry], dict[int, str]]:
-        whole = follow(
-            self.denoiser,
-            self.noise,
-            self.cond,
-            intervals=_intervals(budgets),
-            progress=self.meter.of(len(self.noise)),
-        )
-        self.meter.add(1, len(self.noise))  # the last node's
+        """Returns the entries of all budgets, and the solver that is recommended for each."""
+        whole = self._reference(_intervals(budgets))
         reference, self.target = self._part(whole), whole.end[self.held_out.start :]
-        grids = self._grids(reference, max(budgets))
+        if max(budgets) >= len(reference.times):
+            raise ValueError(
+                f"the model has {len(reference.times)} timesteps, too few for {max(budgets)} "
+                "evaluations"
+            )
+        self.path = path_of(reference, self.denoiser, self._gain(reference))
+        grids: list[dict[int, BestGrid]] = []
         entries, recommended = list[ProfileEntry](), dict[int, str]()
         for nfe in budgets:
-            default = self._default(nfe)
-            named = self._named(nfe, reference, grids)
-            measured = self._measured(nfe, reference, grids)
-            best = min((measured, named, default), key=lambda c: _robust(c.held_out))
-            recommended[nfe] = best.solver.name
-            ranked = sorted((measured, named, default), key=lambda c: c is not best)
-            known = set[str]()
-            for candidate in ranked:
-                if candidate.solver.name not in known:
-                    known.add(candidate.solver.name)
-                    entries.append(_entry(candidate, default.error))
+
+            def measured(nfe: int = nfe) -> Any:
+                if not grids:
+                    # The costs for fitted weights ignore that errors add up; the others hedge.
+                    costs = (FittedStepCosts(self.path), StepCosts(self.path, 1))
+                    grids.extend(best_grids(c, max(budgets), free_end=False) for c in costs)
+                return [entry.to_record() for entry in self._budget(nfe, reference, grids)]
+
+            records = self._record(f"budget-{nfe}", measured)
+            found = [ProfileEntry.from_record(record) for record in records]
+            recommended[nfe] = found[0].solver
+            entries += found
         return entries, recommended
+
+    def _budget(
+        self, nfe: int, reference: Reference, grids: list[dict[int, BestGrid]]
+    ) -> list[ProfileEntry]:
+        """Returns the entries of a budget, the recommended one first."""
+        default = self._default(nfe)
+        named = self._named(nfe, reference, grids)
+        measured = self._measured(nfe, reference, grids)
+        best = nearest(measured, named, default)
+        ranked = sorted((measured, named, default), key=lambda c: c is not best)
+        entries: dict[str, ProfileEntry] = {}
+        for candidate in ranked:
+            entries.setdefault(candidate.solver.name, _entry(candidate, default.error))
+        return list(entries.values())
+
+    def _record(self, name: str, make: Callable[[], Any]) -> Any:
+        """Returns a part, from the folder if it is there, and counts the evaluations that it took."""
+        if self.run is None:
+            return make()
+        cached = self.run.read_record(name)
+        if cached is None:
+            before = self.meter.count
+            cached = {"value": make()}
+            cached["evaluations"] = self.meter.count - before
+            self.run.write_record(name, cached)
+        else:
+            self.meter.resume(cached["evaluations"])
+        return cached["value"]
+
+    def _reference(self, intervals: int) -> Reference:
+        """Returns the reference trajectories of all samples."""
+        cached = None if self.run is None else self.run.read_tensors("reference")
+        rows = len(self.noise)
+        if cached is None:
+            whole = follow(
+                self.denoiser,
+                self.noise,
+                self.cond,
+                intervals=intervals,
+                substeps=SUBSTEPS,
+                progress=self.meter.of(rows),
+            )
+            self.meter.add(1, rows)  # the last node's
+            if self.run is not None:
+                self.run.write_tensors("reference", whole.tensors())
+            return whole
+        device = self.noise.device
+        nfe = SUBSTEPS * intervals + 1
+        self.meter.resume(nfe * rows)
+        return Reference(
+            self.denoiser.schedule,
+            cached["times"],
+            cached["x"].to(device),
+            cached["eps"].to(device),
+            self.noise,
+            self.cond,
+            nfe,
+        )
 
     def _part(self, whole: Reference) -> Reference:
         rows = len(self.fitted)
@@ -244,22 +343,16 @@ class _Work:
             cond=select(whole.cond, self.fitted),
         )
 
-    def _grids(self, reference: Reference, most: int) -> list[dict[int, BestGrid]]:
-        """Returns the best times for each budget, under three weightings of local errors."""
-        few = min(GAIN_SAMPLES, len(self.fitted))
-        gain = measure_gain(self.denoiser, reference, places=PLACES, samples=few)
-        self.meter.add(PLACES * (len(reference.times) // 4 + 1), 2 * few)
-        if most >= len(reference.times):
-            raise ValueError(
-                f"the model has {len(reference.times)} timesteps, too few for {most} evaluations"
-            )
-        self.path = path_of(reference, self.denoiser, gain)
-        grids = []
-        # From few samples the gain is uncertain; its root and 1 are robust alternatives.
-        for weight, degree in ((gain, 1), (gain.sqrt(), 1), (None, 2)):
-            path: Path = path_of(reference, self.denoiser, weight)
-            grids.append(best_grids(StepCosts(path, degree), most, free_end=False))
-        return grids
+    def _gain(self, reference: Reference) -> Tensor:
+        """Returns how much of an error at each node remains at the end."""
+
+        def measure() -> list[float]:
+            few = min(GAIN_SAMPLES, len(self.fitted))
+            gain = measure_gain(self.denoiser, reference, places=PLACES, samples=few)
+            self.meter.add(gain_evaluations(len(reference.times), PLACES), 2 * few)
+            return gain.tolist()
+
+        return torch.tensor(self._record("gain", measure), dtype=torch.float64)
 
     def _measured(
         self, nfe: int, reference: Reference, grids: list[dict[int, BestGrid]]
@@ -308,6 +401,20 @@ class _Work:
         x = run_plan(self.denoiser, plan, self.noise[rows.start :], cond)
         self.meter.add(plan.nfe, len(rows))
         return Candidate(solver, plan.knots.detach(), plan.head, fitted, _squares(x - self.target))
+
+
+def nearest(measured: Candidate, *others: Candidate) -> Candidate:
+    """Returns the measured candidate, or another that is nearer on the held-out samples.
+
+    It has to be nearer by the robust mean and, sample by sample, by the geometric mean of the ratios:
+    a sample whose trajectory ends in another basin of attraction decides neither alone.
+    """
+    best = measured
+    for other in others:
+        ratios = other.held_out.clamp_min(1e-24) / best.held_out.clamp_min(1e-24)
+        if _robust(other.held_out) < _robust(best.held_out) and float(ratios.log().mean()) < 0:
+            best = other
+    return best
 
 
 def _squares(difference: Tensor) -> Tensor:

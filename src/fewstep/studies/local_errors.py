@@ -106,15 +106,15 @@ def measure_gain(
     are run to the end on the nodes; between these nodes the logarithm of the factor is interpolated. Errors
     at high noise are mostly forgotten, since the flow contracts towards the data.
 
-    Cost: about ``places * S / 2`` evaluations for each of 2 ``samples``.
+    Cost: about ``places * S / 4`` evaluations for each of 2 ``samples``, see :func:`gain_evaluations`.
     """
     s, nodes = reference.schedule, reference.times
     b = min(samples, len(reference.noise))
-    picked = torch.linspace(1, len(nodes) - 1, places + 1).round().long()[:-1].unique()
+    picked = _gain_places(len(nodes), places)
     part = select(reference.cond, range(b))
     cond = joined(part, part)
     logs = []
-    for i in picked.tolist():
+    for i in picked:
         x, before = reference.x[i, :b], max(0, i - 4)
         alpha, sigma = (f(nodes[[before, i]]) for f in (s.alpha, s.sigma))
         ratio = alpha[1] / alpha[0]
@@ -127,9 +127,19 @@ def measure_gain(
         progress.tick()
         left = (end[b:] - end[:b]).cpu().double().square().mean().sqrt() / size
         logs.append(float(left.clamp_min(1e-6).log()))
-    places_at = torch.cat([picked, torch.tensor([len(nodes) - 1])]).double()
+    places_at = torch.tensor([*picked, len(nodes) - 1]).double()
     values = torch.tensor([*logs, 0.0], dtype=torch.float64)
     return _linear(places_at, values, torch.arange(len(nodes), dtype=torch.float64)).exp()
+
+
+def gain_evaluations(nodes: int, places: int) -> int:
+    """Returns the evaluations of :func:`measure_gain` for each of 2 ``samples``."""
+    return sum(math.ceil((nodes - 1 - i) / 2) for i in _gain_places(nodes, places))
+
+
+def _gain_places(nodes: int, places: int) -> list[int]:
+    """Returns the nodes at which the gain is measured."""
+    return torch.linspace(1, nodes - 1, places + 1).round().long()[:-1].unique().tolist()
 
 
 def _run_on(denoiser: Denoiser, times: Tensor, x: Tensor, cond: Mapping[str, Any]) -> Tensor:

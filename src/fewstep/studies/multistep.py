@@ -13,7 +13,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.solvers.multistep import Multistep
 from fewstep.studies.reference import Reference
 
-HISTORY = 4
+HISTORY = 5
 """The most predictions that a step is a combination of."""
 
 RIDGE = 1e-4

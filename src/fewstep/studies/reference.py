@@ -2,6 +2,7 @@ r"""Reference trajectories: the probability-flow ODE solved with very small step
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -228,3 +229,15 @@ def x0_at_end(reference: Reference) -> Tensor:
 def grid_of(schedule: NoiseSchedule, times: Tensor) -> TimeGrid:
     """Returns the grid of explicit times."""
     return explicit(schedule, times=times)
+
+
+def digest_input(value: Any) -> str | None:
+    """Returns the SHA-256 of a tensor or another value: the identity of a resumable run."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return hashlib.sha256(repr(value).encode()).hexdigest()
+    plain = value.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
+    digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

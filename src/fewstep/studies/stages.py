@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from fewstep.studies.fitting import fitting_error
 from fewstep.studies.local_errors import Path as Route
 from fewstep.studies.local_errors import measure_gain, path_of
 from fewstep.studies.recommend import SOLVERS, Advice, Batch, advise, dynamic_grids, enough_nfe
-from fewstep.studies.reference import Reference, draw_noise, follow
+from fewstep.studies.reference import Reference, digest_input, draw_noise, follow
 from fewstep.studies.spectrum import time_spectrum
 
 FORMAT, VERSION = "fewstep.analysis", 2
@@ -130,24 +129,13 @@ def _identity(subject: Subject, n: int, seed: int, solvers: Sequence[str]) -> di
         "model": denoiser.fingerprint(),
         "schedule": denoiser.schedule.to_record(),
         "guidance": getattr(denoiser, "scale", None),
-        "data": _digest(subject.data),
-        "labels": _digest(subject.labels),
-        "conditions": {name: _digest(v) for name, v in sorted(conditions.items())},
+        "data": digest_input(subject.data),
+        "labels": digest_input(subject.labels),
+        "conditions": {name: digest_input(v) for name, v in sorted(conditions.items())},
         "n": n,
         "seed": seed,
         "solvers": list(solvers),
     }
-
-
-def _digest(value: Any) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        return hashlib.sha256(repr(value).encode()).hexdigest()
-    plain = value.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
-    digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class _Work:
