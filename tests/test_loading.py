@@ -35,7 +35,7 @@ def test_weights_have_the_type_and_samples_are_single(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ([], "holds no model: there is no model.json or operator.json"),
+        ([], "is not a model: there is no model.json or operator.json"),
         (["checkpoint.json"], "unfinished training, give the same command again"),
         (["scheduler_config.json"], "the scheduler of a pipeline, give the folder above"),
         (["sd/model_index.json"], "a model is in '.*sd'"),

@@ -1,4 +1,4 @@
-"""fewstep: any pretrained diffusion model, in few network evaluations.
+"""fewstep: samples any pretrained diffusion model in few network evaluations.
 
 Names are imported when they are first used, so that ``import fewstep`` and ``fewstep --help``
 cost nothing.

@@ -45,7 +45,7 @@ def load(
         source: The name of an embedded model (:data:`fewstep.loading.EMBEDDED`, ``fewstep models``); a
             folder written by ``fewstep train`` or ``fewstep distill``; or a folder that diffusers saved, a
             pipeline or a network (diffusers must be installed then).
-        device: Where to put it: a device of torch, or ``"auto"``: CUDA, else MPS, else the CPU.
+        device: The device of its weights: a device of torch, or ``"auto"``: CUDA, else MPS, else the CPU.
         dtype: The type of its weights; left out, float32. Samples are float32 in any case.
 
     Returns:
@@ -53,13 +53,13 @@ def load(
 
     Raises:
         ValueError: If there is no such model, its files are damaged or incomplete, or the device is
-            not there.
+            not available.
     """
     name, place = str(source), find_device(device)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating type, got {dtype!r}")
     if name in MIXTURES:
-        if place.type == "mps":  # which has no double precision, in which these compute
+        if place.type == "mps":  # which has no float64, in which these compute
             place = torch.device("cpu")
         return MIXTURES[name](schedule("vp-linear")).to(place)
     folder = EMBEDDED_FOLDER / name if name in EMBEDDED else Path(source)
@@ -79,13 +79,13 @@ def load(
 
         return _with_profile(load_denoiser(folder, device=place, dtype=dtype), folder)
     raise ValueError(
-        f"the folder {name!r} holds no model: there is no model.json or operator.json (fewstep), and no "
+        f"the folder {name!r} is not a model: there is no model.json or operator.json (fewstep), and no "
         f"model_index.json or config.json (diffusers){_what_is_there(folder)}"
     )
 
 
 def _with_profile(denoiser: Denoiser, folder: Path) -> Denoiser:
-    """Gives a model the profile that lies in its folder; one of other weights is not taken."""
+    """Sets the profile in a model's folder; one of other weights is ignored."""
     file = folder / PROFILE
     if file.exists():
         profile = read_profile(file, denoiser.schedule)
@@ -102,7 +102,7 @@ def _with_profile(denoiser: Denoiser, folder: Path) -> Denoiser:
 
 
 def _what_is_there(folder: Path) -> str:
-    """Returns what a folder without a model is, if that can be seen."""
+    """Returns a hint about a folder without a model, if there is one."""
     if (folder / "checkpoint.json").exists():
         return "; it is an unfinished training, give the same command again to resume it"
     if (folder / "scheduler_config.json").exists():

@@ -273,7 +273,7 @@ def test_a_run_waits_for_a_sign_of_life_from_elsewhere(tmp_path, monkeypatch):
         pass
     assert len(sleeps) == 40
     assert len(stages) == 1
-    assert "waiting for a sign of life of process" in stages[0]
+    assert "waiting for a heartbeat of process" in stages[0]
 
 
 def test_only_the_owner_drops_its_lock(tmp_path):

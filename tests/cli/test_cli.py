@@ -124,7 +124,7 @@ def test_without_a_command_there_is_help(command):
         (["plan", "check"], "at least one FILE"),
         (["train", "no-such-folder", "--out", "OUT"], "no folder or file"),
         (["train", ".", "--steps", "0", "--out", "OUT"], "--steps must be a positive"),
-        (["demo", "--model", "mixture-smooth", "--out", "OUT"], "makes samples of shape"),
+        (["demo", "--model", "mixture-smooth", "--out", "OUT"], "has samples of shape"),
     ],
 )
 def test_a_mistake_gets_one_line_and_writes_nothing(command, tmp_path, arguments, message):
@@ -403,7 +403,7 @@ def test_plan_make_and_show(command, make):
     expected = fewstep.plan("tab3", fewstep.schedule("vp-linear"), nfe=5, grid="quadratic")
     assert plan.to_json() == expected.to_json()
     text = command("plan", "show", file)
-    assert "tab3: 5 calls, 0 noise draws" in text
+    assert "tab3: 5 evaluations, 0 noise draws" in text
     assert f"{float(plan.times[2]):.6g}" in text
     assert f"{float(plan.flat().B[1, 0]):+.4g} F0" in text
     assert "on a point mass: off by" in text
@@ -417,7 +417,7 @@ def test_plan_make_and_show(command, make):
 def test_plan_check_finds_damage(command, make, tmp_path):
     good = make("good.json", "ddim")
     assert re.search(
-        r"good.json: ok: ddim, 5 calls, 0 draws, point-mass defect \S+e-1\d",
+        r"good.json: ok: ddim, 5 evaluations, 0 draws, point-mass defect \S+e-1\d",
         command("plan", "check", good),
     )
     content = json.loads(good.read_text())
@@ -442,9 +442,9 @@ def test_plan_diff_says_where(command, make, tmp_path):
     assert "the same sampler" in command("plan", "diff", ddim, ddim)
     text = command("plan", "diff", same, other, code=1)
     # tab1 starts with a step of tab0, so the first two calls are the same.
-    assert "the plans differ, first at call 2" in text
+    assert "the plans differ, first at evaluation 2" in text
     longer = make("longer.json", "ddim", nfe=6)
-    assert "A makes 5 calls and 0 draws, B 6 and 0" in command(
+    assert "A makes 5 evaluations and 0 draws, B 6 and 0" in command(
         "plan", "diff", ddim, longer, code=1
     )
     del tmp_path
@@ -458,7 +458,7 @@ def test_plan_diff_converts_predictions(command, make, tmp_path):
     other = tmp_path / "x0.json"
     convert_plan(plan, "x0").save(other)
     text = command("plan", "diff", file, other)
-    assert "B asks for x0, A for eps" in text
+    assert "B is written for x0, A for eps" in text
     assert "the same sampler" in text
 
 
@@ -474,7 +474,7 @@ def test_plan_diff_names_a_wasted_call(command, make, tmp_path):
     wasted = tmp_path / "wasted.json"
     wasted.write_text(json.dumps(content))
     text = command("plan", "diff", file, wasted, code=1)
-    assert re.search(r"call 1 of B \(t = \S+\) changes nothing", text)
+    assert re.search(r"evaluation 1 of B \(t = \S+\) changes nothing", text)
     assert "of A" not in text.split("row", 1)[0]
 
 
@@ -486,17 +486,19 @@ def test_plan_diff_of_schedulers(command, tmp_path):
     diffusers.DEISMultistepScheduler(use_karras_sigmas=True).save_pretrained(folder)
     file = folder / "scheduler_config.json"
     text = command("plan", "diff", folder, file, "--steps", 6)
-    assert "call 5 of A (t = 0) changes nothing" in text
+    assert "evaluation 5 of A (t = 0) changes nothing" in text
     assert "the same sampler" in text
     text = command(
         "plan", "diff", "diffusers:DDIM", "diffusers:DEISMultistep", "--steps", 6, code=1
     )
-    assert re.search(r"call 0\s+830\s+999", text)
-    assert "the plans differ, first at call 0" in text
+    assert re.search(r"evaluation 0\s+830\s+999", text)
+    assert "the plans differ, first at evaluation 0" in text
     assert "the same sampler" in command(
         "plan", "diff", "diffusers:Euler", "diffusers:EulerDiscreteScheduler", "--steps", 4
     )
-    assert "4 calls, 0 noise draws" in command("plan", "show", "diffusers:Euler", "--steps", 4)
+    assert "4 evaluations, 0 noise draws" in command(
+        "plan", "show", "diffusers:Euler", "--steps", 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -513,7 +515,7 @@ def test_plan_diff_of_schedulers_refuses(command, source, message):
 
 def test_a_recipe_shows_as_its_plan(command, tmp_path):
     command("sample", "mixture-smooth", "-n", 2, "--nfe", 4, "--out", tmp_path / "a")
-    assert "4 calls" in command("plan", "show", tmp_path / "a" / "recipe.json")
+    assert "4 evaluations" in command("plan", "show", tmp_path / "a" / "recipe.json")
 
 
 # train
@@ -558,7 +560,7 @@ def test_train_resumes_and_its_model_samples(command, tmp_path, small_recipe, mo
     monkeypatch.setattr(Batches, "__call__", interrupted)
     assert run([*subcommand, "--out", str(out)]) == 130
     err = capsys.readouterr().err
-    assert "the checkpoint of step 3 is kept; to resume: fewstep train" in err
+    assert "the checkpoint of step 3 is saved; to resume: fewstep train" in err
     assert not (out / "model.json").exists()
     monkeypatch.setattr(Batches, "__call__", original)
     assert "resumed at step 3" in command(*subcommand, "--out", out)

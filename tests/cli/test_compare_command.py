@@ -170,7 +170,7 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Runner, "_run", stopping)
     assert run(base) == 130
-    assert "are kept; to resume: fewstep compare" in capsys.readouterr().err
+    assert "are saved; to resume: fewstep compare" in capsys.readouterr().err
     assert done == [("reference", 12), ("ddim", 3), ("ddim", 5)]
     assert not (out / "report.html").exists()
     done.clear()

@@ -63,7 +63,7 @@ def test_a_profile_of_other_weights_is_not_taken(fitted, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "fewstep"):
         model = fewstep.load(folder)
     assert model.profile is None
-    assert "measured of other weights" in caplog.text
+    assert "measured on other weights" in caplog.text
 
 
 def test_what_it_refuses(command, tmp_path):

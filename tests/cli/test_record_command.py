@@ -41,7 +41,7 @@ def test_a_store_from_record_to_verify_to_stats(tiny, tmp_path, command, monkeyp
     assert torch.allclose(batch.states[:, -1], samples, atol=2e-2, rtol=1e-2)
 
     text = command("record", "--verify", out)
-    assert "is sound: 3 shards" in text
+    assert "is intact: 3 shards" in text
     assert "integrated again" in text
     text = command("record", "--stats", out)
     assert "10 trajectories" in text
@@ -63,7 +63,7 @@ def test_an_interrupted_run_goes_on_and_says_how(tiny, tmp_path, command, monkey
 
     monkeypatch.setattr(writing, "write_shard", interrupted)
     assert run([str(a) for a in [*subcommand, tmp_path / "cut"]]) == 130
-    assert "files are kept; to resume: fewstep record" in capsys.readouterr().err
+    assert "files are saved; to resume: fewstep record" in capsys.readouterr().err
     monkeypatch.undo()
     assert "2 of 3 shards are missing" in command("record", "--stats", tmp_path / "cut", code=2)
     assert "is missing" in command("record", "--verify", tmp_path / "cut", code=1)
@@ -105,7 +105,7 @@ def test_a_store_whose_model_is_gone_is_still_checked(tmp_path, command):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     text = command("record", "--verify", tmp_path)
     assert "nothing was integrated again: its model cannot be loaded" in text
-    assert "is sound" in text
+    assert "is intact" in text
     assert "no spectrum: its model cannot be loaded" in command("record", "--stats", tmp_path)
     assert "integrated again: relative" in command(
         "record", "mixture-smooth", "--verify", tmp_path
@@ -145,12 +145,12 @@ def test_drawn_labels_and_kept_knots(tiny, tmp_path, command):
         (["MODEL", "--out", "OUT", "-n", "4", "--shard-size", "-1"], "--shard-size must be"),
         (["MODEL", "--out", "OUT", "-n", "4", "--keep", "knots:a"], "--keep is 4"),
         (["MODEL", "--out", "OUT", "-n", "4", "--keep", "cubic:4"], "grid"),
-        (["MODEL", "--out", "OUT", "-n", "4", "--solver", "ddpm"], "draws noise"),
+        (["MODEL", "--out", "OUT", "-n", "4", "--solver", "ddpm"], "is stochastic"),
         (["MODEL", "--out", "OUT", "-n", "4", "--dtype", "int8"], "dtype must be one of"),
         (["MODEL", "--out", "OUT", "-n", "4", "--class-labels", "random"], "not known"),
         (["MODEL", "--out", "OUT", "-n", "4", "--recipe", "x", "--nfe", "3"], "cannot be read"),
         (["MODEL", "--out", "OUT", "-n", "4", "--device", "warp"], "device 'warp'"),
-        (["--verify", "OUT"], "no store of trajectories"),
+        (["--verify", "OUT"], "not a store of trajectories"),
         (["--verify", "OUT", "--seed", "3"], "leave --seed out"),
         (["--stats", "OUT", "--overwrite"], "leave --overwrite out"),
     ],

@@ -113,7 +113,7 @@ def test_one_label_for_all(folder):
 def test_no_such_model(tmp_path):
     with pytest.raises(ValueError, match=r"Unknown model 'fashon'. Did you mean 'fashion'"):
         fewstep.load("fashon")
-    with pytest.raises(ValueError, match=r"holds no model: there is no model.json"):
+    with pytest.raises(ValueError, match=r"is not a model: there is no model.json"):
         fewstep.load(tmp_path)
 
 

@@ -1,1 +1,1 @@
-"""What every room stands on: registries, files."""
+"""Shared utilities: registries, files, records, runs, progress."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 COMFY, KDIFF, DIFFUSERS = "ComfyUI", "k-diffusion", "diffusers"
 
 EQUAL, NEAR, NONE = "equal", "nearest", "none"
-"""How a name of ours answers to theirs: the same numbers, the method nearest to it, or nothing does."""
+"""How an entry matches a foreign name: equal numbers, the nearest method, or no counterpart."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Alias:
 
     Attributes:
         kind: ``"solver"`` or ``"grid"``.
-        name: Their name, as it is written there.
+        name: Its name in that library.
         ours: The entry of the registry; empty if there is none.
-        options: Its options that make it theirs.
+        options: The options with which it is equal to theirs.
         where: The libraries that have the name.
-        match: Whether the two are equal (a test compares them), or ours is the nearest, or there is none.
-        note: What differs, or why there is none; empty if they are equal.
+        match: Whether the two are equal (a test compares them), ours is the nearest, or there is none.
+        note: The difference, or why there is none; empty if they are equal.
     """
 
     kind: Literal["solver", "grid"]
@@ -62,5 +62,5 @@ ALIASES: tuple[Alias, ...] = (
 
 
 def aliases_of(kind: str) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Returns what a registry looks its foreign names up in: name → (entry, options)."""
+    """Returns the aliases of a registry: foreign name → (entry, options)."""
     return {row.name: (row.ours, row.options) for row in ALIASES if row.kind == kind and row.ours}

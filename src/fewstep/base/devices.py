@@ -1,4 +1,4 @@
-"""Devices by name: ``"auto"`` is the best that is there."""
+"""Devices by name: ``"auto"`` is the best available one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
             CPU; the log says which.
 
     Raises:
-        ValueError: If it is not there.
+        ValueError: If it is not available.
     """
     import torch
 
@@ -35,7 +35,7 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is not there"
+        reason = str(error).splitlines()[0] if str(error) else "it is not available"
         raise ValueError(
             f"device {str(device)!r:.40} cannot be used: {reason:.200}; 'cpu' always works"
         ) from None

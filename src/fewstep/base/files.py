@@ -1,8 +1,8 @@
 """Atomic writes of JSON and safetensors files, each with a checksum inside; no pickle anywhere.
 
 A JSON object has the key :data:`CHECKSUM` last, a safetensors file has it in its metadata. Reading
-checks it and takes it away; files without one (written by hand, by others, or by an earlier version)
-are read as they are.
+verifies and removes it; files without one (written by hand, by other programs, or by an earlier version)
+are read unchecked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHECKSUM = "content_sha256"
 """The key of the checksum in the files that we write."""
 
 LITTER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
-"""The names of temporary files; they are left behind where a process was killed."""
+"""The names of temporary files; they remain where a process was killed."""
 
 MOST_NESTED = 64
 """The most levels of nesting that a JSON file may have."""
@@ -38,7 +38,7 @@ def write_atomic(
     """Writes a file atomically: temporary file, fsync, rename.
 
     Raises:
-        FileExistsError: If it should be ``new`` and is there: of many writers one succeeds.
+        FileExistsError: If it should be ``new`` and exists: of many writers one succeeds.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def _link(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
     except OSError:
-        # A file system without hard links: the best that can be done there.
+        # A file system without hard links: not atomic there, but no better way exists.
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         os.replace(temporary, path)
@@ -84,7 +84,7 @@ def sweep(folder: Path) -> None:
 def write_json(path: str | Path, value: Any, *, new: bool = False) -> Path:
     """Writes a JSON file atomically; floats round-trip, NaN and infinity are refused.
 
-    An object gets a checksum, which :func:`read_json` checks and takes away.
+    An object gets a checksum, which :func:`read_json` verifies and removes.
     """
     text = json.dumps(value, indent=1, allow_nan=False)
     plain = json.loads(text)
@@ -94,7 +94,7 @@ def write_json(path: str | Path, value: Any, *, new: bool = False) -> Path:
 
 
 def _json_digest(value: Any) -> str:
-    """Returns the SHA-256 of a JSON value: of what it says, not of how it is laid out."""
+    """Returns the SHA-256 of a JSON value, independent of its formatting."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -106,12 +106,12 @@ def read_json(
 
     Arguments:
         path: The file.
-        what: What it is, for messages.
-        checksum: Whether it must have a checksum, as files have that only fewstep writes.
+        what: The kind of file, for messages.
+        checksum: Whether it must have a checksum, as for files that only fewstep writes.
         infinite: Whether numbers may be infinite, as other libraries write them.
 
     Raises:
-        ValueError: If it is missing, unreadable, not JSON, or not what its checksum says; the
+        ValueError: If it is missing, unreadable, not JSON, or does not match its checksum; the
             message names the file.
     """
     try:
@@ -146,7 +146,7 @@ def loads_json(
         layer = [child for node in layer for child in _children(node)]
         if not layer:
             return _checked(value, what, checksum)
-    # Deeper values would overflow the stack of whoever prints or compares them.
+    # Deeper values would overflow the stack when they are printed or compared.
     raise ValueError(f"{what} is not valid JSON: it is nested too deeply")
 
 
@@ -173,7 +173,7 @@ def _children(node: Any) -> Iterable[Any]:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is not a number that a file may hold")
+        raise ValueError(f"{text} is not a number that a file may have")
     return number
 
 
@@ -182,7 +182,7 @@ def _infinity(name: str) -> float:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number that a file may hold")
+    raise ValueError(f"{name} is not a number that a file may have")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Reads a safetensors file.
 
     Raises:
-        ValueError: If the file is missing, is not safetensors, or is not what its checksum says;
+        ValueError: If the file is missing, is not safetensors, or does not match its checksum;
             the message names it.
     """
     return read_tensors_and_metadata(path)[0]
@@ -240,7 +240,7 @@ def read_tensors_and_metadata(
 
     Arguments:
         path: The file.
-        checksum: Whether it must have a checksum, as files have that only fewstep writes.
+        checksum: Whether it must have a checksum, as for files that only fewstep writes.
 
     Raises:
         ValueError: As :func:`read_tensors`.
@@ -266,7 +266,7 @@ def read_tensors_and_metadata(
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Reads the metadata of a safetensors file without its tensors; no checksum is looked at.
+    """Reads the metadata of a safetensors file without its tensors; no checksum is verified.
 
     Raises:
         ValueError: If the file is missing or is not safetensors; the message names it.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: steps that are whole, and what was kept."""
+"""Ctrl-C and SIGTERM: uninterruptible steps, and a message about what can be resumed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def raise_on_sigterm() -> None:
 
 @contextmanager
 def unbroken() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back until the block is left: an update of weights is whole or not begun.
+    """Delays Ctrl-C and SIGTERM until the end of the block, so that an update of weights is atomic.
 
-    Off the main thread, where no signal arrives, it does nothing.
+    Outside the main thread, where no signal arrives, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -54,10 +54,10 @@ def unbroken() -> Iterator[None]:
 
 @contextmanager
 def keeping(kept: Callable[[], str | None]) -> Iterator[None]:
-    """Notes on an interruption what of the work is kept, for the message.
+    """Attaches to an interruption what was saved, for the message.
 
     Arguments:
-        kept: Returns what is kept and can be resumed ("2 of 4 batches"), or ``None``; called when
+        kept: Returns what was saved and can be resumed ("2 of 4 batches"), or ``None``; called when
             the block was interrupted.
     """
     try:

@@ -1,4 +1,4 @@
-"""Locks: files that say which process works on something, so that two do not at once."""
+"""Lock files: they name the process that works on something, so that two do not at once."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PATIENCE = 120.0
 dead. Network file systems may show a change a minute late."""
 
 UNREADABLE_PATIENCE = 10.0
-"""The same for a lock that does not say whose it is: ours are written atomically."""
+"""The same for a lock without an owner; ours are written atomically and have one."""
 
 HEARTBEAT = 5.0
 """Seconds between two heartbeats."""
 
 _seen: dict[Path, tuple[object, float]] = {}
-"""The state in which this process saw a lock last, and since when by its monotonic clock."""
+"""The last state of a lock that this process saw, and since when by its monotonic clock."""
 
 
 class Lock:
-    """A file that says that its owner is alive; whoever creates it has it.
+    """A file with its owner and heartbeats; the process that creates it owns the lock.
 
     Its age is measured by the observer's monotonic clock, as the time since the file last changed: so
     neither a clock that is set nor one that differs between machines matters.
@@ -44,7 +44,7 @@ class Lock:
         self._token = secrets.token_hex(8)
 
     def take(self) -> bool:
-        """Takes the lock unless an owner that is alive has it; returns whether it is ours."""
+        """Acquires the lock unless a live owner has it; returns whether it is ours."""
         self.sweep()
         owner = {**_machine(), "pid": os.getpid(), "token": self._token}
         owner |= {"process_start": _process_start(os.getpid()), "since": time.strftime("%F %T")}
@@ -55,18 +55,18 @@ class Lock:
         return True
 
     def renew(self) -> None:
-        """Gives a heartbeat: says that the owner is alive."""
+        """Renews the heartbeat: the owner is alive."""
         with contextlib.suppress(OSError):
             os.utime(self.path)
 
     def drop(self) -> None:
-        """Gives the lock up, if it is still ours."""
+        """Releases the lock, if it is still ours."""
         if self.owner().get("token") == self._token:
             self.path.unlink(missing_ok=True)
         _seen.pop(self.path, None)
 
     def owner(self) -> Mapping[str, Any]:
-        """Returns what the lock says of its owner: host, pid, since; empty if it cannot be read."""
+        """Returns the owner in the lock: host, pid, since; empty if it cannot be read."""
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -97,7 +97,7 @@ class Lock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Gives heartbeats from a thread, and drops the lock at the end; take it first."""
+        """Renews the heartbeat from a thread, and releases the lock at the end; acquire it first."""
         stop = threading.Event()
 
         def beat() -> None:
@@ -117,7 +117,7 @@ class Lock:
         """Removes the lock if its owner is gone."""
         if not self.is_abandoned():
             return
-        # Renamed first, which succeeds for one of many; what was taken meanwhile is put back.
+        # Renamed first, which succeeds for one of many; a lock acquired meanwhile is restored.
         before = self.owner().get("token")
         aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.tmp")
         try:
@@ -132,7 +132,7 @@ class Lock:
 
 
 def _machine() -> dict[str, str]:
-    """Returns what tells where process numbers mean the same: containers may share a host's name."""
+    """Returns an id of the namespace of process ids: containers may share a host's name."""
     found = {"host": socket.gethostname()}
     with contextlib.suppress(OSError):
         found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -141,7 +141,7 @@ def _machine() -> dict[str, str]:
 
 
 def _process_start(pid: int) -> str | None:
-    """Returns when a process started, in ticks since the machine did, or ``None`` if not known."""
+    """Returns the start time of a process, in ticks since boot, or ``None`` if not known."""
     try:
         # The name, in parentheses, may have spaces.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -153,7 +153,7 @@ def _is_alive(owner: Mapping[str, Any]) -> bool | None:
     """Returns whether a process of this machine is alive, ``None`` if it is not known."""
     here = _machine()
     pid = owner.get("pid")
-    # Elsewhere than on POSIX, asking for a process would end it.
+    # Except on POSIX, os.kill(pid, 0) would end the process.
     if os.name != "posix" or not isinstance(pid, int) or pid < 1:
         return None
     if any(owner.get(key) != value for key, value in here.items()):
@@ -163,6 +163,6 @@ def _is_alive(owner: Mapping[str, Any]) -> bool | None:
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # it is somebody else's
+        pass  # it belongs to another user
     started = owner.get("process_start")
     return started is None or started == _process_start(pid)

@@ -1,4 +1,4 @@
-"""One protocol for following long work: stages with a total, and ticks within them.
+"""The progress protocol of long work: stages with a total, and ticks within them.
 
 A function that may take long has an argument ``progress: Progress | bool | None = None`` and does::
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Progress(Protocol):
-    """Whoever wants to follow long work gives one of these; the work calls it.
+    """The progress of long work: the work calls its methods.
 
     A stage ends where the next begins. Units are the stage's own: network evaluations when sampling,
     steps when training.
     """
 
     def stage(self, name: str, total: int | None = None, *, done: int = 0) -> None:
-        """Begins a stage: what is done, how many units it has, how many of them are there already."""
+        """Begins a stage: its name, its number of units, the number already done."""
 
     def tick(self, amount: int = 1, note: str = "") -> None:
         """Counts units of the stage; the note is shown beside them until the next note."""
 
 
 class Silent:
-    """Follows nothing."""
+    """A progress that shows nothing."""
 
     def stage(self, name: str, total: int | None = None, *, done: int = 0) -> None:
         """Does nothing."""
@@ -51,16 +51,16 @@ class Silent:
 
 
 SILENT = Silent()
-"""What work takes if nobody follows it."""
+"""The default progress of inner functions."""
 
 
 @contextmanager
 def progress_of(value: Progress | bool | None) -> Iterator[Progress]:
-    """Gives the progress that an argument stands for; a bar is closed at the end, also by an error.
+    """Yields the progress of an argument; a bar is closed at the end, also after an error.
 
     ``True`` is a bar for each stage on the error stream, or one line for each stage where that is
     not a terminal (a log file). Of the processes that ``torchrun`` or ``accelerate launch`` started
-    only the first shows anything. An object of the caller's is handed on and stays open.
+    only the first shows anything. A caller's own object is passed on and not closed.
 
     Arguments:
         value: ``True``, ``False``, ``None``, or an object with ``stage`` and ``tick``.
@@ -103,7 +103,7 @@ class _Lines:
 
 
 class _Bars:
-    """A bar for the stage that runs; those that ended stay above it."""
+    """A bar for the current stage; finished stages stay above it."""
 
     def __init__(self) -> None:
         self._bar: RichProgress | None = None

@@ -1,4 +1,4 @@
-"""Records: what the JSON files of fewstep hold, declared field by field and checked in one place.
+"""Records: the typed contents of fewstep's JSON files, with their checks.
 
 A file format is a class, which becomes a frozen dataclass::
 
@@ -7,8 +7,8 @@ A file format is a class, which becomes a frozen dataclass::
         size: Positive
         tags: list[str] | None = None
 
-In the file are ``format`` and ``version`` and then the fields. One without a default is required; one
-with a default is left out where it has it. What a file holds is taken as it is, never converted.
+The file has ``format`` and ``version`` and then the fields. A field without a default is required; a field
+with its default value is omitted. Values in a file are never converted.
 
 A type is ``Any``, ``None``, ``bool``, ``int``, ``float`` (a finite number, so also an integer), ``str``,
 ``dict`` (any object), ``list[T]``, ``Literal``, a union, or a type with a further :class:`Check`.
@@ -41,11 +41,11 @@ from fewstep.base.files import read_json, write_json
 
 
 class Check(NamedTuple):
-    """What a value must be besides its type.
+    """A condition on a value besides its type.
 
     Attributes:
-        fits: Whether a value of the type is one.
-        wanted: What it must be, for messages: "a positive integer".
+        fits: Whether a value of the type fulfils it.
+        wanted: Its description, for messages: "a positive integer".
     """
 
     fits: Callable[[Any], bool]
@@ -53,7 +53,7 @@ class Check(NamedTuple):
 
 
 MOST = 10**12
-"""The largest count that a file may name; a guard against hostile files."""
+"""The largest count in a file; a guard against hostile files."""
 
 Positive = Annotated[int, Check(lambda value: 0 < value <= MOST, "a positive integer")]
 """A count."""
@@ -91,7 +91,7 @@ class Record:
     WHAT: ClassVar[str]
 
     def __init_subclass__(cls, *, name: str, version: int, what: str) -> None:
-        """Declares a format: its name in the file, its version, and what it is for messages."""
+        """Declares a format: its name in the file, its version, and its description for messages."""
         cls.FORMAT, cls.VERSION, cls.WHAT = name, version, what
         dataclass(frozen=True, kw_only=True)(cls)
 
@@ -142,7 +142,7 @@ class Record:
         """Writes the file atomically and with a checksum; returns its path.
 
         Raises:
-            FileExistsError: If it should be ``new`` and is there.
+            FileExistsError: If it should be ``new`` and exists.
         """
         return write_json(path, self.to_record(), new=new)
 
@@ -187,7 +187,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if kind is float:
-        # The comparison is exact: an integer too large for a float is refused, and so is NaN.
+        # The comparison is exact: it refuses NaN and integers too large for a float.
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and abs(value) <= sys.float_info.max and not math.isnan(value)
     plain = origin or kind

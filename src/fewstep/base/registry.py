@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    r"""A read-only mapping from a public name to whatever makes the thing.
+    r"""A read-only mapping from a public name to a factory.
 
     Arguments:
-        kind: What the entries are, in the words of an error message (``"solver"``).
-        entries: The mapping itself, in the order in which it is listed to users.
-        aliases: The names of other libraries, by which an entry is found too, and their options. They
-            are not listed; an entry of the same name has precedence.
+        kind: The kind of the entries, for error messages (``"solver"``).
+        entries: The mapping itself, in the order of listings.
+        aliases: The names of other libraries for entries, with their options. They are not listed;
+            an entry of the same name has precedence.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class Registry(Mapping[str, T], Generic[T]):
         self._aliases = {k: v for k, v in (aliases or {}).items() if k not in self._entries}
         for name, (ours, _) in self._aliases.items():
             if ours not in self._entries:
-                raise AssertionError(f"the alias {name!r} is of {ours!r}, which is no {kind}")
+                raise AssertionError(f"the alias {name!r} is of {ours!r}, which is not a {kind}")
 
     def own(self, name: str) -> tuple[str, Mapping[str, Any]]:
-        """Returns the name of an entry here, and the options that an alias of it stands for."""
+        """Returns the name of the entry, and the options of an alias."""
         if isinstance(name, str) and name not in self._entries and name in self._aliases:
             return self._aliases[name]
         return name, {}
@@ -73,7 +73,7 @@ def unknown(
     known: Mapping[str, object] | list[str],
     aliases: Iterable[str] = (),
 ) -> str:
-    """Returns the message for an unknown name: what was got, near matches, what is known."""
+    """Returns the message for an unknown name: the name, near matches, the known names."""
     names = sorted(known)
     text = f"{name!s:.60}".lower().replace("_", "-")
     lowered = {
@@ -91,16 +91,16 @@ def check_options(
     *,
     without: Iterable[str] = (),
 ) -> None:
-    """Raises unless a factory has these options and gets those that it needs.
+    """Raises unless a factory has these options, and all required ones are given.
 
     Arguments:
-        what: What is made, for the message (``"solver 'ddim'"``).
+        what: The name of the object, for the message (``"solver 'ddim'"``).
         build: The factory.
-        options: The names that were given.
-        without: Arguments of the factory that are no options.
+        options: The given names.
+        without: Arguments of the factory that are not options.
 
     Raises:
-        TypeError: With what is unknown or missing, and the options that there are.
+        TypeError: With the unknown or missing option, and the known ones.
     """
     parameters = _parameters(build)
     options = list(options)
@@ -120,7 +120,7 @@ def check_options(
 
 @functools.lru_cache(maxsize=256)
 def _parameters(build: Callable[..., Any]) -> dict[str, bool] | None:
-    """Returns the parameters of a factory and whether each is needed; ``None`` if it takes any."""
+    """Returns the parameters of a factory and whether each is required; ``None`` if it accepts any."""
     parameters = inspect.signature(build).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None

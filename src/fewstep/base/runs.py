@@ -1,14 +1,14 @@
-"""Folders of runs that can be interrupted and resumed: identity, lock, parts, finish.
+"""Folders of resumable runs: identity, lock, parts, finish.
 
 A run that is not finished is a folder with
 
 - ``unfinished.json``: the *inputs*, a JSON object of everything that determines the result (the
   fingerprint of the model, digests of the data, settings). With other inputs a run is refused, and
   the message names the first that changed;
-- ``parts/``: what is done, each file with a checksum and with the digest of the inputs. A part that is
-  damaged or of other inputs is made again;
-- ``.lock``: the process that works on it. A second run waits for an owner whose machine cannot be
-  asked, and is refused if it is alive.
+- ``parts/``: the finished parts, each file with a checksum and the digest of the inputs. A part that is
+  damaged or of other inputs is computed again;
+- ``.lock``: the process that works on it. A second run waits for an owner on another machine, and is
+  refused if the owner is alive.
 
 Use::
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 STATE, PARTS, LOCK = "unfinished.json", "parts", ".lock"
 
 MOST_LISTED = 10_000
-"""The most files whose digests are kept one by one; of more, the digest of all of them."""
+"""The most files whose digests are stored one by one; of more, one digest of all of them."""
 
 PLEASE_OVERWRITE = "give its command again, --overwrite or another --out"
 
@@ -60,13 +60,13 @@ PLEASE_OVERWRITE = "give its command again, --overwrite or another --out"
 def hash_inputs(
     path: str | Path | None, *, without: str | Path | None = None
 ) -> dict[str, Any] | None:
-    """Returns what tells a file or a folder from another: size and SHA-256 of each file.
+    """Returns the identity of a file or a folder: size and SHA-256 of each file.
 
-    Everything is read once.
+    All contents are read once.
 
     Arguments:
-        path: A file, a folder, or what is neither (``None``, an embedded name): ``None`` is returned.
-        without: A folder that is left out, if the output is in the input.
+        path: A file or a folder; for anything else (``None``, an embedded name) the result is ``None``.
+        without: A folder to exclude, if the output is in the input.
     """
     if path is None or not Path(path).exists():
         return None
@@ -94,7 +94,7 @@ def digest_of(value: Any) -> str:
 
 
 def difference(before: Any, after: Mapping[str, Any]) -> str | None:
-    """Returns in words the first input that is not what it was, in the order of ``after``.
+    """Returns in words the first input that has changed, in the order of ``after``.
 
     Short values are named ("seed 0, now 1"), digests are not ("another model"); of files the name.
     """
@@ -146,12 +146,12 @@ class RunRecord(Record, name="fewstep.run", version=1, what="unfinished run"):
 
 
 class RunFolder:
-    """A folder in which a run is begun, resumed and finished; see the module.
+    """The folder of a resumable run; see the module.
 
     Arguments:
-        folder: The folder; it need not be there yet.
-        what: What is run, for messages: "run of fewstep sample".
-        outputs: The names of the files that are the result, or patterns ("recipe-*.json").
+        folder: The folder; it need not exist yet.
+        what: The name of the run, for messages: "run of fewstep sample".
+        outputs: The names of the result files, or patterns ("recipe-*.json").
         state: The name of the file with the inputs.
         parts: The name of the folder of parts.
     """
@@ -177,12 +177,12 @@ class RunFolder:
         """Locks the folder and begins the run, or resumes it if its inputs are these.
 
         Arguments:
-            inputs: Everything that determines the result, as JSON has it.
-            overwrite: Whether results, or a run with other inputs, are thrown away.
-            progress: Shows for whom the run waits.
+            inputs: Everything that determines the result, as a JSON object.
+            overwrite: Whether to delete results, or a run with other inputs.
+            progress: Shows the process that the run waits for.
 
         Raises:
-            ValueError: If the folder has results, a run with other inputs, or a run that is alive.
+            ValueError: If the folder has results, a run with other inputs, or a live run.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{str(self.folder)!r} is a file; it must be a folder")
@@ -229,7 +229,7 @@ class RunFolder:
         return [path for name in self.outputs for path in self.folder.glob(name)]
 
     def finish(self) -> None:
-        """Removes state and parts: what is left are the results."""
+        """Removes state and parts; the results remain."""
         # The state goes first: without it a folder with results is finished, parts or not.
         self.state.unlink(missing_ok=True)
         shutil.rmtree(self.parts, ignore_errors=True)
@@ -261,7 +261,7 @@ class RunFolder:
         return content.get("value") if fits else None
 
     def record(self, name: str, make: Callable[[], Any]) -> Any:
-        """Returns a part of JSON, made and written if it is not there."""
+        """Returns a part of JSON; computes and writes it if it is missing."""
         value = self.read_record(name)
         if value is None:
             value = make()
@@ -271,10 +271,10 @@ class RunFolder:
 
 @contextmanager
 def locked(folder: Path, *, progress: Progress = SILENT) -> Iterator[None]:
-    """Holds the lock of a folder, which is made if it is not there.
+    """Holds the lock of a folder, which is created if it does not exist.
 
     Raises:
-        ValueError: If a process that is alive has it; at once on the same machine, and on another
+        ValueError: If a live process has it; at once on the same machine, and on another
             after its next heartbeat. A lock without heartbeats is taken over after two minutes.
     """
     lock = Lock(folder / LOCK)
@@ -286,7 +286,7 @@ def locked(folder: Path, *, progress: Progress = SILENT) -> Iterator[None]:
         try:
             beat = lock.path.stat().st_mtime_ns
         except OSError:
-            continue  # just given up
+            continue  # just released
         first = first or beat
         if owner and (lock.is_alive() or beat != first):
             raise ValueError(
@@ -294,7 +294,7 @@ def locked(folder: Path, *, progress: Progress = SILENT) -> Iterator[None]:
                 "finished, or give another --out"
             )
         if not shown and time.monotonic() - begun > SOON:
-            progress.stage(f"waiting for a sign of life of {who}")
+            progress.stage(f"waiting for a heartbeat of {who}")
             shown = True
         time.sleep(POLL)
     try:
@@ -307,4 +307,4 @@ def locked(folder: Path, *, progress: Progress = SILENT) -> Iterator[None]:
 
 
 POLL, SOON = 0.2, 5.0
-"""Seconds between two looks at a lock, and until it is said for whom a run waits."""
+"""Seconds between two checks of a lock, and until the progress shows its owner."""

@@ -1,7 +1,7 @@
 """The command line: ``fewstep``. Its commands are imported when they are called.
 
 Nothing here, and nothing at the top of a command's module, imports torch or numpy, so that
-``fewstep --help`` answers at once.
+``fewstep --help`` starts fast.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def app() -> App:
     )
     for name, module, function, text in (
         ("sample", "sample", "sample", "Draw samples from a model."),
-        ("fit", "fit", "fit", "Measure which sampler is nearest to a model."),
+        ("fit", "fit", "fit", "Measure which sampler suits a model best."),
         ("tune", "tune", "tune", "Search a sampler of few evaluations for a model."),
         (
             "compare",
             "compare",
             "compare",
-            "Compare samplers at several budgets: a report to look at.",
+            "Compare samplers at several budgets: a report.",
         ),
         (
             "analyze",
@@ -70,7 +70,7 @@ def app() -> App:
         Args:
             tokens: The command and its arguments.
             quiet: Print neither progress nor words, only errors.
-            verbose: Print the log too, and where in the code an error comes from.
+            verbose: Print the log too, and tracebacks of errors.
         """
         set_verbosity(quiet=quiet, verbose=verbose)
         return made(list(tokens), exit_on_error=False, print_error=False)
@@ -81,9 +81,9 @@ def app() -> App:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code.
 
-    0 is success, 1 a negative answer (a damaged plan, plans that differ), 2 a user's mistake, 3 a
-    result that is worse than its start, 130 an interruption (Ctrl-C) and 143 an end that was asked for
-    (SIGTERM). With ``FEWSTEP_TRACEBACK=1`` mistakes are raised instead of told.
+    0 is success, 1 a negative result (a damaged plan, plans that differ), 2 a user's mistake, 3 a
+    result that is worse than its start, 130 an interruption (Ctrl-C) and 143 a termination (SIGTERM).
+    With ``FEWSTEP_TRACEBACK=1`` mistakes are raised instead of printed.
     """
     raising = os.environ.get("FEWSTEP_TRACEBACK") == "1"
     try:
@@ -91,11 +91,11 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         command, kept = shlex.join(["fewstep", *arguments]), getattr(stop, "kept", None)
-        hint = f"{kept}; to resume: {command}" if kept else f"nothing was kept; again: {command}"
+        hint = f"{kept}; to resume: {command}" if kept else f"nothing was saved; again: {command}"
         fail(f"interrupted: {hint}", kind="stopped")
         return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
-        # The reader of a pipe left, as `head` does; Python would complain once more at its exit.
+        # The reader of the pipe closed it, as `head` does; Python would print an error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (CycloptsError, ValueError, TypeError, OSError) as error:

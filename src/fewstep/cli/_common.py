@@ -1,4 +1,4 @@
-"""What the commands share: consoles, options, models, output folders."""
+"""Shared code of the commands: consoles, options, models, output folders."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class _Verbosity:
 
 
 def set_verbosity(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Sets what is printed from now on.
+    """Sets the verbosity of the following output.
 
     Arguments:
-        quiet: Whether only results that a command is there to print, warnings and errors are.
-        verbose: Whether the log is printed too, on the error stream.
+        quiet: Whether to print only a command's results, warnings and errors.
+        verbose: Whether to print the log too, on the error stream.
 
     Raises:
-        ValueError: If both are asked for.
+        ValueError: If both are given.
     """
     logger = logging.getLogger("fewstep")
     if _Verbosity.log is not None:
@@ -71,7 +71,7 @@ def follows() -> bool:
 
 
 def console(*, result: bool = False) -> Console:
-    """Returns the console for results; with --quiet it is silent, unless to print is the result."""
+    """Returns the console for output; with --quiet it is silent, except for results."""
     from rich.console import Console
 
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
@@ -121,7 +121,7 @@ def parse_options(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def check_device(name: str) -> str:
-    """Returns the name of a device that is there; ``auto`` becomes CUDA, MPS or the CPU.
+    """Returns the name of an available device; ``auto`` becomes CUDA, MPS or the CPU.
 
     Raises:
         ValueError: If there is none of that name.
@@ -132,7 +132,7 @@ def check_device(name: str) -> str:
 
 
 def load_model(name: str, device: str) -> Denoiser:
-    """Returns the model of that name, on a device that is there."""
+    """Returns the model of that name, on an available device."""
     from fewstep.loading import load
 
     return load(name, device=device)
@@ -147,7 +147,7 @@ def parse_labels(text: str | None, denoiser: Denoiser, n: int) -> list[int] | No
 
 
 def chosen_labels(text: str, denoiser: Denoiser) -> list[int]:
-    """Returns the class labels that a text names, each once."""
+    """Returns the class labels in a text, each once."""
     classes = getattr(getattr(denoiser, "network", None), "num_classes", None)
     names = getattr(denoiser, "class_names", None) or ()
     if text.strip() != "all":
@@ -199,10 +199,10 @@ def event_shape(denoiser: Denoiser) -> tuple[int, ...]:
     """Returns the shape of one sample.
 
     Raises:
-        ValueError: If the model does not know it.
+        ValueError: If the model has no ``event_shape``.
     """
     if denoiser.event_shape is None:
-        raise ValueError("this model does not say the shape of a sample; sample it from Python")
+        raise ValueError("this model has no event_shape; sample it from Python, with noise=")
     return tuple(denoiser.event_shape)
 
 
@@ -213,7 +213,7 @@ def positive(name: str, value: int | None) -> None:
 
 
 def budgets_of(text: str) -> list[int]:
-    """Returns the numbers of evaluations that a text lists, in order."""
+    """Returns the numbers of evaluations in a text, in order."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     right = [p.isascii() and p.isdigit() and len(p) < 3 and 2 <= int(p) <= 40 for p in parts]
     if not parts or not all(right):
@@ -222,20 +222,20 @@ def budgets_of(text: str) -> list[int]:
 
 
 def kept_files(folder: Path, pattern: str, what: str) -> str | None:
-    """Returns in words how many files of an interrupted run there are, for :func:`keeping`."""
+    """Returns in words the number of saved files of an interrupted run, for :func:`keeping`."""
     found = len(list(folder.glob(pattern)))
-    return f"{found} {what} {'is' if found == 1 else 'are'} kept" if found else None
+    return f"{found} {what} {'is' if found == 1 else 'are'} saved" if found else None
 
 
 def output_folder(out: Path) -> Path:
-    """Returns the folder, which need not be there yet; a file of that name is an error."""
+    """Returns the folder, which need not exist yet; a file of that name is an error."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{str(out)!r} is a file; --out must be a folder")
     return out
 
 
 def refuse_existing(out: Path, names: Iterable[str], *, overwrite: bool) -> None:
-    """Raises if one of the files that a command is about to write is there already."""
+    """Raises if one of the files that a command will write exists already."""
     found = next((name for name in names if (out / name).exists()), None)
     if found is not None and not overwrite:
         raise exists(out)
@@ -247,7 +247,7 @@ def exists(out: Path) -> ValueError:
 
 
 def read_plan(path: Path, steps: int | None = None) -> Plan:
-    """Returns the plan in a file: a plan, a recipe that says its schedule, or a scheduler's."""
+    """Returns the plan in a file: a plan, a recipe with its schedule, or a scheduler's."""
     from fewstep.adapters.diffusers.sources import names_scheduler, plan_of_source
     from fewstep.sampling.recipe import SamplerRecipe
 
@@ -261,7 +261,7 @@ def recipe_plan(recipe: SamplerRecipe, path: Path) -> Plan:
     """Returns the plan of a recipe.
 
     Raises:
-        ValueError: If it has none beforehand; the message says why.
+        ValueError: If it has none beforehand; the message has the reason.
     """
     from fewstep.diffusion.schedules import schedule_from_record
 
@@ -273,7 +273,7 @@ def recipe_plan(recipe: SamplerRecipe, path: Path) -> Plan:
         )
     if recipe.schedule is None:
         raise ValueError(
-            f"{str(path)!r} is a recipe for any schedule; make a plan of it with "
+            f"{str(path)!r} is a recipe for any schedule; make a plan from it with "
             f"fewstep plan make {recipe.name} --schedule NAME --nfe {recipe.nfe} --out FILE"
         )
     integer = recipe.about.get("integer_times") is True

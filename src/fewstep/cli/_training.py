@@ -1,4 +1,4 @@
-"""What the commands that train have in common: runs that are resumed, and the picture at their end."""
+"""Shared code of the commands that train: resumable runs, and the final picture."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def _checkpoint(out: Path) -> dict[str, Any] | None:
 
 
 def kept_step(out: Path) -> str | None:
-    """Returns in words which step of an interrupted run its checkpoint has."""
+    """Returns in words the step of an interrupted run's checkpoint."""
     step = (_checkpoint(out) or {}).get("step")
-    return f"the checkpoint of step {step} is kept" if step else None
+    return f"the checkpoint of step {step} is saved" if step else None
 
 
 def picture_of(sampler: Any, *, classes: int | None, seed: int, title: str) -> bytes:

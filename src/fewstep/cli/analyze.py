@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 REPORT, RESULTS, GRID = "report.html", "results.json", "grid.json"
 EXACT = ("mixture-smooth", "mixture-sharp")
 DRAWS = 4096
-"""How many points stand for the data of an exact model."""
+"""The number of points drawn as the data of an exact model."""
 
 
 def analyze(
@@ -54,28 +54,28 @@ def analyze(
     device: str = "auto",
     overwrite: Flag = False,
 ) -> None:
-    """Find out where a model's error comes from and which sampler suits it: OUT/report.html.
+    """Find where a model's error comes from and which sampler suits it: OUT/report.html.
 
     Also OUT/results.json (all numbers), OUT/grid.json (time grids fitted to this model, for
     `--grid auto:FILE`) and OUT/recipe-NFE.json (the recommended samplers, for
-    `fewstep sample --recipe`). Nothing is trained. Each stage is kept in OUT: a run that was
-    interrupted is resumed when the same command is given again.
+    `fewstep sample --recipe`). Nothing is trained. Each stage is saved in OUT: an interrupted run
+    is resumed by the same command.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
         out: The folder to write.
         data: The data that the model was trained on: a folder of images, an idx or npz file, or
-            the name of an exact model; left out, the fitting error is left out.
+            the name of an exact model; left out, the fitting error is not computed.
         nfe: The numbers of network evaluations to advise on, with commas between.
-        n: How many trajectories are studied; as many others choose what is recommended.
-        budget: Minutes after which grids are no longer polished; they are then those of
+        n: The number of trajectories to study; as many others are used for the selection.
+        budget: Minutes after which no more grids are polished; the others are those of
             dynamic programming, or named ones.
         class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all), which is
             the default for a model with classes.
         guidance: The scale of classifier-free guidance; 1 is none.
         seed: The seed.
         device: Where to run: auto, cpu, cuda, mps.
-        overwrite: Replace the results that are there.
+        overwrite: Replace existing results.
     """
     budgets = budgets_of(nfe)
     positive("-n", n)
@@ -85,7 +85,7 @@ def analyze(
         raise ValueError(f"--budget must be a number of minutes, got {budget}")
     output_folder(out)
     _check_report()
-    asked_device, device = device, check_device(device)
+    given_device, device = device, check_device(device)
     denoiser = load_model(model, device)
     event_shape(denoiser)
     if class_labels is None and "class_labels" in denoiser.null_condition:
@@ -154,7 +154,7 @@ def analyze(
         )
     say(f"wrote {out / REPORT}, {out / RESULTS}, {out / GRID} and {len(recipes)} recipes")
     shown = results["enough"] or results["shown"]
-    recipe, on = out / f"recipe-{shown}.json", None if asked_device == "auto" else asked_device
+    recipe, on = out / f"recipe-{shown}.json", None if given_device == "auto" else given_device
     again = command(
         "sample", model, recipe=recipe, class_labels=class_labels, device=on, out=f"{out}-samples"
     )
@@ -162,7 +162,7 @@ def analyze(
 
 
 def _check_report() -> None:
-    """Raises before the minutes of work if the report could not be written afterwards."""
+    """Raises early if the report could not be written at the end."""
     from importlib.util import find_spec
 
     if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
@@ -181,7 +181,7 @@ def _data(source: str, denoiser: Denoiser) -> tuple[Tensor, Tensor | None]:
 
         if source in EMBEDDED and not Path(source).exists():
             raise ValueError(
-                f"{source!r} brings statistics of its images and not the images; give their folder, "
+                f"{source!r} has statistics of its images, not the images; give their folder, "
                 "idx or npz file, or leave --data out"
             )
         if len(shape) != 3:

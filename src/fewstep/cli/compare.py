@@ -1,4 +1,4 @@
-"""``fewstep compare``: which sampler is best for a model at a budget, and how sure that is."""
+"""``fewstep compare``: which sampler is best for a model at a budget, and with what significance."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from fewstep.models.denoiser import Denoiser
 
 SOLVERS = "auto,tab3,ddim,dpmpp-2m,unipc3"
-"""What is compared if nothing is said."""
+"""The default samplers."""
 
 EXACT = ("mixture-smooth", "mixture-sharp")
 """The models that are their own data."""
 
 EXACT_DRAWS, KEPT = 100_000, 2000
-"""The draws whose statistics stand for the data of an exact model, and those that are kept."""
+"""The numbers of draws for the statistics of an exact model's data, and of stored draws."""
 
 
 def compare(
@@ -60,33 +60,33 @@ def compare(
     """Compare samplers at several budgets from the same noise: OUT/report.html.
 
     Also OUT/results.json (all numbers), OUT/best-NFE.json (the best sampler of each budget as a
-    recipe for `fewstep sample --recipe`) and pictures. Each cell (a sampler at a budget) is kept
-    in OUT when it is done: a run that was interrupted goes on when the same command is given again.
+    recipe for `fewstep sample --recipe`) and pictures. Each cell (a sampler at a budget) is saved
+    in OUT when it is done: an interrupted run is resumed by the same command.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
         out: The folder to write.
-        solvers: The samplers, with commas between. One is written as
+        solvers: The samplers, with commas between. The syntax of one is
             NAME[@GRID[:VALUE]][+OPTION=VALUE]..., for example tab3, tab3@power:1.5,
             unipc3@karras, ddim+eta=0.5, tab3@auto:FILE; a scheduler of diffusers as
             diffusers:NAME[+OPTION=VALUE]..., for example
             diffusers:DPMSolverMultistep+use_karras_sigmas=true; a recipe, a plan or a tuned
-            sampler by its path (.json); what `fewstep analyze` recommends, or an operator, by the
-            path of its folder.
+            sampler by its path (.json); the recommendations of `fewstep analyze`, or an operator, by
+            the path of its folder.
         nfe: The numbers of network evaluations, with commas between.
         data: Real data to compare with: an embedded name, a folder of images, an idx or npz file;
             left out, only the distance to a fine reference is measured.
-        n: How many samples of each.
-        features: What FID looks at: an embedded extractor, a TorchScript file, or pixels.
+        n: The number of samples of each.
+        features: The feature extractor of FID: an embedded one, a TorchScript file, or pixels.
         metrics: Which of fid, kid, precision-recall and sliced-wasserstein; all if left out.
         reference_nfe: The number of evaluations of the reference.
         class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all).
         guidance: The scale of classifier-free guidance; 1 is none.
         seed: The seed; sample i starts from the noise of (seed, i) with every sampler.
         device: Where to run: auto, cpu, cuda, mps.
-        batch_size: How many samples go through the network at a time.
-        extend: Add to the finished comparison in OUT: its cells are kept, its report is replaced.
-        overwrite: Replace the results that are there.
+        batch_size: The samples in one network evaluation.
+        extend: Add to the finished comparison in OUT: its cells are reused, its report is replaced.
+        overwrite: Replace existing results.
     """
     given = _command(locals())
     positive("-n", n)
@@ -105,7 +105,7 @@ def compare(
     from fewstep.comparison.results import Invocation
     from fewstep.comparison.verdicts import judge
 
-    asked = METRICS if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
+    chosen = METRICS if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
     real = None if data is None else _data(data, features, denoiser)
     with keeping(lambda: kept_files(out, "cells/*.json", "finished cells")):
         comparison = run(
@@ -116,7 +116,7 @@ def compare(
             n=n,
             seed=seed,
             data=real,
-            metrics=asked,
+            metrics=chosen,
             reference_nfe=reference_nfe,
             guidance=guidance,
             cond=cond,
@@ -155,7 +155,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _check_report() -> None:
-    """Raises before the hours of sampling if the report could not be written afterwards."""
+    """Raises early if the report could not be written at the end."""
     from importlib.util import find_spec
 
     if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
@@ -192,7 +192,7 @@ def _data(source: str, features: str, denoiser: Denoiser) -> Reference:
 
 
 def _command(given: dict[str, Any]) -> str:
-    """Returns the command that was given, without what is the default."""
+    """Returns the given command, without defaults."""
     defaults = {
         "data": None,
         "features": "fashion",

@@ -1,4 +1,4 @@
-"""``fewstep demo``: the same noise through five samplers, beside a fine reference."""
+"""``fewstep demo``: five samplers from the same noise, with a fine reference."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def demo(
         model: An embedded name (see `fewstep models`), or a folder; a model of images.
         seed: The seed; all samplers start from the same noise.
         device: Where to run: auto, cpu, cuda, mps.
-        overwrite: Replace the results that are there.
+        overwrite: Replace existing results.
     """
     from fewstep.diffusion.noise import NoiseSource
 
     output_folder(out)
     refuse_existing(out, (PICTURE, RESULTS), overwrite=overwrite)
     NoiseSource(seed, ())
-    asked, device = device, check_device(device)
+    given_device, device = device, check_device(device)
     denoiser = load_model(model, device)
     shape = event_shape(denoiser)
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(
-            f"the demo shows images, {model!r} makes samples of shape {shape}; "
+            f"the demo shows images, {model!r} has samples of shape {shape}; "
             f"see it with: {command('sample', model, out='samples')}"
         )
     classes = getattr(getattr(denoiser, "network", None), "num_classes", None)
@@ -100,7 +100,7 @@ def demo(
     say(f"\nwrote {out / PICTURE} and {out / RESULTS}")
     more = {
         "class_labels": "all" if classes else None,
-        "device": None if asked == "auto" else asked,
+        "device": None if given_device == "auto" else given_device,
     }
     say(f"next: {command('sample', model, **more, out='samples')}")
 
@@ -124,12 +124,12 @@ def _columns(denoiser: Denoiser, labels: list[int] | None) -> list[str]:
     heads = [f"sample {i}" for i in range(SAMPLES)]
     if labels is None:
         return heads
-    told = [names[k] if names else f"class {k}" for k in labels]
-    return [f"{head}\n{text[:14]}" for head, text in zip(heads, told, strict=True)]
+    classes = [names[k] if names else f"class {k}" for k in labels]
+    return [f"{head}\n{text[:14]}" for head, text in zip(heads, classes, strict=True)]
 
 
 def _label(row: Row, *, reference: bool) -> str:
-    kind = "\nreference" if reference else "\ndraws noise" if row.stochastic else ""
+    kind = "\nreference" if reference else "\nstochastic" if row.stochastic else ""
     return f"{row.solver}\n{row.nfe} evaluations{kind}"
 
 
@@ -189,7 +189,7 @@ def _table(rows: list[Row]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     for i, row in enumerate(rows):
-        note = "the reference" if not i else "draws noise on the way"
+        note = "the reference" if not i else "stochastic"
         distance = "0" if not i else f"{row.distance:.4f}"
         table.add_row(
             row.solver,

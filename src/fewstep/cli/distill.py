@@ -1,4 +1,4 @@
-"""``fewstep distill``: an operator that gives a sample, or the whole path, in one evaluation."""
+"""``fewstep distill``: an operator that returns a sample, or the whole trajectory, in one evaluation."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def distill(
         model: The model whose trajectories were recorded: an embedded name, or a folder.
         trajectories: The folder that `fewstep record` wrote.
         out: The folder to write.
-        recipe: A recipe of a distillation (JSON); the other arguments replace what it says.
-        mode: dsno (the whole path, temporal blocks), folded (without them), endpoint (the sample
+        recipe: A recipe of a distillation (JSON); the other arguments replace its fields.
+        mode: dsno (the whole trajectory, temporal blocks), folded (without them), endpoint (the sample
             alone), same-parameters or same-flops (endpoint, as large or as costly as dsno).
         times: The number of frames (4), or their times among the stored ones (0.56,0.25,0).
         modes: The number J of temporal modes; 2 if left out.
@@ -80,7 +80,7 @@ def distill(
         features: The feature extractor: fashion, fashion-robust, a folder or a TorchScript file;
             the model's own network if left out.
         weights: snr, uniform, or a number for each frame (1,2,4,20).
-        lambda_max: The largest weight of snr; with the published 10000 the states on the way are hardly
+        lambda_max: The largest weight of snr; with the published 10000 the intermediate states are hardly
             learned.
         steps: The number of training steps.
         batch_size: The trajectories of a forward pass.
@@ -93,7 +93,7 @@ def distill(
         tensorboard: Write the losses for TensorBoard too.
         seed: The seed; left out, the recipe's, which is 0.
         device: Where to run: auto, cpu, cuda, mps.
-        overwrite: Replace the operator that is there.
+        overwrite: Replace an existing operator.
     """
     from fewstep.operators.distillation import distill as run
     from fewstep.operators.students import DistillRecipe
@@ -131,11 +131,11 @@ def distill(
     teacher, store = load_model(model, device), TrajectoryStore.open(trajectories)
     inputs = distill_inputs(teacher, store, settings)
     before = begin(out, settings, inputs, OURS, finished=finished, overwrite=overwrite)
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launched
-    tell = say if first else lambda _: None
-    tell(f"{len(store)} trajectories; {settings.mode}, {settings.steps} steps on {device}")
+    first = os.environ.get("RANK", "0") == "0"  # one of the processes that accelerate launched
+    report = say if first else lambda _: None
+    report(f"{len(store)} trajectories; {settings.mode}, {settings.steps} steps on {device}")
     if before:
-        tell(f"resumed at step {before}")
+        report(f"resumed at step {before}")
     with keeping(lambda: kept_step(out)):
         student = run(
             teacher,
@@ -155,17 +155,17 @@ def distill(
     own, added = student.operator.overhead()
     rms = student.about["training"]["heldout_rms"]
     more = f", {added:,} of them ({added / own:.1%}) more than the model" if added else ""
-    tell(f"{own + added:,} parameters{more}; RMS to the teacher, held out: {rms:.4f}")
-    tell(f"wrote the operator {out} and the picture {out / PICTURE}")
+    report(f"{own + added:,} parameters{more}; RMS to the teacher, held out: {rms:.4f}")
+    report(f"wrote the operator {out} and the picture {out / PICTURE}")
     labels = "all" if _classes(student) else None
-    tell(f"next: {command('sample', out, class_labels=labels, out=f'{out}-samples')}")
+    report(f"next: {command('sample', out, class_labels=labels, out=f'{out}-samples')}")
 
 
 def _times(text: str | None) -> dict[str, Any]:
     """Returns ``frames`` or ``times``: ``"4"`` is a number of frames, ``"0.5,0"`` are times."""
     if text is None:
         return {}
-    # A number of frames replaces the times of a recipe, and the other way round.
+    # A number of frames replaces the times of a recipe, and vice versa.
     if text.strip().isdigit():
         return {"frames": int(text), "times": None}
     return {"times": _numbers("--times", text), "frames": None}

@@ -1,4 +1,4 @@
-"""``fewstep fit``: measures which sampler is nearest to a model."""
+"""``fewstep fit``: measures which sampler suits a model best."""
 
 from __future__ import annotations
 
@@ -42,25 +42,24 @@ def fit(
     device: str = "auto",
     overwrite: Flag = False,
 ) -> None:
-    """Measure which sampler is nearest to a model at each budget: OUT, a profile.
+    """Measure which sampler suits a model best at each budget: OUT, a profile.
 
     At most 5,632 evaluations of one image for the seven budgets: a minute for a small model. The same
-    command resumes a measurement that was interrupted. Nothing
-    is trained and no data is needed. `fewstep sample MODEL --profile OUT` takes what was measured; a
-    profile in the model's own folder is taken by itself.
+    command resumes an interrupted measurement. Nothing is trained and no data is needed. `fewstep
+    sample MODEL --profile OUT` uses the profile; a profile in the model's own folder is used by default.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
         out: The file to write; left out, profile.json in the model's folder.
         nfe: The numbers of network evaluations to measure for, with commas between.
-        n: How many trajectories; five of eight are fitted to, the others choose.
+        n: The number of trajectories; five of eight to fit to, the others for the selection.
         class_labels: One class (3), classes in turn (0,1,2), or all classes in turn (all), which is
             the default for a model with classes.
         prompt: The text, for a text-to-image model.
         guidance: The scale of classifier-free guidance; 1 is none.
         seed: The seed of the noise.
         device: Where to run: auto, cpu, cuda, mps.
-        overwrite: Replace the file that is there.
+        overwrite: Replace an existing file.
     """
     budgets = budgets_of(nfe)
     positive("-n", n)
@@ -116,7 +115,7 @@ def _file(model: str, out: Path | None) -> Path:
         return out
     if not Path(model).is_dir():
         raise ValueError(
-            f"{model!r} is no folder that the profile could be put into; give --out FILE"
+            f"{model!r} is not a folder, so the profile cannot be written there; give --out FILE"
         )
     from fewstep.sampling.profile import PROFILE
 

@@ -1,4 +1,4 @@
-"""``fewstep solvers``, ``fewstep grids`` and ``fewstep models``: what there is."""
+"""``fewstep solvers``, ``fewstep grids`` and ``fewstep models``: the registries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fewstep.cli._common import console, say, say_result
 
 
 def solvers(name: str | None = None) -> None:
-    """List the solvers; with a name, say everything about one.
+    """List the solvers; with a name, describe one.
 
     Args:
         name: A solver.
@@ -30,7 +30,7 @@ def solvers(name: str | None = None) -> None:
         ("stochastic", "left"),
         ("10 steps cost", "right"),
         ("grid", "left"),
-        ("what it is", "left"),
+        ("description", "left"),
     )
     rows = []
     for key, build in SOLVERS.items():
@@ -53,7 +53,7 @@ def solvers(name: str | None = None) -> None:
 
 
 def grids(name: str | None = None) -> None:
-    """List the time grids; with a name, say everything about one.
+    """List the time grids; with a name, describe one.
 
     Args:
         name: A grid.
@@ -68,13 +68,13 @@ def grids(name: str | None = None) -> None:
         say(f"\nnext: fewstep sample fashion --grid {ours} --out samples")
         return
     rows = [(key, _options(build), _sentence(build)) for key, build in GRIDS.items()]
-    _print((("grid", "left"), ("options", "left"), ("what it is", "left")), rows)
+    _print((("grid", "left"), ("options", "left"), ("description", "left")), rows)
     _print_aliases("grid")
     say("\nnext: fewstep grids NAME, or fewstep sample fashion --grid NAME --out samples")
 
 
 def _options(build: Any) -> str:
-    """Returns the options of a grid with their defaults; those that need no value are only named."""
+    """Returns the options of a grid with their defaults; those without a default are only named."""
     parts = []
     for parameter in list(inspect.signature(build).parameters.values())[2:]:
         given = parameter.default not in (None, parameter.empty)
@@ -90,7 +90,7 @@ def _print_aliases(kind: str) -> None:
 
 
 def _say_aliases(kind: str, ours: str) -> None:
-    """Says by which names other libraries know an entry."""
+    """Prints the names of an entry in other libraries."""
     names = [f"{row[0]} ({row[4]}, {row[3]})" for row, entry in _alias_rows(kind) if entry == ours]
     if names:
         say_result(f"\nIn other libraries: {', '.join(names)}.")
@@ -120,7 +120,7 @@ def models() -> None:
     """List the embedded models."""
     from fewstep.loading import EMBEDDED
 
-    _print((("model", "left"), ("what it is", "left")), list(EMBEDDED.items()))
+    _print((("model", "left"), ("description", "left")), list(EMBEDDED.items()))
     say("\nnext: fewstep sample mixture-smooth --out samples")
 
 

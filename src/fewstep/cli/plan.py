@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 plan_app = App(name="plan", help="Read, check, compare and make plans (samplers as data).")
 
 MOST_FLAT = 2000
-"""The most calls and draws of a plan whose flat form, which is quadratic, is computed here."""
+"""The most evaluations and draws of a plan whose flat form, which is quadratic, is computed here."""
 MOST_TERMS = 6
 STDS = (1.0, 0.5, 0.1)
 
 
 @plan_app.command
 def show(file: Path, *, steps: int | None = None) -> None:
-    """Show a plan: its calls, their times and weights, and what it does to Gaussian data.
+    """Show a plan: its evaluations, their times and weights, and its exact result on Gaussian data.
 
     Args:
         file: A plan, a recipe with its schedule, or a scheduler of diffusers (see `diff`).
@@ -43,7 +43,7 @@ def show(file: Path, *, steps: int | None = None) -> None:
 
     plan = read_plan(file, steps)
     say_result(
-        f"{plan.name or 'plan'}: {plan.nfe} calls, {plan.n_noise} noise draws"
+        f"{plan.name or 'plan'}: {plan.nfe} evaluations, {plan.n_noise} noise draws"
         f"{', analytic head start' if plan.head else ''}"
     )
     say_result(f"prediction {plan.prediction.value}, schedule {plan.schedule.to_record()!r:.200}")
@@ -51,7 +51,7 @@ def show(file: Path, *, steps: int | None = None) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("call", "t", "alpha", "sigma", "log-SNR/2"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("its input: weights of x (initial state), F (answers), Z (draws)")
+    table.add_column("its input: weights of x (initial state), F (model outputs), Z (draws)")
     weights = _weights(plan)
     for k in range(plan.nfe):
         alpha, sigma = plan.scales[k].tolist()
@@ -68,7 +68,7 @@ def show(file: Path, *, steps: int | None = None) -> None:
 
 @plan_app.command
 def check(*files: Path) -> int:
-    """Check plans: whether they are whole, and exact on data that are a single point.
+    """Check plans: whether they are intact, and exact on data that are a single point.
 
     The exit code is 1 if one of them is damaged.
 
@@ -93,7 +93,7 @@ def check(*files: Path) -> int:
             say_result(f"{file}: DAMAGED: {changed}")
         else:
             say_result(
-                f"{file}: ok: {plan.name or 'plan'}, {plan.nfe} calls, {plan.n_noise} draws, "
+                f"{file}: ok: {plan.name or 'plan'}, {plan.nfe} evaluations, {plan.n_noise} draws, "
                 f"point-mass defect {_point_defect(plan):.2g}"
             )
     return 1 if damaged else 0
@@ -101,7 +101,7 @@ def check(*files: Path) -> int:
 
 @plan_app.command
 def diff(a: Path, b: Path, *, steps: int | None = None, tolerance: float | None = None) -> int:
-    """Compare what two plans or schedulers do: their flat tables, call by call.
+    """Compare two plans or schedulers: their flat tables, evaluation by evaluation.
 
     The exit code is 0 if they are the same sampler, and 1 if they are not.
 
@@ -124,19 +124,19 @@ def diff(a: Path, b: Path, *, steps: int | None = None, tolerance: float | None 
     _check_size(first, second)
     if first.prediction is not second.prediction:
         say_result(
-            f"B asks for {second.prediction.value}, A for {first.prediction.value}: "
+            f"B is written for {second.prediction.value}, A for {first.prediction.value}: "
             "B is converted, exactly"
         )
         second = convert_plan(second, first.prediction)
     for letter, plan in (("A", first), ("B", second)):
         for k in _wasted(plan):
             say_result(
-                f"call {k} of {letter} (t = {float(plan.times[k]):.6g}) changes nothing: "
-                "its answer has no weight in any later row"
+                f"evaluation {k} of {letter} (t = {float(plan.times[k]):.6g}) changes nothing: "
+                "its output has no weight in any later row"
             )
     if (first.nfe, first.n_noise) != (second.nfe, second.n_noise):
         say_result(
-            f"the plans differ: A makes {first.nfe} calls and {first.n_noise} draws, "
+            f"the plans differ: A makes {first.nfe} evaluations and {first.n_noise} draws, "
             f"B {second.nfe} and {second.n_noise}"
         )
         return 1
@@ -168,12 +168,12 @@ def make(
         steps: the number of steps.
         out: The file to write.
         grid: The name of a time grid, or auto:FILE for the times of a profile; left out, the solver's own.
-        profile: A file of what was measured of a model (`fewstep analyze`), for auto.
+        profile: The profile of a model (`fewstep fit`), for auto.
         integer_times: Round the grid to training timesteps.
         option: An option of solver or grid as key=value; can be repeated.
         schedule_option: An option of the schedule as key=value; can be repeated.
         head_start: The time above which the Gaussian solution replaces evaluations.
-        overwrite: Replace the file if it is there.
+        overwrite: Replace an existing file.
     """
     from fewstep.diffusion.schedules import schedule as make_schedule
     from fewstep.sampling.request import SamplerRequest
@@ -206,7 +206,7 @@ def _check_size(*plans: Plan) -> None:
     for plan in plans:
         if plan.nfe + plan.n_noise > MOST_FLAT:
             raise ValueError(
-                f"the plan has {plan.nfe} calls and {plan.n_noise} draws; tables are made up to "
+                f"the plan has {plan.nfe} evaluations and {plan.n_noise} draws; tables are computed up to "
                 f"{MOST_FLAT}"
             )
 
@@ -244,13 +244,13 @@ def _point_defect(plan: Plan) -> float:
 
 
 def _changed(plan: Plan) -> str | None:
-    """Returns why a plan cannot be what its name says, or nothing."""
+    """Returns why a plan cannot be of the solver in its name, or nothing."""
     from fewstep.solvers import SOLVERS
 
     _check_size(plan)
     defect = _point_defect(plan)
     if not math.isfinite(defect):
-        return "its weights grow beyond what numbers hold"
+        return "its weights overflow"
     if plan.name in SOLVERS:
         build = SOLVERS[plan.name]
         size = max(1.0, float(plan.values.detach().abs().max()) if plan.values.numel() else 1.0)
@@ -279,7 +279,7 @@ def _defects(plan: Plan) -> list[str]:
 
 
 def _wasted(plan: Plan) -> list[int]:
-    """Returns the calls whose answers have no weight anywhere."""
+    """Returns the evaluations whose outputs have no weight anywhere."""
     unused = (plan.flat().B == 0).all(dim=0)
     return unused.nonzero().flatten().tolist()
 
@@ -300,7 +300,7 @@ def _compare(first: Plan, second: Plan, tolerance: float) -> int:
     for row in range(first.nfe + 1):
         last = row == first.nfe
         worst = int(gap[row].argmax())
-        label = "sample" if last else f"call {row}"
+        label = "sample" if last else f"evaluation {row}"
         ours, theirs = (
             ["", ""] if last else [f"{float(p.times[row]):.6g}" for p in (first, second)]
         )

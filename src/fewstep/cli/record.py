@@ -1,4 +1,4 @@
-"""``fewstep record``: trajectories of a model on disk, to distill from; and what such a store holds."""
+"""``fewstep record``: trajectories of a model on disk, to distill from; statistics and verification of such a store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fewstep.trajectories import TrajectoryStore
 
 MANY, FEW = 4096, 16
-"""The most trajectories that statistics read, and that are integrated anew for a spectrum."""
+"""The most trajectories that statistics read, and that are integrated again for a spectrum."""
 
 
 def record(
@@ -55,30 +55,30 @@ def record(
 ) -> int:
     """Record trajectories of a model in a folder: OUT/manifest.json and OUT/shard-*.safetensors.
 
-    A run that was interrupted goes on when the same command is given again, or `fewstep record
-    MODEL --out OUT`. Several may run at once on one folder, also on several machines.
+    An interrupted run is resumed by the same command, or by `fewstep record MODEL --out OUT`. Several
+    may run at once on one folder, also on several machines.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
         out: The folder to write.
-        n: How many trajectories.
-        solver: A solver that draws no noise on its way; auto if left out, dopri5 for any accuracy.
+        n: The number of trajectories.
+        solver: A deterministic solver; auto if left out, dopri5 for any accuracy.
         nfe: The number of network evaluations; 20 if left out.
         recipe: A file with a recipe, a plan or a tuned sampler, instead of a solver.
         grid: The name of a time grid; left out, the solver's own.
         option: An option of solver or grid as key=value; can be repeated.
-        keep: The states to keep after the first: 4 (on the quadratic grid), uniform:8, all, knots
+        keep: The states to record after the first: 4 (on the quadratic grid), uniform:8, all, knots
             of the plan (knots:5,10,20) or times (times:0.5,0.25); 4 if left out.
         dtype: The type of the states on disk: float16 (if left out), float32 or bfloat16.
         class_labels: One class (3), classes in turn (0,1,2), all in turn (all) or drawn (random).
         guidance: The scale of classifier-free guidance; 1 is none.
         seed: The seed; trajectory i depends on (seed, i) alone; 0 if left out.
         shard_size: The number of trajectories of a file; 1024 if left out.
-        batch_size: How many go through the network at a time; 64 if left out.
+        batch_size: The trajectories in one network evaluation; 64 if left out.
         device: Where to run: auto, cpu, cuda, mps.
-        overwrite: Delete the store that is there and begin anew.
+        overwrite: Delete an existing store and begin again.
         verify: Check this store instead: checksums, and some trajectories integrated again.
-        stats: Show what this store holds instead, and how many modes and frames it suggests.
+        stats: Show statistics of this store instead, and the modes and frames they suggest.
     """
     settings = {
         **{"n": n, "solver": solver, "nfe": nfe, "recipe": recipe, "grid": grid},
@@ -108,7 +108,7 @@ def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwr
     output_folder(out)
     if "n" not in given and (given or overwrite or not (out / "manifest.json").exists()):
         raise ValueError(
-            "give -n, the number of trajectories (without any option a store goes on)"
+            "give -n, the number of trajectories (without any option a store is resumed)"
         )
     options = parse_options(given.pop("option", None))
     denoiser = load_model(model, device)
@@ -152,14 +152,14 @@ def _recorded(
 
 
 def _kept(out: Path) -> str | None:
-    """Returns in words how many files of an interrupted store are whole."""
+    """Returns in words the number of complete files of an interrupted store."""
     from fewstep.trajectories.manifest import read_manifest
 
     done = len(list(out.glob("shard-*.safetensors")))
     if not done:
         return None
     manifest = read_manifest(out)
-    return f"{done} of {-(-manifest.n // manifest.shard_size)} files are kept"
+    return f"{done} of {-(-manifest.n // manifest.shard_size)} files are saved"
 
 
 def _verify(model: str | None, folder: Path, device: str) -> int:
@@ -174,17 +174,17 @@ def _verify(model: str | None, folder: Path, device: str) -> int:
     for shard, problem in found.damaged.items():
         say_result(f"shard {shard} is damaged: {problem}")
     if found.error is not None:
-        wrong = "" if found.error <= found.allowed else ": that is too much, they differ"
+        wrong = "" if found.error <= found.allowed else ": above the tolerance"
         say_result(
             f"trajectories {', '.join(map(str, found.integrated))} integrated again: relative "
             f"difference {found.error:.1e}, allowed {found.allowed:.1e}{wrong}"
         )
     if found.sound:
-        say_result(f"{folder} is sound: {found.shards} shards, all checksums match")
+        say_result(f"{folder} is intact: {found.shards} shards, all checksums match")
         return 0
     if found.missing or found.damaged:
         name = model or _about(folder) or "MODEL"
-        say_result(f"to make them anew: {command('record', name, out=folder)}")
+        say_result(f"to record them again: {command('record', name, out=folder)}")
     return 1
 
 
@@ -227,7 +227,7 @@ def _say_spectrum(store: TrajectoryStore, found: Any) -> None:
     place = "t" if found.variable == "t" else "the square root of t"
     say_result(
         f"spectrum over {place}, {found.trajectories} trajectories of "
-        f"{len(found.dct.energy)} states; the share of the energy beside the modes that are kept:"
+        f"{len(found.dct.energy)} states; the share of the energy outside the kept modes:"
     )
     for basis in (found.dct, found.dft):
         left = (1 - basis.energy.cumsum(0)).clamp_min(0)
@@ -244,10 +244,10 @@ def _say_spectrum(store: TrajectoryStore, found: Any) -> None:
 
 
 def _model_of(model: str | None, folder: Path, device: str) -> tuple[Denoiser | None, str]:
-    """Returns the model that was named, or that the manifest names; or why there is none."""
+    """Returns the model of the arguments, or of the manifest; or why there is none."""
     name = model or _about(folder)
     if name is None:
-        return None, "the store does not say its model; give it: fewstep record MODEL ..."
+        return None, "the store does not name its model; give it: fewstep record MODEL ..."
     try:
         return load_model(name, device), ""
     except ValueError as error:
@@ -274,7 +274,7 @@ def _conditions(text: str | None, denoiser: Denoiser) -> dict[str, Any]:
 
 
 def _keep(text: str) -> Any:
-    """Returns what is kept: ``4``, ``uniform:8``, ``all``, ``knots:1,2`` or ``times:0.5,0.25``."""
+    """Returns the argument ``keep``: ``4``, ``uniform:8``, ``all``, ``knots:1,2`` or ``times:0.5,0.25``."""
     kind, _, rest = text.strip().partition(":")
     try:
         if kind == "knots":

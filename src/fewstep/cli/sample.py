@@ -71,19 +71,19 @@ def sample(
 ) -> None:
     """Draw samples: OUT/grid.png, OUT/samples.safetensors and OUT/recipe.json.
 
-    Samples of a latent model are latents; the picture shows what its autoencoder makes of them.
+    Samples of a latent model are latents; the picture shows them decoded.
 
-    A run that was interrupted is resumed when the same command is given again.
+    An interrupted run is resumed by the same command.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
         out: The folder to write.
         solver: A solver (see `fewstep solvers`), or auto, which is the default.
         nfe: The number of network evaluations; 10 if left out.
-        n: How many samples.
+        n: The number of samples.
         recipe: A file with a recipe, a plan or a tuned sampler, instead of a solver.
-        profile: A file of what was measured of this model (`fewstep analyze`), for auto.
-        force: Take a recipe or profile although it was made for another model or schedule.
+        profile: The profile of this model (`fewstep fit`), for auto.
+        force: Use a recipe or profile although it was made for another model or schedule.
         grid: The name of a time grid, or auto:FILE for the times of a profile; left out, the solver's own.
         option: An option of solver or grid as key=value; can be repeated.
         head_start: The time above which the Gaussian solution replaces evaluations.
@@ -92,13 +92,13 @@ def sample(
         guidance: The scale of classifier-free guidance; 1 is none.
         image: Start from this instead of noise: a picture, or samples of another run (safetensors);
             needs --strength.
-        strength: The share of the time grid that the image goes through, above 0 and at most 1; all
-            evaluations are made on it.
+        strength: The share of the time grid that is run from the image, above 0 and at most 1; all
+            evaluations are on it.
         seed: The seed; sample i depends on (seed, i) alone.
         device: Where to run: auto, cpu, cuda, mps.
-        batch_size: How many samples go through the network at a time; 64 if left out.
+        batch_size: The samples in one network evaluation; 64 if left out.
         singles: Write each image by itself too, OUT/images/000000.png and so on.
-        overwrite: Replace the results that are there.
+        overwrite: Replace existing results.
     """
     import torch
 
@@ -110,7 +110,7 @@ def sample(
     positive("--batch-size", batch_size)
     NoiseSource(seed, ())
     output_folder(out)
-    asked_device, device = device, check_device(device)
+    given_device, device = device, check_device(device)
     denoiser = load_model(model, device)
     options = parse_options(option)
     if strength is not None:
@@ -142,7 +142,7 @@ def sample(
     denoiser = made.denoiser  # with its guidance
     shape = event_shape(denoiser)
     if singles and decode is None and not (len(shape) == 3 and shape[0] in (1, 3)):
-        raise ValueError(f"--singles are images, {model!r} makes samples of shape {shape}")
+        raise ValueError(f"--singles are images, {model!r} has samples of shape {shape}")
     begin = None if image is None else _image(image, shape, denoiser, n)
     denoiser.prepare(n, conditions(range(n)))
 
@@ -161,8 +161,8 @@ def sample(
         inputs["image_files"] = hash_inputs(image)
     if singles:
         inputs["singles"] = True
-    asked = prompt if class_labels is None else f"classes {class_labels}"
-    title = _title(model, chosen, n, asked)
+    condition = prompt if class_labels is None else f"classes {class_labels}"
+    title = _title(model, chosen, n, condition)
     run = RunFolder(
         out, "run of fewstep sample", outputs=[SAMPLES, PICTURE, RECIPE, f"{SINGLES}/*.png"]
     )
@@ -170,7 +170,7 @@ def sample(
 
     def kept() -> str | None:
         done = sum(run.read_tensors(f"{start:09d}") is not None for start in batches)
-        return f"{done} of {len(batches)} batches are kept" if done else None
+        return f"{done} of {len(batches)} batches are saved" if done else None
 
     with (
         keeping(kept),
@@ -208,7 +208,7 @@ def sample(
         class_labels=class_labels,
         prompt=prompt,
         image=image,
-        device=None if asked_device == "auto" else asked_device,
+        device=None if given_device == "auto" else given_device,
         force=force,
         out=f"{out}-2",
     )
@@ -256,7 +256,7 @@ def _image(file: Path, shape: tuple[int, ...], denoiser: Denoiser, n: int) -> Te
 
 
 def _not_taken(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """Returns in a line what a recipe's own run had and this one has not: it is no part of a sampler."""
+    """Returns in a line the settings of a recipe's own run that are not part of a sampler and differ here."""
     names = ("n", "class_labels", "prompt", "image", "seed")
     other = {name: about.get(name) for name in names if about.get(name) != settings.get(name)}
     if not (other := {k: v for k, v in other.items() if v is not None}):
@@ -301,7 +301,7 @@ def _settings(
     device: str,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Returns what determines the samples, for the state file and the recipe."""
+    """Returns the inputs of the samples, for the state file and the recipe."""
     import json
 
     inner = getattr(denoiser, "inner", denoiser)
@@ -355,9 +355,9 @@ def _png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _title(model: str, recipe: SamplerRecipe, n: int, asked: str | None) -> str:
+def _title(model: str, recipe: SamplerRecipe, n: int, condition: str | None) -> str:
     nfe = recipe.plan.nfe if recipe.plan is not None else recipe.nfe
     calls = f" · {nfe} evaluation{'s' * (nfe > 1)}" if nfe else ""
-    shown = "" if asked is None else f" · {asked}"
+    shown = "" if condition is None else f" · {condition}"
     guided = f" · guidance {recipe.guidance:g}" if recipe.guidance is not None else ""
     return f"{Path(model).name} · {recipe.name or 'plan'}{calls}{shown}{guided}"

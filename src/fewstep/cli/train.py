@@ -49,26 +49,26 @@ def train(
 ) -> None:
     """Train a small diffusion model on images; OUT is then a MODEL for the other commands.
 
-    A run that was interrupted is resumed when the same command is given again.
+    An interrupted run is resumed by the same command.
 
     Args:
         data: A folder of images (with a sub-folder for each class, or without), or an idx or npz file.
         out: The folder to write.
         recipe: A training recipe (JSON); left out, one that suits the images. The options below
-            replace what it says.
-        prediction: What the network predicts: eps, x0, v or flow.
+            replace its fields.
+        prediction: The network's prediction: eps, x0, v or flow.
         schedule: The noise schedule; edm and ve train a raw network in EDM's preconditioning, unless
             another prediction than x0 is given; flow predicts flow.
         option: An option of the schedule, key=value, for example levels=300; may be repeated.
-        unconditional: Leave the classes of the images aside.
+        unconditional: Ignore the classes of the images.
         flip: Mirror images left to right at random.
-        data_range: The values that black and white have, for example -0.5 0.5; left out, -1 1.
+        data_range: The values of black and white, for example -0.5 0.5; left out, -1 1.
         size: The height and width to which images are cropped and resized.
         steps: The number of training steps.
         checkpoint_every: The steps between two checkpoints.
         seed: The seed; left out, the recipe's, which is 0.
         device: Where to run: auto, cpu, cuda, mps.
-        overwrite: Replace the model that is there.
+        overwrite: Replace an existing model.
     """
     from dataclasses import replace
 

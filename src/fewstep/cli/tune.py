@@ -73,9 +73,9 @@ def tune(
         steps: The steps of each stage.
         class_labels: The classes to draw from: 3, or 0,1,2, or all; all if left out.
         guidance: The scale of classifier-free guidance; it becomes part of the recipe.
-        seed: The seed of everything random.
+        seed: The seed of all random draws.
         device: Where to run: auto, cpu, cuda, mps.
-        overwrite: Start anew and replace what is there.
+        overwrite: Start again and replace existing files.
         keep_worse: Write the result even if its final scores are worse than the start's.
     """
     from fewstep.learned.settings import Search

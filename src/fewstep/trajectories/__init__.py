@@ -1,4 +1,4 @@
-"""Trajectories on disk: recording them, reading them, checking them."""
+"""Trajectories on disk: recording, reading, verification."""
 
 from fewstep.trajectories.checking import Verification as Verification
 from fewstep.trajectories.checking import verify as verify

@@ -1,4 +1,4 @@
-r"""Checking a store: checksums, structure, and some trajectories integrated again."""
+r"""Verification of a store: checksums, structure, and some trajectories integrated again."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fewstep.trajectories.store import TrajectoryStore, missing_shards
 from fewstep.trajectories.writing import writer_of
 
 NETWORK_ERROR = 1e-4
-"""The relative error that a network may make by rounding, in another batch or on another device."""
+"""The tolerated relative error of a network's rounding, in another batch or on another device."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    r"""What :func:`verify` found.
+    r"""The result of :func:`verify`.
 
     Attributes:
-        shards: The number of shards that the store should have.
-        missing: The shards that are not there.
-        damaged: The shards that are wrong, and why.
-        integrated: The trajectories that were integrated again.
-        error: The largest relative root mean square difference of a state of them to what is
-            stored, or ``None``.
-        allowed: The most that this may be: 4 units of the type, and 1e-4 for the network.
+        shards: The number of shards of a complete store.
+        missing: The missing shards.
+        damaged: The damaged shards, each with the reason.
+        integrated: The trajectories integrated again.
+        error: The largest relative root mean square difference of one of their states to the stored
+            one, or ``None``.
+        allowed: The tolerance: 4 units of the type, and 1e-4 for the network.
     """
 
     shards: int
@@ -55,12 +55,12 @@ def verify(
 
     Arguments:
         folder: The folder of the store.
-        denoiser: The model that made it; left out, nothing is integrated.
-        n: How many trajectories to integrate again.
-        seed: Which ones.
+        denoiser: The model that recorded it; left out, nothing is integrated.
+        n: The number of trajectories to integrate again.
+        seed: The seed of their choice.
 
     Raises:
-        ValueError: If there is no store, or it was made by another model.
+        ValueError: If there is no store, or it was recorded with another model.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -85,7 +85,7 @@ def verify(
 
 
 def _some(manifest: Manifest, bad: set[int], n: int, seed: int) -> list[int]:
-    """Returns trajectories of sound shards, at random."""
+    """Returns random trajectories of intact shards."""
     good = [shard for shard in range(shard_count(manifest)) if shard not in bad]
     if not good:
         return []

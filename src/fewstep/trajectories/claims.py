@@ -1,4 +1,4 @@
-"""Claims: which writer makes which shard. They only save work; without them results are the same."""
+"""Claims: which writer computes which shard. They only save work; results do not depend on them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Claim(Lock):
             try:
                 return super().take()
             except FileNotFoundError:
-                continue  # somebody dropped the last claim, and the folder, in between
+                continue  # another writer removed the last claim, and the folder, in between
 
     def drop(self) -> None:
-        """Gives the claim up; the last one takes the folder of claims with it."""
+        """Releases the claim, and removes the folder of claims if it was the last."""
         super().drop()
         with contextlib.suppress(OSError):
             self.path.parent.rmdir()

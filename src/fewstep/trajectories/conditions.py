@@ -1,4 +1,4 @@
-"""Conditions of recorded trajectories: rules that give the condition of trajectory i."""
+"""Conditions of recorded trajectories: rules for the condition of trajectory i."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.diffusion.noise import generator_at
 
 TYPES = {"int64": torch.int64, "float32": torch.float32}
-"""The types in which conditions are kept."""
+"""The types in which conditions are stored."""
 
 MOST_VALUES = 1_000_000
 """The most values that a rule in a manifest may list; a guard against hostile files."""
@@ -33,10 +33,10 @@ class Condition(ABC):
 
     @abstractmethod
     def rule(self) -> dict[str, Any]:
-        """Returns what tells this rule from another, as JSON has it."""
+        """Returns the rule as a JSON object."""
 
     def examples(self) -> Tensor:
-        """Returns values that stand for all, to be checked before the first network call."""
+        """Returns representative values, for a check before the first network evaluation."""
         return self.at([0], seed=0, name="")
 
     def to_record(self) -> dict[str, Any]:
@@ -127,10 +127,10 @@ class Given(Condition):
 
 
 def condition(name: str, value: Any, n: int) -> Condition:
-    """Returns the rule that a value stands for: a number, n values, or a rule already.
+    """Returns the rule of a value: of a number, of n values, or the rule itself.
 
     Raises:
-        ValueError, TypeError: If it stands for none.
+        ValueError, TypeError: If there is none.
     """
     if isinstance(value, Condition):
         return value
@@ -142,7 +142,7 @@ def condition(name: str, value: Any, n: int) -> Condition:
         values = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"the condition {name!r} must be numbers, which can be kept in a store, got {value!r:.60}"
+            f"the condition {name!r} must be numbers, which a store can hold, got {value!r:.60}"
             " (for texts give their embeddings, a tensor with a row for each trajectory)"
         ) from None
     if values.dtype == torch.bool or values.is_complex():
@@ -156,7 +156,7 @@ def condition(name: str, value: Any, n: int) -> Condition:
 
 
 def from_record(content: Mapping[str, Any]) -> Condition | None:
-    """Returns the rule in a manifest; ``None`` for values that were given, which it has not."""
+    """Returns the rule in a manifest; ``None`` for given values, which it does not contain."""
     match content["rule"]:
         case "constant":
             return Constant(content["value"])
@@ -168,7 +168,7 @@ def from_record(content: Mapping[str, Any]) -> Condition | None:
 
 
 def check_condition(name: str, content: Any) -> None:
-    """Raises ``ValueError`` unless this is a condition as a manifest has it."""
+    """Raises ``ValueError`` unless this is a valid condition of a manifest."""
     if not name.isidentifier():
         raise ValueError(f"{name!r:.60} cannot be the name of a condition")
     if not isinstance(content, dict):
@@ -193,7 +193,7 @@ def check_condition(name: str, content: Any) -> None:
         )
     made = None if rule == "given" else from_record(content)
     if made is not None and made.to_record() != content:
-        raise ValueError(f"the condition {name!r} contradicts itself: {content!r:.100}")
+        raise ValueError(f"the condition {name!r} is inconsistent: {content!r:.100}")
 
 
 def _labels(values: Any) -> tuple[int, ...]:

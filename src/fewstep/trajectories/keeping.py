@@ -1,4 +1,4 @@
-r"""Which states are kept: from what a user asks for to a sampler whose states they are."""
+r"""The states that are recorded: from the user's arguments to a sampler that reaches them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fewstep.sampling.request import SamplerRequest
 from fewstep.sampling.resolve import resolve, resolve_plan
 
 Keep = int | str | Sequence[int] | Sequence[float]
-"""What may be asked for; see :func:`fewstep.record`."""
+"""The type of the argument ``keep`` of :func:`fewstep.record`."""
 
 DEFAULT_GRID = "quadratic"
 DEFAULT_NFE = 20
@@ -33,12 +33,12 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Kept:
-    """A sampler as a recipe, and which of its states are kept.
+    """A sampler as a recipe, and the states of it to record.
 
     Attributes:
-        recipe: The sampler, with everything said.
-        times: The times of the kept states, the first is that of the initial state.
-        knots: Their numbers among the plan's knots; ``None`` if the sampler has no plan.
+        recipe: The resolved sampler.
+        times: The times of the recorded states, the first is that of the initial state.
+        knots: Their indices among the plan's knots; ``None`` if the sampler has no plan.
     """
 
     recipe: SamplerRecipe
@@ -49,10 +49,10 @@ class Kept:
 def kept(
     denoiser: Denoiser, keep: Keep, request: SamplerRequest, *, guidance: float | None
 ) -> Kept:
-    """Returns the sampler that the arguments of :func:`fewstep.record` describe, and what is kept.
+    """Returns the sampler that the arguments of :func:`fewstep.record` describe, and the states to record.
 
     Raises:
-        ValueError, TypeError: If something does not fit, or the sampler draws noise on its way.
+        ValueError, TypeError: If an argument does not fit, or the sampler is stochastic.
     """
     resolved = resolve(denoiser, request, guidance=guidance, default_nfe=DEFAULT_NFE)
     sampler = resolved.sampler
@@ -69,13 +69,13 @@ def kept(
         plan = _bent_plan(denoiser, keep, request, integer=integer)
     if plan.stochastic:
         raise ValueError(
-            f"{plan.name or 'the plan'} draws noise on its way, so x_T does not determine the "
-            "trajectory; take a deterministic sampler, such as tab3 or ddim"
+            f"{plan.name or 'the plan'} is stochastic, so x_T does not determine the "
+            "trajectory; use a deterministic sampler, such as tab3 or ddim"
         )
     if plan.head:
         raise ValueError(
             "the plan has an analytic head start: its first state is not that of the noise, from "
-            "which an operator starts; take a plan without one"
+            "which an operator starts; use a plan without one"
         )
     knots = _knots(plan, _wanted(keep, plan.grid, integer))
     recipe = SamplerRecipe(
@@ -87,7 +87,7 @@ def kept(
 def _adaptive(keep: Keep, sampler: AdaptiveSampler, recipe: SamplerRecipe) -> Kept:
     if isinstance(keep, (list, tuple)) and keep and all(isinstance(k, int) for k in keep):
         raise ValueError(
-            f"dopri5 has no knots that could be numbered, got keep = {keep}; give times as "
+            f"dopri5 has no knots to number, got keep = {keep}; give times as "
             "decimal numbers, or a grid such as 'quadratic:4'"
         )
     schedule = sampler.denoiser.schedule
@@ -96,7 +96,7 @@ def _adaptive(keep: Keep, sampler: AdaptiveSampler, recipe: SamplerRecipe) -> Ke
 
 
 def _is_spaced(request: SamplerRequest) -> bool:
-    """Whether the grid is one that has a name: other times are meant as they are, and are not bent."""
+    """Whether the grid has a name: explicit times are not adjusted."""
     if any(source is not None for source in (request.plan, request.recipe, request.profile)):
         return False
     if "times" in request.options:
@@ -106,7 +106,7 @@ def _is_spaced(request: SamplerRequest) -> bool:
 
 
 def _bent_plan(denoiser: Denoiser, keep: Keep, request: SamplerRequest, *, integer: bool) -> Plan:
-    """Returns the plan of a solver, its grid bent so that the kept times are among its knots."""
+    """Returns the plan of a solver, its grid adjusted so that the recorded times are among its knots."""
     schedule = denoiser.schedule
     first = resolve_plan(schedule, request, integer_times=integer, default_nfe=DEFAULT_NFE)
     times = _wanted(keep, first.grid, integer)
@@ -119,7 +119,7 @@ def _bent_plan(denoiser: Denoiser, keep: Keep, request: SamplerRequest, *, integ
 
 
 def _wanted(keep: Keep, grid: TimeGrid, integer: bool) -> list[int] | list[float]:
-    """Returns the kept knots by number (integers) or the kept times (floats), both ends among them."""
+    """Returns the recorded knots by number (integers) or times (floats), including both ends."""
     schedule, knots = grid.schedule, grid.times.tolist()
     if isinstance(keep, bool) or keep is None:
         raise TypeError(f"keep must be a number of states, a grid, knots or times, got {keep!r}")
@@ -135,7 +135,7 @@ def _wanted(keep: Keep, grid: TimeGrid, integer: bool) -> list[int] | list[float
         name, frames = _grid_of(keep, schedule)
         if name == ALL:
             return list(range(len(knots)))
-        # No grid reaches sigma = 0 evenly; the last of its times is then moved there.
+        # No evenly spaced grid reaches sigma = 0; its last time is then moved there.
         end = None if grid.ends_at_zero else knots[-1]
         times = make_grid(name, schedule, frames, t_start=knots[0], t_end=end).times.tolist()
         times[-1] = knots[-1]
@@ -146,14 +146,14 @@ def _wanted(keep: Keep, grid: TimeGrid, integer: bool) -> list[int] | list[float
     found = [start, *inner, end]
     if any(b >= a for a, b in itertools.pairwise(found)):
         raise ValueError(
-            f"the kept times must decrease and lie between {start:g} and {end:g}, got {times}"
+            f"the times in keep must decrease and lie between {start:g} and {end:g}, got {times}"
         )
     return found
 
 
 def _grid_of(keep: int | str | Any, schedule: NoiseSchedule) -> tuple[str, int | None]:
     if isinstance(keep, int):
-        # The time of edm is sigma itself; evenly in its root, all would be near pure noise.
+        # The time of edm is sigma itself; evenly spaced in its root, all would be near pure noise.
         keep = f"{'karras' if schedule.name == 'edm' else DEFAULT_GRID}:{keep}"
     if not isinstance(keep, str):
         raise TypeError(
@@ -183,7 +183,7 @@ def _same(a: float, b: float, knots: Sequence[float]) -> bool:
 
 
 def _knots(plan: Plan, wanted: list[int] | list[float]) -> list[int]:
-    """Returns the numbers of the knots, having checked that the plan has states there."""
+    """Returns the indices of the knots, after a check that the plan has states there."""
     knots = plan.knots.tolist()
     rows = plan.structure.rows
     there = {0, *(r.state for r in rows if isinstance(r, Lin) and r.state is not None)}
@@ -197,7 +197,7 @@ def _knots(plan: Plan, wanted: list[int] | list[float]) -> list[int]:
                 raise ValueError(
                     f"the time {item:g} is not a knot of the plan, the nearest is {knots[k]:g} "
                     f"(knot {k} of {len(knots) - 1}); give knots by number, or a solver instead of "
-                    "a plan, whose grid is then made to fit"
+                    "a plan, whose grid is then adjusted"
                 )
         if k not in there:
             raise ValueError(f"the plan has no state at knot {k}; it has {sorted(there)!r:.200}")
@@ -206,10 +206,10 @@ def _knots(plan: Plan, wanted: list[int] | list[float]) -> list[int]:
 
 
 def _bent(grid: TimeGrid, times: Sequence[float], integer: bool) -> Tensor:
-    r"""Returns a grid of as many steps in which all kept times are knots.
+    r"""Returns a grid of the same number of steps in which all recorded times are knots.
 
-    Each kept time has a place between two knots, a fraction in :math:`\lambda`. It gets the nearest
-    knot, and the knots between two kept times are moved along evenly.
+    Each recorded time lies between two knots, at a fraction in :math:`\lambda`. The nearest knot is moved
+    to it, and the knots between two recorded times are moved in proportion.
     """
     schedule, steps = grid.schedule, grid.steps
     lam = schedule.lam(grid.times[:-1] if grid.ends_at_zero else grid.times)
@@ -220,8 +220,8 @@ def _bent(grid: TimeGrid, times: Sequence[float], integer: bool) -> Tensor:
     places = [0.0, *(above - 1 + share).tolist(), float(steps)]
     if steps < len(places) - 1:
         raise ValueError(
-            f"{len(places) - 1} kept states after x_T need as many steps at least, the sampler has "
-            f"{steps}; raise nfe or keep less"
+            f"{len(places) - 1} states after x_T need at least as many steps, the sampler has "
+            f"{steps}; raise nfe or keep fewer"
         )
     numbers = [0]
     for left, place in enumerate(places[1:-1], start=1):

@@ -21,13 +21,13 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-"""The types in which states can be kept."""
+"""The types in which states can be stored."""
 
 MOST_SHARDS = 1_000_000
-"""The most files that a store may have; their names are looked up one by one."""
+"""The most files that a store may have; each is looked up by name."""
 
 FREE = ("about",)
-"""What the manifest says for readers only; the rest determines the trajectories."""
+"""The informative fields of the manifest; the others determine the trajectories."""
 
 
 Sizes = Annotated[
@@ -43,22 +43,22 @@ class Manifest(Record, name="fewstep.trajectories", version=1, what="manifest"):
     Attributes:
         n: The number of trajectories.
         seed: The seed of their noise.
-        dtype: The type in which the states are kept.
+        dtype: The type of the stored states.
         shard_size: The number of trajectories of a file.
-        batch_size: The number of trajectories that go through the network at a time.
+        batch_size: The number of trajectories in one network evaluation.
         guidance: The scale of guidance, or ``None``.
         conditions: The rules for conditions, by name.
         fingerprint: The fingerprint of the model.
-        wrappers: What is wrapped around the model.
-        prediction: What the network predicts.
+        wrappers: The wrappers around the model.
+        prediction: The network's prediction.
         schedule: The schedule of the model.
         event_shape: The shape of a state.
         sampler: The recipe of the sampler.
-        times: The times of the states that are kept, decreasing.
+        times: The times of the stored states, decreasing.
         alpha: The scale of the data at these times.
         sigma: The deviation of the noise at these times.
-        knots: Their places among the knots of the plan, or ``None``.
-        about: For readers only; it determines nothing.
+        knots: Their indices among the knots of the plan, or ``None``.
+        about: Informative only; the trajectories do not depend on it.
     """
 
     # In this order: the first field that differs is named.
@@ -90,16 +90,16 @@ class Manifest(Record, name="fewstep.trajectories", version=1, what="manifest"):
         if shard_count(self) > MOST_SHARDS:
             raise ValueError(
                 f"n = {self.n} in files of {self.shard_size} makes more than {MOST_SHARDS} files; "
-                "take a larger shard_size"
+                "use a larger shard_size"
             )
         for name, condition in self.conditions.items():
             check_condition(name, condition)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Writes the manifest of a new store, or checks that the one that is there is the same.
+    """Writes the manifest of a new store, or checks that the existing one is the same.
 
-    Returns the manifest of the store. Of many writers that begin together one writes it.
+    Returns the manifest of the store. Of several writers that begin together one writes it.
 
     Raises:
         ValueError: If the store was begun with other settings; the message names them.
@@ -124,21 +124,21 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Reads and checks a manifest.
 
     Raises:
-        ValueError: If there is none, or it does not describe a store; the message says why.
+        ValueError: If there is none, or it does not describe a store; the message has the reason.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} is no store of trajectories: it has no {MANIFEST}")
+        raise ValueError(f"{str(folder)!r} is not a store of trajectories: it has no {MANIFEST}")
     return Manifest.load(path)
 
 
 def settings(manifest: Manifest) -> dict[str, Any]:
-    """Returns what determines the trajectories, as JSON has it."""
+    """Returns the settings that determine the trajectories, as a JSON object."""
     return {key: value for key, value in manifest.to_record().items() if key not in FREE}
 
 
 def settings_hash(manifest: Manifest) -> str:
-    """Returns a SHA-256 of what determines the trajectories; every shard bears it."""
+    """Returns a SHA-256 of the settings that determine the trajectories; every shard has it."""
     return hashlib.sha256(json.dumps(settings(manifest), sort_keys=True).encode()).hexdigest()
 
 

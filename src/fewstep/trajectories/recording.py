@@ -60,45 +60,45 @@ def record(
     r"""Records probability-flow trajectories of a model in a folder, and opens it.
 
     Trajectory i starts at the draw of sample i of the seed, :math:`x_T = \operatorname{round}(\sigma_T
-    z_i)` in the type of the store, and is integrated from that rounded state in float32: so what
-    is stored of the noise is exact. It depends on ``(seed, i)`` and its condition alone.
+    z_i)` in the type of the store, and is integrated from that rounded state in float32: so the
+    stored noise is exact. It depends on ``(seed, i)`` and its condition alone.
 
-    The same call again goes on where it was interrupted; damaged shards are made anew. Any number
-    of processes may make the same call at once, on any machines that share the folder: each takes
-    shards that are missing. Shards are the same bytes whoever writes them on the same kind of
-    machine; on others they differ by rounding.
+    The same call resumes an interrupted run; damaged shards are computed again. Any number of
+    processes may make the same call at once, on any machines that share the folder: each computes
+    missing shards. Shards have the same bytes from every writer on the same kind of machine; on
+    others they differ by rounding.
 
     Arguments:
         denoiser: The model.
-        folder: Where to write.
-        n: How many trajectories.
+        folder: The folder to write.
+        n: The number of trajectories.
         solver: A name in :data:`fewstep.SOLVERS`, ``"auto"`` (the default), or a solver. It must
-            not draw noise on its way.
+            be deterministic.
         nfe: The number of network evaluations, 20 by default.
         plan: A plan to run, instead of a solver; or
         recipe: a recipe, or the file of one; or
-        profile: what was measured of the model, or the file of it.
-        grid: The name of a grid, or a grid. Grids that have a name are bent a little, so that
-            the kept times are among their points.
+        profile: the profile of the model, or the file of one.
+        grid: The name of a grid, or a grid. Grids with a name are adjusted slightly, so that
+            the recorded times are among their points.
         options: Further options of solver and grid.
-        keep: Which states to keep after :math:`x_T`: a number M (on the quadratic grid, as
+        keep: The states to record after :math:`x_T`: a number M (on the quadratic grid, as
             ``"quadratic:4"``; for the schedule ``edm`` on the Karras grid), another grid
             (``"uniform:8"``, ``"karras:4"``), ``"all"``, knots of the plan by number (integers),
-            or times (decimal numbers). The first and the last state are always kept.
+            or times (decimal numbers). The first and the last state are always recorded.
         dtype: The type of the states in the files: ``"float16"`` (relative error 5e-4),
             ``"float32"``, or ``"bfloat16"`` (4e-3: too coarse for most purposes).
         seed: The seed.
         shard_size: The number of trajectories of a file.
-        batch_size: How many trajectories go through the network at a time.
+        batch_size: The trajectories in one network evaluation.
         guidance: The scale of classifier-free guidance; 1 is none.
-        overwrite: Whether to delete a store that is there and begin anew.
-        about: What readers should know, e.g. the name of the model; it determines nothing.
+        overwrite: Whether to delete an existing store and begin again.
+        about: Information for readers, e.g. the name of the model; the trajectories do not depend on it.
         progress: ``True`` for a bar over trajectories, or a :class:`~fewstep.base.progress.Progress`.
         cond: The conditions: a number, a tensor or list of n numbers, or a rule,
             :class:`Cycle` or :class:`Uniform`.
 
     Raises:
-        ValueError, TypeError: Before the first network call, if anything does not fit, or if the
+        ValueError, TypeError: Before the first network evaluation, if anything does not fit, or if the
             folder has a store with other settings (the message names the first); and if a state
             is not finite or too large for the type.
     """
@@ -164,10 +164,10 @@ def record(
 def resume(
     denoiser: Denoiser, folder: str | Path, *, progress: Progress | bool | None = None
 ) -> TrajectoryStore:
-    """Goes on with a store that was begun, by what its manifest says, and opens it.
+    """Resumes an unfinished store with the settings of its manifest, and opens it.
 
     Arguments:
-        denoiser: The model that it was begun with.
+        denoiser: The model of the store.
         folder: Its folder.
         progress: As for :func:`record`.
 
@@ -189,9 +189,9 @@ def _begin(folder: Path, *, overwrite: bool) -> None:
         if not shards and not _is_ours(folder / MANIFEST):
             raise ValueError(
                 f"{str(folder / MANIFEST)!r} is not the manifest of a store and is not deleted; "
-                "take another folder"
+                "use another folder"
             )
-        # The manifest last: without it the rest is no store.
+        # The manifest last: without it the rest is not a store.
         for path in [*shards, folder / MANIFEST]:
             path.unlink(missing_ok=True)
     elif shards and not (folder / MANIFEST).exists():

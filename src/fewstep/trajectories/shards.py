@@ -1,4 +1,4 @@
-"""One shard of a store: a safetensors file with its checksum inside, written whole, mapped to memory.
+"""One shard of a store: a safetensors file with its checksum inside, written atomically, memory-mapped.
 
 It holds ``states`` [n, S, *] in the store's type (x_T is state 0), ``index`` [n] (the numbers of the
 trajectories) and a tensor ``condition.NAME`` [n, *] for each condition. Its metadata name the shard,
@@ -38,7 +38,7 @@ _BLOCK = 1 << 22
 
 
 class Part(NamedTuple):
-    """What one tensor of a shard must be: its type and shape."""
+    """The type and shape of one tensor of a shard."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -63,12 +63,12 @@ class Shard:
 
 
 def shard_file(folder: Path, shard: int) -> Path:
-    """Returns the path of a shard: made of its number, never read from a file."""
+    """Returns the path of a shard: formed from its number, never read from a file."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 
 def parts(manifest: Manifest, shard: int) -> dict[str, Part]:
-    """Returns what a shard must hold, in order of the names."""
+    """Returns the tensors of a shard, in order of the names."""
     n = len(shard_rows(manifest, shard))
     states = (n, len(manifest.times), *manifest.event_shape)
     found = {"states": Part(DTYPES[manifest.dtype], states), "index": Part(torch.int64, (n,))}
@@ -80,7 +80,7 @@ def parts(manifest: Manifest, shard: int) -> dict[str, Part]:
 def write_shard(
     folder: Path, manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]
 ) -> Path:
-    """Writes a shard whole; the bytes depend on the tensors and the settings alone."""
+    """Writes a shard atomically; the bytes depend on the tensors and the settings alone."""
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     for name, part in parts(manifest, shard).items():
         if (ready[name].dtype, tuple(ready[name].shape)) != part:
@@ -95,7 +95,7 @@ def write_shard(
 
 
 def open_shard(folder: Path, manifest: Manifest, shard: int) -> Shard:
-    """Maps a shard to memory, having checked its header and its size.
+    """Maps a shard to memory, after a check of its header and its size.
 
     Raises:
         ValueError: If it is missing or does not fit the manifest.
@@ -114,7 +114,7 @@ def open_shard(folder: Path, manifest: Manifest, shard: int) -> Shard:
 
 
 def check_shard(folder: Path, manifest: Manifest, shard: int) -> str | None:
-    """Returns what is wrong with a shard, or ``None``; reads it whole, for the checksum."""
+    """Returns the defect of a shard, or ``None``; reads all of it, for the checksum."""
     path = shard_file(folder, shard)
     try:
         places, about = _places(path, manifest, shard)
@@ -145,7 +145,7 @@ def _about(manifest: Manifest, shard: int, sha256: str) -> dict[str, Any]:
 def _places(
     path: Path, manifest: Manifest, shard: int
 ) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
-    """Returns where in the file each tensor is, and the metadata, all of it checked."""
+    """Returns the span of each tensor in the file, and the metadata, all checked."""
     wanted = parts(manifest, shard)
     name = f"shard {path.name!r}"
     try:
@@ -159,12 +159,12 @@ def _places(
         raise ValueError(f"{name} cannot be read: {error.strerror}") from None
     start = 8 + length
     if size != start + sum(part.bytes for part in wanted.values()):
-        raise ValueError(f"{name} has {size} bytes, which is not what the manifest asks for")
+        raise ValueError(f"{name} has {size} bytes, which does not match the manifest")
     about = _metadata(header, name)
     if {**about, "sha256": ""} != _about(manifest, shard, ""):
         raise ValueError(f"{name} belongs to another place or another store")
     if set(header) != {"__metadata__", *wanted}:
-        raise ValueError(f"{name} holds other tensors than the manifest says")
+        raise ValueError(f"{name} has other tensors than the manifest")
     places = {}
     for key, part in wanted.items():
         entry = header[key]
@@ -190,7 +190,7 @@ def _metadata(header: Any, name: str) -> dict[str, Any]:
 
 
 def _span(entry: Any, length: int, most: int) -> tuple[int, int]:
-    """Returns the span of a tensor if it is one of that length, or else one that never fits."""
+    """Returns the span of a tensor if it has that length, or else one that never fits."""
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if (
         isinstance(offsets, list)

@@ -35,8 +35,8 @@ class TrajectoryStore:
     """Trajectories on disk, written by :func:`fewstep.record`; open one with :meth:`open`.
 
     Attributes:
-        folder: Where it is.
-        manifest: What it holds: model, sampler, times, seed, type, conditions.
+        folder: Its folder.
+        manifest: Its settings: model, sampler, times, seed, type, conditions.
     """
 
     folder: Path
@@ -63,14 +63,14 @@ class TrajectoryStore:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the trajectories, as JSON has it."""
+        """The settings that determine the trajectories, as a JSON object."""
         return settings(self.manifest)
 
     def __len__(self) -> int:
         return self.manifest.n
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
-        # Another process maps the files itself; the maps would be sent as copies.
+        # Another process maps the files itself; pickled maps would be copies.
         return TrajectoryStore.open, (self.folder,)
 
     @property
@@ -86,15 +86,15 @@ class TrajectoryStore:
     def read(
         self, indices: Sequence[int] | Tensor, *, frames: Sequence[int] | None = None
     ) -> Batch:
-        r"""Returns some trajectories, in the order asked for.
+        r"""Returns some trajectories, in the given order.
 
         Arguments:
             indices: The numbers of the trajectories, with shape (B).
-            frames: Which of the S states, by number; left out, all.
+            frames: The indices of the states to return; left out, all S.
 
         Raises:
             IndexError: If there is no such trajectory or state.
-            ValueError: If a shard is damaged; the whole of it is checked when it is first read.
+            ValueError: If a shard is damaged; its checksum is verified when it is first read.
         """
         numbers = torch.as_tensor(indices).tolist()
         if not all(type(i) is int and 0 <= i < len(self) for i in numbers):
@@ -128,7 +128,7 @@ class TrajectoryStore:
         Arguments:
             seed: The seed.
             epoch: The number of the epoch.
-            window: How many shards are mixed with one another.
+            window: The number of shards in a window.
         """
         generator = generator_at(seed, epoch, "order")
         size, n = self.manifest.shard_size, len(self)
@@ -142,7 +142,7 @@ class TrajectoryStore:
 
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:
-            # Once a file and process: reading it whole also brings it into memory's cache.
+            # Once per file and process: reading all of it also fills the page cache.
             problem = check_shard(self.folder, self.manifest, number)
             if problem is not None:
                 path = shard_file(self.folder, number)
@@ -154,7 +154,7 @@ class TrajectoryStore:
 
 
 def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
-    """Returns the numbers of the shards that are not there."""
+    """Returns the numbers of the missing shards."""
     return [s for s in range(shard_count(manifest)) if not shard_file(folder, s).exists()]
 
 

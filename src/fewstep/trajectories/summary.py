@@ -1,4 +1,4 @@
-r"""What a store holds in numbers: the states by time, and the spectrum over time."""
+r"""Statistics of a store: the states by time, and the spectrum over time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fewstep.trajectories.store import TrajectoryStore
 from fewstep.trajectories.writing import writer_of
 
 DENSE = 32
-"""The least number of states from which a spectrum is taken as they are stored."""
+"""The least number of stored states for a spectrum without new trajectories."""
 
 CHUNK = 256
 
@@ -27,7 +27,7 @@ class Statistics:
     """Numbers about the states of a store.
 
     Attributes:
-        trajectories: How many were read.
+        trajectories: The number of trajectories read.
         bytes: The size of the store.
         times: The times of the states, float64, with shape (S); so have the next four.
         mean: The mean of all coordinates.
@@ -46,7 +46,7 @@ class Statistics:
 
 
 def statistics(store: TrajectoryStore, *, most: int = 4096) -> Statistics:
-    """Returns numbers about the first trajectories of a store, at most so many."""
+    """Returns statistics of the first trajectories of a store, at most ``n`` of them."""
     n = min(len(store), most)
     total = square = torch.zeros(len(store.times), dtype=torch.float64)
     low, high = torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf)
@@ -65,17 +65,17 @@ def statistics(store: TrajectoryStore, *, most: int = 4096) -> Statistics:
 def spectrum(
     store: TrajectoryStore, denoiser: Denoiser | None = None, *, n: int = 32, states: int = 128
 ) -> Spectrum:
-    r"""Returns the spectrum over time of trajectories as they are in a store.
+    r"""Returns the spectrum over time of the trajectories of a store.
 
-    It is taken in the variable in which the stored times are most even, t or its square root. A
-    store of few states says nothing of modes between them: then the model integrates n of its
-    trajectories anew, with the same starts and conditions, through as many states as asked for.
+    It is computed in the variable in which the stored times are most evenly spaced, t or its square
+    root. A store of few states does not resolve higher modes: then the model integrates n of its
+    trajectories again, with the same starts and conditions, through ``states`` states.
 
     Arguments:
         store: The store.
-        denoiser: The model that made it; not needed if the store has 32 states or more.
-        n: How many trajectories, at most.
-        states: The number of states, each but one of a network call.
+        denoiser: The model that recorded it; not needed if the store has 32 states or more.
+        n: The largest number of trajectories.
+        states: The number of states; each but one costs a network evaluation.
 
     Raises:
         ValueError: If the store has few states and the model is not given, or is another one.
@@ -89,7 +89,7 @@ def spectrum(
     if denoiser is None:
         raise ValueError(
             f"the store has {len(store.times)} states of a trajectory, a spectrum needs {DENSE}; "
-            "give the model, which then integrates some anew, or record with keep='all'"
+            "give the model, which then integrates some again, or record with keep='all'"
         )
     kept = store.times
     integer = denoiser.integer_times
@@ -97,7 +97,7 @@ def spectrum(
         "tab2",
         schedule,
         steps=states - 1,
-        # Whole times lie too far apart for the end of a dense quadratic grid.
+        # Integer timesteps are too far apart for the end of a dense quadratic grid.
         grid="quadratic" if variable == "sqrt" and not integer else "uniform",
         t_start=float(kept[0]),
         t_end=max(float(kept[-1]), schedule.t_min),
@@ -122,7 +122,7 @@ def spectrum(
 
 
 def _variable(times: Tensor) -> str:
-    """Returns in what the times are more even, t or its square root."""
+    """Returns the variable in which the times are more evenly spaced, t or its square root."""
     spread = {}
     for name, place in (("t", times), ("sqrt", times.clamp_min(0).sqrt())):
         gaps = place.diff().abs()

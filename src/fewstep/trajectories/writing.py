@@ -1,4 +1,4 @@
-r"""The writer of a store: makes the shards that are missing, beside other writers."""
+r"""The writer of a store: computes the missing shards, concurrently with other writers."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from fewstep.trajectories.shards import check_shard, shard_file, write_shard
 from fewstep.trajectories.store import missing_shards
 
 POLL = 0.2
-"""Seconds between looks at shards that other writers are at."""
+"""Seconds between checks of shards that other writers compute."""
 
 SOON = 5.0
-"""Seconds after which a writer that waits says for whom."""
+"""Seconds after which a waiting writer shows which process it waits for."""
 
 
 class _Count:
-    """Ticks up to a count: other writers make shards too."""
+    """Ticks up to a count, since other writers complete shards too."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._count = progress, 0
@@ -53,14 +53,14 @@ class _Count:
 
 @dataclass(frozen=True)
 class Writer:
-    """Makes the shards of a store.
+    """Computes and writes the shards of a store.
 
     Attributes:
         folder: The folder of the store.
         manifest: Its manifest.
         sampler: The sampler that the manifest describes.
         rules: The conditions that the manifest describes; ``None`` for values that were given to
-            :func:`record` and are not here.
+            :func:`record` and are not available now.
     """
 
     folder: Path
@@ -69,12 +69,12 @@ class Writer:
     rules: Mapping[str, Condition | None]
 
     def run(self, progress: Progress = SILENT) -> None:
-        """Makes all shards that are missing or damaged, beside other writers."""
+        """Computes all missing or damaged shards, concurrently with other writers."""
         complete = self._complete()
         if complete:
             progress.stage("checking shards", len(complete))
         for shard in sorted(complete):
-            # Damaged before this run; what appears during it was just written, and whole.
+            # Damaged before this run; shards that appear during it were just written atomically.
             if check_shard(self.folder, self.manifest, shard) is not None:
                 shard_file(self.folder, shard).unlink(missing_ok=True)
             progress.tick()
@@ -84,12 +84,12 @@ class Writer:
         idle, notified = 0.0, False
         while missing := missing_shards(self.folder, self.manifest):
             count.set(self._recorded())
-            # Each writer in an order of its own, so that two seldom want the same.
+            # Each writer has its own order, so that two rarely start the same shard.
             random.Random(f"{os.getpid()} {time.time_ns()}").shuffle(missing)
             if any([self._take(shard, count) for shard in missing]):
                 idle = 0.0
                 continue
-            # All that is missing is under way elsewhere.
+            # Other writers are computing all missing shards.
             time.sleep(POLL)
             idle += POLL
             if idle > SOON and not notified:
@@ -106,11 +106,11 @@ class Writer:
         return every - set(missing_shards(self.folder, self.manifest))
 
     def _recorded(self) -> int:
-        """Returns how many trajectories are in shards that are there, whoever made them."""
+        """Returns the number of trajectories in existing shards, of any writer."""
         return sum(len(shard_rows(self.manifest, shard)) for shard in self._complete())
 
     def _take(self, shard: int, count: _Count) -> bool:
-        """Makes a shard unless it is there or claimed; returns whether it did."""
+        """Computes a shard unless it exists or is claimed; returns whether it did."""
         if shard_file(self.folder, shard).exists():
             return False
         claim = Claim(self.folder, shard)
@@ -123,7 +123,7 @@ class Writer:
         return True
 
     def make(self, shard: int, on_batch: Callable[[int], object] = lambda rows: None) -> Path:
-        """Integrates the trajectories of a shard and writes it, whether it is there or not.
+        """Integrates the trajectories of a shard and writes it, also over an existing one.
 
         Arguments:
             shard: Its number.
@@ -163,7 +163,7 @@ class Writer:
         cond = model.prepare(len(rows), {k: v.to(device) for k, v in values.items()})
 
         def rounded(start: Tensor) -> Tensor:
-            # The trajectory of the rounded start is what is stored.
+            # The stored trajectory is that of the rounded start.
             start = start.to(dtype).float()
             self._check(start[None], rows)
             return start
@@ -193,7 +193,7 @@ class Writer:
             )
 
     def _sweep(self) -> None:
-        """Removes what writers that were killed left behind; others may be writing now."""
+        """Removes leftovers of killed writers; others may be writing now."""
         claims = self.folder / CLAIMS
         for path in [*self.folder.glob(".*.tmp"), *claims.glob(".*.tmp")]:
             if not LITTER.fullmatch(path.name):
@@ -203,12 +203,12 @@ class Writer:
                 if old or (path.parent == claims and Lock(path).is_alive() is False):
                     path.unlink()
             except OSError:
-                continue  # somebody else was faster
+                continue  # another writer was faster
         for path in claims.glob("*"):
             if path.name.isdigit():
                 Claim(self.folder, int(path.name)).sweep()
         with contextlib.suppress(OSError):
-            claims.rmdir()  # if nobody has a claim
+            claims.rmdir()  # if there are no claims
 
 
 def writer_of(denoiser: Denoiser, folder: Path, manifest: Manifest) -> Writer:
@@ -233,7 +233,7 @@ def writer_of(denoiser: Denoiser, folder: Path, manifest: Manifest) -> Writer:
 
 
 def unguided(denoiser: Denoiser, guidance: float | None) -> tuple[Denoiser, float | None]:
-    """Returns the model without the guidance around it, and its scale: one way to say one thing.
+    """Returns the model without the guidance around it, and its scale: a canonical form.
 
     Raises:
         ValueError: If the model is guided already, with another scale.
@@ -248,7 +248,7 @@ def unguided(denoiser: Denoiser, guidance: float | None) -> tuple[Denoiser, floa
 
 
 def wrappers(denoiser: Denoiser) -> list[dict[str, Any]]:
-    """Returns what is wrapped around the model, from the outside in: it is not in its fingerprint."""
+    """Returns the wrappers around the model, from the outside in: they are not in its fingerprint."""
     found: list[dict[str, Any]] = []
     while isinstance(denoiser, (Clipped, Thresholded, Guided)):
         options = {
