@@ -57,7 +57,7 @@ def test_explicit_keeps_gradients_and_the_last_zero():
     (gradient,) = torch.autograd.grad(grid.alpha.sum(), times)
     assert bool((gradient[:2] != 0).all())
     assert gradient[2] == 0
-    with pytest.raises(ValueError, match="3 times make 2 steps, not 4"):
+    with pytest.raises(ValueError, match="3 times are 2 steps, not 4"):
         fewstep.grid("explicit", VP, 4, times=times)
 
 

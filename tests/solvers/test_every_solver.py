@@ -258,7 +258,8 @@ def moment_error(plan: Plan, grid: TimeGrid) -> tuple[float, float]:
     return float((got.mean - a * MEAN).abs()), float((got.variance - variance).abs())
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
+# Steps for distilled networks (order 0) take the network for a map to the data: they do not converge.
+@pytest.mark.parametrize("name", [name for name in STOCHASTIC if SOLVERS[name]().order])
 def test_the_moments_on_gaussian_data_converge_with_the_declared_order(
     name: str, vp: NoiseSchedule
 ) -> None:

@@ -130,6 +130,16 @@ CASES = [
     # sigma / alpha linearly, fewstep its logarithm.
     Case("heun", "HeunDiscreteScheduler", (4, 10, 28), pairs_to_zero),
     Case("rhoab3", "LMSDiscreteScheduler", (10,), to_zero),
+    Case("euler-ancestral", "EulerAncestralDiscreteScheduler", (10,), to_zero),
+    Case(
+        "sa-solver",
+        "SASolverScheduler",
+        STEPS,
+        to_level_0,
+        {"tau_func": lambda t: 1.0},
+    ),
+    Case("lcm", "LCMScheduler", (4,), to_zero, {"clip_sample": False}),
+    Case("tcd", "TCDScheduler", (4, 10), to_level_0, {}, {"eta": 0.3}, {"eta": 0.3}),
 ]
 IDS = [f"{c.solver}-{c.twin.removesuffix('Scheduler')}-{n}" for n, c in enumerate(CASES)]
 
@@ -197,6 +207,49 @@ def test_dpm2_is_kdpm2():
     plan = fewstep.plan("dpm2", schedule, grid="explicit", times=times)
     assert plan.times.tolist() == pytest.approx(table.times, abs=1e-3)
     assert difference(plan, table) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("solver", "twin"),
+    [
+        ("dpm2-ancestral", "KDPM2AncestralDiscreteScheduler"),
+        ("dpmpp-sde", "DPMSolverSDEScheduler"),
+    ],
+)
+def test_stochastic_steps_with_a_stage(solver: str, twin: str):
+    """Their stages are at the same levels; the times of these are rounded there."""
+    scheduler = getattr(diffusers, twin)()
+    table = probe(scheduler, 8)
+    schedule = fewstep.schedule("tabulated", alphas_cumprod=scheduler.alphas_cumprod.double())
+    times = table.times[:1] + table.times[2::2] + ZERO
+    plan = fewstep.plan(solver, schedule, grid="explicit", times=times)
+    assert plan.times.tolist() == pytest.approx(table.times, abs=1e-2)
+    assert difference(convert_plan(plan, "eps"), table) < 30 * ROUNDING
+
+
+def test_sa_solver_of_other_orders():
+    """Their coefficients of order 3 are formed in float32 and cancel."""
+    config = {"tau_func": lambda t: 0.6, "predictor_order": 3, "corrector_order": 3}
+    options = {"predictor": 3, "corrector": 3, "tau": 0.6}
+    case = Case("sa-solver", "SASolverScheduler", (10,), to_level_0, config, options)
+    assert largest_difference(case, 10) < 10 * ROUNDING
+
+
+def test_euler_ancestral_on_a_flow():
+    scheduler = diffusers.LTXEulerAncestralRFScheduler(eta=0.7)
+    sigmas = [1 - 1e-6, 0.8, 0.55, 0.3, 0.1, 0.0]
+    table = probe(scheduler, None, set_timesteps={"sigmas": sigmas})
+    # It evaluates the network at sigma = 0 once more, to no effect.
+    kept = [k for k in range(table.inputs.shape[1]) if k != len(sigmas)]
+    table = Table(table.inputs[:-1, kept], table.output[kept], table.times[:-1], table.draws)
+    plan = fewstep.plan(
+        "euler-ancestral",
+        fewstep.schedule("flow", t_max=1 - 1e-7),
+        grid="explicit",
+        times=sigmas,
+        eta=0.7,
+    )
+    assert difference(convert_plan(plan, "flow"), table) < ROUNDING
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from fewstep.base.aliases import aliases_of
 from fewstep.base.registry import Registry, check_options
 from fewstep.solvers.accelerated import (
     AcceleratedDDIM,
@@ -17,9 +18,17 @@ from fewstep.solvers.accelerated import (
 )
 from fewstep.solvers.adams import IPNDM, PNDM, TAB, LogRhoAB, RhoAB
 from fewstep.solvers.adaptive import Dopri5
+from fewstep.solvers.ancestral import LCM, TCD, DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from fewstep.solvers.base import Solver
 from fewstep.solvers.ddim import DDIM, DDPM, GDDIM, AnalyticDDIM, EIScore, Euler, EulerMaruyama
 from fewstep.solvers.dpm import DPMpp2M, DPMpp2MSDE, DPMpp3M
+from fewstep.solvers.exponential import (
+    RES2S,
+    RES3S,
+    HochbruckOstermann5S,
+    Krogstad4S,
+    RESMultistep,
+)
 from fewstep.solvers.multistep import Multistep
 from fewstep.solvers.rk import (
     DPM2,
@@ -31,6 +40,7 @@ from fewstep.solvers.rk import (
     RhoMidpoint,
     RhoRK4,
 )
+from fewstep.solvers.sde import ERSDE, DPMpp3MSDE, DPMppSDE, SASolver
 from fewstep.solvers.unipc import UniPC
 
 SOLVERS: Registry[Callable[..., Solver]] = Registry(
@@ -77,8 +87,25 @@ SOLVERS: Registry[Callable[..., Solver]] = Registry(
         "dpmpp-2m-sde": DPMpp2MSDE,
         "unipc2": partial(UniPC, 2),
         "unipc3": partial(UniPC, 3),
+        "res-2m": partial(RESMultistep, 2),
+        "res-3m": partial(RESMultistep, 3),
+        "res-4m": partial(RESMultistep, 4),
+        "res-2s": RES2S,
+        "res-3s": RES3S,
+        "krogstad-4s": Krogstad4S,
+        "hochbruck-ostermann-5s": HochbruckOstermann5S,
+        "euler-ancestral": EulerAncestral,
+        "dpm2-ancestral": DPM2Ancestral,
+        "dpmpp-2s-ancestral": DPMpp2SAncestral,
+        "dpmpp-sde": DPMppSDE,
+        "dpmpp-3m-sde": DPMpp3MSDE,
+        "sa-solver": SASolver,
+        "er-sde": ERSDE,
+        "lcm": LCM,
+        "tcd": TCD,
         "dopri5": Dopri5,
     },
+    aliases_of("solver"),
 )
 
 
