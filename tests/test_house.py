@@ -121,7 +121,7 @@ def test_no_circles():
     assert len(done) == len(graph)
 
 
-AT_RUN_TIME = {"diffusion.noise", "plans.execute"}
+AT_RUN_TIME = {"diffusion.noise", "diffusion.brownian", "plans.execute"}
 DEFINITIONS = [
     path
     for path in FILES

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.brownian import BrownianSource
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.execute import Execution
+from fewstep.plans.intervals import draw_intervals
 from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import plan_for
 from fewstep.sampling.binding import bind
@@ -26,10 +28,13 @@ class PlanSampler:
     Attributes:
         plan: The plan.
         denoiser: The denoiser; its schedule must be the plan's.
+        brownian: Whether the draws are increments of one Brownian motion for each sample, the same at any
+            number of steps, instead of numbered.
     """
 
     plan: Plan
     denoiser: Denoiser
+    brownian: bool = False
 
     def __post_init__(self) -> None:
         if self.denoiser.built_in_sampler() is not None:
@@ -103,8 +108,12 @@ class PlanSampler:
     def _begin(
         self, x: Tensor, run: Run, on_state: Callable[[int, Tensor], None] | None
     ) -> tuple[Execution, Callable[[Tensor, int], Tensor]]:
+        noise = run.noise
+        if self.brownian:
+            noise = BrownianSource(noise.seed, noise.samples, draw_intervals(self.plan))
+
         def draw(index: int) -> Tensor:
-            return run.noise.draw(index, x.shape[1:], dtype=x.dtype, device=x.device)
+            return noise.draw(index, x.shape[1:], dtype=x.dtype, device=x.device)
 
         execution = Execution(self.native, x, draw=draw, on_state=on_state)
         return execution, bind(self.denoiser, self.native, len(x), run.cond, x)

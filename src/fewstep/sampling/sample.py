@@ -3,7 +3,7 @@ r"""Sampling: ``sample`` and ``steps``."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def sample(
     save: str | None = None,
     progress: Progress | bool | None = None,
     guidance: float | None = None,
+    brownian: bool = False,
     **cond: Any,
 ) -> Any:
     r"""Draws samples.
@@ -133,6 +134,8 @@ def sample(
         save: ``"states"`` to get a :class:`Trajectory` with the states at all grid points.
         progress: ``True`` for a progress bar, or a :class:`fewstep.base.progress.Progress`.
         guidance: The scale of classifier-free guidance; 1 is none.
+        brownian: Whether a stochastic solver's draws are increments of one Brownian motion for each sample
+            (:class:`fewstep.diffusion.brownian.BrownianSource`): the same noise at any number of steps.
         cond: The conditions, e.g. ``class_labels``; tensors and lists of n values are split
             among the batches.
 
@@ -158,6 +161,10 @@ def sample(
     made = resolve(
         denoiser, request, guidance=guidance, image=image is not None, force=force
     ).sampler
+    if brownian:
+        if not isinstance(made, PlanSampler):
+            raise ValueError("brownian=True is for samplers with a plan; this one draws no noise")
+        made = replace(made, brownian=True)
     denoiser = made.denoiser
     n, noise, conditions = _checked(denoiser, n, noise, cond, first)
     image = _image(image, n, denoiser, noise)
