@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fewstep.learned.tuning import tune as tune
     from fewstep.loading import load as load
     from fewstep.models import exact as exact
+    from fewstep.models import guidance as guidance
     from fewstep.models.denoiser import Denoiser as Denoiser
     from fewstep.models.preconditioning import preconditioned as preconditioned
     from fewstep.models.wrappers import Clipped as Clipped
@@ -60,6 +61,7 @@ _HOMES = {
     "fit": "studies.fit",
     "grid": "diffusion.grids",
     "GRIDS": "diffusion.grids",
+    "guidance": "models.guidance",
     "Guided": "models.wrappers",
     "load": "loading",
     "log_likelihood": "sampling.likelihood",
@@ -89,7 +91,7 @@ _HOMES = {
     "tune": "learned.tuning",
     "TunedSampler": "learned.tuning",
 }
-_MODULES = {"adapters", "comparison", "exact", "metrics", "studies"}
+_MODULES = {"adapters", "comparison", "exact", "guidance", "metrics", "studies"}
 
 __all__ = sorted(_HOMES)
 

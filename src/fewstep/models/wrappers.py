@@ -3,6 +3,7 @@ r"""Denoisers around a denoiser: guidance, clipping, dynamic thresholding."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from fewstep.models.conditions import joined
 from fewstep.models.denoiser import Denoiser
 
 
-class _Wrapper(Denoiser):
+class Wrapper(Denoiser):
     """A denoiser around another; everything but :meth:`raw` is that of the inner one."""
 
     def __init__(self, inner: Denoiser) -> None:
@@ -46,7 +47,7 @@ class _Wrapper(Denoiser):
         return self.inner.fingerprint()
 
 
-class Guided(_Wrapper):
+class Guided(Wrapper):
     r"""Classifier-free guidance: extrapolates from the unconditional to the conditional prediction.
 
     .. math:: D = D_\emptyset + w \, (D_c - D_\emptyset)
@@ -90,17 +91,28 @@ class Guided(_Wrapper):
         self.accepts = replace(inner.accepts, any_of=frozenset(inner.null_condition))
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        self.accepts.check_names(list(cond))
-        empty = {
-            name: _no_condition(self.null_condition[name], value, name)
-            if name in self.null_condition
-            else value
-            for name, value in cond.items()
-        }
-        both = joined(cond, empty)
-        value = self.inner.raw(torch.cat([x, x]), torch.cat([t, t]), **both)
-        conditional, unconditional = value.chunk(2)
+        conditional, unconditional = both_predictions(self, x, t, cond)
         return torch.lerp(unconditional, conditional, self.scale)
+
+
+def both_predictions(
+    guided: Wrapper, x: Tensor, t: Tensor, cond: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    r"""Returns the native predictions with the conditions and with their null values, each (B, \*).
+
+    One pass of the network, on a batch of twice the size.
+    """
+    guided.accepts.check_names(list(cond))
+    empty = {
+        name: _no_condition(guided.null_condition[name], value, name)
+        if name in guided.null_condition
+        else value
+        for name, value in cond.items()
+    }
+    both = joined(cond, empty)
+    value = guided.inner.raw(torch.cat([x, x]), torch.cat([t, t]), **both)
+    conditional, unconditional = value.chunk(2)
+    return conditional, unconditional
 
 
 def _no_condition(null: Any, value: Any, name: str) -> Any:
@@ -112,7 +124,7 @@ def _no_condition(null: Any, value: Any, name: str) -> Any:
     raise ValueError(f"guidance needs one value of {name!r} for each sample, got {value!r:.60}")
 
 
-class Clipped(_Wrapper):
+class Clipped(Wrapper):
     """Clips the predicted data to a range; its native prediction is ``x0``.
 
     Arguments:
@@ -132,7 +144,7 @@ class Clipped(_Wrapper):
         return self.inner(x, t, prediction=Prediction.X0, **cond).clamp(self.low, self.high)
 
 
-class Thresholded(_Wrapper):
+class Thresholded(Wrapper):
     r"""Dynamic thresholding: clips each predicted sample to a quantile s of its magnitudes and divides by s.
 
     References:
