@@ -154,6 +154,29 @@ def test_shift_is_the_scheduler_of_diffusers() -> None:
     assert got == pytest.approx(scheduler.sigmas.numpy(), abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_levels_of_diffusers() -> None:
+    """At ten steps linspace has whole timesteps, between which theirs interpolates otherwise."""
+    diffusers = pytest.importorskip("diffusers")
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    for name, options in (
+        ("linspace", {"timestep_spacing": "linspace"}),
+        ("karras", {"use_karras_sigmas": True}),
+        ("exponential", {"use_exponential_sigmas": True}),
+    ):
+        scheduler = diffusers.EulerDiscreteScheduler(**config, **options)
+        scheduler.set_timesteps(10)
+        got = sigmas(name, SD, 10, to_zero=True)
+        assert got == pytest.approx(scheduler.sigmas.numpy(), rel=1e-4), name
+
+
+def test_vp_levels_of_k_diffusion() -> None:
+    t = np.linspace(1, 1e-3, 6)
+    expected = np.append(np.sqrt(np.exp(19.9 * t**2 / 2 + 0.1 * t) - 1), 0.0)
+    got = sigmas("vp", fewstep.schedule("vp-linear"), 6, to_zero=True)
+    assert got == pytest.approx(expected, rel=1e-9)
+
+
 def test_ays_has_the_published_levels() -> None:
     diffusers = pytest.importorskip("diffusers.schedulers")
     published = diffusers.AysSchedules

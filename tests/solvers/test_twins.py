@@ -265,6 +265,18 @@ def test_flow_euler_is_ddim(shift: float):
     assert difference(convert_plan(plan, "flow"), table) < ROUNDING
 
 
+def test_flow_heun_is_heun():
+    """Heun in the time of the flow, and Euler in the last step onto 0."""
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    table = probe(scheduler, 6)
+    # Their first level is 1; the tables are those of a start a little below.
+    levels = [min(t / 1000, 1 - 1e-6) for t in table.times]
+    times = [levels[0], *levels[1::2], 0.0]
+    flow = fewstep.schedule("flow", t_max=1 - 1e-7)
+    plan = fewstep.plan("heun", flow, grid="explicit", times=times)
+    assert difference(convert_plan(plan, "flow"), table) < 3 * ROUNDING
+
+
 @pytest.mark.parametrize("solver", ["unipc2", "unipc3", "dpmpp-2m"])
 def test_flow_multistep(solver: str):
     names = {"dpmpp-2m": "DPMSolverMultistepScheduler"}

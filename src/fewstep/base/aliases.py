@@ -38,6 +38,9 @@ class Alias:
 BOTH = (COMFY, KDIFF)
 
 LAST = {"lower_final": False}
+FROM_15 = "below 15 steps; from there on with lower_final=False"
+RES4LYF = "RES4LYF"
+SAME_TABLE = "from the same published table; the numbers were not compared"
 
 ALIASES: tuple[Alias, ...] = (
     Alias("solver", "euler", "ddim", where=BOTH, note="ours of that name steps in time: the same on edm and flow only"),
@@ -71,11 +74,11 @@ ALIASES: tuple[Alias, ...] = (
     Alias("solver", "seeds_2", "dpmpp-sde", match=NEAR, note="both have a stage within the step and noise in both halves"),
     Alias("solver", "exp_heun_2_x0", "res-2s", {"c2": 1.0}, match=NEAR, note="exponential Heun; theirs has other weights of the last step"),
     Alias("solver", "gradient_estimation", "ipndm", {"answers": 2}, match=NEAR, note="theirs weights the last two outputs 2 and -1"),
-    Alias("solver", "res_2m", "res-2m", LAST, ("RES4LYF",)),
-    Alias("solver", "res_3m", "res-3m", LAST, ("RES4LYF",), NEAR, "theirs has other weights of third order"),
-    Alias("solver", "res_2s", "res-2s", where=("RES4LYF",)),
-    Alias("solver", "res_3s", "res-3s", where=("RES4LYF",), match=NEAR, note="theirs has other stages"),
-    Alias("solver", "krogstad_4s", "krogstad-4s", where=("RES4LYF",)),
+    Alias("solver", "res_2m", "res-2m", LAST, (RES4LYF,), NEAR, SAME_TABLE),
+    Alias("solver", "res_3m", "res-3m", LAST, (RES4LYF,), NEAR, "theirs has other weights of third order"),
+    Alias("solver", "res_2s", "res-2s", {}, (RES4LYF,), NEAR, SAME_TABLE),
+    Alias("solver", "res_3s", "res-3s", {}, (RES4LYF,), NEAR, "theirs has other stages"),
+    Alias("solver", "krogstad_4s", "krogstad-4s", {}, (RES4LYF,), NEAR, SAME_TABLE),
     Alias("solver", "DDIMScheduler", "ddim", where=(DIFFUSERS,)),
     Alias("solver", "DDPMScheduler", "ddpm", where=(DIFFUSERS,)),
     Alias("solver", "PNDMScheduler", "pndm", where=(DIFFUSERS,)),
@@ -88,8 +91,8 @@ ALIASES: tuple[Alias, ...] = (
     Alias("solver", "KDPM2AncestralDiscreteScheduler", "dpm2-ancestral", where=(DIFFUSERS,)),
     Alias("solver", "LMSDiscreteScheduler", "rhoab3", where=(DIFFUSERS,)),
     Alias("solver", "IPNDMScheduler", "ipndm", where=(DIFFUSERS,), match=NEAR, note="theirs has a schedule of its own"),
-    Alias("solver", "DEISMultistepScheduler", "logrhoab1", where=(DIFFUSERS,)),
-    Alias("solver", "DPMSolverMultistepScheduler", "dpmpp-2m", where=(DIFFUSERS,)),
+    Alias("solver", "DEISMultistepScheduler", "logrhoab1", where=(DIFFUSERS,), note=FROM_15),
+    Alias("solver", "DPMSolverMultistepScheduler", "dpmpp-2m", where=(DIFFUSERS,), note=FROM_15),
     Alias("solver", "DPMSolverSinglestepScheduler", "dpm2", where=(DIFFUSERS,), match=NEAR, note="theirs mixes steps of order 1 and 2"),
     Alias("solver", "DPMSolverSDEScheduler", "dpmpp-sde", where=(DIFFUSERS,)),
     Alias("solver", "UniPCMultistepScheduler", "unipc2", where=(DIFFUSERS,)),
@@ -97,7 +100,7 @@ ALIASES: tuple[Alias, ...] = (
     Alias("solver", "LCMScheduler", "lcm", where=(DIFFUSERS,)),
     Alias("solver", "TCDScheduler", "tcd", where=(DIFFUSERS,)),
     Alias("grid", "normal", "normal", note="with the ends of the model"),
-    Alias("grid", "linspace", "normal", where=(DIFFUSERS,), note="rounded to timesteps"),
+    Alias("grid", "linspace", "normal", where=(DIFFUSERS,), note="between timesteps theirs interpolates sigma, ours its logarithm"),
     Alias("grid", "sgm_uniform", "sgm-uniform"),
     Alias("grid", "simple", "simple"),
     Alias("grid", "trailing", "simple", where=(DIFFUSERS,), match=NEAR, note="equal where K divides N; theirs rounds, ours rounds down"),
@@ -109,11 +112,11 @@ ALIASES: tuple[Alias, ...] = (
     Alias("grid", "beta57", "beta", {"alpha": 0.5, "beta": 0.7}),
     Alias("grid", "linear_quadratic", "linear-quadratic"),
     Alias("grid", "kl_optimal", "kl-optimal", {"to_zero": True}),
-    Alias("grid", "bong_tangent", "bong-tangent"),
+    Alias("grid", "bong_tangent", "bong-tangent", where=(RES4LYF,)),
     Alias("grid", "vp", "uniform", where=(KDIFF,), note="on the schedule vp-linear, to_zero=True"),
     Alias("grid", "AlignYourStepsScheduler", "ays", where=(COMFY,)),
-    Alias("grid", "ModelSamplingSD3", "flow-shift", where=(COMFY,), note="with the scheduler simple"),
-    Alias("grid", "ModelSamplingFlux", "dynamic-shift", where=(COMFY,), note="with the scheduler simple"),
+    Alias("grid", "ModelSamplingSD3", "flow-shift", where=(COMFY,), note="with the scheduler simple, where K divides 1000"),
+    Alias("grid", "ModelSamplingFlux", "dynamic-shift", where=(COMFY,), note="with the scheduler simple, where K divides 10,000"),
     Alias("grid", "laplace", "logistic", match=NEAR, note="quantiles of a Laplace distribution of log sigma, ours of a logistic one"),
     Alias("grid", "GITSScheduler", "", match=NONE, note="a table of times for one model: measure one with fewstep.fit"),
 )  # fmt: skip
