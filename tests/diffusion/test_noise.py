@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 
+from fewstep.diffusion import noise
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 
 
@@ -59,3 +62,35 @@ def test_scalar_events():
 def test_seeds_are_integers(seed):
     with pytest.raises(TypeError, match="seed must be an integer"):
         NoiseSource(seed, range(2))
+
+
+@pytest.mark.parametrize(
+    ("seed", "samples", "index", "shape", "dtype", "digest"),
+    [
+        (0, range(4), INITIAL, (3, 8, 8), torch.float32, "458896541fb2dc4c"),
+        (5, [7, 1, 2**40], 2, (16,), torch.float32, "404ba475bcb4a17e"),
+        (-1, range(3), 0, (5,), torch.float32, "5713b1271bd433bf"),
+        (2**70, range(2), 1, (), torch.float64, "8c75b1812ddc35eb"),
+        (0, range(3), 1, (4100,), torch.float16, "a4aab0d4cc5ef316"),
+    ],
+)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_numbers_of_a_seed_are_a_promise(
+    monkeypatch, ahead, seed, samples, index, shape, dtype, digest
+):
+    """Digests of the draws of version 0.1, also of draws that threads made ahead."""
+    monkeypatch.setattr(noise, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(noise, "spare_cores", lambda: 3)
+    source = NoiseSource(seed, samples)
+    if ahead:
+        source.prepare(index, shape)
+    drawn = source.draw(index, shape, dtype=dtype)
+    data = drawn.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    assert hashlib.sha256(data).hexdigest()[:16] == digest
+
+
+def test_small_draws_and_busy_cores_take_no_thread(monkeypatch):
+    monkeypatch.setattr(noise, "threads", lambda: pytest.fail("a thread was asked for"))
+    NoiseSource(0, range(8)).prepare(0, (4,))
+    monkeypatch.setattr(noise, "spare_cores", lambda: 0)
+    NoiseSource(0, range(64)).prepare(0, (4096,))

@@ -70,6 +70,11 @@ class BrownianSource(NoiseSource):
         increment = ((after - before) / math.sqrt(length)).float()
         return increment.to(device=device, dtype=dtype)
 
+    def prepare(
+        self, index: int, shape: Sequence[int], *, device: str | torch.device = "cpu"
+    ) -> None:
+        """Does nothing: an increment is computed from the one before it, when it is asked for."""
+
     def _at(self, place: int, shape: tuple[int, ...]) -> Tensor:
         """Returns the path at a place of the lattice, (B, *), float64."""
         if self._last is not None and self._last[0] == place and self._last[1].shape[1:] == shape:

@@ -2,7 +2,7 @@ r"""Numbered samples in batches: the loop of ``sample``, ``record``, ``compare``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -61,11 +61,69 @@ def run_batches(
     """
     numbers = range(rows) if isinstance(rows, int) else rows
     size = min(len(numbers), DEFAULT_BATCH) if batch_size is None else batch_size
+    return run_each(
+        sampler,
+        (numbers[start : start + size] for start in range(0, len(numbers), size)),
+        seed=seed,
+        conditions=conditions,
+        noise=None if noise is None else _in_order(noise),
+        image=None if image is None else _in_order(image),
+        dtype=dtype,
+        adjust=adjust,
+        save=save,
+        times=times,
+        progress=progress,
+    )
+
+
+def run_each(
+    sampler: Sampler,
+    batches: Iterable[Sequence[int]],
+    *,
+    seed: int = 0,
+    conditions: ConditionRows | None = None,
+    noise: Callable[[Sequence[int]], Tensor] | None = None,
+    image: Callable[[Sequence[int]], Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    adjust: Callable[[Tensor], Tensor] | None = None,
+    save: bool = False,
+    times: Sequence[float] | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[tuple[Sequence[int], Trajectory]]:
+    r"""Draws batches of numbered samples, as :func:`run_batches` does, from an iterable of batches.
+
+    The next batch is taken while the present one runs, so that its initial draw is ready in time.
+
+    Arguments:
+        sampler: The sampler.
+        batches: The numbers of the samples of each batch.
+        seed: The seed.
+        conditions: What has the conditions of numbered samples; left out, there are none.
+        noise: Returns the initial draws of a batch, instead of those of the seed.
+        image: Returns the data that a batch starts from.
+        dtype: The type of the initial draws, if they are not given.
+        adjust: Applied to the initial state of a batch.
+        save: Whether the trajectories have their states.
+        times: The times of the states to keep; left out, all that the sampler has.
+        progress: Ticks once for each network evaluation of a batch.
+    """
     model = sampler.denoiser
     on_evaluation = None if progress is SILENT else progress.tick
-    for start in range(0, len(numbers), size):
-        batch = numbers[start : start + size]
-        part = slice(start, start + len(batch))
+    upcoming = iter(batches)
+
+    def following() -> tuple[Sequence[int], NoiseSource] | None:
+        batch = next(upcoming, None)
+        if batch is None:
+            return None
+        source = NoiseSource(seed, batch)
+        if noise is None and model.event_shape is not None:
+            source.prepare(INITIAL, model.event_shape, device=model.device)
+        return batch, source
+
+    waiting = following()
+    while waiting is not None:
+        batch, source = waiting
+        waiting = following()
         cond = {} if conditions is None else conditions.at(batch)
         if not isinstance(conditions, Conditions):
             cond = model.prepare(len(batch), cond)
@@ -73,10 +131,10 @@ def run_batches(
             batch,
             run_batch(
                 sampler,
-                NoiseSource(seed, batch),
+                source,
                 cond,
-                noise=None if noise is None else noise[part],
-                image=None if image is None else image[part],
+                noise=None if noise is None else noise(batch),
+                image=None if image is None else image(batch),
                 dtype=dtype,
                 adjust=adjust,
                 save=save,
@@ -84,6 +142,18 @@ def run_batches(
                 on_evaluation=on_evaluation,
             ),
         )
+
+
+def _in_order(rows: Tensor) -> Callable[[Sequence[int]], Tensor]:
+    """Returns what hands out the rows of a tensor, batch after batch."""
+    taken = 0
+
+    def part(batch: Sequence[int]) -> Tensor:
+        nonlocal taken
+        taken += len(batch)
+        return rows[taken - len(batch) : taken]
+
+    return part
 
 
 def run_batch(

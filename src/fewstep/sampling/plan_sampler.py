@@ -113,8 +113,14 @@ class PlanSampler:
             noise = BrownianSource(noise.seed, noise.samples, draw_intervals(self.plan))
 
         def draw(index: int) -> Tensor:
-            return noise.draw(index, x.shape[1:], dtype=x.dtype, device=x.device)
+            drawn = noise.draw(index, x.shape[1:], dtype=x.dtype, device=x.device)
+            if index + 1 < draws:
+                noise.prepare(index + 1, x.shape[1:], device=x.device)
+            return drawn
 
+        draws = self.native.n_noise
+        if draws:
+            noise.prepare(0, x.shape[1:], device=x.device)
         execution = Execution(self.native, x, draw=draw, on_state=on_state)
         return execution, bind(self.denoiser, self.native, len(x), run.cond, x)
 
