@@ -186,6 +186,7 @@ def logistic(
     *,
     center: float = CENTER,
     scale: float = SCALE,
+    floor: float | None = None,
     t_start: float | None = None,
     t_end: float | None = None,
     to_zero: bool = False,
@@ -206,6 +207,9 @@ def logistic(
         steps: The number of steps.
         center: The half log-SNR c at which the steps are densest.
         scale: The width s of the distribution.
+        floor: A half log-SNR :math:`\lambda_f`, at least the schedule's first: the :math:`u_i` are even from
+            :math:`S((\lambda_f - c) / s)` on, and only the first time is the schedule's. For schedules that
+            start at (almost) pure noise, where nothing happens.
         t_start: The first time.
         t_end: The last time.
         to_zero: Whether one of the steps goes from the last time on to :math:`\sigma = 0`.
@@ -216,8 +220,14 @@ def logistic(
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive, got {scale!r}")
 
+    if floor is not None and not math.isfinite(floor):
+        raise ValueError(f"floor must be a finite number, got {floor!r}")
+
     def place(u: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        a, b = (torch.sigmoid((schedule.lam(t) - center) / scale) for t in (start, end))
+        first, last = schedule.lam(start), schedule.lam(end)
+        if floor is not None and floor < float(last):
+            first = first.clamp_min(floor)
+        a, b = (torch.sigmoid((level - center) / scale) for level in (first, last))
         return schedule.time(center + scale * torch.logit(a + u * (b - a)))
 
     return spaced(

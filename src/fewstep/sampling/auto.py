@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fewstep.diffusion.grids import CENTER, SCALE
 from fewstep.diffusion.schedules import NoiseSchedule
 
 AUTO = "auto"
@@ -36,26 +37,47 @@ class Choice:
         return describe(self.solver, self.grid, self.options, self.nfe)
 
 
-WIDE = -7.0
-"""A schedule that starts below this half log-SNR has times at which network errors are large."""
+MANY = 20
+"""Above this number of evaluations the ends of the grid matter more than its middle."""
+
+NOISE, DATA = -6.0, 5.5
+"""Schedules differ in whether they reach below, or above, these half log-SNRs."""
 
 
 def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
     r"""Returns the choice of ``auto`` at a budget, by the range of noise levels of a schedule.
 
-    UniPC-2 on the grid ``logistic``; where the first half log-SNR is below -7 (a cosine table of few
-    levels starts at -8.7) third-order rhoAB on Karras' grid: there the state is nearly all noise,
-    the true :math:`\varepsilon` is nearly constant, and in :math:`\rho` that is integrated exactly.
+    UniPC-2 on the grid ``logistic``, for three kinds of schedules, by their range
+    :math:`[\lambda_T, \lambda_0]` of the half log-SNR:
+
+    - :math:`\lambda_0 \le 5.5` (VP, VE): center -1, scale 1.5;
+    - :math:`\lambda_0 > 5.5`, :math:`\lambda_T \ge -6` (EDM): center 0, scale 1.3;
+    - :math:`\lambda_0 > 5.5`, :math:`\lambda_T < -6` (rectified flow): center 0, scale 1.15, nearly even in
+      the time of the flow.
+
+    Above 20 evaluations the grid has its default center -0.55 and scale 2.2, which leave no long step at
+    the ends. A schedule of the first kind that reaches below -6 (a cosine table of few levels starts at -9)
+    begins at -6 instead, with :math:`x = \sigma z`: before, the state is noise to a part in 400, a step
+    of such a width multiplies the error of an :math:`\varepsilon` network by :math:`e^{\Delta\lambda}`, and no
+    evaluation is worth spending.
 
     Chosen by the least regret over the networks of ``benchmarks/zoo.py``, see ``docs/choosing.md``; a
     profile of the model (:func:`fewstep.fit`) does better.
     """
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
-    start = torch.tensor(schedule.t_max, dtype=torch.float64)
-    if float(schedule.lam(start)) < WIDE:
-        return Choice("rhoab2", nfe, "karras")
-    return Choice("unipc2", nfe, "logistic")
+    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
+    first, last = schedule.lam(ends).tolist()
+    options: dict[str, Any] = {"center": -1.0, "scale": 1.5}
+    if last > DATA:
+        options = {"center": 0.0, "scale": 1.15 if first < NOISE else 1.3}
+    if nfe > MANY:
+        options = {"center": CENTER, "scale": SCALE}
+    if last > DATA and first < NOISE:
+        options["floor"] = -5.5
+    elif first < NOISE:
+        options["t_start"] = float(schedule.time(torch.tensor(NOISE, dtype=torch.float64)))
+    return Choice("unipc2", nfe, "logistic", options)
 
 
 def describe(solver: str, grid: str | None, options: Mapping[str, Any], nfe: int) -> str:

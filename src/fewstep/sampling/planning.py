@@ -123,7 +123,10 @@ def _planned(
         choice = choose(schedule, nfe or steps or own or 1)
         solver = choice.solver
         if grid is None:
-            grid, options = choice.grid, {**choice.options, **options}
+            own_options = dict(choice.options)
+            if {"t_start", "strength"} & set(options):  # the start is the caller's
+                own_options.pop("t_start", None)
+            grid, options = choice.grid, {**own_options, **options}
             if head_start is None and not {"t_start", "strength"} & set(options):
                 head_start = choice.head_start
     method, for_grid = _method(solver, grid, options)

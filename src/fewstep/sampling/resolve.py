@@ -311,14 +311,24 @@ def _check_budget(request: SamplerRequest, kind: str, plan: Plan) -> None:
         )
 
 
-def _check_image(plan: Plan, options: Mapping[str, Any], *, image: bool) -> None:
-    """Raises unless an image has a first time, and a share of the grid an image."""
+def _check_image(
+    plan: Plan, options: Mapping[str, Any], *, image: bool, whole: bool = False
+) -> None:
+    """Raises unless an image has a first time, and a share of the grid an image.
+
+    Arguments:
+        plan: The plan.
+        options: The options of its grid.
+        image: Whether there is an image.
+        whole: Whether the plan begins where nobody asked it to.
+    """
     if image and plan.head:
         raise Contradiction(
             "an image and a head start both set the initial state; leave one of them out (strength "
             "sets how much noise the image gets)"
         )
-    _check_start(plan.schedule, float(plan.knots[0].detach()), options, image=image)
+    first = plan.schedule.t_max if whole else float(plan.knots[0].detach())
+    _check_start(plan.schedule, first, options, image=image)
 
 
 def _check_start(
@@ -394,7 +404,10 @@ def _of_solver(
     request = _unfolded(schedule, request, default_nfe)
     integer = denoiser.integer_times
     made = planned(schedule, request, integer_times=integer, default_nfe=default_nfe)
-    _check_image(made.plan, {**made.options, **request.options}, image=image)
+    # A first time that auto chose by itself is no start for an image.
+    own = made.chosen is not None and "t_start" not in request.options
+    options = {k: v for k, v in made.options.items() if not (own and k == "t_start")}
+    _check_image(made.plan, {**options, **request.options}, image=image, whole=own)
     chosen = _measured(made) if chose else made.chosen
     if chosen is not None:
         logger.info("auto chose %s", chosen)

@@ -217,6 +217,10 @@ class Planner:
         if not points and (method is None or config["grid"] is not None):
             grid = None if config["grid"] == AUTO else config["grid"]
             options |= config["grid_options"] or {}
+            if method is None and grid is None and self._flow:
+                # A shift of flow levels moves every half log-SNR by the same.
+                factor = spacing.shift_factor(config, asked.mu)
+                options.setdefault("center", math.log(1 / factor))
             return SamplerRequest(name, steps=count, grid=grid, options=options)
         grid = self._diffusers_grid(asked, method, count, to_zero)
         if grid.ends_at_zero and self.schedule.discrete and name in IN_TIME:
