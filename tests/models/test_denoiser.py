@@ -8,6 +8,7 @@ import torch
 import fewstep
 from fewstep.diffusion.prediction import Prediction
 from fewstep.models import exact
+from fewstep.models.denoiser import Denoiser, matches
 from fewstep.sampling.binding import bind
 
 SCHEDULE = fewstep.schedule("vp-linear")
@@ -325,3 +326,21 @@ def test_edm_preconditioning_refuses():
         fewstep.preconditioned(lambda x, t: x, sigma_data=0.0)
     with pytest.raises(ValueError, match="belongs to its schedule, got 'vp-linear'"):
         fewstep.preconditioned(lambda x, t: x, schedule=fewstep.schedule("vp-linear"))
+
+
+def test_the_fingerprint_is_computed_again_only_if_weights_changed(monkeypatch):
+    network = torch.nn.Linear(2, 2)
+    model = fewstep.Denoiser.wrap(
+        lambda x, t: network(x), schedule=fewstep.schedule("vp-linear"), prediction="eps"
+    )
+    model.register_module("owned", network)
+    own, asked = model.fingerprint(), []
+    plain = Denoiser.fingerprint
+    monkeypatch.setattr(Denoiser, "fingerprint", lambda self: asked.append(1) or plain(self))
+    assert matches(model, own)
+    assert matches(model, own)
+    assert len(asked) == 1
+    with torch.no_grad():
+        network.weight.add_(1)
+    assert not matches(model, own)
+    assert len(asked) == 2

@@ -70,5 +70,5 @@ def test_no_wait_between_the_evaluations_of_a_batch(monkeypatch, solver):
     assert batches.count("n") == 15
     # Once a batch its samples are checked for NaN, which reads from the device.
     assert batches.replace("w", "") == "nnnnnr" * 3
-    assert "nw" not in batches
+    assert batches.count("w") <= 1  # the times of the plan, once
     assert waits.pinned >= 3

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -125,7 +126,7 @@ class Denoiser(nn.Module, ABC):
         a plain function nothing is. Guidance is part of a sampler, not of a model.
 
         Cost: one pass over the weights, on the CPU. It is not cached: torch does not count changes that
-        are made through ``.data``, as averages of weights are.
+        are made through ``.data``, as averages of weights are. :func:`matches` is, for checks.
         """
         digest = hashlib.sha256()
         shape = None if self.event_shape is None else list(self.event_shape)
@@ -244,6 +245,28 @@ def _times(t: Tensor, x: Tensor) -> Tensor:
     """Times as (B) on the state's device, never below float32."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return t.to(device=x.device, dtype=dtype).expand(x.shape[0])
+
+
+_matches: weakref.WeakKeyDictionary[Denoiser, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def matches(denoiser: Denoiser, fingerprint: str) -> bool:
+    """Returns whether a model has a fingerprint; for checks that are made in every call.
+
+    The fingerprint is computed again only if a weight has been replaced or written to, as far as torch
+    counts that: a change through ``.data`` alone is not noticed.
+    """
+    try:
+        weights = itertools.chain(denoiser.parameters(), denoiser.buffers())
+        state = (id(denoiser.schedule), denoiser.native, denoiser.event_shape)
+        state += tuple((id(w), w.data_ptr(), w._version, w.dtype) for w in weights)
+    except RuntimeError:  # an inference tensor, or one without memory, has no such counter
+        return denoiser.fingerprint() == fingerprint
+    before = _matches.get(denoiser)
+    if before is None or before[0] != state:
+        before = state, denoiser.fingerprint()
+        _matches[denoiser] = before
+    return before[1] == fingerprint
 
 
 class WrappedNetwork(Denoiser):

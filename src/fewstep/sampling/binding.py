@@ -29,20 +29,30 @@ def bind(
         like: A state, for device and type.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    times = plan.times.detach().to(device=like.device, dtype=dtype)
-    rows = [t.expand(batch) for t in times.unbind()]
+    # Copied on the device: a network may write to the times that it is given.
+    rows = [t.expand(batch) for t in _times(plan, like.device, dtype).clone().unbind()]
+    if denoiser.native is plan.prediction:
+        return lambda x, k: denoiser.raw(x, rows[k], **cond)
     scales = plan.scales.detach()
     shift, factor = coefficients(
         denoiser.native, plan.prediction, alpha=scales[:, 0], sigma=scales[:, 1]
     )
     shifts: list[float] = shift.tolist()
     factors: list[float] = factor.tolist()
-    same = denoiser.native is plan.prediction
 
     def evaluate(x: Tensor, k: int) -> Tensor:
         value = denoiser.raw(x, rows[k], **cond)
-        if same:
-            return value
         return torch.mul(value, factors[k]).add_(x, alpha=shifts[k])
 
     return evaluate
+
+
+def _times(plan: Plan, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns the times on a device, copied there once a plan: the copy makes the host wait."""
+    key = ("times", device, dtype)
+    times = plan.derived.get(key)
+    if times is None:
+        with torch.inference_mode(False):
+            times = plan.times.detach().to(device=device, dtype=dtype, copy=True)
+        plan.derived[key] = times
+    return times

@@ -11,7 +11,7 @@ from typing import Any
 from fewstep.base.files import loads_json, read_json
 from fewstep.base.records import Record
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Denoiser, matches
 from fewstep.models.wrappers import Guided
 from fewstep.plans.plan import Plan
 from fewstep.plans.serial import PlanRecord
@@ -146,7 +146,7 @@ class SamplerRecipe:
         Raises:
             ValueError: If it was made for another model or schedule.
         """
-        if self.model is not None and not force and denoiser.fingerprint() != self.model:
+        if self.model is not None and not force and not matches(denoiser, self.model):
             raise ValueError(
                 f"the recipe {self.name!r} was made for another model (fingerprint "
                 f"{self.model[:12]}…); tune one for this model, or use it all the same: "

@@ -39,7 +39,7 @@ from typing import Any
 
 from fewstep.diffusion.grids import GRIDS, TimeGrid, check_start
 from fewstep.diffusion.schedules import NoiseSchedule
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Denoiser, matches
 from fewstep.models.wrappers import Guided
 from fewstep.plans.plan import Plan
 from fewstep.sampling.adaptive import AdaptiveSampler
@@ -353,7 +353,7 @@ def _check_profile(
 ) -> None:
     if force:
         return
-    if profile.fingerprint and denoiser.fingerprint() != profile.fingerprint:
+    if profile.fingerprint and not matches(denoiser, profile.fingerprint):
         raise ValueError(
             "the profile was measured on another model (fingerprint "
             f"{profile.fingerprint[:12]}…); measure this model, or use it all the same: force=True "
