@@ -279,3 +279,14 @@ def test_betas_give_the_same_levels_as_their_products() -> None:
 def test_unknown_options_name_the_known_ones() -> None:
     with pytest.raises(TypeError, match=r"'beta_maxx'.*beta_min, beta_max.*mean 'beta_max'"):
         schedule("vp-linear", beta_maxx=20.0)
+
+
+@pytest.mark.parametrize("name", ["vp-linear", "flow", "ddpm-linear"])
+def test_derivatives_are_those_of_inference_mode_too(name: str) -> None:
+    """Nothing is differentiated there, so a derivative would be 0: Euler's method has its drift from one."""
+    expected = fewstep.plan("euler", fewstep.schedule(name), nfe=5).values
+    with torch.inference_mode():
+        schedule = fewstep.schedule(name)
+        got = fewstep.plan("euler", schedule, nfe=5).values
+    assert torch.equal(got, expected)
+    assert torch.equal(fewstep.plan("euler", schedule, nfe=5).values, expected)

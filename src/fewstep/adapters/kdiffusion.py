@@ -116,11 +116,13 @@ def sampler(
         raise ValueError(
             f"a {sources[0]} has its solver, times and schedule already; leave solver, grid, schedule and options out"
         )
-    made = _planned(levels, solver, recipe, profile, plan, grid, schedule, flow, options)
+    # Plans are kept: made of tensors of inference mode they could be used nowhere else.
+    with torch.inference_mode(False):
+        made = _planned(levels, solver, recipe, profile, plan, grid, schedule, flow, options)
+        native = plan_for(made, Prediction.X0)
+        view = _View.of(native, flow)
     if seed is None and noise_sampler is None and made.n_noise:
         seed = int(torch.randint(2**62, ()))
-    native = plan_for(made, Prediction.X0)
-    view = _View.of(native, flow)
     _check_start(view, levels[0], sources or (["schedule"] if schedule else []))
     state = x if x.dtype in (torch.float32, torch.float64) else x.float()
     draw = _draws(made, flow, state, noise_sampler, seed)

@@ -143,8 +143,9 @@ def _short(value: object) -> str:
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     # Reverse mode of an elementwise function: forward mode imports torch.jit, which warns.
-    with torch.enable_grad():
-        point = t if t.requires_grad else t.detach().requires_grad_()
+    # Nothing is differentiated in inference mode: a derivative there would be 0, without an error.
+    with torch.inference_mode(False), torch.enable_grad():
+        point = t if t.requires_grad else t.detach().clone().requires_grad_()
         value = function(point).sum()
         if not value.requires_grad:  # a constant
             return torch.zeros_like(t)
@@ -456,8 +457,9 @@ class Tabulated(NoiseSchedule):
             bool((table.diff() < 0).all()),
             "alphas_cumprod must decrease strictly (level 0 is the cleanest)",
         )
-        self._lam = 0.5 * (table.log() - torch.log1p(-table))
-        self._table = table
+        with torch.inference_mode(False):  # a schedule outlives the mode in which it is made
+            self._table = table.clone()
+            self._lam = 0.5 * (self._table.log() - torch.log1p(-self._table))
         self._numbers: list[float] = self._lam.tolist()
         self._ascending = [-lam for lam in self._numbers]
         self.t_min, self.t_max = 0.0, float(table.numel() - 1)
