@@ -20,6 +20,7 @@ from fewstep.models.guidance import (
     cfg_plus_plus,
     per_step,
 )
+from fewstep.plans.execute import execute
 from reference import normal
 
 VP = fewstep.schedule("vp-linear")
@@ -251,11 +252,19 @@ def test_settings_are_part_of_the_fingerprint() -> None:
     assert ScheduledGuidance(MODEL, 2.0).fingerprint() == made[1].fingerprint()
 
 
-@pytest.mark.parametrize(("options", "follows"), [({}, 0.43), ({"eta": 1.0}, 0.62)])
-def test_on_correlated_data_the_rest_follows_the_image_too_little(
-    options: dict[str, float], follows: float
+@pytest.mark.parametrize(
+    ("solver", "options", "kind", "steps", "follows"),
+    [
+        ("ddim", {}, "uniform", 100, 0.43),
+        ("ddim", {"eta": 1.0}, "uniform", 100, 0.62),
+        ("repaint", {"passes": 5}, "log-rho", 50, 0.905),
+        ("repaint", {"passes": 20}, "log-rho", 50, 0.97),
+    ],
+)
+def test_on_correlated_data_the_rest_follows_the_image_as_documented(
+    solver: str, options: dict[str, float], kind: str, steps: int, follows: float
 ) -> None:
-    """Two coordinates of correlation 0.8, one known: the mean of the other, as documented; 0.8 k is right."""
+    """Two coordinates of correlation 0.8, one known to be k: the mean of the other should be 0.8 k, its variance 0.36."""
     covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
 
     def linear(x: Tensor, t: Tensor) -> Tensor:
@@ -266,14 +275,17 @@ def test_on_correlated_data_the_rest_follows_the_image_too_little(
     inner = fewstep.Denoiser.wrap(linear, schedule=VP, prediction="eps", event_shape=(2,))
     image = torch.tensor([0.0, 1.5], dtype=torch.float64)
     masked = Inpainted(inner, image, torch.tensor([1, 0]))
-    grid = fewstep.grid("uniform", VP, 100, to_zero=True)
-    samples = fewstep.sample(
-        masked,
-        noise=normal(4000, 2, seed=6),
-        batch_size=4000,
-        solver="ddim",
-        grid=grid,
-        options=options,
-    )
-    # 5 standard errors of 4000 draws of deviation 0.8 are 0.063.
-    assert float(samples[:, 0].mean()) == pytest.approx(follows * 1.2, abs=0.065)
+    grid = fewstep.grid(kind, VP, steps, to_zero=True)
+    plan = fewstep.plan(solver, VP, grid=grid, **options)
+    generator = torch.Generator().manual_seed(6)
+
+    def draw(index: int) -> Tensor:
+        del index
+        return torch.randn(4000, 2, generator=generator, dtype=torch.float64)
+
+    start = float(grid.sigma[0]) * draw(0)
+    samples = execute(plan, lambda x, t: masked(x, t, prediction="eps"), start, draw=draw)
+    # 5 standard errors of 4000 draws of a deviation of at most 0.8, as a share of 1.2.
+    assert float(samples[:, 0].mean()) / 1.2 == pytest.approx(follows, abs=0.055)
+    if options.get("passes") == 20:
+        assert float(samples[:, 0].var()) == pytest.approx(0.31, abs=5 * 0.31 * (2 / 4000) ** 0.5)

@@ -33,6 +33,7 @@ OPEN_LAW = {
     ("dpmpp-2s-ancestral", "flow"): 10.2,
     ("dpmpp-sde", "flow"): 7.6,
     ("sa-solver", "flow"): 22.6,
+    ("repaint", "flow"): 36.4,
 }
 """Not met: stochastic defaults that are further from the best textbook solver, as measured."""
 
@@ -141,7 +142,7 @@ def test_the_law_at_the_default_is_no_worse_than_the_textbook(name: str, where: 
     """
     wide = (
         *("gddim", "ddpm", "ddpm-theory", "accelerated-ddpm", "edm-stochastic"),
-        *("euler-ancestral", "dpm2-ancestral", "dpmpp-2s-ancestral", "sa-solver"),
+        *("euler-ancestral", "dpm2-ancestral", "dpmpp-2s-ancestral", "sa-solver", "repaint"),
     )
     bound = OPEN_LAW.get((name, where), 10.0 if name in wide else 2.0)
     assert _moment_ratio(name, where) <= bound

@@ -99,6 +99,7 @@ ALIASES: tuple[Alias, ...] = (
     Alias("solver", "SASolverScheduler", "sa-solver", where=(DIFFUSERS,), note="with tau_func=1; by default theirs has noise at t = 200 to 800 only"),
     Alias("solver", "LCMScheduler", "lcm", where=(DIFFUSERS,)),
     Alias("solver", "TCDScheduler", "tcd", where=(DIFFUSERS,)),
+    Alias("solver", "RePaintScheduler", "repaint", {"passes": 10}, (DIFFUSERS,), NEAR, "theirs jumps over ten steps and has the mask; here that is fewstep.guidance.Inpainted"),
     Alias("grid", "normal", "normal", note="with the ends of the model"),
     Alias("grid", "linspace", "normal", where=(DIFFUSERS,), note="between timesteps theirs interpolates sigma, ours its logarithm"),
     Alias("grid", "sgm_uniform", "sgm-uniform"),

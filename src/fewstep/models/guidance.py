@@ -423,7 +423,8 @@ class Inpainted(_Setting):
 
     Exact where the masked part of the data is independent of the rest. Else the rest is sampled given the *noisy* image,
     as with all re-noising, and follows the image too little: with two Gaussian coordinates of correlation 0.8 its mean
-    moves by 43 % of what it should under an ODE solver, by 62 % under stochastic DDIM.
+    moves by 43 % of what it should under an ODE solver, by 62 % under stochastic DDIM, and by 97 % under the solver
+    ``repaint`` with 50 steps of 20 passes, whose bias vanishes with more of both.
 
     References:
         | RePaint: Inpainting using Denoising Diffusion Probabilistic Models (Lugmayr et al., 2022), eq. (8)

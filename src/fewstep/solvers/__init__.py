@@ -18,7 +18,14 @@ from fewstep.solvers.accelerated import (
 )
 from fewstep.solvers.adams import IPNDM, PNDM, TAB, LogRhoAB, RhoAB
 from fewstep.solvers.adaptive import Dopri5
-from fewstep.solvers.ancestral import LCM, TCD, DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
+from fewstep.solvers.ancestral import (
+    LCM,
+    TCD,
+    DPM2Ancestral,
+    DPMpp2SAncestral,
+    EulerAncestral,
+    RePaint,
+)
 from fewstep.solvers.base import Solver
 from fewstep.solvers.ddim import DDIM, DDPM, GDDIM, AnalyticDDIM, EIScore, Euler, EulerMaruyama
 from fewstep.solvers.dpm import DPMpp2M, DPMpp2MSDE, DPMpp3M
@@ -103,6 +110,7 @@ SOLVERS: Registry[Callable[..., Solver]] = Registry(
         "er-sde": ERSDE,
         "lcm": LCM,
         "tcd": TCD,
+        "repaint": RePaint,
         "dopri5": Dopri5,
     },
     aliases_of("solver"),

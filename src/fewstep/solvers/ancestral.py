@@ -18,7 +18,7 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import Solver, check_number, transfer
+from fewstep.solvers.base import Solver, check_number, check_order, transfer
 
 
 def ancestral_level(grid: TimeGrid, start: Tensor, end: Tensor, eta: float) -> Tensor:
@@ -274,6 +274,69 @@ class TCD(_Ancestral):
     def _down(self, tape: Tape, grid: TimeGrid, i: int, level: Tensor, x: Form, f: Form) -> Form:
         a = grid.alpha[i + 1]
         return a / grid.alpha[i] * x + a * (level - grid.rho[i]) * f
+
+
+@dataclass(frozen=True)
+class RePaint(Solver):
+    r"""RePaint: ancestral steps, each taken again from its own result with the noise put back.
+
+    .. math:: x_s = \frac{\alpha_s}{\alpha_t} (x_t - \sigma_t \varepsilon) + \sigma_s \frac{\rho_s}{\rho_t} \varepsilon
+        + \sigma_s \sqrt{1 - \rho_s^2 / \rho_t^2} \, z, \qquad
+        x_t \leftarrow \frac{\alpha_t}{\alpha_s} x_s + \sqrt{\sigma_t^2 - \alpha_t^2 \sigma_s^2 / \alpha_s^2} \, z'
+
+    For inpainting (:class:`fewstep.guidance.Inpainted`): going back and forth at a noise level lets the new part come
+    to terms with the noisy image. With more steps and more passes the samples tend to those given the image, where all
+    other solvers keep a bias. Without a mask it is DDPM at a multiple of the cost. The last step onto
+    :math:`\sigma = 0` is taken once, without noise. The published jumps of several steps are one step here.
+
+    References:
+        | RePaint: Inpainting using Denoising Diffusion Probabilistic Models (Lugmayr et al., 2022), algorithm 1
+        | https://arxiv.org/abs/2201.09865
+
+    Cost: ``passes`` network evaluations per step; one in a last step onto :math:`\sigma = 0`.
+
+    Order: 1 of the marginals.
+
+    Arguments:
+        passes: How often each step is taken; 10 in the paper.
+    """
+
+    passes: int = 2
+
+    name = "repaint"
+    stochastic: ClassVar[bool] = True
+    default_grid: ClassVar[tuple[str, Any]] = ("logistic", {})
+    grid_on_flows: ClassVar[str | None] = "uniform"
+
+    def __post_init__(self) -> None:
+        check_order("repaint (passes)", self.passes, 1, 1000)
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    def nfe(self, steps: int, *, ends_at_zero: bool = False) -> int:
+        return self.passes * (steps - 1) + 1 if ends_at_zero else self.passes * steps
+
+    def equations(self, tape: Tape, grid: TimeGrid) -> Form:
+        x = tape.x
+        for i in range(grid.steps):
+            if grid.is_last_zero(i):
+                _, f = tape.evaluate(x, grid.times[i])
+                x = tape.state(transfer(x, f, grid, i, i + 1), i + 1)
+                continue
+            ratio, s = grid.alpha[i + 1] / grid.alpha[i], grid.sigma[i + 1]
+            share = (grid.rho[i + 1] / grid.rho[i]).square()
+            weight = s * share.sqrt() - ratio * grid.sigma[i]
+            spread = torch.sqrt(1 - share)
+            for k in range(self.passes):
+                _, f = tape.evaluate(x, grid.times[i])
+                form = ratio * x + weight * f + s * spread * tape.noise()
+                if k == self.passes - 1:
+                    x = tape.state(form, i + 1)
+                else:
+                    x = tape.state(form / ratio + grid.sigma[i] * spread * tape.noise())
+        return x
 
 
 @dataclass(frozen=True)
