@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,3 +38,18 @@ def numbers(name: str, values: Sequence[float] | Tensor | None) -> tuple[float, 
     if not listed:
         raise ValueError(f"{name} must not be empty")
     return listed
+
+
+def number(name: str, value: Any) -> float:
+    """Returns a given number.
+
+    Raises:
+        ValueError: If it is none, or not finite.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r:.80}") from None
+    if not math.isfinite(found):
+        raise ValueError(f"{name} must be finite, got {found!r}")
+    return found

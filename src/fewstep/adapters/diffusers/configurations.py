@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.adapters.diffusers.keys import CLASSES, KEYS, OWN_KEYS
+from fewstep.adapters.diffusers.keys import CLASSES, KEYS, MODEL_KEYS, OWN_KEYS, check_value
 from fewstep.base.registry import unknown
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule, Tabulated, VPSigma
@@ -73,6 +73,30 @@ def class_of(config: Mapping[str, Any]) -> str | None:
     return min(found, key=lambda n: CLASSES[n].family == "refused", default=None)
 
 
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration with what its class means by it.
+
+    That is: the defaults of the class for keys of the model that were left out (files of older versions), and
+    what the class does whatever its configuration says. Of a class that is not known, the configuration as it is.
+    """
+    meaning = CLASSES.get(name := class_of(config) or "")
+    if meaning is None or meaning.family == "refused":
+        return dict(config)
+    import diffusers.schedulers as home
+
+    kind = getattr(home, name, None)
+    parameters = {} if kind is None else inspect.signature(kind.__init__).parameters
+    missing = {
+        key: parameters[key].default
+        for key in MODEL_KEYS
+        if key in parameters and key not in config
+    }
+    # A class that was made from a configuration of latent consistency models keeps this key, but has all times.
+    stale = {"original_inference_steps"} - set(parameters)
+    kept = {key: value for key, value in config.items() if key not in stale}
+    return {**missing, **kept, **meaning.fixed}
+
+
 def family_of(config: Mapping[str, Any]) -> str:
     """Returns ``"betas"``, ``"flow"`` or ``"edm"``: how a configuration says its levels."""
     meaning = CLASSES.get(class_of(config) or "")
@@ -129,6 +153,7 @@ def check_config(config: Mapping[str, Any], name: str | None = None) -> None:
             raise ValueError(
                 f"{of} has {key}={value!r:.60}, which is not supported: {meaning.why}"
             )
+        check_value(key, value)
 
 
 def prediction_of(config: Mapping[str, Any]) -> Prediction:
@@ -138,7 +163,7 @@ def prediction_of(config: Mapping[str, Any]) -> Prediction:
         ValueError: If it is none of diffusers' four.
     """
     kind = config.get("prediction_type", "epsilon")
-    if kind not in PREDICTIONS:
+    if not isinstance(kind, str) or kind not in PREDICTIONS:
         raise ValueError(unknown("prediction_type", kind, list(PREDICTIONS)))
     return PREDICTIONS[kind]
 
@@ -159,7 +184,7 @@ def betas(config: Mapping[str, Any]) -> Tensor:
     trained, kind = config.get("trained_betas"), config["beta_schedule"]
     start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if trained is not None:
-        found = torch.tensor([float(b) for b in trained], dtype=torch.float32)
+        found = _trained(trained)
     elif kind == "linear":
         found = torch.linspace(start, end, count, dtype=torch.float32)
     elif kind == "scaled_linear":
@@ -179,6 +204,18 @@ def betas(config: Mapping[str, Any]) -> Tensor:
     return 1 - torch.cat([rescaled[:1], rescaled[1:] / rescaled[:-1]])
 
 
+def _trained(given: Any) -> Tensor:
+    try:
+        found = torch.tensor([float(b) for b in given], dtype=torch.float32)
+    except (TypeError, ValueError):
+        found = torch.zeros(0)
+    if len(found) < 2 or not bool(((found >= 0) & (found <= 1)).all()):
+        raise ValueError(
+            f"trained_betas must be a list of at least two numbers from 0 to 1, got {given!r:.60}"
+        )
+    return found
+
+
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     r"""Returns the levels :math:`\bar\alpha`, float32, shape (N,).
 
@@ -195,11 +232,7 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
 
 
 def _snr_scale(config: Mapping[str, Any]) -> float:
-    scale = config.get("snr_shift_scale")
-    scale = 1.0 if scale is None else float(scale)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"snr_shift_scale must be a positive number, got {scale!r}")
-    return scale
+    return float(config["snr_shift_scale"])
 
 
 def _zero_terminal(root: Tensor) -> Tensor:
@@ -242,7 +275,7 @@ def conventions_of(config: Mapping[str, Any]) -> tuple[NoiseSchedule, Prediction
         ValueError: If its class or one of its keys cannot be followed.
     """
     check_config(config)
-    family, given = family_of(config), dict(config)
+    family, given = family_of(config), completed(config)
     count = int(given.get("num_train_timesteps", 1000))
     if family == "edm":
         ends = float(given.get("sigma_min", 0.002)), float(given.get("sigma_max", 80.0))

@@ -7,8 +7,13 @@ both tables; a test fails when the installed diffusers has a class or a key that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Real
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from fewstep.base.registry import unknown
 
 TOKENS = "steps over discrete tokens, which is no Gaussian diffusion"
 INVERSE = "runs from data to noise; take the forward scheduler of the same model"
@@ -23,10 +28,12 @@ class SchedulerClass(NamedTuple):
         family: ``"betas"`` (variance preserving, training timesteps), ``"flow"``, ``"edm"``, or
             ``"refused"``.
         why: Why it is refused.
+        fixed: What it does whatever its configuration says, in the keys of other classes.
     """
 
     family: str
     why: str = ""
+    fixed: Mapping[str, Any] = MappingProxyType({})
 
 
 BETAS, FLOW, EDM_FAMILY = (SchedulerClass(family) for family in ("betas", "flow", "edm"))
@@ -36,14 +43,18 @@ def _refused(why: str) -> SchedulerClass:
     return SchedulerClass("refused", why)
 
 
+def _betas(**fixed: Any) -> SchedulerClass:
+    return SchedulerClass("betas", fixed=fixed)
+
+
 CLASSES: Mapping[str, SchedulerClass] = {
     "AmusedScheduler": _refused(TOKENS),
     "BlockRefinementScheduler": _refused(TOKENS),
     "CMStochasticIterativeScheduler": _refused(
         CLOCK.format("250 ln(sigma), with the boundary conditions of consistency models")
     ),
-    "CogVideoXDDIMScheduler": BETAS,
-    "CogVideoXDPMScheduler": BETAS,
+    "CogVideoXDDIMScheduler": _betas(clip_sample=False),
+    "CogVideoXDPMScheduler": _betas(clip_sample=False),
     "ConsistencyDecoderScheduler": _refused("decodes in two fixed steps of a consistency model"),
     "CosineDPMSolverMultistepScheduler": EDM_FAMILY,
     "DDIMInverseScheduler": _refused(INVERSE),
@@ -96,8 +107,10 @@ CLASSES: Mapping[str, SchedulerClass] = {
     "SCMScheduler": _refused(CLOCK.format("an angle, with trigflow prediction")),
     "ScoreSdeVeScheduler": _refused(NO_STEP.format("it has step_pred and step_correct")),
     "ScoreSdeVpScheduler": _refused(NO_STEP.format("it has step_pred")),
-    "TCDScheduler": BETAS,
-    "UnCLIPScheduler": BETAS,
+    "TCDScheduler": _betas(clip_sample=False, thresholding=False),
+    "UnCLIPScheduler": _betas(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing="linspace", trained_betas=None
+    ),
     "UniPCMultistepScheduler": BETAS,
     "VQDiffusionScheduler": _refused(TOKENS),
 }
@@ -171,8 +184,12 @@ KEYS: Mapping[str, Key] = {
     "dynamic_thresholding_ratio": _model("the quantile of dynamic thresholding"),
     "sample_max_value": _model("the largest threshold"),
     "variance_type": _understood(
-        "fixed_large: an option of the solver ddpm; learned: the second half of the channels is "
-        "dropped, as only DDPM's own draws use it"
+        "fixed_large and fixed_large_log: variance='large' of the solver ddpm; learned: the second half of the "
+        "channels is dropped, as only DDPM's own draws use it, and ddpm draws with fixed_small"
+    ),
+    "original_inference_steps": _model(
+        "LCM, TCD: a count of steps chooses among so many times, at which the network was distilled; None: "
+        "among all"
     ),
     "lambda_min_clipped": _model("grids in timesteps start at the first level above it"),
     # Where the scheduler steps.
@@ -182,7 +199,7 @@ KEYS: Mapping[str, Key] = {
     "use_exponential_sigmas": _understood("spacing of the levels"),
     "use_beta_sigmas": _understood("spacing of the levels; needs scipy"),
     "use_lu_lambdas": _understood("spacing of the levels: that of use_exponential_sigmas"),
-    "final_sigmas_type": _understood("the level at which sampling ends"),
+    "final_sigmas_type": _understood("the level at which sampling ends; flows end at zero"),
     "set_alpha_to_one": _understood(
         "the end, for the solvers of the schedulers that read it: ddim, pndm"
     ),
@@ -212,12 +229,6 @@ KEYS: Mapping[str, Key] = {
     "corrector_order": _sampler(STEPS.format("there is no SA-Solver")),
     "tau_func": _sampler(STEPS.format("there is no SA-Solver")),
     "noise_sampler_seed": _sampler(STEPS.format("noise_seed seeds draws")),
-    "original_inference_steps": _sampler(
-        STEPS.format(
-            "a distilled network is sampled as any other: set_timesteps(timesteps=[...]) "
-            "takes the times it was distilled at"
-        )
-    ),
     "timestep_scaling": _sampler(
         STEPS.format("there is no boundary condition of consistency models")
     ),
@@ -289,12 +300,164 @@ OWN_KEYS = (
 """The keys that PlanScheduler adds."""
 
 
+class Number(NamedTuple):
+    """Which numbers a key takes.
+
+    Attributes:
+        low: The least, itself allowed only if ``with_low``.
+        high: The largest, allowed.
+        whole: Whether it is an integer.
+        with_low: See ``low``.
+        optional: Whether ``None`` is allowed.
+    """
+
+    low: float
+    high: float = math.inf
+    whole: bool = False
+    with_low: bool = False
+    optional: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Returns whether a value is one of these numbers."""
+        if value is None:
+            return self.optional
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return False
+        inside = self.low < value <= self.high or (self.with_low and value == self.low)
+        whole = not self.whole or (value == value // 1 and value != math.inf)
+        return inside and whole and (value != math.inf or self.high == value == self.low)
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        low = f"at least {self.low:g}" if self.with_low else f"above {self.low:g}"
+        high = "" if self.high == math.inf else f" and at most {self.high:g}"
+        bounds = "" if self.low == -math.inf else f" {low}{high}"
+        return f"{kind}{bounds}" + (", or None" if self.optional else "")
+
+
+POSITIVE, LEVEL = Number(0), Number(0, optional=True)
+NUMBERS: Mapping[str, Number] = {
+    "num_train_timesteps": Number(2, whole=True, with_low=True),
+    "beta_start": Number(0, 1, with_low=True),
+    "beta_end": Number(0, 1, with_low=True),
+    "snr_shift_scale": POSITIVE,
+    "flow_shift": POSITIVE,
+    "shift": POSITIVE,
+    "shift_terminal": Number(0, 1, with_low=True, optional=True),
+    "sigma_min": LEVEL,
+    "sigma_max": LEVEL,
+    "sigma_data": POSITIVE,
+    "clip_sample_range": POSITIVE,
+    "dynamic_thresholding_ratio": Number(0, 1, with_low=True),
+    "sample_max_value": POSITIVE,
+    "lambda_min_clipped": Number(-math.inf, with_low=True, optional=True),
+    "original_inference_steps": Number(1, whole=True, with_low=True, optional=True),
+    "steps_offset": Number(0, whole=True, with_low=True),
+}
+"""The numbers that keys take; the bounds are those outside of which a level or a time makes no sense."""
+
+SWITCHES = (
+    "rescale_betas_zero_snr",
+    "use_flow_sigmas",
+    "use_dynamic_shifting",
+    "clip_sample",
+    "thresholding",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "set_alpha_to_one",
+    "lower_order_final",
+)
+"""The keys that are true or false (``None``: false, or the twin's)."""
+
+VARIANCES = (
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "fixed_large_log",
+    "learned",
+    "learned_range",
+)
+"""The variances that diffusers knows."""
+
+
+def check_value(key: str, value: Any) -> None:
+    """Refuses a value that a key cannot have.
+
+    Raises:
+        ValueError: If it is one; the message says which it can have.
+    """
+    allowed = NUMBERS.get(key)
+    if allowed is not None and not allowed.allows(value):
+        raise ValueError(f"{key} must be {allowed}, got {value!r:.60}")
+    if key in SWITCHES and not (
+        value is None or (isinstance(value, (bool, int)) and value in (0, 1))
+    ):
+        raise ValueError(f"{key} must be True or False, got {value!r:.60}")
+    if key == "variance_type" and not (
+        value is None or (isinstance(value, str) and value in VARIANCES)
+    ):
+        raise ValueError(unknown("variance_type", value, list(VARIANCES)))
+
+
+SETTING = {
+    "block_length": "belongs to schedulers over discrete tokens",
+    "intermediate_timesteps": "belongs to SCMScheduler, whose network is conditioned on an angle",
+    "max_timesteps": "belongs to SCMScheduler, whose network is conditioned on an angle",
+    "temperature": "belongs to schedulers over discrete tokens",
+    "jump_length": "belongs to RePaintScheduler, which jumps back and forth in time",
+    "jump_n_sample": "belongs to RePaintScheduler, which jumps back and forth in time",
+    "is_amplify_first_chunk": "belongs to HeliosScheduler, which changes the resolution between stages",
+    "start_time": "belongs to RFD4ProteinaScheduler, whose time grows with the data",
+}
+"""Arguments that pipelines give to ``set_timesteps`` of other schedulers, and why they are refused."""
+
+STEPPING = {
+    "r_timestep": "is the end of a step of a flow map; steps end at the next of the timesteps here",
+    "per_token_timesteps": "gives each token a noise level of its own; one level holds for a batch here. With "
+    "FlowMatchEulerDiscreteScheduler the pipeline runs",
+    "pred_original_sample": "belongs to EDMEulerScheduler, which scales the network's input and output",
+    "s_churn": "is an option of solvers here: solver='edm-stochastic' with solver_options",
+    "s_tmin": "is an option of solvers here: solver='edm-stochastic' with solver_options",
+    "s_tmax": "is an option of solvers here: solver='edm-stochastic' with solver_options",
+    "s_noise": "is an option of solvers here: solver='edm-stochastic' with solver_options",
+    "order": "is fixed by the solver here; LMS of k steps is solver='rhoab' with solver_order=k",
+    "predict_epsilon": "is an old word: prediction_type='sample' is predict_epsilon=False",
+    "old_pred_original_sample": "belongs to CogVideoXDPMScheduler; what a step needs of earlier ones is kept here",
+    "timestep_back": "belongs to CogVideoXDPMScheduler; what a step needs of earlier ones is kept here",
+    "cur_sampling_step": "belongs to HeliosScheduler, which changes the resolution between stages",
+}
+"""Arguments that pipelines give to ``step`` of other schedulers, and why they are refused."""
+
+NEUTRAL = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": float("inf"), "s_noise": 1.0}
+"""Values of refused arguments that change nothing, besides ``None``."""
+
+
+def check_arguments(method: str, given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Refuses arguments of ``set_timesteps`` or ``step`` that only other schedulers take.
+
+    Raises:
+        ValueError: If there is one that would change something; the message says why.
+    """
+    for name, value in given.items():
+        if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
+            continue
+        why = reasons.get(name, "belongs to the steps of another scheduler; leave it out")
+        raise ValueError(
+            f"{method} of PlanScheduler takes no {name} (got {value!r:.60}): it {why}"
+        )
+
+
 def table() -> str:
     """Returns both tables in Markdown, as ``docs/diffusers.md`` has them."""
-    lines = ["| scheduler | levels | why refused |", "|---|---|---|"]
-    lines += [
-        f"| `{name}` | {meaning.family} | {meaning.why} |" for name, meaning in CLASSES.items()
+    lines = [
+        "| scheduler | levels | why refused, or what it does whatever its keys say |",
+        "|---|---|---|",
     ]
+    for name, meaning in CLASSES.items():
+        fixed = ", ".join(f"`{key}={value!r}`" for key, value in meaning.fixed.items())
+        lines.append(f"| `{name}` | {meaning.family} | {meaning.why or fixed} |")
     lines += ["", "| key | status | what becomes of it |", "|---|---|---|"]
     for key, meaning in KEYS.items():
         fine = f" (changes nothing: `{meaning.neutral[0]}`)" if meaning.neutral else ""

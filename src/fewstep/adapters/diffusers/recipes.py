@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,21 @@ from fewstep.plans.structure import Eval, Lin, Structure
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.solvers import SOLVERS
 
+FAMILIES: Mapping[str, Mapping[int, str]] = {
+    **{
+        family: {k + 1: f"{family}{k}" for k in range(4)}
+        for family in ("tab", "rhoab", "logrhoab")
+    },
+    "dpmpp": {1: "ddim", 2: "dpmpp-2m", 3: "dpmpp-3m"},
+    "unipc": {2: "unipc2", 3: "unipc3"},
+}
+"""Families of solvers: their members by order."""
+
+
+def spacing_name(solver: str, name: str) -> str:
+    """Returns the solver whose twin says where steps begin: of a family, whatever the order, its second."""
+    return FAMILIES[solver][2] if solver in FAMILIES else name
+
 
 def solver_name(solver: str, order: int) -> str:
     """Returns the registered name that a family and an order stand for.
@@ -19,27 +35,26 @@ def solver_name(solver: str, order: int) -> str:
     Raises:
         ValueError: If there is no such solver, or it has no such order.
     """
-    families = {
-        "tab": [f"tab{k}" for k in range(4)],
-        "rhoab": [f"rhoab{k}" for k in range(4)],
-        "logrhoab": [f"logrhoab{k}" for k in range(4)],
-        "dpmpp": ["ddim", "dpmpp-2m", "dpmpp-3m"],
-        "unipc": ["ddim", "unipc2", "unipc3"],
-    }
-    if solver in families:
-        members = families[solver]
-        if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= len(members):
+    if not isinstance(solver, str):
+        raise ValueError(f"solver must be the name of a solver, got {solver!r:.60}")
+    if solver in FAMILIES:
+        members = FAMILIES[solver]
+        if isinstance(order, bool) or not isinstance(order, int) or order not in members:
+            hint = "; 'ddim' is the predictor of first order" if solver == "unipc" else ""
             raise ValueError(
-                f"solver_order of {solver!r} must be from 1 to {len(members)}, got {order!r}"
+                f"solver_order of {solver!r} must be from {min(members)} to {max(members)}, got {order!r}{hint}"
             )
-        return members[order - 1]
+        return members[order]
     if solver != "auto":
         SOLVERS[solver]
     return solver
 
 
-def read_recipe(recipe: str) -> tuple[SamplerRecipe, str]:
+def read_recipe(recipe: str | Path) -> tuple[SamplerRecipe, str]:
     """Returns the recipe of a path or of a text, and that text."""
+    if not isinstance(recipe, (str, Path)):
+        raise ValueError(f"recipe must be a path or the text of a recipe, got {recipe!r:.60}")
+    recipe = str(recipe)
     text = recipe if recipe.lstrip().startswith("{") else None
     if text is None:
         SamplerRecipe.load(recipe)  # for its message, if it cannot be read

@@ -85,6 +85,7 @@ class Run:
         self.keep(timesteps)
         self.begin_index: int | None = None
         self.compiled = False
+        self.returns_data = False
         self.offset = 0
         self.dtype = torch.float32
         self.shape = torch.Size()
@@ -126,7 +127,7 @@ class Run:
     def again(self) -> Run:
         """Returns a run of the same timesteps that has not begun."""
         fresh = Run(self.setup, self.timesteps, self.sigmas, noise_seed=self.noise_seed)
-        fresh.begin_index = self.begin_index
+        fresh.begin_index, fresh.returns_data = self.begin_index, self.returns_data
         return fresh
 
     def expects(self, timestep: Any) -> bool:

@@ -17,6 +17,7 @@ from fewstep.adapters.diffusers.configurations import (
     betas,
     check_config,
     class_of,
+    completed,
     family_of,
     is_continuous,
     positive_levels,
@@ -25,7 +26,12 @@ from fewstep.adapters.diffusers.configurations import (
 )
 from fewstep.adapters.diffusers.keys import KEYS, MODEL_KEYS
 from fewstep.adapters.diffusers.noising import Noising
-from fewstep.adapters.diffusers.recipes import read_recipe, solver_name, without_scaling
+from fewstep.adapters.diffusers.recipes import (
+    read_recipe,
+    solver_name,
+    spacing_name,
+    without_scaling,
+)
 from fewstep.adapters.diffusers.stepping import Stepping
 from fewstep.base.registry import unknown
 from fewstep.diffusion.grids import GRIDS
@@ -113,6 +119,8 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
             :math:`\frac14 \ln \sigma` of any level (Stable Video Diffusion).
         sigma_min: The lowest level of Karras, exponential and beta spacing, and of a continuous model.
         sigma_max: The highest.
+        original_inference_steps: The number of evenly spaced times at which the network was distilled (LCM, TCD);
+            a count of steps then chooses among those. Left out, among all training timesteps.
         lambda_min_clipped: Grids in timesteps start at the first level whose :math:`\lambda` is
             at least this.
         use_karras_sigmas: Spacing in :math:`(\sigma / \alpha)^{1/7}`.
@@ -182,6 +190,7 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         timestep_type: str = "discrete",
         sigma_min: float | None = None,
         sigma_max: float | None = None,
+        original_inference_steps: int | None = None,
         lambda_min_clipped: float = -math.inf,
         use_karras_sigmas: bool = False,
         use_exponential_sigmas: bool = False,
@@ -230,6 +239,9 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
                 "use_lu_lambdas can be on"
             )
         name = solver_name(solver, solver_order)
+        for key, value in (("solver_options", solver_options), ("grid_options", grid_options)):
+            if value is not None and not isinstance(value, Mapping):
+                raise ValueError(f"{key} must be a dict of options, got {value!r:.60}")
         method = None
         if name != "auto":  # wrong names and options end here
             method = make_solver(name, **(solver_options or {}))
@@ -245,7 +257,8 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
             self.register_to_config(recipe=text)
             if self._recipe.plan is not None:
                 self._recipe.plan.check_schedule(self.schedule)
-        self._settle(method, timestep_spacing, final_sigmas_type, set_alpha_to_one)
+        spaced = None if method is None else make_solver(spacing_name(solver, name))
+        self._settle(spaced, timestep_spacing, final_sigmas_type, set_alpha_to_one)
         self.order = 1
         if count == "steps" and name not in ("auto", "pndm") and self._recipe is None:
             method = make_solver(name)
@@ -322,6 +335,7 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
                 "PlanScheduler does not scale a network's input as EDM's preconditioning asks "
                 "(sigma_data); load the pipeline with fewstep.load(folder) and use fewstep.sample"
             )
+        config = completed(config)
         used = config.get("_use_default_values")
         if used is not None:
             kept = [k for k in used if edm or k not in MODEL_KEYS or config[k] == known[k].default]

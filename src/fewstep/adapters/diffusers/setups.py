@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.adapters.diffusers import spacing as spacing
 from fewstep.adapters.diffusers.configurations import FLOW_START, PREDICTIONS
-from fewstep.adapters.diffusers.recipes import solver_name, without_scaling
+from fewstep.adapters.diffusers.recipes import solver_name, spacing_name, without_scaling
 from fewstep.adapters.diffusers.runs import Setup
 from fewstep.adapters.diffusers.stages import check_jump, last_start, most_steps, step_at
 from fewstep.diffusion.grids import TimeGrid
@@ -52,12 +52,14 @@ class Request:
         times: The timesteps, or ``None``.
         levels: The sigmas, or ``None``.
         mu: The shift of flow levels, or ``None``.
+        distilled: The times, falling, among which a count of steps chooses; ``None``: among all.
     """
 
     steps: int | None
     times: tuple[float, ...] | None = None
     levels: tuple[float, ...] | None = None
     mu: float | None = None
+    distilled: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -199,11 +201,12 @@ class Planner:
         options = dict(config["solver_options"] or {})
         points = [s for s in asked.levels or asked.times or () if s != 0 or asked.levels is None]
         count = len(points) or asked.steps
-        assert count is not None
+        if count is None:
+            raise ValueError("sigmas must have a level above zero")
         to_zero = config["final_sigmas_type"] == "zero" or self._flow
         method = None
         if name != AUTO:
-            if name == "ddpm" and config["variance_type"] == "fixed_large":
+            if name == "ddpm" and config["variance_type"] in ("fixed_large", "fixed_large_log"):
                 options.setdefault("variance", "large")
             of_solver = {k: v for k, v in options.items() if k not in GRID_OPTIONS}
             method = make_solver(name, **of_solver)
@@ -214,7 +217,8 @@ class Planner:
                 options.setdefault("lower_final", bool(config["lower_order_final"] and few))
         if config["profile"] is not None:
             return SamplerRequest(AUTO, steps=count, profile=config["profile"])
-        if not points and (method is None or config["grid"] is not None):
+        no_grid = asked.distilled is None and method is None
+        if not points and (no_grid or config["grid"] is not None):
             grid = None if config["grid"] == AUTO else config["grid"]
             options |= config["grid_options"] or {}
             if method is None and grid is None and self._flow:
@@ -222,7 +226,10 @@ class Planner:
                 factor = spacing.shift_factor(config, asked.mu)
                 options.setdefault("center", math.log(1 / factor))
             return SamplerRequest(name, steps=count, grid=grid, options=options)
-        grid = self._diffusers_grid(asked, method, count, to_zero)
+        if not points and asked.distilled is not None:
+            asked = replace(asked, times=spacing.chosen_times(asked.distilled, count))
+        twin = None if method is None else make_solver(spacing_name(config["solver"], name))
+        grid = self._diffusers_grid(asked, twin, count, to_zero)
         if grid.ends_at_zero and self.schedule.discrete and name in IN_TIME:
             raise ValueError(
                 f"{name} steps in time, and training timesteps have no time with sigma = 0. Set "

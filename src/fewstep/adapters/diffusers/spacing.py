@@ -33,7 +33,14 @@ def shift_factor(config: Mapping[str, Any], mu: float | None) -> float:
         return float(config["shift"]) * float(config["flow_shift"])
     if mu is None:
         raise ValueError("use_dynamic_shifting needs mu: set_timesteps(..., mu=...)")
-    return math.exp(mu) if config["time_shift_type"] == "exponential" else float(mu)
+    factor = mu
+    if config["time_shift_type"] == "exponential":
+        factor = math.exp(mu) if mu < 700 else math.inf
+    if not 0 < factor < math.inf:
+        raise ValueError(
+            f"mu={mu:g} with time_shift_type={config['time_shift_type']!r} is no shift of levels"
+        )
+    return factor
 
 
 def is_spaced(config: Mapping[str, Any]) -> bool:
@@ -144,8 +151,8 @@ def spaced(
         ends = schedule.rho(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
         first = ends[0] if high is None else torch.tensor(high, dtype=torch.float64)
         last = ends[1] if low is None else torch.tensor(low, dtype=torch.float64)
-        count = steps if to_zero else steps + 1
-        return from_sigmas(schedule, between(config, first, last, count), to_zero=to_zero)
+        levels = between(config, first, last, steps if to_zero else steps + 1)
+        return from_sigmas(schedule, levels, to_zero=to_zero, last_is_end=not to_zero)
     exact = solver.name == "heun" or not isinstance(schedule, Tabulated)
     times = _timesteps(alphas_cumprod, config, solver.spaces_points, steps, exact=exact)
     if isinstance(schedule, Tabulated):
@@ -214,6 +221,59 @@ def _timesteps(
     return places.tolist() if exact else whole.tolist()
 
 
+def distilled_times(
+    config: Mapping[str, Any], given: int | None, strength: float
+) -> tuple[float, ...] | None:
+    r"""Returns the times at which a network was distilled, falling; ``None`` if it was not.
+
+    Of N training timesteps and n such times they are :math:`k \lfloor N / n \rfloor - 1`, k = 1, ..., n; a
+    strength below 1 leaves the first :math:`\lfloor n s \rfloor` of them.
+
+    References:
+        | Latent Consistency Models (Luo et al., 2023), https://arxiv.org/abs/2310.04378
+
+    Raises:
+        ValueError: If the number or the strength makes no sense.
+    """
+    count, trained = (
+        config["original_inference_steps"] if given is None else given,
+        config["num_train_timesteps"],
+    )
+    if count is None:
+        if strength != 1:
+            raise ValueError(
+                f"strength={strength!r} of set_timesteps needs original_inference_steps; without it, begin at a "
+                "later index: set_begin_index"
+            )
+        return None
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= trained:
+        raise ValueError(
+            f"original_inference_steps must be a whole number from 1 to {trained}, got {count!r}"
+        )
+    if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}")
+    stride, used = trained // int(count), int(count * strength)
+    if not used:
+        raise ValueError(
+            f"strength={strength:g} leaves none of {count} original_inference_steps; at least {1 / count:g} does"
+        )
+    return tuple(float(k * stride - 1) for k in range(used, 0, -1))
+
+
+def chosen_times(distilled: Sequence[float], steps: int) -> tuple[float, ...]:
+    """Returns so many of the times at which a network was distilled, evenly among them from the first on.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if steps > len(distilled):
+        raise ValueError(
+            f"{steps} steps among {len(distilled)} times at which this network was distilled "
+            "(original_inference_steps); make fewer steps, or set original_inference_steps=None to use all times"
+        )
+    return tuple(distilled[i * len(distilled) // steps] for i in range(steps))
+
+
 def _clipped(alphas_cumprod: Tensor, least: float | None) -> int:
     """Returns how many of the noisiest levels lie below ``lambda_min_clipped``."""
     if least is None or least == -math.inf:
@@ -260,11 +320,16 @@ def _levels_of(sigmas: Sequence[float] | Tensor) -> Tensor:
 
 
 def from_sigmas(
-    schedule: NoiseSchedule, sigmas: Sequence[float] | Tensor, *, to_zero: bool
+    schedule: NoiseSchedule,
+    sigmas: Sequence[float] | Tensor,
+    *,
+    to_zero: bool,
+    last_is_end: bool = False,
 ) -> TimeGrid:
     r"""Returns the grid through these levels: :math:`\sigma / \alpha`, or the times of a flow.
 
     A last level of zero is the end of the grid; levels slightly above the noisiest are lowered to it.
+    ``last_is_end``: no step begins at the last level, as the grid ends there.
     """
     levels = _levels_of(sigmas)
     to_zero = to_zero or len(levels) < len(sigmas)
@@ -279,4 +344,6 @@ def from_sigmas(
         near = times.round()
         near = torch.where((times - near).abs() < 1e-4, near, times)
         times = (near if schedule.discrete else times).clamp(min=schedule.t_min)
+    if last_is_end:
+        return explicit(schedule, times=times.clamp(max=schedule.t_max))
     return from_times(schedule, times, to_zero=to_zero)

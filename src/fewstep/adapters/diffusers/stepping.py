@@ -11,10 +11,14 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from fewstep.adapters.diffusers.arguments import clip, numbers
+from fewstep.adapters.diffusers.arguments import clip, number, numbers
+from fewstep.adapters.diffusers.configurations import PREDICTIONS
+from fewstep.adapters.diffusers.keys import SETTING, STEPPING, check_arguments
 from fewstep.adapters.diffusers.runs import PerThread, Run, Setup, Setups, place
 from fewstep.adapters.diffusers.setups import Planner, Request
+from fewstep.adapters.diffusers.spacing import distilled_times
 from fewstep.adapters.diffusers.stages import StagedTimesteps, starts, step_at
+from fewstep.diffusion.prediction import Prediction, coefficients
 from fewstep.diffusion.schedules import Flow, NoiseSchedule
 from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
@@ -66,6 +70,9 @@ class Stepping:
         timesteps: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
         mu: float | None = None,
+        original_inference_steps: int | None = None,
+        strength: float = 1.0,
+        **others: Any,
     ) -> None:
         r"""Plans a run, for this thread.
 
@@ -77,10 +84,15 @@ class Stepping:
                 models :math:`\sigma` before the shift. A last 0 is the end. With ``timesteps``,
                 those are the conditioning timesteps.
             mu: The shift of flow levels, with ``use_dynamic_shifting``.
+            original_inference_steps: The number of times at which the network was distilled, among which the
+                steps are chosen (latent consistency models); left out, that of the configuration.
+            strength: With those: the share of them, from the lowest on, that is used (image to image).
+            others: Arguments of other schedulers; refused by name, unless they are ``None``.
 
         Raises:
             ValueError: If there is no such plan; the message says how to fix it.
         """
+        check_arguments("set_timesteps", others, SETTING)
         if timesteps is None and sigmas is None:
             if num_inference_steps is None:
                 raise ValueError("give num_inference_steps, timesteps or sigmas")
@@ -92,7 +104,8 @@ class Stepping:
             num_inference_steps,
             numbers("timesteps", timesteps),
             numbers("sigmas", sigmas),
-            float(mu) if self.config["use_dynamic_shifting"] and mu is not None else None,
+            number("mu", mu) if self.config["use_dynamic_shifting"] and mu is not None else None,
+            distilled_times(self.config, original_inference_steps, strength),
         )
         # Pipelines may change these in the configuration after the making.
         now = tuple(self.config[k] for k in ("steps_offset", "clip_sample", "thresholding"))
@@ -100,6 +113,8 @@ class Stepping:
         latest = self._setups.get(key, lambda: self._tensors(asked, now, device))
         self._latest = latest
         self._runs.run = Run(*latest, noise_seed=self.config["noise_seed"])
+        # Pipelines of latent consistency models and of one step ask for the predicted data as well.
+        self._runs.run.returns_data = original_inference_steps is not None or len(latest[1]) == 1
         self._begun = self._begun - {threading.get_ident()}
 
     def _tensors(self, asked: Request, now: Any, device: Any) -> tuple[Setup, Tensor, Tensor]:
@@ -231,7 +246,9 @@ class Stepping:
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+        prev_timestep: Tensor | float | None = None,
+        **others: Any,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
         r"""Takes the network's prediction and returns the next input of the network, or the sample.
 
         Arguments:
@@ -247,12 +264,17 @@ class Stepping:
                 other flow pipelines pass none) ``noise_seed`` of the configuration seeds the draws of
                 a run, or they come from torch's global generator.
             variance_noise: That noise itself.
-            return_dict: Whether to return an object with ``prev_sample``, or a tuple.
+            return_dict: Whether to return an object with ``prev_sample``, or a tuple: of the next input; and, in a
+                run of one step or with ``original_inference_steps``, of the predicted data.
+            prev_timestep: The timestep after this one, as pipelines of unCLIP say it.
+            others: Arguments of other schedulers; refused by name, unless they change nothing.
 
         Raises:
             ValueError: If the timestep is not the next of the run, or the state changes its shape in a
                 way that the plan cannot follow.
         """
+        if others:
+            check_arguments("step", others, STEPPING)
         run = self._runs.run or self._run()
         execution = run.execution
         if execution is not None and not run.compiled and threading.get_ident() not in self._begun:
@@ -268,6 +290,9 @@ class Stepping:
                 execution.replace_input(sample.to(run.dtype))
                 if sample.shape != run.shape:
                     run.resize(sample)
+        if prev_timestep is not None:
+            self._check_previous(run, prev_timestep)
+        data = self._data(run, execution, model_output) if run.returns_data else None
         if not run.plain or model_output.numel() != run.size or model_output.dtype != run.dtype:
             run.generator, run.variance_noise, run.like = generator, variance_noise, model_output
             execution.advance(
@@ -282,8 +307,34 @@ class Stepping:
             previous = previous.to(sample.dtype)
         run.sample = previous
         if not return_dict:
-            return (previous,)
+            return (previous,) if data is None else (previous, data.to(sample.dtype))
         return SchedulerOutput(prev_sample=previous)
+
+    def _data(self, run: Run, execution: Execution, output: Tensor) -> Tensor:
+        """Returns the data that the network predicts, clipped if the configuration asks for it."""
+        assert execution.request is not None
+        assert run.active is not None
+        x = execution.request.x
+        index = run.step_index - run.offset  # type: ignore[operator]
+        if run.active.to_data is not None:
+            shift, factor = run.active.to_data[index]
+        else:
+            alpha, sigma = run.active.plan.scales[index]
+            native = PREDICTIONS[self.config["prediction_type"]]
+            maps = coefficients(native, Prediction.X0, alpha=alpha, sigma=sigma)
+            shift, factor = map(float, maps)
+        data = shift * x + factor * output[:, : x.shape[1]].to(run.dtype)
+        return data if run.active.to_data is None else clip(self.config, data)
+
+    def _check_previous(self, run: Run, given: Tensor | float) -> None:
+        """Refuses another next timestep than the plan's."""
+        index = run.step_index + 1  # type: ignore[operator]
+        following = float(run.timesteps[index]) if index < len(run.timesteps) else -1.0
+        if abs(float(given) - following) > 1e-3 * max(1.0, abs(following)):
+            raise ValueError(
+                f"step {run.step_index} of this run ends at timestep {following:g}, got prev_timestep={float(given):g}; "
+                "leave prev_timestep out, or give the timesteps to set_timesteps"
+            )
 
     def _prediction(
         self, run: Run, execution: Execution, output: Tensor, noise_too: bool
