@@ -63,6 +63,7 @@ def sample(
     guidance: float | None = None,
     image: Path | None = None,
     strength: float | None = None,
+    mask: Path | None = None,
     seed: int = 0,
     device: str = "auto",
     batch_size: int | None = None,
@@ -91,9 +92,11 @@ def sample(
         prompt: The text, for a text-to-image model.
         guidance: The scale of classifier-free guidance; 1 is none.
         image: Start from this instead of noise: a picture, or samples of another run (safetensors);
-            needs --strength.
+            needs --strength, or --mask.
         strength: The share of the time grid that is run from the image, above 0 and at most 1; all
             evaluations are on it.
+        mask: Inpainting: a picture, white where samples are new and black where they are --image; or a
+            safetensors file with a tensor mask, 1 and 0. It needs no --strength.
         seed: The seed; sample i depends on (seed, i) alone.
         device: Where to run: auto, cpu, cuda, mps.
         batch_size: The samples in one network evaluation; 64 if left out.
@@ -103,8 +106,10 @@ def sample(
     import torch
 
     from fewstep.diffusion.noise import NoiseSource
+    from fewstep.models.guidance import INPAINTING
     from fewstep.sampling.request import SamplerRequest
     from fewstep.sampling.resolve import resolve
+    from fewstep.sampling.sample import inpainting
 
     positive("-n", n)
     positive("--batch-size", batch_size)
@@ -126,15 +131,25 @@ def sample(
         recipe=recipe,
         profile=profile,
     )
-    resolved = resolve(denoiser, request, guidance=guidance, image=image is not None, force=force)
+    if mask is not None and image is None:
+        raise ValueError("--mask keeps a part of an image; give --image too")
+    begins = image is not None and (mask is None or "strength" in options or "t_start" in options)
+    resolved = resolve(denoiser, request, guidance=guidance, image=begins, force=force)
+    chosen, made = resolved.recipe, resolved.sampler
+    decode = getattr(denoiser, "decode", None)
+    pictures = None
+    if image is not None:
+        pictures = _image(image, event_shape(denoiser), denoiser, n)
+    if mask is not None:
+        made = inpainting(made, pictures, _mask(mask, denoiser))
     if resolved.chosen is not None:
         say(f"auto chose {resolved.chosen}")
-    chosen, made = resolved.recipe, resolved.sampler
     labels = parse_labels(class_labels, denoiser, n)
-    decode = getattr(denoiser, "decode", None)
 
     def conditions(rows: range) -> dict[str, Any]:
-        texts = {} if prompt is None else {"prompt": [prompt] * len(rows)}
+        texts: dict[str, Any] = {} if prompt is None else {"prompt": [prompt] * len(rows)}
+        if mask is not None and pictures is not None:
+            texts[INPAINTING] = pictures[rows.start : rows.stop]
         return (
             texts if labels is None else {"class_labels": labels[rows.start : rows.stop], **texts}
         )
@@ -143,7 +158,7 @@ def sample(
     shape = event_shape(denoiser)
     if singles and decode is None and not (len(shape) == 3 and shape[0] in (1, 3)):
         raise ValueError(f"--singles are images, {model!r} has samples of shape {shape}")
-    begin = None if image is None else _image(image, shape, denoiser, n)
+    begin = pictures if begins else None
     denoiser.prepare(n, conditions(range(n)))
 
     size = min(n, batch_size or DEFAULT_BATCH)
@@ -152,6 +167,8 @@ def sample(
         settings["prompt"] = prompt
     if image is not None:
         settings["image"] = str(image)
+    if mask is not None:
+        settings["mask"] = str(mask)
     if recipe is not None and (line := _not_taken(chosen.about, settings)):
         say(line)
     # A pipeline is more than its network: text encoders, decoder, configuration.
@@ -159,6 +176,8 @@ def sample(
     inputs = {**settings, "fingerprint": denoiser.fingerprint(), "files": files}
     if image is not None:
         inputs["image_files"] = hash_inputs(image)
+    if mask is not None:
+        inputs["mask_files"] = hash_inputs(mask)
     if singles:
         inputs["singles"] = True
     condition = prompt if class_labels is None else f"classes {class_labels}"
@@ -208,6 +227,7 @@ def sample(
         class_labels=class_labels,
         prompt=prompt,
         image=image,
+        mask=mask,
         device=None if given_device == "auto" else given_device,
         force=force,
         out=f"{out}-2",
@@ -235,7 +255,7 @@ def _image(file: Path, shape: tuple[int, ...], denoiser: Denoiser, n: int) -> Te
         raise ValueError(
             f"--image is a picture ({', '.join(IMAGE_SUFFIXES)}) or .safetensors, got {str(file)!r}"
         )
-    elif getattr(denoiser, "decode", None) is not None:
+    elif denoiser.latents:
         raise ValueError(
             "this model starts from latents; give --image the samples.safetensors of another run"
         )
@@ -255,9 +275,32 @@ def _image(file: Path, shape: tuple[int, ...], denoiser: Denoiser, n: int) -> Te
     return found.expand(n, *shape)
 
 
+def _mask(file: Path, denoiser: Denoiser) -> Tensor:
+    """Returns a mask for the samples of a model: 1 where they are new."""
+    from fewstep.base.files import read_tensors
+    from fewstep.training.data import IMAGE_SUFFIXES, read_images
+
+    if not file.is_file():
+        raise ValueError(f"--mask {str(file)!r} is not a file")
+    if file.suffix == ".safetensors":
+        tensors = read_tensors(file)
+        found = tensors.get("mask", next(iter(tensors.values())) if len(tensors) == 1 else None)
+        if found is None:
+            raise ValueError(f"{str(file)!r} has no tensor 'mask': {', '.join(tensors)}")
+        return found.float()
+    shape = event_shape(denoiser)
+    if file.suffix.lower() not in IMAGE_SUFFIXES or len(shape) != 3 or denoiser.latents:
+        raise ValueError(
+            f"--mask is a picture ({', '.join(IMAGE_SUFFIXES)}) for models of pictures, else .safetensors "
+            f"with a tensor 'mask' for samples of shape {shape}; got {str(file)!r}"
+        )
+    size = shape[1] if shape[1] == shape[2] else None
+    return read_images(file, size=size).floats(data_range=(0.0, 1.0)).mean(1)
+
+
 def _not_taken(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     """Returns in a line the settings of a recipe's own run that are not part of a sampler and differ here."""
-    names = ("n", "class_labels", "prompt", "image", "seed")
+    names = ("n", "class_labels", "prompt", "image", "mask", "seed")
     other = {name: about.get(name) for name in names if about.get(name) != settings.get(name)}
     if not (other := {k: v for k, v in other.items() if v is not None}):
         return None

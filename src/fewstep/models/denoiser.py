@@ -46,6 +46,7 @@ class Denoiser(nn.Module, ABC):
         data_std: The standard deviation of the data, likewise.
         profile: Its :class:`fewstep.Profile`, which ``auto`` uses, or ``None``.
         passes: The forward passes of the network in one evaluation (2 with guidance).
+        latents: Whether the samples are latents of an autoencoder, and no pictures.
     """
 
     schedule: NoiseSchedule
@@ -61,6 +62,7 @@ class Denoiser(nn.Module, ABC):
     profile: Any = None
     integer_times: bool = False
     passes: int = 1
+    latents: bool = False
 
     @abstractmethod
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:

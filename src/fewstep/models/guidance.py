@@ -412,6 +412,10 @@ class ClassifierGuidance(_Setting):
         return eps - weight * _spread(sigma, x) * slope
 
 
+INPAINTING = "inpainting"
+"""The condition that has the images of a batch for :class:`Inpainted`."""
+
+
 class Inpainted(_Setting):
     r"""Inpainting: where the mask is 0 the predicted data are those of an image.
 
@@ -432,22 +436,23 @@ class Inpainted(_Setting):
 
     Arguments:
         inner: The model.
-        image: The image, in the model's range, with the shape of a sample, or (B, \*) for batches of that size.
+        image: The image, in the model's range, with the shape of a sample, or (B, \*) for batches of that size; ``None``
+            if it is given with each evaluation, as the condition ``inpainting`` (B, \*).
         mask: 1 where samples are new, 0 where they are the image; with the shape of a sample or one that
             broadcasts to it, e.g. (1, H, W).
     """
 
-    image: Tensor
+    image: Tensor | None
     mask: Tensor
 
-    def __init__(self, inner: Denoiser, image: Tensor, mask: Tensor) -> None:
+    def __init__(self, inner: Denoiser, image: Tensor | None, mask: Tensor) -> None:
         super().__init__(inner)
-        for name, value in (("image", image), ("mask", mask)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if not image.is_floating_point():
-            raise TypeError(f"image must be floating, in the model's range, got {image.dtype}")
-        mask = mask.to(image.dtype)
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+        if image is not None and (not isinstance(image, Tensor) or not image.is_floating_point()):
+            got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"image must be a floating tensor in the model's range, got {got}")
+        mask = mask if mask.is_floating_point() else mask.float()
         if not bool(((mask >= 0) & (mask <= 1)).all()):
             raise ValueError(
                 f"mask must be between 0 and 1, got {float(mask.min()):g} to {float(mask.max()):g}"
@@ -462,23 +467,32 @@ class Inpainted(_Setting):
                 raise ValueError(
                     f"mask must broadcast to a sample, {shape}, got shape {tuple(mask.shape)}"
                 )
-            if tuple(image.shape) != shape and tuple(image.shape[1:]) != shape:
+            shapes = [] if image is None else [tuple(image.shape), tuple(image.shape[1:])]
+            if image is not None and shape not in shapes:
                 raise ValueError(
                     f"image must have shape {shape} or (B, ...), got {tuple(image.shape)}"
                 )
         self.register_buffer("image", image)
         self.register_buffer("mask", mask)
         self.native = Prediction.X0
+        if image is None:
+            names = inner.accepts.names
+            self.accepts = replace(
+                inner.accepts,
+                names=None if names is None else names | {INPAINTING},
+                required=inner.accepts.required | {INPAINTING},
+            )
 
     def settings(self) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for tensor in (self.image, self.mask):
+        for tensor in (self.mask,) if self.image is None else (self.image, self.mask):
             digest.update(f"{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
         return {"inpainting": digest.hexdigest()}
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        image, mask = self.image.to(x), self.mask.to(x)
+        given = cond.pop(INPAINTING) if self.image is None else self.image
+        image, mask = given.to(x), self.mask.to(x)
         if image.ndim == x.ndim and len(image) not in (1, len(x)):
             raise ValueError(
                 f"the image is a batch of {len(image)}, the samples are {len(x)}; set batch_size={len(image)}"

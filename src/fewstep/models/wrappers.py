@@ -36,6 +36,7 @@ class Wrapper(Denoiser):
         self.data_mean, self.data_std = inner.data_mean, inner.data_std
         self.passes, self.accepts = inner.passes, inner.accepts
         self.integer_times, self.unguided = inner.integer_times, inner.unguided
+        self.latents = inner.latents
 
     @property
     def device(self) -> torch.device:

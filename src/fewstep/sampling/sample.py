@@ -16,15 +16,17 @@ from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.prediction import Prediction, convert
 from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.guidance import INPAINTING, Inpainted
 from fewstep.plans.execute import Evaluation
 from fewstep.plans.plan import Plan
+from fewstep.sampling.adaptive import AdaptiveSampler
 from fewstep.sampling.batches import initial_noise, run_batches
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.profile import Profile
 from fewstep.sampling.protocol import DEFAULT_BATCH, Run, Sampler, Trajectory
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.sampling.request import SamplerRequest
-from fewstep.sampling.resolve import resolve
+from fewstep.sampling.resolve import check_denoiser, resolve
 from fewstep.solvers import Solver
 
 
@@ -92,6 +94,7 @@ def sample(
     options: Mapping[str, Any] | None = None,
     image: Tensor | None = None,
     strength: float | None = None,
+    mask: Tensor | None = None,
     seed: int = 0,
     first: int = 0,
     noise: Tensor | None = None,
@@ -126,6 +129,8 @@ def sample(
             time is the point with that share of the grid remaining, on the axis in which the grid is even
             (see :func:`fewstep.diffusion.grids.power`). All ``nfe`` evaluations are made on that
             share: ``nfe=6, strength=0.6`` are the last 6 steps of 10, where diffusers has ``num_inference_steps=10``.
+        mask: Inpainting: 1 where samples are new, 0 where they are the ``image``, with the shape of a sample or one
+            that broadcasts to it; see :class:`fewstep.guidance.Inpainted`. Without ``strength`` the rest begins from noise.
         seed: The seed.
         first: The number of the first sample, to draw a part of a larger run.
         noise: The initial draw, with shape (n, \*), of unit variance; its type, float32 or
@@ -158,16 +163,24 @@ def sample(
         head_start=head_start,
         options=_options(options, strength),
     )
-    made = resolve(
-        denoiser, request, guidance=guidance, image=image is not None, force=force
-    ).sampler
+    check_denoiser(denoiser)
+    if mask is not None and image is None and "mask" in (denoiser.accepts.names or ()):
+        cond, mask = {**cond, "mask": mask}, None  # the network's own condition
+    begins = image is not None and (mask is None or _starts(request))
+    made = resolve(denoiser, request, guidance=guidance, image=begins, force=force).sampler
+    if mask is not None:
+        made = inpainting(made, image, mask)
     if brownian:
         if not isinstance(made, PlanSampler):
             raise ValueError("brownian=True is for samplers with a plan; this one draws no noise")
         made = replace(made, brownian=True)
     denoiser = made.denoiser
+    if mask is not None:
+        n = len(noise) if n is None and isinstance(noise, Tensor) else n
+        count = n if isinstance(n, int) else 1
+        cond = {**cond, INPAINTING: _image(image, count, denoiser, noise)}
     n, noise, conditions = _checked(denoiser, n, noise, cond, first)
-    image = _image(image, n, denoiser, noise)
+    image = _image(image, n, denoiser, noise) if begins else None
     size = batch_size if batch_size is not None else min(n, DEFAULT_BATCH)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
@@ -274,6 +287,24 @@ def _predictions(plan: Plan, request: Evaluation, output: Tensor) -> tuple[Tenso
         for target in (Prediction.X0, Prediction.EPS)
     )
     return x0, eps
+
+
+def inpainting(made: Sampler, image: Tensor | None, mask: Tensor) -> Sampler:
+    """Returns a sampler whose model keeps the images given as the condition ``inpainting`` where the mask is 0.
+
+    Raises:
+        ValueError: If there is no image, or the sampler is not one of a plan or adaptive.
+    """
+    if image is None:
+        raise ValueError("a mask keeps a part of an image; give image= too")
+    if not isinstance(made, (PlanSampler, AdaptiveSampler)):
+        raise ValueError("a model with a built-in sampler cannot inpaint; leave mask out")
+    return replace(made, denoiser=Inpainted(made.denoiser, None, mask))
+
+
+def _starts(request: SamplerRequest) -> bool:
+    """Whether a request says where an image begins."""
+    return any(request.options.get(name) is not None for name in ("strength", "t_start"))
 
 
 def _options(options: Mapping[str, Any] | None, strength: float | None) -> Mapping[str, Any]:

@@ -132,6 +132,11 @@ class DiffusersModel(WrappedNetwork):
     vae: Any  # without a value: a class attribute would hide the submodule
     undecodable: str | None = None
 
+    @property
+    def latents(self) -> bool:  # type: ignore[override]
+        """Whether the samples are latents of an autoencoder, loaded or not."""
+        return self.undecodable is not None or getattr(self, "vae", None) is not None
+
     @torch.no_grad()
     def decode(self, x: Tensor, *, batch_size: int = 8) -> Tensor:
         """Returns the pictures of latents, (B, C, H, W) in the autoencoder's range, usually [-1, 1].
