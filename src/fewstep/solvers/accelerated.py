@@ -92,7 +92,7 @@ class DDPMTheory(Solver):
     """
 
     name = "ddpm-theory"
-    grid_on_flows: ClassVar[str | None] = "log-rho"
+    grid_on_flows: ClassVar[str | None] = "logistic"
     stochastic: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 
@@ -285,7 +285,7 @@ class AcceleratedDDPM(Solver):
     variant: str = "inside"
 
     name = "accelerated-ddpm"
-    grid_on_flows: ClassVar[str | None] = "log-rho"
+    grid_on_flows: ClassVar[str | None] = "logistic"
     stochastic: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 

@@ -225,8 +225,7 @@ class SASolver(Solver):
     lowers_final: ClassVar[bool] = True
     always_lowers_final: ClassVar[bool] = True
     prediction: ClassVar[Prediction] = Prediction.X0
-    default_grid: ClassVar[tuple[str, Any]] = ("logistic", {})
-    grid_on_flows: ClassVar[str | None] = "uniform"
+    default_grid: ClassVar[tuple[str, Any]] = ("logistic", {"scale": 0.7})
 
     def __post_init__(self) -> None:
         check_order("sa-solver (predictor)", self.predictor, 1, 3)
