@@ -35,6 +35,26 @@ CENTER, SCALE = -0.55, 2.2
 """The default center and scale of the grid ``logistic``."""
 
 
+NOISE, DATA = -6.0, 5.5
+"""Schedules differ in whether they reach below, or above, these half log-SNRs."""
+
+
+def useful_start(schedule: NoiseSchedule) -> float | None:
+    r"""Returns the time at :math:`\lambda = -6` if a VP schedule begins lower, else ``None``.
+
+    A cosine table of few levels begins at -9, a schedule with zero terminal SNR at minus infinity. There
+    :math:`x = \sigma z` to a part in 400, so that no evaluation is worth spending; and a step from there of
+    width :math:`\Delta\lambda` multiplies the error of an :math:`\varepsilon` network by
+    :math:`e^{\Delta\lambda}`, which ruins the sample. Schedules that end above 5.5 (rectified flow, EDM) do
+    not take part: their networks predict the data well from pure noise.
+    """
+    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
+    first, last = schedule.lam(ends).tolist()
+    if first >= NOISE or last > DATA:
+        return None
+    return float(schedule.time(torch.tensor(NOISE, dtype=torch.float64)))
+
+
 def power(
     schedule: NoiseSchedule,
     steps: int,

@@ -23,7 +23,9 @@ MOST_LEVELS = 1_000_000
 
 
 # The default grid of Heun is EDM's, for EDM's range of noise; that of VP schedules is even in time.
-VP_SUITS = {"karras": "uniform"}
+VP_SUITS: Mapping[str, tuple[str, Mapping[str, Any]]] = {"karras": ("uniform", {})}
+# In rho itself even steps are all in the noise; networks of that range want them around rho = 1.
+EDM_SUITS = ("logistic", {"center": 0.0, "scale": 1.5})
 
 
 class NoiseSchedule(ABC):
@@ -55,7 +57,7 @@ class NoiseSchedule(ABC):
     discrete: bool = False
     flow_coordinate: bool = False
     time_is_rho: bool = False
-    suits: ClassVar[Mapping[str, str]] = {}
+    suits: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
@@ -271,7 +273,7 @@ class VE(NoiseSchedule):
     """
 
     name = "ve"
-    suits = dict.fromkeys(("quadratic", "power"), "log-rho")
+    suits = dict.fromkeys(("quadratic", "power"), ("log-rho", {}))
     t_zero = -1.0
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
@@ -305,7 +307,7 @@ class EDM(NoiseSchedule):
 
     name = "edm"
     time_is_rho = True
-    suits = dict.fromkeys(("uniform", "quadratic", "power"), "logistic")
+    suits = dict.fromkeys(("uniform", "quadratic", "power"), EDM_SUITS)
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
         _check(
@@ -346,7 +348,7 @@ class VPSigma(NoiseSchedule):
 
     name = "vp-sigma"
     time_is_rho = True
-    suits = dict.fromkeys(("uniform", "quadratic", "power", "karras"), "logistic")
+    suits = dict.fromkeys(("uniform", "quadratic", "power", "karras"), ("logistic", {}))
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 700.0) -> None:
         _check(
@@ -384,7 +386,7 @@ class Flow(NoiseSchedule):
 
     name = "flow"
     flow_coordinate = True
-    suits = dict.fromkeys(("quadratic", "power", "karras"), "uniform")
+    suits = dict.fromkeys(("quadratic", "power", "karras"), ("uniform", {}))
 
     def __init__(self, t_max: float = 0.999) -> None:
         _check(1e-3 < t_max < 1, f"t_max must be between 0.001 and 1, got {t_max}")

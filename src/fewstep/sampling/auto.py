@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fewstep.diffusion.grids import CENTER, SCALE
+from fewstep.diffusion.grids import CENTER, DATA, NOISE, SCALE, useful_start
 from fewstep.diffusion.schedules import NoiseSchedule
 
 AUTO = "auto"
@@ -39,9 +39,6 @@ class Choice:
 
 MANY = 20
 """Above this number of evaluations the ends of the grid matter more than its middle."""
-
-NOISE, DATA = -6.0, 5.5
-"""Schedules differ in whether they reach below, or above, these half log-SNRs."""
 
 
 def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
@@ -75,8 +72,8 @@ def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
         options = {"center": CENTER, "scale": SCALE}
     if last > DATA and first < NOISE:
         options["floor"] = -5.5
-    elif first < NOISE:
-        options["t_start"] = float(schedule.time(torch.tensor(NOISE, dtype=torch.float64)))
+    if (start := useful_start(schedule)) is not None:
+        options["t_start"] = start
     return Choice("unipc2", nfe, "logistic", options)
 
 

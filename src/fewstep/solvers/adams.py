@@ -19,7 +19,7 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.quadrature import ADAMS_BASHFORTH, gauss_legendre
 from fewstep.diffusion.scalars import column
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import NEARLY_UNIFORM, Solver, check_order, transfer
+from fewstep.solvers.base import LOGISTIC, Solver, check_order, transfer
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,8 @@ class LogRhoAB(_ExponentialAdams):
 
     _prefix = "logrhoab"
     lowers_final: ClassVar[bool] = True
-    default_grid = NEARLY_UNIFORM
+    default_grid = LOGISTIC
+    grid_on_flows = "uniform"
 
     def _variable(self, grid: TimeGrid, u: Tensor) -> Tensor:
         return u

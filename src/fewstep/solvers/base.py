@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, grid
+from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, grid, useful_start
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.checks import point_mass_defect
@@ -22,6 +22,9 @@ NEARLY_UNIFORM: tuple[str, Mapping[str, Any]] = ("power", {"power": 1.15})
 Even steps in time are what networks with errors of their own near pure noise need at 5 evaluations; a
 little denser towards the data is better at 10 and 20. See docs/choosing.md.
 """
+
+LOGISTIC: tuple[str, Mapping[str, Any]] = ("logistic", {"center": -1.5, "scale": 2.2})
+"""The default grid of multistep solvers without a corrector: like that, but even in no schedule's time."""
 
 NO_PLAN = (
     "{} chooses its steps while it runs, so it has no plan beforehand; sample "
@@ -85,10 +88,12 @@ class Solver(ABC):
         name, options = self.default_grid
         other = schedule.suits.get(name)
         if schedule.flow_coordinate and self.grid_on_flows is not None:
-            other = self.grid_on_flows
-        if other is None:
-            return name, options
-        return other, {key: value for key, value in options.items() if key == "to_zero"}
+            other = self.grid_on_flows, {}
+        if other is not None:
+            ends = {key: value for key, value in options.items() if key == "to_zero"}
+            name, options = other[0], {**other[1], **ends}
+        start = useful_start(schedule)
+        return name, options if start is None else {**options, "t_start": start}
 
     @property
     @abstractmethod
@@ -111,7 +116,9 @@ class Solver(ABC):
         """Returns the grid of that name, or the solver's own; ``options`` override its options."""
         if name is None:
             name, own = self.default_grid_on(schedule)
-            options = {**own, **options}
+            starts = {"t_start", "strength"}
+            kept = {k: v for k, v in own.items() if not (k in starts and starts & set(options))}
+            options = {**kept, **options}
         return grid(name, schedule, steps, **options)
 
     @final

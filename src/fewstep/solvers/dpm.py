@@ -12,7 +12,7 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.quadrature import phi
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import NEARLY_UNIFORM, Solver, check_number
+from fewstep.solvers.base import LOGISTIC, NEARLY_UNIFORM, Solver, check_number
 
 
 def difference(grid: TimeGrid, i: int, newer: Form, older: Form, *, back: int = 1) -> Form:
@@ -39,7 +39,8 @@ class _DPMpp(Solver):
     lower_final: bool = True
 
     prediction: ClassVar[Prediction] = Prediction.X0
-    default_grid = NEARLY_UNIFORM
+    default_grid = LOGISTIC
+    grid_on_flows = "uniform"
     _most: ClassVar[int]
     lowers_final: ClassVar[bool] = True
 
@@ -128,6 +129,8 @@ class DPMpp3M(_DPMpp):
     consistent: bool = False
 
     name = "dpmpp-3m"
+    default_grid = NEARLY_UNIFORM
+    grid_on_flows = None
     twin = "diffusers:DPMSolverMultistepScheduler"
     _most = 2
 
