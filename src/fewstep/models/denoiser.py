@@ -321,6 +321,10 @@ class WrappedNetwork(Denoiser):
             return self._place
         return next((p.device for p in tensors), torch.device("cpu"))
 
+    def networks(self) -> list[nn.Module]:
+        """Returns the modules that this model evaluates, without what only adapts their arguments."""
+        return self._caller.modules(self.network)
+
     def model_time(self, t: Tensor) -> Tensor:
         """Returns the conditioning timesteps of the network at times of the schedule, (B)."""
         if self.integer_times:
