@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 import fewstep
 from fewstep.base.files import read_json, read_tensors, sha256, write_json, write_tensors
 from fewstep.base.runs import locked
-from fewstep.cli import _common, run
-from fewstep.cli import sample as sample_command
+from fewstep.cli import run
+from fewstep.sampling import batches
 from fewstep.training.batches import Batches
 from tiny_models import write_tiny
 
@@ -144,7 +145,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(sample_command, "draw", broken)
+    monkeypatch.setattr(batches, "run_batch", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run(["sample", "mixture-smooth", "--out", str(tmp_path / "out")])
 
@@ -296,16 +297,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     command(*subcommand, tmp_path / "whole")
 
     drawn: list[list[int]] = []
-    original = _common.draw
+    original = batches.run_batch
 
-    def interrupted(made, numbers, **options):
+    def interrupted(made, source, cond, **options):
         if len(drawn) == 2:
             raise KeyboardInterrupt
-        drawn.append(list(numbers))
-        return original(made, numbers, **options)
+        drawn.append(source.samples)
+        return original(made, source, cond, **options)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(sample_command, "draw", interrupted)
+    monkeypatch.setattr(batches, "run_batch", interrupted)
     assert run([*subcommand, str(out)]) == 130
     err = capsys.readouterr().err.removeprefix("sampling: 0 of 12\n")
     assert err.startswith("stopped: interrupted")
@@ -320,11 +321,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     parts[1].write_bytes(b"cut")
     later: list[list[int]] = []
 
-    def counted(made, numbers, **options):
-        later.append(list(numbers))
-        return original(made, numbers, **options)
+    def counted(made, source, cond, **options):
+        later.append(source.samples)
+        return original(made, source, cond, **options)
 
-    monkeypatch.setattr(sample_command, "draw", counted)
+    monkeypatch.setattr(batches, "run_batch", counted)
     command(*subcommand, out)
     assert (drawn, later) == ([[0, 1], [2, 3]], [[2, 3], [4, 5], [6]])
     for name in ("samples.safetensors", "grid.png"):
@@ -345,7 +346,7 @@ def test_a_run_is_not_resumed_with_other_weights(command, tiny, tmp_path, monkey
     shutil.copytree(tiny, model)
     subcommand = ["sample", model, "--nfe", "3", "-n", "2", "--class-labels", "0", "--out", out]
     with monkeypatch.context() as patch:
-        patch.setattr(sample_command, "draw", stop)
+        patch.setattr(batches, "run_batch", stop)
         assert run(list(map(str, subcommand))) == 130
     capsys.readouterr()
     tensors = read_tensors(model / "model.safetensors")
@@ -363,6 +364,52 @@ def test_two_runs_do_not_write_one_folder_at_once(command, tiny, tmp_path):
         err = command(*subcommand, "--out", tmp_path / "out", code=2)
         assert f"is being written by another run (process {os.getpid()} on " in err
     command(*subcommand, "--out", tmp_path / "out")
+
+
+def test_a_process_of_several_makes_the_bytes_of_one_also_alone(
+    command, tiny, tmp_path, monkeypatch, capsys
+):
+    """Nobody waits for a rank that never came; one that comes late finds the work done."""
+    subcommand = ["sample", tiny, "--nfe", "2", "-n", "5", "--class-labels", "0", "--seed", "1"]
+    subcommand += ["--batch-size", "2", "--out"]
+    command(*subcommand, tmp_path / "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run([*map(str, subcommand), str(tmp_path / "two")]) == 0
+    capsys.readouterr()
+    for name in ("samples.safetensors", "grid.png", "recipe.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == [
+        "grid.png",
+        "recipe.json",
+        "samples.safetensors",
+    ]
+    assert "remove the folder first" in command(
+        *subcommand, tmp_path / "two", "--overwrite", code=2
+    )
+    assert "exists" in command(*subcommand, tmp_path / "two", "--seed", 2, code=2)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run_and_one_is_killed(command, tiny, tmp_path):
+    subcommand = ["sample", str(tiny), "--nfe", "3", "-n", "40", "--class-labels", "0"]
+    subcommand += ["--batch-size", "1", "--out"]
+    command(*subcommand, tmp_path / "one")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fewstep.cli", *subcommand, str(tmp_path / "two")],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    parts = tmp_path / "two" / "parts"
+    while not list(parts.glob("*.safetensors")) and started[1].poll() is None:
+        time.sleep(0.01)
+    started[1].kill()
+    assert (started[0].wait(), started[1].wait()) == (0, -9)
+    for name in ("samples.safetensors", "recipe.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 # listing

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from fewstep.base.processes import processes
+
 if TYPE_CHECKING:
     import torch
 
@@ -16,7 +18,8 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
 
     Arguments:
         device: A device of torch (``"cpu"``, ``"cuda:1"``), or ``"auto"``: CUDA, else MPS, else the
-            CPU; the log says which.
+            CPU; the log says which. Of processes that were started together on one machine
+            (``torchrun``) each gets a GPU of its own, unless its number is given.
 
     Raises:
         ValueError: If it is not available.
@@ -26,7 +29,7 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
     if device == "auto":
         name = "cpu"
         if torch.cuda.is_available():
-            name = "cuda"
+            name = str(_own_cuda(torch.device("cuda")))
         elif torch.backends.mps.is_available():
             name = "mps"
         logger.info("auto chose the device %s", name)
@@ -41,4 +44,15 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
         ) from None
     if found.type == "meta":
         raise ValueError("device 'meta' holds no numbers; 'cpu' always works")
-    return found
+    return _own_cuda(found)
+
+
+def _own_cuda(device: torch.device) -> torch.device:
+    """Returns the GPU of this process if several were started together on this machine."""
+    import torch
+
+    team = processes()
+    if device.type != "cuda" or device.index is not None or not team.several:
+        return device
+    # Slurm may show each process its own GPU alone, which is number 0 then.
+    return torch.device("cuda", team.local_rank % torch.cuda.device_count())

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,9 +219,59 @@ def write_tensors(
         header["__metadata__"][CHECKSUM] = _tensors_digest(header, data)
     elif not metadata:
         del header["__metadata__"]
+    return write_atomic(path, (_encoded(header), data))
+
+
+def write_rows(
+    path: str | Path,
+    name: str,
+    shape: Sequence[int],
+    pieces: Callable[[], Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes one tensor that comes in pieces of its rows, with only a piece in memory at a time.
+
+    The bytes are those of :func:`write_tensors` for the whole tensor. The pieces are asked for twice: the
+    checksum is in the header, before the data.
+
+    Arguments:
+        path: The file.
+        name: The name of the tensor.
+        shape: Its shape.
+        pieces: Returns the pieces, in order, of one type.
+        metadata: Texts by name.
+
+    Raises:
+        ValueError: If the pieces do not make a tensor of this shape.
+    """
+    from safetensors.torch import save
+
+    def data() -> Iterator[bytes]:
+        count = 0
+        for piece in pieces():
+            if piece.dtype != first.dtype or piece.shape[1:] != first.shape[1:]:
+                raise ValueError(f"the pieces of {name!r} differ in type or shape")
+            count += len(piece)
+            yield bytes(_split(save({name: piece.detach().cpu().contiguous()}))[1])
+        if (count, *first.shape[1:]) != tuple(shape):
+            raise ValueError(f"{name!r} has {count} rows of {tuple(first.shape[1:])}, not {shape}")
+
+    first = next(iter(pieces()))
+    header, _ = _split(save({name: first[:1].detach().cpu().contiguous()}))
+    size = first.element_size() * math.prod(shape)
+    header[name] |= {"shape": list(shape), "data_offsets": [0, size]}
+    header["__metadata__"] = dict(sorted((metadata or {}).items()))
+    digest = hashlib.sha256(_json_digest(header).encode())
+    for block in data():
+        digest.update(block)
+    header["__metadata__"][CHECKSUM] = digest.hexdigest()
+    return write_atomic(path, itertools.chain([_encoded(header)], data()))
+
+
+def _encoded(header: Mapping[str, Any]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data so
-    return write_atomic(path, (len(text).to_bytes(8, "little"), text, data))
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

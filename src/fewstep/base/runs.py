@@ -190,7 +190,52 @@ class RunFolder:
             self._begin(inputs, overwrite=overwrite)
             yield
 
+    def join(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        finished: Callable[[str], bool],
+        progress: Progress = SILENT,
+    ) -> bool:
+        """Begins the run, or joins processes that work on it; returns whether anything is left to do.
+
+        Parts are then shared by :class:`~fewstep.base.sharing.Sharing`, and one process ends the run in
+        :meth:`finishing`.
+
+        Arguments:
+            inputs: As for :meth:`running`.
+            finished: Returns whether the results in the folder are those of inputs with this digest.
+            progress: Shows the process that the run waits for.
+
+        Raises:
+            ValueError: If the folder has results, or a run, of other inputs.
+        """
+        with locked(self.folder, progress=progress, wait=True):
+            self._digest = digest_of(inputs)
+            if not self.state.exists() and self._results() and finished(self._digest):
+                return False
+            self._begin(inputs, overwrite=False)
+            self.parts.mkdir(exist_ok=True)
+            return True
+
+    @property
+    def digest(self) -> str:
+        """The digest of the inputs, once the run has begun."""
+        return self._digest
+
+    def is_over(self) -> bool:
+        """Returns whether the run has been finished, by this or another process."""
+        return not self.state.exists()
+
+    @contextmanager
+    def finishing(self, *, progress: Progress = SILENT) -> Iterator[bool]:
+        """Locks the folder to write the results; gives whether that is left to do."""
+        with locked(self.folder, progress=progress, wait=True):
+            yield not self.is_over()
+
     def _begin(self, inputs: Mapping[str, Any], *, overwrite: bool) -> None:
+        from fewstep.base.sharing import live_claims
+
         self._digest = digest_of(inputs)
         if self.state.exists():
             try:
@@ -201,8 +246,9 @@ class RunFolder:
                     raise ValueError(f"{error}; give --overwrite or another --out") from None
                 changed = "damaged"
             if changed is None:
-                sweep(self.folder)
-                sweep(self.parts)
+                if not live_claims(self.parts):  # another process may be writing there
+                    sweep(self.folder)
+                    sweep(self.parts)
                 return
             if not overwrite:
                 raise ValueError(
@@ -234,15 +280,18 @@ class RunFolder:
         self.state.unlink(missing_ok=True)
         shutil.rmtree(self.parts, ignore_errors=True)
 
+    def tensors_file(self, name: str) -> Path:
+        """Returns the file of a part of tensors."""
+        return self.parts / f"{name}.safetensors"
+
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes a part of tensors."""
-        write_tensors(self.parts / f"{name}.safetensors", tensors, {"inputs": self._digest})
+        write_tensors(self.tensors_file(name), tensors, {"inputs": self._digest})
 
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
         """Returns a part, or ``None`` if it is missing, damaged, or of other inputs."""
         try:
-            path = self.parts / f"{name}.safetensors"
-            tensors, metadata = read_tensors_and_metadata(path, checksum=True)
+            tensors, metadata = read_tensors_and_metadata(self.tensors_file(name), checksum=True)
         except ValueError:
             return None
         return tensors if metadata.get("inputs") == self._digest else None
@@ -270,8 +319,13 @@ class RunFolder:
 
 
 @contextmanager
-def locked(folder: Path, *, progress: Progress = SILENT) -> Iterator[None]:
+def locked(folder: Path, *, progress: Progress = SILENT, wait: bool = False) -> Iterator[None]:
     """Holds the lock of a folder, which is created if it does not exist.
+
+    Arguments:
+        folder: The folder.
+        progress: Shows the process that it waits for.
+        wait: Whether to wait for a live process too: one of the same launch, which is brief.
 
     Raises:
         ValueError: If a live process has it; at once on the same machine, and on another
@@ -288,13 +342,13 @@ def locked(folder: Path, *, progress: Progress = SILENT) -> Iterator[None]:
         except OSError:
             continue  # just released
         first = first or beat
-        if owner and (lock.is_alive() or beat != first):
+        if not wait and owner and (lock.is_alive() or beat != first):
             raise ValueError(
                 f"{str(folder)!r} is being written by another run ({who}); wait until it has "
                 "finished, or give another --out"
             )
         if not shown and time.monotonic() - begun > SOON:
-            progress.stage(f"waiting for a heartbeat of {who}")
+            progress.stage(f"waiting for {'' if wait else 'a heartbeat of '}{who}")
             shown = True
         time.sleep(POLL)
     try:

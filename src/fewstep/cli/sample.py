@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -15,7 +16,6 @@ from fewstep.cli._common import (
     Flag,
     Options,
     check_device,
-    draw,
     event_shape,
     follows,
     load_model,
@@ -42,7 +42,9 @@ DEFAULT_BATCH = 64
 LUMA = (0.299, 0.587, 0.114)
 """The weights of red, green and blue in the grey of a picture (ITU-R BT.601)."""
 MOST_SHOWN = 100
-"""The most samples in the picture."""
+"""The most images in the picture."""
+MOST_POINTS = 100_000
+"""The most samples of other shapes in it."""
 
 
 def sample(
@@ -68,13 +70,15 @@ def sample(
     device: str = "auto",
     batch_size: int | None = None,
     singles: Flag = False,
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
     overwrite: Flag = False,
 ) -> None:
     """Draw samples: OUT/grid.png, OUT/samples.safetensors and OUT/recipe.json.
 
     Samples of a latent model are latents; the picture shows them decoded.
 
-    An interrupted run is resumed by the same command.
+    An interrupted run is resumed by the same command. Started several times together (torchrun, accelerate
+    launch, srun) the processes share the batches, and the files have the same bytes.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
@@ -101,12 +105,17 @@ def sample(
         device: Where to run: auto, cpu, cuda, mps.
         batch_size: The samples in one network evaluation; 64 if left out.
         singles: Write each image by itself too, OUT/images/000000.png and so on.
+        compile: Compile the network with torch.compile in this mode: worth it for many samples, which then
+            differ by rounding; the last two modes use CUDA graphs.
         overwrite: Replace existing results.
     """
-    import torch
-
+    from fewstep.base.files import write_rows
+    from fewstep.base.processes import processes
+    from fewstep.base.sharing import Sharing
     from fewstep.diffusion.noise import NoiseSource
+    from fewstep.models.compiling import check_mode, compiled
     from fewstep.models.guidance import INPAINTING
+    from fewstep.sampling.batches import ConditionsAt, run_each
     from fewstep.sampling.request import SamplerRequest
     from fewstep.sampling.resolve import resolve
     from fewstep.sampling.sample import inpainting
@@ -115,6 +124,12 @@ def sample(
     positive("--batch-size", batch_size)
     NoiseSource(seed, ())
     output_folder(out)
+    mode, team = check_mode(compile), processes()
+    if team.several and overwrite:
+        raise ValueError(
+            f"--overwrite with {team.count} processes could delete what another has begun; remove the "
+            "folder first"
+        )
     given_device, device = device, check_device(device)
     denoiser = load_model(model, device)
     options = parse_options(option)
@@ -162,7 +177,8 @@ def sample(
     denoiser.prepare(n, conditions(range(n)))
 
     size = min(n, batch_size or DEFAULT_BATCH)
-    settings = _settings(chosen, model, denoiser, n, seed, class_labels, device, size)
+    where = denoiser.device.type if team.several else device
+    settings = _settings(chosen, model, denoiser, n, seed, class_labels, where, size)
     if prompt is not None:
         settings["prompt"] = prompt
     if image is not None:
@@ -180,42 +196,84 @@ def sample(
         inputs["mask_files"] = hash_inputs(mask)
     if singles:
         inputs["singles"] = True
+    if mode is not None:
+        inputs["compile"] = mode  # the samples differ by rounding
     condition = prompt if class_labels is None else f"classes {class_labels}"
     title = _title(model, chosen, n, condition)
     run = RunFolder(
         out, "run of fewstep sample", outputs=[SAMPLES, PICTURE, RECIPE, f"{SINGLES}/*.png"]
     )
-    batches = range(0, n, size)
+    batches = [range(start, min(start + size, n)) for start in range(0, n, size)]
+    given_rows = None if begin is None else (lambda rows: begin[rows[0] : rows[-1] + 1])
+
+    def draw(chosen: Iterable[range]) -> None:
+        """Draws batches; each is written by a thread while the next one is computed."""
+        with ThreadPoolExecutor(1, thread_name_prefix="fewstep writer") as writer:
+            written: Future[None] | None = None
+            for rows, part in run_each(
+                made,
+                chosen,
+                seed=seed,
+                conditions=ConditionsAt(conditions),
+                image=given_rows,
+                progress=progress,
+            ):
+                tensors = {"samples": part.x.float().cpu()}
+                if written is not None:
+                    written.result()
+                written = writer.submit(run.write_tensors, _name(rows), tensors)
+            if written is not None:
+                written.result()
+
+    def parts() -> Iterator[Tensor]:
+        for rows in batches:
+            samples = (run.read_tensors(_name(rows)) or {}).get("samples")
+            if samples is None:  # damaged since it was written
+                draw([rows])
+                samples = (run.read_tensors(_name(rows)) or {})["samples"]
+            yield samples
+
+    def write() -> None:
+        write_rows(out / SAMPLES, "samples", (n, *shape), parts)
+        about = {**settings, "inputs": run.digest}
+        _write_results(out, parts(), chosen, about, title, decode)
+        if singles:
+            _write_singles(out / SINGLES, parts(), denoiser)
+        run.finish()
 
     def kept() -> str | None:
-        done = sum(run.read_tensors(f"{start:09d}") is not None for start in batches)
+        done = sum(run.tensors_file(_name(rows)).exists() for rows in batches)
         return f"{done} of {len(batches)} batches are saved" if done else None
 
-    with (
-        keeping(kept),
-        progress_of(follows()) as progress,
-        run.running(inputs, overwrite=overwrite, progress=progress),
-    ):
-        progress.stage("sampling", None if made.nfe is None else made.nfe * len(batches))
-        parts = []
-        for start in batches:
-            rows = range(start, min(start + size, n))
-            samples = (run.read_tensors(f"{start:09d}") or {}).get("samples")
-            if samples is None:
-                cond = conditions(rows)
-                from_image = None if begin is None else begin[rows.start : rows.stop]
-                samples = draw(
-                    made, rows, seed=seed, cond=cond, image=from_image, progress=progress
+    with keeping(kept), progress_of(follows()) as progress, compiled(denoiser, mode):
+        evaluations = made.nfe or 0
+        if team.several:
+            if run.join(inputs, finished=_finished(out), progress=progress):
+                # Of the parts that exist each process checks those that it reads.
+                progress.stage(
+                    "sampling", None if made.nfe is None else evaluations * len(batches)
                 )
-                run.write_tensors(f"{start:09d}", {"samples": samples})
-            else:
-                progress.tick(made.nfe or 0)
-            parts.append(samples)
-        samples = torch.cat(parts)
-        _write_results(out, samples, chosen, settings, title, decode)
-        if singles:
-            _write_singles(out / SINGLES, samples, denoiser, size)
-        run.finish()
+                with Sharing(
+                    team.own_first(batches),
+                    lambda rows: run.tensors_file(_name(rows)),
+                    over=run.is_over,
+                    progress=progress,
+                ) as work:
+                    while work.unfinished():
+                        draw(work.claimed())
+                with run.finishing(progress=progress) as left:
+                    if left:
+                        write()
+        else:
+            with run.running(inputs, overwrite=overwrite, progress=progress):
+                missing = [rows for rows in batches if run.read_tensors(_name(rows)) is None]
+                done = evaluations * (len(batches) - len(missing))
+                total = None if made.nfe is None else evaluations * len(batches)
+                progress.stage("sampling", total, done=done)
+                draw(missing)
+                write()
+    if not team.first:
+        return
     more = f", {out / SINGLES}" if singles else ""
     say(f"wrote {out / PICTURE}{more}, {out / SAMPLES} and {out / RECIPE}")
     again = command(
@@ -314,7 +372,26 @@ def _not_taken(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str | N
     return f"not taken over from the recipe: {', '.join(options)}; this run has {now}"
 
 
-def _write_singles(folder: Path, samples: Tensor, denoiser: Denoiser, batch_size: int) -> None:
+def _name(rows: Sequence[int]) -> str:
+    """Returns the name of a batch among the parts of the run."""
+    return f"{rows[0]:09d}"
+
+
+def _finished(out: Path) -> Callable[[str], bool]:
+    """Returns what tells whether the results in the folder are of inputs with a digest."""
+
+    def finished(digest: str) -> bool:
+        from fewstep.base.files import read_json
+
+        if not all((out / name).exists() for name in (SAMPLES, PICTURE, RECIPE)):
+            return False
+        about = read_json(out / RECIPE, what="recipe").get("about")
+        return isinstance(about, dict) and about.get("inputs") == digest
+
+    return finished
+
+
+def _write_singles(folder: Path, parts: Iterable[Tensor], denoiser: Denoiser) -> None:
     """Writes each image at its own size, without labels or enlargement."""
     import torch
     from PIL import Image
@@ -324,14 +401,15 @@ def _write_singles(folder: Path, samples: Tensor, denoiser: Denoiser, batch_size
 
     decode = getattr(denoiser, "decode", None)
     low, high = (-1.0, 1.0) if decode is not None else getattr(denoiser, "data_range", (-1.0, 1.0))
-    for start in range(0, len(samples), batch_size):
-        part = samples[start : start + batch_size]
+    number = 0
+    for part in parts:
         with torch.no_grad():
             shown = part if decode is None else decode(part).cpu()
         pixels = to_uint8((shown - low) * (2 / (high - low)) - 1).permute(0, 2, 3, 1)
-        for i, single in enumerate(pixels.contiguous().numpy(), start):
+        for single in pixels.contiguous().numpy():
             flat = single[..., 0] if single.shape[-1] == 1 else single
-            write_atomic(folder / f"{i:06d}.png", _png(Image.fromarray(flat)))
+            write_atomic(folder / f"{number:06d}.png", _png(Image.fromarray(flat)))
+            number += 1
 
 
 def _settings(
@@ -366,28 +444,37 @@ def _settings(
 
 def _write_results(
     out: Path,
-    samples: Tensor,
+    parts: Iterable[Tensor],
     recipe: SamplerRecipe,
     settings: dict[str, Any],
     title: str,
     decode: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """Writes the samples, their picture and the recipe."""
+    """Writes the recipe, and the picture of the first samples."""
     from dataclasses import replace
 
+    import torch
+
     from fewstep import __version__
-    from fewstep.base.files import write_atomic, write_tensors
+    from fewstep.base.files import write_atomic
     from fewstep.reporting.plots import picture
 
-    write_tensors(out / SAMPLES, {"samples": samples})
     about = {
         key: value for key, value in settings.items() if key != "sampler" and value is not None
     }
     about = {**recipe.about, **about, "fewstep": __version__}
     replace(recipe, about=about).save(out / RECIPE)
-    shown = samples[:MOST_SHOWN] if samples.ndim == 4 else samples
-    shown = shown if decode is None else decode(shown).cpu()
-    write_atomic(out / PICTURE, _png(picture(shown, title=title)))
+    shown, count = [], 0
+    for part in parts:
+        most = MOST_SHOWN if part.ndim == 4 else MOST_POINTS
+        shown.append(part[: most - count])
+        count += len(shown[-1])
+        if count >= most:
+            break
+    first = torch.cat(shown)
+    write_atomic(
+        out / PICTURE, _png(picture(first if decode is None else decode(first).cpu(), title=title))
+    )
 
 
 def _png(image: Any) -> bytes:

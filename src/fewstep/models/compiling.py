@@ -85,6 +85,9 @@ def _compiled_call(network: nn.Module, mode: str) -> Callable[..., Any]:
             assert module is not None
             return module._call_impl(*args, **kwargs)
 
+        # Late: its import takes a second.
+        from torch._dynamo.exc import TorchDynamoException
+
         call = torch.compile(plain, mode=None if mode == "default" else mode)
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +95,7 @@ def _compiled_call(network: nn.Module, mode: str) -> Callable[..., Any]:
                 torch.compiler.cudagraph_mark_step_begin()
             try:
                 value = call(*args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except TorchDynamoException as error:
                 raise ValueError(
                     f"torch.compile failed: {str(error).strip().splitlines()[0]:.200}; leave compile "
                     "out, or look into the log of TORCH_LOGS=dynamo"

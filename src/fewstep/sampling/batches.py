@@ -3,6 +3,7 @@ r"""Numbered samples in batches: the loop of ``sample``, ``record``, ``compare``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,17 @@ class ConditionRows(Protocol):
     def at(self, rows: Sequence[int], /) -> Mapping[str, Any]:
         """Returns the conditions of these samples."""
         ...
+
+
+@dataclass(frozen=True)
+class ConditionsAt:
+    """A function of the numbers of samples as :class:`ConditionRows`."""
+
+    function: Callable[[Any], Mapping[str, Any]]
+
+    def at(self, rows: Sequence[int], /) -> Mapping[str, Any]:
+        """Returns the conditions of these samples."""
+        return self.function(rows)
 
 
 def run_batches(

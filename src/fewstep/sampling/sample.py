@@ -14,6 +14,7 @@ from fewstep.base.progress import Progress, progress_of
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.prediction import Prediction, convert
+from fewstep.models.compiling import compiled
 from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import INPAINTING, Inpainted
@@ -103,6 +104,7 @@ def sample(
     progress: Progress | bool | None = None,
     guidance: float | None = None,
     brownian: bool = False,
+    compile: bool | str | None = None,
     **cond: Any,
 ) -> Any:
     r"""Draws samples.
@@ -138,6 +140,9 @@ def sample(
         batch_size: The samples in one network evaluation.
         save: ``"states"`` to get a :class:`Trajectory` with the states at all grid points.
         progress: ``True`` for a progress bar, or a :class:`fewstep.base.progress.Progress`.
+        compile: Whether to compile the network with ``torch.compile``: ``True``, or its mode
+            (``"reduce-overhead"``, with CUDA graphs). It takes a minute, once a process, and samples differ
+            by rounding.
         guidance: The scale of classifier-free guidance; 1 is none.
         brownian: Whether a stochastic solver's draws are increments of one Brownian motion for each sample
             (:class:`fewstep.diffusion.brownian.BrownianSource`): the same noise at any number of steps.
@@ -190,7 +195,7 @@ def sample(
 
     parts: list[Trajectory] = []
     batches = -(-n // size)
-    with progress_of(progress) as shown:
+    with compiled(denoiser, compile), progress_of(progress) as shown:
         shown.stage("sampling", None if made.nfe is None else made.nfe * batches)
         for _, part in run_batches(
             made,
