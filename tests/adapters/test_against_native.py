@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import fewstep
 import tiny_pipelines as tiny
 
 diffusers = pytest.importorskip("diffusers")
@@ -428,3 +429,23 @@ def test_a_spacing_that_ends_above_zero_has_as_many_steps_as_asked():
         lowest = float(((1 - ours.alphas_cumprod[0]) / ours.alphas_cumprod[0]).sqrt())
         assert len(ours.timesteps) == 5
         assert float(ours.sigmas[-1]) == pytest.approx(lowest, rel=1e-4)
+
+
+# What a configuration of an earlier PlanScheduler leaves behind.
+
+
+def test_a_new_solver_replaces_an_earlier_recipe_and_the_other_way_round():
+    recipe = fewstep.SamplerRecipe(name="tab2", nfe=6, grid="quadratic").to_json()
+    first = PlanScheduler(recipe=recipe)
+    second = PlanScheduler.from_config(first.config, solver="unipc3")
+    assert second.config.recipe is None
+    second.set_timesteps(4)
+    assert second.plan.name == "unipc3"
+    third = PlanScheduler.from_config(second.config, recipe=recipe)
+    assert third.config.solver == "auto"
+    third.set_timesteps(6)
+    assert third.plan.name == "tab2"
+    with pytest.raises(ValueError, match="a recipe has its solver"):
+        PlanScheduler(solver="tab3", recipe=recipe)
+    with pytest.raises(ValueError, match="a recipe has its solver"):
+        PlanScheduler.from_config(first.config, grid="karras")

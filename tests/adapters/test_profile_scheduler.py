@@ -65,5 +65,7 @@ def test_it_comes_back_with_its_configuration(file):
 
 
 def test_a_profile_with_a_solver_is_refused(file):
-    with pytest.raises(ValueError, match="leave solver, grid and recipe out"):
+    with pytest.raises(
+        ValueError, match="a profile has its solver, times and options already, got solver"
+    ):
         PlanScheduler(profile=file, solver="tab3")

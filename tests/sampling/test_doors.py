@@ -230,6 +230,23 @@ def comparing(given, folder):
     return text(compare, Counted(), [spec], nfe=[given["nfe"]], folder=folder / "c")
 
 
+def scheduling(given, folder):
+    """A scheduler's plan is a recipe, and what set_timesteps is given is in the words of pipelines."""
+    from fewstep.adapters.diffusers import PlanScheduler
+
+    given = dict(given)
+    options = given.pop("options", {})
+    for kind in ("recipe", "profile"):
+        if kind in given:
+            given[kind] = str(given[kind].save(folder / f"{kind}.json"))
+    budget = given.pop("nfe", 3)
+
+    def scheduled():
+        PlanScheduler(grid_options=options, count="calls", **given).set_timesteps(budget)
+
+    return text(scheduled)
+
+
 # Commands
 
 
@@ -265,6 +282,19 @@ DOORS = {
     "resolve_plan": (plan_only, {"plan", "recipe"}),
     "tune": (tuning, {"steps", "plan", "recipe", "profile"}),
     "compare": (comparing, {"profile"}),
+    "PlanScheduler": (scheduling, {"plan", "steps", "head_start"}),
+}
+
+# Of contradictions with a number, PlanScheduler says num_inference_steps; of options, whose of its two they are.
+NUMBERED = {
+    "recipe and auto",  # its default
+    "recipe and another nfe",
+    "dopri5 and nfe",
+    "times and nfe",
+    "unknown option",
+    "option of another grid",
+    "budget out of reach",
+    "no number",
 }
 
 
@@ -283,11 +313,15 @@ def cases():
                 continue  # its budgets are a list
             if door == "compare" and given.keys() & {"plan", "recipe"}:
                 continue  # a file runs at its own budget, whatever the others have
+            if door == "PlanScheduler" and name in NUMBERED:
+                continue
             yield door, name
 
 
 @pytest.mark.parametrize("door", list(DOORS))
 def test_a_contradiction_has_one_text_at_every_door(door, tmp_path):
+    if door == "PlanScheduler":
+        pytest.importorskip("diffusers")
     names = [name for where, name in cases() if where == door]
     assert names
     for number, name in enumerate(names):

@@ -119,7 +119,7 @@ def resolve(
     check_denoiser(denoiser)
     if not isinstance(request, SamplerRequest):
         raise TypeError(f"request must be a SamplerRequest, got {type(request).__name__}")
-    _check_sources(request)
+    check_sources(request)
     if isinstance(request.profile, (str, Path, Profile)):
         budget = request.steps or request.nfe or default_nfe
         _check_operator(denoiser, request, guidance, image=image)
@@ -180,7 +180,7 @@ def resolve_plan(
         raise TypeError(
             f"schedule must be a NoiseSchedule, got {schedule!r}; make one with fewstep.schedule(name)"
         )
-    _check_sources(request)
+    check_sources(request)
     if request.plan is not UNSET:
         raise TypeError("this is a plan already; run it as it is")
     chose = request.profile is not UNSET
@@ -261,7 +261,8 @@ def check_denoiser(denoiser: object) -> None:
         )
 
 
-def _check_sources(request: SamplerRequest) -> None:
+def check_sources(request: SamplerRequest) -> None:
+    """Raises :class:`Contradiction` for a plan, recipe or profile with anything beside it, or two budgets."""
     sources = [name for name in SOURCES if getattr(request, name) is not UNSET]
     if len(sources) > 1:
         raise Contradiction(f"{as_text(sources)} each are a whole sampler; give one of them")

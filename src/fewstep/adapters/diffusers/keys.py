@@ -323,9 +323,10 @@ class Number(NamedTuple):
             return self.optional
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
-        inside = self.low < value <= self.high or (self.with_low and value == self.low)
-        whole = not self.whole or (value == value // 1 and value != math.inf)
-        return inside and whole and (value != math.inf or self.high == value == self.low)
+        number = float(value)
+        inside = self.low < number <= self.high or (self.with_low and number == self.low)
+        whole = not self.whole or number.is_integer()
+        return inside and whole and number != math.inf
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"

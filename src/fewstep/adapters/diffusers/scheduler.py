@@ -38,6 +38,8 @@ from fewstep.diffusion.grids import GRIDS
 from fewstep.diffusion.schedules import Flow
 from fewstep.sampling.profile import Profile, names_profile
 from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.resolve import check_sources
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
 from fewstep.solvers.base import NO_PLAN
@@ -224,12 +226,6 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         is_continuous(self.config)
         _one_of("count", count, ["steps", "calls"])
         _one_of("time_shift_type", time_shift_type, ["exponential", "linear"])
-        if profile is not None:
-            if solver != "auto" or grid is not None or recipe is not None:
-                raise ValueError(
-                    "a profile has its solver and times already; leave solver, grid and recipe out"
-                )
-            Profile.load(profile)  # for its message, if it cannot be read
         if grid not in (None, "auto") and not names_profile(grid):
             GRIDS[grid]
         chosen = [use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas]
@@ -242,6 +238,17 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         for key, value in (("solver_options", solver_options), ("grid_options", grid_options)):
             if value is not None and not isinstance(value, Mapping):
                 raise ValueError(f"{key} must be a dict of options, got {value!r:.60}")
+        check_sources(
+            SamplerRequest(
+                None if solver == "auto" else name,
+                grid=grid,
+                options={**(solver_options or {}), **(grid_options or {})},
+                recipe=recipe,
+                profile=profile,
+            )
+        )
+        if profile is not None:
+            Profile.load(profile)  # for its message, if it cannot be read
         method = None
         if name != "auto":  # wrong names and options end here
             method = make_solver(name, **(solver_options or {}))
@@ -335,7 +342,7 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
                 "PlanScheduler does not scale a network's input as EDM's preconditioning asks "
                 "(sigma_data); load the pipeline with fewstep.load(folder) and use fewstep.sample"
             )
-        config = completed(config)
+        config = {k: v for k, v in completed(config).items() if k not in _replaced(kwargs)}
         used = config.get("_use_default_values")
         if used is not None:
             kept = [k for k in used if edm or k not in MODEL_KEYS or config[k] == known[k].default]
@@ -346,6 +353,16 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
+
+
+def _replaced(kwargs: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the keys of an earlier sampler that a new solver, recipe or profile replaces."""
+    whole = [key for key in ("recipe", "profile") if kwargs.get(key) is not None]
+    if whole:
+        keys = {"solver", "solver_options", "grid", "grid_options", "recipe", "profile"}
+    else:
+        keys = {"recipe", "profile"} if "solver" in kwargs else set()
+    return frozenset(keys - set(kwargs))
 
 
 def _one_of(name: str, value: object, known: list[str]) -> None:
