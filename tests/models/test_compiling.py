@@ -8,6 +8,9 @@ import fewstep
 from fewstep.models import exact
 from fewstep.models.compiling import compiled
 
+# Importing the compiler of torch warns about another part of torch.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
 
 class Network(nn.Module):
     def __init__(self):
