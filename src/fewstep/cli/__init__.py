@@ -50,6 +50,12 @@ def app() -> App:
         ("distill", "distill", "distill", "Distill a model into one evaluation."),
         ("train", "train", "train", "Train a small diffusion model on your images."),
         ("plan", "plan", "plan_app", "Read, check, compare and make plans (samplers as data)."),
+        (
+            "recipe",
+            "recipe",
+            "recipe_app",
+            "Show, check, import and export recipes and tables of levels.",
+        ),
         ("solvers", "listing", "solvers", "List the solvers, or describe one."),
         ("grids", "listing", "grids", "List the time grids, or describe one."),
         ("models", "listing", "models", "List the embedded models."),
