@@ -72,6 +72,7 @@ def train(
     """
     from dataclasses import replace
 
+    from fewstep.base.processes import processes
     from fewstep.training.data import read_images
     from fewstep.training.recipe import TrainRecipe, default_recipe, with_schedule
     from fewstep.training.train import train as run
@@ -92,6 +93,13 @@ def train(
     )
     if finished and not overwrite:
         raise exists(out)
+    team = processes()
+    if team.several and overwrite:
+        raise ValueError(
+            f"--overwrite with {team.count} processes could delete what another has begun; remove the "
+            "folder first"
+        )
+    report = say if team.first else lambda _: None
     given = None
     if recipe is not None:
         given = TrainRecipe.from_record(read_json(recipe, what="the training recipe"))
@@ -120,12 +128,12 @@ def train(
     if "num_classes" in chosen.network and chosen.network["num_classes"] is None:
         classes = None
     shape = "x".join(map(str, images.event_shape))
-    say(
+    report(
         f"{len(images)} images of {shape}, {'no' if classes is None else classes} classes; "
         f"{chosen.prediction}, {chosen.schedule['name']}; {chosen.steps} steps on {device}"
     )
     if before:
-        say(f"resumed at step {before}")
+        report(f"resumed at step {before}")
     with keeping(lambda: kept_step(out)):
         run(
             images,
@@ -135,10 +143,11 @@ def train(
             checkpoint_every=checkpoint_every,
             progress=follows(),
         )
-        _draw(out, chosen, classes, device=device)
-    say(f"wrote the model {out} and the picture {out / PICTURE}")
+        if team.first:
+            _draw(out, chosen, classes, device=device)
+    report(f"wrote the model {out} and the picture {out / PICTURE}")
     labels = "all" if classes else None
-    say(f"next: {command('sample', out, class_labels=labels, out=f'{out}-samples')}")
+    report(f"next: {command('sample', out, class_labels=labels, out=f'{out}-samples')}")
 
 
 def _draw(out: Path, recipe: TrainRecipe, classes: int | None, *, device: str) -> None:

@@ -52,6 +52,10 @@ class Batch:
         error = (predicted.float() - self.target).square()
         return (error if self.weight is None else self.weight * error).mean()
 
+    def part(self, rows: slice) -> Batch:
+        """Returns some rows of the batch."""
+        return Batch(*(None if v is None else v[rows] for v in self._tensors()))  # type: ignore[arg-type]
+
     def pinned(self) -> Batch:
         """Returns the batch in pinned memory, from which copies to a GPU are asynchronous."""
         return Batch(*(None if v is None else v.pin_memory() for v in self._tensors()))  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fewstep.training.checkpoints import (
     update_average,
 )
 from fewstep.training.data import ImageData, read_images
+from fewstep.training.parallel import Team, team
 from fewstep.training.recipe import TrainRecipe, default_recipe
 
 AHEAD = 4
@@ -69,6 +70,9 @@ def train(
     :class:`TrainRecipe` says.
 
     Cost: one evaluation of the network and its gradient a step, for ``batch_size`` images.
+
+    Several processes of one launch (``torchrun``, ``accelerate launch``) each take a part of every batch; the
+    gradients are those of one process to rounding. The first writes.
 
     References:
         | [1] Denoising Diffusion Probabilistic Models (Ho et al., 2020), equation 14
@@ -112,12 +116,13 @@ def train(
     )
     inputs = data.inputs()
     start, loss_mean = _restore(out, recipe, inputs, network, average, optimizer)
-    evaluate = torch.compile(network) if recipe.compile else network
 
     since: list[Tensor] = []  # losses that are still on the device
     done = saved = start
 
     def save() -> None:
+        if not processes.own.first:
+            return
         assert loss_mean is not None
         save_checkpoint(
             out,
@@ -131,9 +136,13 @@ def train(
 
     with (
         progress_of(progress) as shown,
-        locked(out, progress=shown),
-        _ahead(batches, range(start, recipe.steps), device) as prepared,
+        team(recipe.batch_size, device) as processes,
+        locked(out, progress=shown) if processes.own.first else nullcontext(),
+        _ahead(batches, range(start, recipe.steps), device, processes) as prepared,
     ):
+        processes.check_step(start, device)
+        parallel = processes.parallel(network, device)
+        evaluate = torch.compile(parallel) if recipe.compile else parallel
         shown.stage("training", recipe.steps, done=start)
         try:
             for step, batch in prepared:
@@ -145,7 +154,7 @@ def train(
                     predicted = evaluate(*batch.inputs)
                 loss = batch.loss(predicted)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                processes.scaled(loss).backward()
                 nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
                 with unbroken():
                     optimizer.step()
@@ -154,20 +163,26 @@ def train(
                     done = step + 1
                 saves = (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps
                 if saves or device.type == "cpu" or len(since) == READ_EVERY:
-                    loss_mean = _smoothed(loss_mean, since, step)
+                    losses = processes.total(torch.stack(since)).tolist()
+                    loss_mean = _smoothed(loss_mean, losses, step)
                     since.clear()
                 if saves:
                     save()
                     saved = done
                 shown.tick(1, "" if loss_mean is None else f"loss {loss_mean:.4f}")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            # Without the other processes the next step fails, and the last one is whole.
+            if isinstance(error, RuntimeError) and not processes.own.several:
+                raise
             if since:
-                loss_mean = _smoothed(loss_mean, since, done - 1)
+                loss_mean = _smoothed(loss_mean, torch.stack(since).tolist(), done - 1)
             if done > saved:
                 save()
             raise
 
-    return _export(out, recipe, batches, network, average, loss_mean)
+    if processes.own.first:
+        _export(out, recipe, batches, network, average, loss_mean)
+    return out
 
 
 def export_checkpoint(data: ImageData | str | Path, run: str | Path, out: str | Path) -> Path:
@@ -237,7 +252,7 @@ def build_network(data: ImageData, recipe: TrainRecipe, batches: Batches) -> Sma
 
 @contextmanager
 def _ahead(
-    batches: Batches, steps: range, device: torch.device
+    batches: Batches, steps: range, device: torch.device, processes: Team
 ) -> Iterator[Iterator[tuple[int, Batch]]]:
     """Yields the steps with their batches, which threads prepare ahead.
 
@@ -248,6 +263,8 @@ def _ahead(
 
     def prepare(step: int) -> Batch:
         batch = batches(step)
+        if processes.own.several:
+            batch = batch.part(processes.rows)
         return batch.pinned() if device.type == "cuda" else batch
 
     def generate() -> Iterator[tuple[int, Batch]]:
@@ -271,9 +288,9 @@ def _ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _smoothed(mean: float | None, losses: list[Tensor], step: int) -> float:
+def _smoothed(mean: float | None, losses: list[float], step: int) -> float:
     """Returns the running mean of the losses (about 100 steps) after those up to ``step``."""
-    for value in torch.stack(losses).tolist():
+    for value in losses:
         if not -float("inf") < value < float("inf"):
             first = step + 1 - len(losses)
             where = f"step {step}" if len(losses) == 1 else f"one of the steps {first} to {step}"

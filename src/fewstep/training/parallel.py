@@ -1,0 +1,107 @@
+r"""Data-parallel training: each process takes a part of every batch, gradients are averaged by torch.
+
+With :math:`B_r` of the B samples of a batch at process r, the gradient is :math:`\sum_r (B_r / B) \, g_r`: that
+of the whole batch in one process, up to the order of its sums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.base.processes import Processes, processes
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train one network together; alone, everything is as it is without them.
+
+    Attributes:
+        own: This process among them.
+        batch_size: The samples of a batch of all processes.
+    """
+
+    own: Processes
+    batch_size: int
+
+    @property
+    def rows(self) -> slice:
+        """The part of each batch that this process takes."""
+        rank, count = self.own.rank, self.own.count
+        return slice(self.batch_size * rank // count, self.batch_size * (rank + 1) // count)
+
+    @property
+    def share(self) -> float:
+        """This process's share of a batch."""
+        return (self.rows.stop - self.rows.start) / self.batch_size
+
+    def parallel(self, network: nn.Module, device: torch.device) -> Any:
+        """Returns the network with gradients that are averaged over the processes."""
+        if not self.own.several:
+            return network
+        ids = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Returns the loss whose averaged gradient is that of the whole batch: torch divides by the count."""
+        return loss * (self.share * self.own.count) if self.own.several else loss
+
+    def total(self, losses: Tensor) -> Tensor:
+        """Returns the losses of whole batches; all processes must ask at the same steps."""
+        if not self.own.several:
+            return losses
+        summed = losses * self.share
+        torch.distributed.all_reduce(summed)
+        return summed
+
+    def check_step(self, step: int, device: torch.device) -> None:
+        """Raises if the processes start at different steps: they do not see the same folder."""
+        if not self.own.several:
+            return
+        seen = torch.tensor([step, -step], device=device)
+        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+        if int(seen[0]) != step or -int(seen[1]) != step:
+            raise ValueError(
+                f"the processes start at different steps, {-int(seen[1])} to {int(seen[0])}; all of them "
+                "must see the same folder of the run"
+            )
+
+
+@contextmanager
+def team(batch_size: int, device: torch.device) -> Iterator[Team]:
+    """Connects the processes of this launch (``torchrun``, ``accelerate launch``, ``srun``), if there are several.
+
+    Arguments:
+        batch_size: The samples of a batch of all processes.
+        device: The device of this one.
+
+    Raises:
+        ValueError: If a process would have no sample, or the address of the first process is not known.
+    """
+    own = processes()
+    if not own.several:
+        yield Team(own, batch_size)
+        return
+    if batch_size < own.count:
+        raise ValueError(f"a batch of {batch_size} cannot be split among {own.count} processes")
+    begun = not torch.distributed.is_initialized()
+    if begun:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"training in {own.count} processes needs {' and '.join(missing)}, the address of the first "
+                "one; torchrun and accelerate launch set them, with srun set them yourself"
+            )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, rank=own.rank, world_size=own.count)
+    try:
+        yield Team(own, batch_size)
+    finally:
+        if begun:
+            torch.distributed.destroy_process_group()
