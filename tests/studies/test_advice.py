@@ -352,3 +352,25 @@ def test_stages_of_another_study_are_refused(tmp_path, monkeypatch):
     (tmp_path / "parts" / "identity.json").unlink()
     with pytest.raises(ValueError, match="exists; give"):
         study(subject(), tmp_path, **options)
+
+
+def test_fitted_weights_take_part_and_are_kept(tmp_path):
+    from fewstep.studies import Subject, study
+
+    subject = Subject(MODEL, None, None, {}, {})
+    results, advice = study(
+        subject, tmp_path, nfe=[6], n=16, minutes=0.0, solvers=("ddim", "tab2")
+    )
+    again = Advice.from_record(results["advice"][0])
+    assert again == advice[0]
+    fitted = [item for item in advice[0].tried if item.weights]
+    assert fitted
+    assert all(len(item.weights) == 6 for item in fitted)
+    best = advice[0].best
+    assert best.held_out <= min(item.held_out for item in fitted) * 1.5
+    profile = fitted_grids(MODEL, advice)
+    stored = fewstep.Profile.from_record(json.loads(json.dumps(profile.to_record())))
+    kept = next(e for e in stored.entries if e.weights)
+    assert kept.weights in [item.weights for item in fitted]
+    x = fewstep.sample(MODEL, 4, profile=stored, nfe=6, force=True)
+    assert x.shape == (4, 2)

@@ -207,7 +207,10 @@ def _recipe(
         name=best.solver,
         nfe=item.nfe,
         grid="explicit",
-        options={"times": list(best.times)},
+        options={
+            "times": list(best.times),
+            **({"weights": [list(row) for row in best.weights]} if best.weights else {}),
+        },
         head_start=best.times[0] if best.head else None,
         schedule=denoiser.schedule.to_record(),
         guidance=guidance,

@@ -24,9 +24,9 @@ from fewstep.sampling.resolve import plan as make_plan
 from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
 from fewstep.solvers.multistep import Multistep
-from fewstep.studies.dynamic import BestGrid, FittedStepCosts, StepCosts, best_grids
+from fewstep.studies.dynamic import BestGrid
 from fewstep.studies.local_errors import gain_evaluations, measure_gain, path_of, step_errors
-from fewstep.studies.multistep import fit_multistep
+from fewstep.studies.multistep import fit_on, fitting_grids
 from fewstep.studies.reference import (
     Reference,
     digest_input,
@@ -264,9 +264,7 @@ class _Work:
 
             def measured(nfe: int = nfe) -> Any:
                 if not grids:
-                    # The costs for fitted weights ignore that errors add up; the others hedge.
-                    costs = (FittedStepCosts(self.path), StepCosts(self.path, 1))
-                    grids.extend(best_grids(c, max(budgets), free_end=False) for c in costs)
+                    grids.extend(fitting_grids(self.path, max(budgets)))
                 return [entry.to_record() for entry in self._budget(nfe, reference, grids)]
 
             records = self._record(f"budget-{nfe}", measured)
@@ -357,17 +355,11 @@ class _Work:
     def _measured(
         self, nfe: int, reference: Reference, grids: list[dict[int, BestGrid]]
     ) -> Candidate:
-        candidates = []
-        for by_steps in grids:
-            times = by_steps[nfe].times
-            if any(torch.equal(times, c.times) for c in candidates):
-                continue
-            nodes = torch.searchsorted(-reference.times, -times)
-            found = fit_multistep(
-                self.denoiser, reference, nodes, progress=self.meter.of(len(self.fitted))
-            )
-            fitted = _squares(found.end - reference.end)
-            candidates.append(self._held_out(found.solver, times, fitted=fitted))
+        ticks = self.meter.of(len(self.fitted))
+        candidates = [
+            self._held_out(found.solver, times, fitted=_squares(found.end - reference.end))
+            for times, found in fit_on(self.denoiser, reference, grids, nfe, progress=ticks)
+        ]
         return min(candidates, key=lambda c: _robust(c.all))
 
     def _named(

@@ -2,6 +2,7 @@ r"""Weights of a multistep method measured on a model: least squares along its o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.prediction import Prediction
 from fewstep.models.denoiser import Denoiser
 from fewstep.solvers.multistep import Multistep
+from fewstep.studies.dynamic import BestGrid, FittedStepCosts, StepCosts, best_grids
+from fewstep.studies.local_errors import Path
 from fewstep.studies.reference import Reference
 
 HISTORY = 5
@@ -87,6 +90,35 @@ def fit_multistep(
         for weight, part in zip(change, parts, strict=True):
             x = x + weight * part
     return FittedMultistep(Multistep(rows), x)
+
+
+def fitting_grids(path: Path, most: int) -> list[dict[int, BestGrid]]:
+    """Returns the times to fit weights on, for each number of steps up to ``most``, by two rules.
+
+    The best times for fitted weights, and those for polynomials of degree 1: the costs of the
+    first ignore that the errors of several steps add up.
+    """
+    costs = (FittedStepCosts(path), StepCosts(path, 1))
+    return [best_grids(cost, most, free_end=False) for cost in costs]
+
+
+def fit_on(
+    denoiser: Denoiser,
+    reference: Reference,
+    grids: Sequence[Mapping[int, BestGrid]],
+    nfe: int,
+    *,
+    progress: Progress = SILENT,
+) -> list[tuple[Tensor, FittedMultistep]]:
+    """Returns the fitted method on the times of each grid (once, if grids agree), with the times."""
+    fitted: list[tuple[Tensor, FittedMultistep]] = []
+    for by_steps in grids:
+        times = by_steps[nfe].times
+        if any(torch.equal(times, known) for known, _ in fitted):
+            continue
+        nodes = torch.searchsorted(-reference.times, -times)
+        fitted.append((times, fit_multistep(denoiser, reference, nodes, progress=progress)))
+    return fitted
 
 
 def _ridge(terms: list[Tensor], target: Tensor, ridge: float) -> list[float]:

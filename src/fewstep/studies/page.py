@@ -71,7 +71,8 @@ def _advice(page: Page, results: Mapping[str, Any]) -> None:
     page.paragraph(
         "The error of each solver on each grid is predicted from local errors along reference trajectories; the best "
         "grid of each solver is run; the times of the best are polished by Gauss–Newton steps on the "
-        "distance to the reference; the best on held-out samples is recommended."
+        "distance to the reference; a multistep method with weights fitted along the trajectories (fewstep fit) "
+        "is run beside them; the best on held-out samples is recommended."
     )
     rows = []
     for item in advice:

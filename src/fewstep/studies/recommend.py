@@ -71,6 +71,7 @@ class Tried:
         measured: The distance on the samples that grids are fitted to, or ``None``.
         held_out: The distance on held-out samples, or ``None``.
         score: The robust mean by which it is chosen, on held-out samples, or ``None``.
+        weights: The measured weights of the solver ``multistep``; they hold for these times only.
     """
 
     solver: str
@@ -81,12 +82,14 @@ class Tried:
     measured: float | None = None
     held_out: float | None = None
     score: float | None = None
+    weights: Sequence[Sequence[float]] = ()
 
     @property
     def candidate(self) -> Candidate:
         """Returns it as a candidate for :func:`polish`."""
         times = torch.tensor(self.times, dtype=torch.float64)
-        return Candidate(make_solver(self.solver), times, self.head, self.grid)
+        options = {"weights": self.weights} if self.weights else {}
+        return Candidate(make_solver(self.solver, **options), times, self.head, self.grid)
 
     def to_record(self) -> dict[str, Any]:
         """Returns it as a JSON object."""
@@ -95,7 +98,8 @@ class Tried:
     @classmethod
     def from_record(cls, content: Mapping[str, Any]) -> Tried:
         """Returns it from its JSON object."""
-        return cls(**{**content, "times": tuple(content["times"])})
+        weights = tuple(tuple(row) for row in content.get("weights", ()))
+        return cls(**{**content, "times": tuple(content["times"]), "weights": weights})
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,7 @@ def advise(
     dynamic: Mapping[str, Mapping[int, BestGrid]],
     *,
     solvers: Sequence[str] = SOLVERS,
+    fitted: Sequence[Tried] = (),
     deadline: float | None = None,
     iterations: int = 3,
     progress: Progress = SILENT,
@@ -215,6 +220,8 @@ def advise(
         held_out: Other samples, for the selection.
         dynamic: See :func:`dynamic_grids`.
         solvers: The names of the solvers to try; each makes one evaluation a step.
+        fitted: Methods with weights fitted to these samples (:func:`fewstep.fit`'s), which take
+            part in the selection as they are.
         deadline: The value of :func:`time.monotonic` after which nothing is polished any more.
         iterations: The most iterations of polishing.
         progress: Follows the evaluations.
@@ -255,6 +262,7 @@ def advise(
                 times = tuple(polished.candidate.times.tolist())
                 item = replace(front[k], grid=name, times=times, measured=polished.history[-1])
                 finals.append(_hold_out(denoiser, path, item, held_out, middle, progress))
+    finals += [_hold_out(denoiser, path, item, held_out, middle, progress) for item in fitted]
     best = min(finals, key=lambda item: item.score or 0.0)
     default = finals[0]
     rest = [replace(item, score=None) for item in measured]
@@ -341,7 +349,9 @@ def fitted_grids(
         for tried in [item.best, *order]:
             key = (tried.solver, len(tried.times) - 1)
             if key not in grids:
-                grids[key] = ProfileEntry(tried.solver, tried.times, tried.head, tried.held_out)
+                grids[key] = ProfileEntry(
+                    tried.solver, tried.times, tried.head, tried.held_out, weights=tried.weights
+                )
     return Profile(
         denoiser.schedule,
         denoiser.fingerprint() if fingerprint is None else fingerprint,

@@ -17,10 +17,20 @@ from fewstep.models.conditions import Conditions, select
 from fewstep.models.denoiser import Denoiser
 from fewstep.studies.checking import model_check
 from fewstep.studies.curves import anatomy
+from fewstep.studies.dynamic import BestGrid
 from fewstep.studies.fitting import fitting_error
 from fewstep.studies.local_errors import Path as Route
 from fewstep.studies.local_errors import measure_gain, path_of
-from fewstep.studies.recommend import SOLVERS, Advice, Batch, advise, dynamic_grids, enough_nfe
+from fewstep.studies.multistep import fit_on, fitting_grids
+from fewstep.studies.recommend import (
+    SOLVERS,
+    Advice,
+    Batch,
+    Tried,
+    advise,
+    dynamic_grids,
+    enough_nfe,
+)
 from fewstep.studies.reference import Reference, digest_input, draw_noise, follow
 from fewstep.studies.spectrum import time_spectrum
 
@@ -201,6 +211,7 @@ class _Work:
     ) -> list[Advice]:
         fit = Batch(reference.noise, reference.end, reference.cond)
         dynamic: dict[str, Any] = {}
+        fitting: list[dict[int, BestGrid]] = []
         advice = []
         for nfe in budgets:
 
@@ -209,9 +220,10 @@ class _Work:
                     self.progress.stage("grids by dynamic programming")
                     most = min(max(budgets), len(path.times) - 1)
                     dynamic.update(dynamic_grids(path, most))
+                    fitting.extend(fitting_grids(path, most))
                 rounds = 3 if nfe <= 10 else 2
                 polished = 2 if nfe <= 10 else 1
-                total = (len(solvers) + 6) * nfe + polished * rounds * (nfe**2 // 2 + 3 * nfe)
+                total = (len(solvers) + 10) * nfe + polished * rounds * (nfe**2 // 2 + 3 * nfe)
                 self.progress.stage(f"solver and grid, {nfe} evaluations", total)
                 return advise(
                     self.denoiser,
@@ -221,12 +233,31 @@ class _Work:
                     held_out,
                     dynamic,
                     solvers=solvers,
+                    fitted=self.fitted(reference, fitting, nfe),
                     deadline=deadline,
                     progress=self.progress,
                 ).to_record()
 
             advice.append(Advice.from_record(self.run.record(f"advice-{nfe}", make)))
         return advice
+
+    def fitted(
+        self, reference: Reference, grids: Sequence[Mapping[int, BestGrid]], nfe: int
+    ) -> list[Tried]:
+        """Returns the methods whose weights are fitted to the reference, as :func:`fewstep.fit` does."""
+        if nfe >= len(reference.times):
+            return []
+        found = fit_on(self.denoiser, reference, grids, nfe, progress=self.progress)
+        return [
+            Tried(
+                fitted.solver.name,
+                label,
+                tuple(times.tolist()),
+                measured=float((fitted.end - reference.end).cpu().double().square().mean().sqrt()),
+                weights=fitted.solver.weights,
+            )
+            for label, (times, fitted) in zip(("fitted", "fitted 2"), found, strict=False)
+        ]
 
     def fitting(self, reference: Reference, path: Route, shown: Advice) -> dict[str, Any]:
         assert self.subject.data is not None
