@@ -51,9 +51,9 @@ def quiet_diffusers() -> None:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command; returns what it told: the error where one was expected, else the output.
+    """Runs a command; returns its message: the error where one was expected, else the output.
 
-    ``said``: what lines may say before an error; ``logged``: whether the log is returned too.
+    ``said``: the beginnings of lines that may precede an error; ``logged``: whether the log is returned too.
     """
 
     def inner(
@@ -63,7 +63,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         out, err = capsys.readouterr()
         assert got == code, f"exit code {got}\n{out}\n{err}"
         if code == 2:
-            # Nothing was done yet: at most it was said what was about to be.
+            # Nothing was done yet: at most the next step was announced.
             assert all(any(start in line for start in said) for line in out.splitlines())
             # So does a stage of progress, which is one line where there is no terminal.
             err = re.sub(r"^[a-z ]+: 0 of \d+\n", "", err)

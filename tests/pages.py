@@ -1,4 +1,4 @@
-"""What tests of reports share: a reader of pages, and what a browser asked for."""
+"""Shared code of tests of reports: a reader of pages, and the requests of a browser."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Reader(HTMLParser):
 
 
 def requests(driver: Any) -> Iterator[str]:
-    """The addresses that a browser asked for since it was last looked."""
+    """The addresses that a browser has requested since the last call."""
     for entry in driver.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":

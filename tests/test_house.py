@@ -268,8 +268,10 @@ def test_import_costs_nothing():
     code = (
         "import fewstep, sys; print(sorted({'torch', 'numpy', 'rich', 'PIL'} & set(sys.modules)))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "[]"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
 
 
 def test_types_ship():

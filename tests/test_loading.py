@@ -1,4 +1,4 @@
-"""Loading: names and folders, devices, and what a folder without a model is told."""
+"""Loading: names and folders, devices, and the hints about a folder without a model."""
 
 from __future__ import annotations
 

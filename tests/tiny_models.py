@@ -16,7 +16,7 @@ def write_tiny(folder: Path, *, classes: int | None = 3, size: int = 8, seed: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = SmallUNet(channels=[4, 8], blocks=[1, 1], attention=[1], num_classes=classes)
-        for parameter in network.parameters():  # the silent layers must say something
+        for parameter in network.parameters():  # zero-initialised layers must have an effect
             torch.nn.init.normal_(parameter, std=0.1)
     return write_model(
         folder,

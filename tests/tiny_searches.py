@@ -17,7 +17,7 @@ MODEL = exact.sharp(VP, std=0.05)
 
 
 def onto_zero(steps: int, kind: str, schedule=VP) -> list[float]:
-    """K calls, the last step onto the data: linear, quadratic or even in the log-SNR."""
+    """K evaluations, the last step onto the data: linear, quadratic or even in the log-SNR."""
     if kind == "logsnr":
         times = fewstep.grid("log-rho", schedule, steps).times.tolist()[:-1]
     else:

@@ -162,7 +162,7 @@ def test_zero_terminal_snr_equals_the_twin(solver, twin, order, prediction):
     [("dpmpp-2m", "DPMSolverMultistepScheduler"), ("unipc2", "UniPCMultistepScheduler")],
 )
 def test_flow_sigmas_equal_the_twin(solver, twin):
-    """diffusers cuts the times that it tells the network down to whole numbers; ours are exact."""
+    """diffusers truncates the conditioning timesteps to integers; ours are exact."""
     config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
     theirs = getattr(diffusers, twin)(**config)
     ours = PlanScheduler.from_config(theirs.config, solver=solver)
@@ -569,15 +569,15 @@ def test_plan_from_scheduler_reproduces_its_samples(name, config, arguments):
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, 4, 4)
     z, *draws = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(40))
-    told: list[float] = []
+    times_seen: list[float] = []
 
-    def answer(x: Tensor, k: int, t: float) -> Tensor:
-        told.append(t)
+    def output(x: Tensor, k: int, t: float) -> Tensor:
+        times_seen.append(t)
         return network(x, t)
 
     runner = Runner(scheduler, 8, None, arguments)
-    want = runner.run(z, answer, lambda i, shape: draws[i])
-    times = iter(told)
+    want = runner.run(z, output, lambda i, shape: draws[i])
+    times = iter(times_seen)
     start = plan.schedule.prior_std(float(plan.knots[0])) * z
     got = execute(plan, lambda x, t: network(x, next(times)), start, draw=draws.__getitem__)
     assert plan.nfe == len(want.inputs)
@@ -601,12 +601,12 @@ def test_the_brownian_motion_of_sde_is_that_of_diffusers():
     for a, b in itertools.pairwise(levels):
         middle = (a * b) ** 0.5
         draws += [tree(a, middle), tree(middle, b)]
-    told: list[float] = []
+    times_seen: list[float] = []
     for t in scheduler.timesteps:
         y = scheduler.scale_model_input(x, t)
-        told.append(float(t))
+        times_seen.append(float(t))
         x = scheduler.step(network(y, t), t, x).prev_sample
-    times = iter(told)
+    times = iter(times_seen)
     start = plan.schedule.prior_std(float(plan.knots[0])) * z
     got = execute(plan, lambda x, t: network(x, next(times)), start, draw=draws.__getitem__)
     assert plan.n_noise == len(draws)
@@ -631,7 +631,7 @@ def test_what_is_not_affine_is_refused_by_name(name, config, option):
 
 
 def test_deis_wastes_its_last_karras_step():
-    """With Karras levels DEIS repeats the last one, so its last call changes nothing; ours does not."""
+    """With Karras levels DEIS repeats the last one, so its last evaluation changes nothing; ours does not."""
     plan = plan_from_scheduler(diffusers.DEISMultistepScheduler(use_karras_sigmas=True), 8)
     assert float(plan.flat().B[-1, -1].abs()) < 1e-6
     ours = PlanScheduler(solver="logrhoab1", use_karras_sigmas=True)
@@ -727,7 +727,7 @@ def test_tensor_operations_are_counted(solver, most):
 def test_auto_on_another_grid(grid):
     chosen = PlanScheduler(solver="auto", grid=grid)
     chosen.set_timesteps(6)
-    named = PlanScheduler(solver="unipc2", grid=grid)  # what auto takes below 10 calls
+    named = PlanScheduler(solver="unipc2", grid=grid)  # the choice of auto below 10 evaluations
     named.set_timesteps(6)
     assert torch.equal(chosen.timesteps, named.timesteps)
     assert chosen.plan.to_json() == named.plan.to_json()

@@ -109,7 +109,7 @@ def test_states_keep_their_type(solver, dtype):
     if solver in ("dpmpp-2m-sde", "ddpm"):
         return  # generators draw other numbers in other types
     exact = loop(PlanScheduler(solver=solver), ramp().double())
-    # bfloat16 has three digits in each answer, and there are ten.
+    # bfloat16 has three digits in each output, and there are ten.
     assert tiny.relative(found.double(), exact) < {8: 1e-5, 4: 1e-3, 2: 0.2}[dtype.itemsize]
 
 
@@ -181,7 +181,7 @@ def test_the_public_names():
 
 
 def test_a_single_call_at_any_time():
-    """As diffusers' tests call it: no order of calls, plain integers as times."""
+    """As in diffusers' tests: calls in any order, plain integers as times."""
     ours, x = PlanScheduler(solver="ddim", clip_sample=False), ramp()
     theirs = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="leading")
     for t in (1, 0):
@@ -231,6 +231,6 @@ def test_midway_starts_that_cannot_be_are_refused_with_the_mend():
     stored.set_begin_index(2)
     with pytest.raises(ValueError, match="recipe=None, solver='tab3'"):
         stored.step(x, stored.timesteps[2], x)
-    # The mend works.
-    mended = PlanScheduler.from_config(stored.config, recipe=None, solver="tab3")
-    assert not torch.equal(loop(mended, x, start=4), x)
+    # The fix in the message works.
+    repaired = PlanScheduler.from_config(stored.config, recipe=None, solver="tab3")
+    assert not torch.equal(loop(repaired, x, start=4), x)

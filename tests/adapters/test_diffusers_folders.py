@@ -1,4 +1,4 @@
-"""fewstep.load on pipelines of many kinds: the prediction is that of the pipeline's own network call, or it is said what is missing."""
+"""fewstep.load on pipelines of many kinds: the prediction is that of the pipeline's own network evaluation, or the error names what is missing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def euler() -> Any:
 
 
 def first_call(pipe: Any, **arguments: Any) -> tuple[torch.Tensor, float, torch.Tensor]:
-    """Runs a pipeline; returns the input, the timestep and the output of its first network call."""
+    """Runs a pipeline; returns the input, the timestep and the output of its first network evaluation."""
     call = tiny.first_call(pipe, output_type="latent", **arguments)
     return call.x, call.t, call.output
 

@@ -199,7 +199,7 @@ def test_a_flow_transformer(tmp_path):
     x = noise((2, 4, 8, 8))
     want = network(x, timestep=torch.tensor([300.0, 300.0]), **text).sample
     assert torch.allclose(model(x, 0.3, prediction="flow", **text), want, atol=1e-4)
-    # Euler by hand, from where the schedule starts: at pure noise nothing can be said in eps.
+    # Euler by hand, from where the schedule starts: at pure noise eps has no information.
     times = [model.schedule.t_max, 0.8, 0.6, 0.4, 0.2, 0.0]
     y = x
     for t, s in itertools.pairwise(times):

@@ -162,7 +162,7 @@ def test_same_pictures_as_diffusers(name, case):
 
 
 def test_unipc_in_a_flow_pipeline():
-    """diffusers cuts the times that the network is told down to whole numbers: not to rounding."""
+    """diffusers truncates the conditioning timesteps to integers: equal, but not to rounding."""
     solver, twin, config = FLOW_UNIPC
     build, arguments = PIPELINES["sd3"]
     theirs = getattr(diffusers, twin)(**config)
@@ -173,7 +173,7 @@ def test_unipc_in_a_flow_pipeline():
 
 
 def test_heun_in_text_to_image():
-    """Steps on trained levels: between them diffusers interpolates otherwise."""
+    """Steps on training timesteps: between them diffusers interpolates otherwise."""
     solver, twin, _ = HEUN
     build, arguments = PIPELINES["text"]
     theirs = getattr(diffusers, twin)(**LATENT)

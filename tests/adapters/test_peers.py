@@ -69,12 +69,12 @@ def test_it_is_the_loop_of_diffusers(smooth, name, nfe, steps, options):
     scheduler.set_timesteps(steps)
     z = NoiseSource(3, range(5)).draw(INITIAL, (2,))
     x = z * scheduler.init_noise_sigma
-    calls = 0
+    evaluations = 0
     for t in scheduler.timesteps:
-        calls += 1
+        evaluations += 1
         y = scheduler.scale_model_input(x, t)
         x = scheduler.step(smooth(y, float(t)), t, x).prev_sample
-    assert calls == nfe
+    assert evaluations == nfe
     assert rms(run(made).x, x) < 1e-4  # betas in float32, once from our table and once from theirs
 
 
@@ -134,14 +134,14 @@ def test_eta_goes_to_the_step(smooth):
 
 
 def test_saved_states_are_in_the_scale_of_the_model(smooth):
-    told = run(diffusers_sampler(smooth, "Euler", 40, timestep_spacing="trailing"), save=True)
+    saved = run(diffusers_sampler(smooth, "Euler", 40, timestep_spacing="trailing"), save=True)
     ours = sampler(smooth, solver="tab3", nfe=200)
     found = run(ours, save=True)
-    assert len(told.states) == len(told.times) == 41
-    assert told.times[0] == 999
-    place = int((found.times - told.times[20]).abs().argmin())
-    assert abs(float(found.times[place] - told.times[20])) < 4
-    assert rms(found.states[place], told.states[20]) < 0.02
+    assert len(saved.states) == len(saved.times) == 41
+    assert saved.times[0] == 999
+    place = int((found.times - saved.times[20]).abs().argmin())
+    assert abs(float(found.times[place] - saved.times[20])) < 4
+    assert rms(found.states[place], saved.states[20]) < 0.02
 
 
 def test_budgets_that_cannot_be_met_name_the_nearest(smooth):

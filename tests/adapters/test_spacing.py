@@ -142,7 +142,7 @@ def test_a_shift_in_flow_terms_of_other_schedulers():
     assert ours.sigmas.tolist() == pytest.approx([1, 0.82, 0.55, 0.10, 0], abs=1e-5)
 
 
-# Models with trained levels: sigma is sigma / alpha, options are spacings between the first and the last level.
+# Models with training timesteps: sigma is sigma / alpha, options are spacings between the first and the last level.
 
 SPACINGS: dict[str, tuple[dict[str, Any], Callable[[Levels], Levels]]] = {
     "none": ({}, lambda s: s),
@@ -174,8 +174,8 @@ def test_spacings_of_trained_levels_hold_however_the_grid_is_given(name, given, 
     want = formula(levels)
     assert ours.sigmas.tolist() == pytest.approx([*want, 0.0], rel=1e-4)
     # The network is conditioned on the time that belongs to each level.
-    told = ours.schedule.time(-torch.tensor(want, dtype=torch.float64).log())
-    assert ours.timesteps.tolist() == pytest.approx(told.tolist(), abs=2e-3)
+    timesteps = ours.schedule.time(-torch.tensor(want, dtype=torch.float64).log())
+    assert ours.timesteps.tolist() == pytest.approx(timesteps.tolist(), abs=2e-3)
 
 
 @pytest.mark.parametrize("solver", ["tab3", "dpmpp-2m"])
@@ -212,9 +212,9 @@ def test_own_levels_run_in_pipelines_that_pass_sigmas(kind):
     assert torch.equal(ours.sigmas, want[0])
     assert ours.plan.to_json() == want[1]
     if kind == "plan":  # its own levels given back, as sigmas or as timesteps
-        told = ours.timesteps.tolist()
+        timesteps = ours.timesteps.tolist()
         ours.set_timesteps(sigmas=want[0].tolist())
-        ours.set_timesteps(timesteps=told)
+        ours.set_timesteps(timesteps=timesteps)
         assert ours.plan.to_json() == want[1]
     if kind != "grid":
         with pytest.raises(ValueError, match="num_inference_steps=6"):

@@ -1,4 +1,4 @@
-"""Files: whole or not at all, and never a damaged one read in silence."""
+"""Files: atomic writes, and an error for a damaged one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fewstep analyze: files, going on after an interruption, what is refused, and the page."""
+"""fewstep analyze: files, resuming an interrupted run, what is refused, and the page."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
         patch.setattr(stages, "measure_gain", stop)
         patch.setattr(stages, "follow", stop)
         assert analyze(out) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "next: fewstep sample mixture-smooth --recipe" in told
+    text = " ".join(capsys.readouterr().out.split())
+    assert "next: fewstep sample mixture-smooth --recipe" in text
     assert not (out / "unfinished.json").exists()
     assert not (out / "parts").exists()
     assert "is omitted" in (out / "report.html").read_text()
@@ -168,7 +168,7 @@ def test_a_study_is_not_resumed_with_other_images(tmp_path, monkeypatch, capsys)
         (["--data", "fashion"], "not the images"),
     ],
 )
-def test_mistakes_are_told_beforehand(tmp_path, more, message, capsys):
+def test_mistakes_are_errors_beforehand(tmp_path, more, message, capsys):
     out = tmp_path / "out"
     words = ["analyze", "mixture-smooth", "--out", str(out), *more]
     assert run(words) == 2

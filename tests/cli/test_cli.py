@@ -423,7 +423,9 @@ def test_solvers_and_models_are_listed(command):
     for name in fewstep.SOLVERS:
         assert re.search(rf"^{re.escape(name)}\s+\d", listing, re.MULTILINE), name
     heun = next(line for line in listing.splitlines() if line.startswith("heun "))
-    assert re.search(r"\b(19|20)\b", heun)  # two calls a step, one for a last step onto zero
+    assert re.search(
+        r"\b(19|20)\b", heun
+    )  # two evaluations per step, one for a last step onto zero
     assert "https://arxiv.org" in command("solvers", "tab3")
     listing = command("models")
     assert all(name in listing for name in EMBEDDED)
@@ -489,7 +491,7 @@ def test_plan_diff_says_where(command, make, tmp_path):
         assert "the same sampler" in command("plan", "diff", ddim, same)
     assert "the same sampler" in command("plan", "diff", ddim, ddim)
     text = command("plan", "diff", same, other, code=1)
-    # tab1 starts with a step of tab0, so the first two calls are the same.
+    # tab1 starts with a step of tab0, so the first two evaluations are the same.
     assert "the plans differ, first at evaluation 2" in text
     longer = make("longer.json", "ddim", nfe=6)
     assert "A makes 5 evaluations and 0 draws, B 6 and 0" in command(
@@ -528,7 +530,7 @@ def test_plan_diff_names_a_wasted_call(command, make, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_plan_diff_of_schedulers(command, tmp_path):
-    """By name, by configuration; the wasted step is named; without a number of steps it is asked for."""
+    """By name, by configuration; the wasted step is named; a missing number of steps is an error."""
     diffusers = pytest.importorskip("diffusers")
     folder = tmp_path / "deis"
     diffusers.DEISMultistepScheduler(use_karras_sigmas=True).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""``fewstep compare``: the files that it writes, going on after an interruption, and its page."""
+"""``fewstep compare``: the files that it writes, resuming an interrupted run, and its page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def command(command):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A comparison of points with data, which several tests look at."""
+    """A comparison of points with data, shared by several tests."""
     out = tmp_path_factory.mktemp("compared") / "out"
     arguments = ["compare", "mixture-smooth", "--out", str(out), *SMALL]
     arguments += ["--solvers", "tab1,ddim,heun,ddim+eta=1.0", "--data", "mixture-smooth"]
@@ -54,7 +54,7 @@ def test_the_files_and_what_is_in_them(finished):
     assert "--metrics fid,kid" in content["command"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", content["date"])
     cells = {(c["sampler"], c["nfe"]): c for c in content["cells"]}
-    assert len(cells) == 8  # Heun makes 3 and 5 calls
+    assert len(cells) == 8  # Heun makes 3 and 5 evaluations
     assert set(cells["tab1", 5]["scores"]) == {"fid", "kid", "rms"}
     assert cells["ddim+eta=1.0", 3]["stochastic"]
     assert not cells["heun", 3]["stochastic"]
@@ -125,8 +125,10 @@ def test_a_browser_sorts_all_numbers(browser, finished):
         heads[place].find_element("tag name", "button").click()
         assert column(place) == sorted(before, reverse=True)
     assert browser.get_log("browser") == []
-    asked = [url for url in requests(browser) if url.startswith(("file:", "http", "ws", "ftp"))]
-    assert asked == [(finished / "report.html").as_uri()]
+    requested = [
+        url for url in requests(browser) if url.startswith(("file:", "http", "ws", "ftp"))
+    ]
+    assert requested == [(finished / "report.html").as_uri()]
     assert browser.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
 
 

@@ -23,9 +23,9 @@ def fitted(tmp_path_factory):
 
 def test_the_command_writes_into_the_models_folder(tmp_path, command):
     folder = write_tiny(tmp_path / "model")
-    said = command("fit", folder, "--nfe", "2,3", "-n", 4)
-    assert f"wrote {folder / 'profile.json'}" in said
-    line = next(line for line in said.splitlines() if line.startswith("next: "))
+    text = command("fit", folder, "--nfe", "2,3", "-n", 4)
+    assert f"wrote {folder / 'profile.json'}" in text
+    line = next(line for line in text.splitlines() if line.startswith("next: "))
     assert line == f"next: fewstep sample {folder} --nfe 3 --out samples"
     profile = fewstep.Profile.load(folder / "profile.json")
     assert [row["nfe"] for row in profile.table()] == [2, 3]

@@ -200,18 +200,18 @@ def test_wrong_arguments_are_refused_before_any_evaluation():
 
 
 class Labelled(nn.Module):
-    """Two Gaussians by class, and both without one; remembers which classes it was asked for."""
+    """Two Gaussians by class, and both without one; records the classes of its evaluations."""
 
     num_classes = 2
 
     def __init__(self, schedule):
         super().__init__()
         self.means = nn.Parameter(torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.2]]))
-        self.schedule, self.asked = schedule, []
+        self.schedule, self.labels_seen = schedule, []
 
     def forward(self, x, t, class_labels=None):
         labels = torch.full((len(x),), 2) if class_labels is None else class_labels
-        self.asked += labels.tolist()
+        self.labels_seen += labels.tolist()
         alpha, sigma = (
             f(t.double()).float()[:, None] for f in (self.schedule.alpha, self.schedule.sigma)
         )
@@ -233,7 +233,7 @@ def labelled():
 
 def test_classes_and_guidance_belong_to_the_search(labelled):
     tuned = fewstep.tune(labelled, nfe=2, objective="endpoint", search=TINY, guidance=1.5)
-    assert set(labelled.network.asked) == {0, 1, 2}  # both classes, and none for guidance
+    assert set(labelled.network.labels_seen) == {0, 1, 2}  # both classes, and none for guidance
     assert tuned.recipe.guidance == 1.5
     assert tuned.recipe.about["conditions"] == {"class_labels": [0, 1]}
     labels = torch.tensor([0, 1, 1])
@@ -242,21 +242,21 @@ def test_classes_and_guidance_belong_to_the_search(labelled):
     assert torch.equal(got, wanted)
     data = torch.randn((60, 2), generator=torch.Generator().manual_seed(0))
     for objective in ("mmd", "mmd+0.2*endpoint"):
-        labelled.network.asked.clear()
+        labelled.network.labels_seen.clear()
         fewstep.tune(labelled, nfe=2, objective=objective, data=data, search=TINY)
-        assert set(labelled.network.asked) == {0, 1}
-    labelled.network.asked.clear()
+        assert set(labelled.network.labels_seen) == {0, 1}
+    labelled.network.labels_seen.clear()
     fewstep.tune(labelled, nfe=2, objective="endpoint", search=TINY, class_labels=[1])
-    assert set(labelled.network.asked) == {1}
+    assert set(labelled.network.labels_seen) == {1}
 
 
 def test_networks_of_whole_times():
-    """They are asked at whole times alone, by the teacher too."""
-    asked = []
+    """They are evaluated at integer timesteps alone, by the teacher too."""
+    times_seen = []
     levels = fewstep.schedule("ddpm-linear")
 
     def network(x, t):
-        asked.append(t)
+        times_seen.append(t)
         return x * torch.sigmoid(t.double() / 500 - 1)[:, None].to(x)
 
     model = fewstep.Denoiser.wrap(
@@ -266,7 +266,7 @@ def test_networks_of_whole_times():
     for objective in ("endpoint", "trajectory"):
         tuned = fewstep.tune(model, **arguments, objective=objective, search=TINY)
         assert torch.equal(tuned.plan.times, tuned.plan.times.round())
-    assert all(t.dtype == torch.int64 for t in asked)
+    assert all(t.dtype == torch.int64 for t in times_seen)
 
 
 def test_one_evaluation():
@@ -351,10 +351,10 @@ COMMAND += ["--setting", "pairs=20", "--setting", "heldout=30", "--setting", "te
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "tuned.json"
     assert run([*COMMAND, "--out", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert f"wrote {out}" in told
-    assert "rms to the teacher" in told
-    assert "next: fewstep sample mixture-smooth --recipe" in told
+    text = capsys.readouterr().out
+    assert f"wrote {out}" in text
+    assert "rms to the teacher" in text
+    assert "next: fewstep sample mixture-smooth --recipe" in text
     page = (tmp_path / "tuned.search" / "report.html").read_text()
     assert "Judgements" in page
     assert page.count("<svg") >= 2
@@ -385,11 +385,11 @@ def test_a_worse_result_is_not_written_unless_asked(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(problem, "final_scores", planted)
     out = tmp_path / "tuned.json"
     assert run([*COMMAND, "--out", str(out)]) == 3
-    said = capsys.readouterr().out
-    assert "the result is worse than the start: FID (planted) 24 (23 to 25) before, 54.6" in said
-    assert "better" not in said
-    assert "was not written" in said
-    assert "--keep-worse" in said
+    text = capsys.readouterr().out
+    assert "the result is worse than the start: FID (planted) 24 (23 to 25) before, 54.6" in text
+    assert "better" not in text
+    assert "was not written" in text
+    assert "--keep-worse" in text
     assert not out.exists()
     assert "worse than the start" in (tmp_path / "tuned.search" / "report.html").read_text()
     assert run([*COMMAND, "--out", str(out), "--keep-worse"]) == 0
@@ -398,7 +398,7 @@ def test_a_worse_result_is_not_written_unless_asked(tmp_path, capsys, monkeypatc
 
 
 def test_mistakes_at_the_command_line(tmp_path, capsys):
-    for extra, told in (
+    for extra, message in (
         (["--family", "nothing"], "Unknown family"),
         (["--setting", "nothing=1"], "no setting"),
         (["--nfe", "0"], "nfe must be"),
@@ -408,7 +408,7 @@ def test_mistakes_at_the_command_line(tmp_path, capsys):
         base = COMMAND if "--nfe" not in extra else COMMAND[:2]
         arguments = extra if "--out" in extra else [*extra, "--out", str(tmp_path / "x.json")]
         assert run([*base, *arguments]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("features", [None, "fashion", "fashion-robust"])

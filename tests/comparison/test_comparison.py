@@ -1,4 +1,4 @@
-"""Comparisons: what is measured is what it says, and nothing is run twice."""
+"""Comparisons: the measures are correct, and nothing is run twice."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fewstep.models.exact import smooth
 from fewstep.sampling.auto import choose
 from fewstep.sampling.sample import sampler
 
-N, SEED, CALLS = 24, 3, 12
+N, SEED, NFE = 24, 3, 12
 
 
 class Counting(fewstep.Denoiser):
-    """Counts the calls of an exact model, in samples."""
+    """Counts the evaluations of an exact model, in samples."""
 
     def __init__(self, schedule="vp-linear"):
         super().__init__()
@@ -49,7 +49,7 @@ def data():
 
 
 def run(model, folder, samplers="tab1,ddim", nfe=(3, 5), **options):
-    settings = {"n": N, "seed": SEED, "reference_nfe": CALLS, "batch_size": 10, "metrics": ["fid"]}
+    settings = {"n": N, "seed": SEED, "reference_nfe": NFE, "batch_size": 10, "metrics": ["fid"]}
     return compare(model, samplers, nfe=list(nfe), folder=folder, **{**settings, **options})
 
 
@@ -185,14 +185,14 @@ def test_the_identity_of_a_scheduler_is_its_configuration(vp):
 
 def test_numbers_are_those_of_the_samples(tmp_path, model, data):
     found = run(model, tmp_path, data=data, metrics=["fid", "kid"])
-    end = fewstep.sample(model, N, solver="auto", nfe=CALLS, seed=SEED)
+    end = fewstep.sample(model, N, solver="auto", nfe=NFE, seed=SEED)
     zero = model(end, model.schedule.t_min, prediction="x0")
     for cell in found.cells:
         x = fewstep.sample(model, N, solver=cell.name, nfe=cell.nfe, seed=SEED)
         near = min((metrics.rms(x, e) for e in (end, zero)), key=float)
-        told = cell.scores["rms"]
-        assert told.value == pytest.approx(near.value, rel=1e-6)
-        assert (told.low, told.high) == pytest.approx((near.low, near.high), rel=1e-6)
+        score = cell.scores["rms"]
+        assert score.value == pytest.approx(near.value, rel=1e-6)
+        assert (score.low, score.high) == pytest.approx((near.low, near.high), rel=1e-6)
         for name, measure in (("fid", metrics.fid), ("kid", metrics.kid)):
             wanted = measure(x, data)
             got = cell.scores[name]
@@ -325,7 +325,7 @@ class Stop(Silent):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("after", [1, 20, 3 * CALLS + 1, 3 * CALLS + 8, 3 * (CALLS + 3) + 4])
+@pytest.mark.parametrize("after", [1, 20, 3 * NFE + 1, 3 * NFE + 8, 3 * (NFE + 3) + 4])
 def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path, data, after):
     whole = run(Counting(), tmp_path / "whole", data=data)
     model = Counting()
@@ -334,20 +334,20 @@ def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path, data, after):
     found = run(model, tmp_path / "cut", data=data)
     assert scores(found) == scores(whole)
     assert found.reference.scores == whole.reference.scores
-    # Each batch once, but for the one that was cut (at most 10 samples and the calls of a run).
-    once = N * (CALLS + 1 + 2 * (3 + 5))
-    assert once < model.seen <= once + 10 * CALLS
+    # Each batch once, but for the one that was cut (at most 10 samples and the evaluations of a run).
+    once = N * (NFE + 1 + 2 * (3 + 5))
+    assert once < model.seen <= once + 10 * NFE
     assert not list((tmp_path / "cut" / "cells").glob("ddim*.parts"))
 
 
 def test_what_is_there_is_not_run_again(tmp_path, data):
     model = Counting()
     first = run(model, tmp_path, data=data)
-    before, watch = model.seen, Stop(1000)
-    second = run(model, tmp_path, "ddim,tab2,tab1", (3, 5), data=data, progress=watch)
+    before, progress_seen = model.seen, Stop(1000)
+    second = run(model, tmp_path, "ddim,tab2,tab1", (3, 5), data=data, progress=progress_seen)
     assert model.seen - before == N * (3 + 5)  # tab2 alone
-    assert "ddim, 3: stored" in watch.notes
-    assert "tab2, 3" in watch.notes
+    assert "ddim, 3: stored" in progress_seen.notes
+    assert "tab2, 3" in progress_seen.notes
     both = scores(second)
     assert {key: both[key] for key in scores(first)} == scores(first)
     third = run(model, tmp_path, "tab2", (5,), data=data, metrics=["fid", "kid"])
@@ -436,7 +436,7 @@ def test_a_damaged_batch_of_the_reference_is_drawn_again(tmp_path, model):
     file.write_bytes(file.read_bytes()[:-7])
     before = model.seen
     assert scores(run(model, tmp_path)) == scores(first)
-    assert model.seen - before == 10 * (CALLS + 1)
+    assert model.seen - before == 10 * (NFE + 1)
 
 
 # What is said

@@ -73,9 +73,7 @@ def test_the_combination_of_data_and_noise(kind: Prediction) -> None:
 
 
 @pytest.mark.parametrize("kind", Prediction)
-def test_the_exact_denoiser_answers_in_every_convention(
-    kind: Prediction, vp: NoiseSchedule
-) -> None:
+def test_the_exact_denoiser_in_every_convention(kind: Prediction, vp: NoiseSchedule) -> None:
     exact = GaussianMixture([[MEAN, MEAN]], [STD], [1.0], vp)
     t, x = _inside(vp), normal(10, 2)
     a, s = vp.alpha(t)[:, None], vp.sigma(t)[:, None]

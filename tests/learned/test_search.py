@@ -371,7 +371,7 @@ def test_the_guard_against_a_loss_that_does_not_see():
 
 
 def test_the_result_is_the_best_on_the_held_out_noise():
-    """The cubic kernel on coordinates: good at first, worse as it goes on."""
+    """The cubic kernel on coordinates: good at first, worse later."""
     tuned = tune(
         RING, nfe=5, family="ggdm+pred-free+time", objective="mmd", data=DATA,
         solver="ddim", grid="explicit", options=quad(),

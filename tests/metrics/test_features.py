@@ -193,5 +193,7 @@ def test_nothing_imports_torchvision() -> None:
         "found = metrics.kid(x, metrics.Reference.load('fashion'), blocks=2)\n"
         "print(found.value > 0)"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "True"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "True"

@@ -76,25 +76,25 @@ def test_pixels_have_no_embedded_reference() -> None:
 
 
 def test_samples_are_looked_at_as_the_reference_does(data) -> None:
-    look = Look()
-    found = Reference.load(data, look, cache=data.parent / "cache")
+    extract = Look()
+    found = Reference.load(data, extract, cache=data.parent / "cache")
     x = torch.rand((40, 1, 4, 4), generator=torch.Generator().manual_seed(1)) * 2 - 1
-    expected = metrics.frechet_distance(Statistics.of(look(x).double()), found.statistics)
-    for features in (None, look, Look()):
+    expected = metrics.frechet_distance(Statistics.of(extract(x).double()), found.statistics)
+    for features in (None, extract, Look()):
         assert metrics.fid(x, found, features=features).value == pytest.approx(float(expected))
-    assert metrics.fid(look(x), found).value == pytest.approx(float(expected))
+    assert metrics.fid(extract(x), found).value == pytest.approx(float(expected))
     for heldout, side in ((False, found.features), (True, found.heldout)):
         assert metrics.kid(x, found, heldout=heldout).value == pytest.approx(
-            metrics.kid(look(x), side).value
+            metrics.kid(extract(x), side).value
         )
         ours = metrics.precision_recall(x, found, heldout=heldout, neighbours=3)
-        theirs = metrics.precision_recall(look(x), side, neighbours=3)
+        theirs = metrics.precision_recall(extract(x), side, neighbours=3)
         assert [e.value for e in ours] == pytest.approx([e.value for e in theirs])
     assert metrics.fid(x, found, heldout=True).value == pytest.approx(
-        metrics.fid(look(x), found.heldout).value
+        metrics.fid(extract(x), found.heldout).value
     )
     assert metrics.sliced_wasserstein(x, found).value == pytest.approx(
-        metrics.sliced_wasserstein(look(x), found.features).value
+        metrics.sliced_wasserstein(extract(x), found.features).value
     )
 
 
@@ -177,9 +177,9 @@ def test_a_damaged_cache_is_made_anew_with_a_warning(data, damage, caplog) -> No
     assert "computed again" in caplog.text
     assert torch.equal(made.statistics.mean, first.statistics.mean)
     caplog.clear()
-    Reference.load(data, look := Look(), cache=cache)
+    Reference.load(data, extract := Look(), cache=cache)
     assert not caplog.text
-    assert look.seen == 0
+    assert extract.seen == 0
 
 
 def test_a_callable_without_a_checksum_is_not_cached(data) -> None:

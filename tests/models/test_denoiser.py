@@ -34,13 +34,13 @@ def by_definition(name, x0, eps, alpha, sigma):
 
 @pytest.mark.parametrize("source", PREDICTIONS)
 @pytest.mark.parametrize("target", PREDICTIONS)
-def test_any_network_answers_any_question(source, target):
+def test_every_prediction_of_every_network(source, target):
     x, t = states(), torch.tensor([0.2, 0.4, 0.5, 0.8, 0.9], dtype=torch.float64)
     alpha, sigma = SCHEDULE.alpha(t)[:, None], SCHEDULE.sigma(t)[:, None]
     eps = MODEL(x, t, prediction="eps")
     x0 = (x - sigma * eps) / alpha
-    told = by_definition(source, x0, eps, alpha, sigma)
-    denoiser = fewstep.Denoiser.wrap(lambda x, t: told, schedule=SCHEDULE, prediction=source)
+    output = by_definition(source, x0, eps, alpha, sigma)
+    denoiser = fewstep.Denoiser.wrap(lambda x, t: output, schedule=SCHEDULE, prediction=source)
     expected = by_definition(target, x0, eps, alpha, sigma)
     torch.testing.assert_close(denoiser(x, t, prediction=target), expected, rtol=1e-9, atol=1e-9)
 
@@ -236,20 +236,20 @@ def test_guidance_is_finite():
 # Clipping and thresholds
 
 
-def answering(x0):
+def predicting(x0):
     return fewstep.Denoiser.wrap(lambda x, t: x0, schedule=SCHEDULE, prediction="x0")
 
 
-def test_clipped_answers_consistently_in_every_prediction():
+def test_clipping_is_the_same_in_every_prediction():
     x = states()
-    clipped = fewstep.Clipped(answering(3 * states()), -1.0, 1.0)
+    clipped = fewstep.Clipped(predicting(3 * states()), -1.0, 1.0)
     x0 = clipped(x, 0.5, prediction="x0")
     assert torch.equal(x0, (3 * states()).clamp(-1, 1))
     t = torch.tensor(0.5, dtype=torch.float64)
     eps = (x - SCHEDULE.alpha(t) * x0) / SCHEDULE.sigma(t)
     torch.testing.assert_close(clipped(x, 0.5, prediction="eps"), eps)
     with pytest.raises(ValueError, match="low must be below high"):
-        fewstep.Clipped(answering(x), 1.0, 1.0)
+        fewstep.Clipped(predicting(x), 1.0, 1.0)
 
 
 @pytest.mark.parametrize("quantile", [0.01, 0.5, 0.9, 0.995, 1.0])
@@ -259,7 +259,7 @@ def test_thresholded_equals_torch_quantile(quantile, size):
     x0[2] *= 1e-3  # inside of the range: nothing is done
     scale = torch.quantile(x0.abs(), quantile, dim=1, keepdim=True).clamp(min=1)
     expected = x0.clamp(-scale, scale) / scale
-    made = fewstep.Thresholded(answering(x0), quantile)(x0, 0.5, prediction="x0")
+    made = fewstep.Thresholded(predicting(x0), quantile)(x0, 0.5, prediction="x0")
     torch.testing.assert_close(made, expected)
     assert torch.equal(made[2], x0[2])
 
@@ -267,7 +267,7 @@ def test_thresholded_equals_torch_quantile(quantile, size):
 @pytest.mark.parametrize("options", [{"quantile": 0.0}, {"quantile": 1.1}, {"limit": 0.0}])
 def test_thresholds_are_in_range(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        fewstep.Thresholded(answering(states()), **options)
+        fewstep.Thresholded(predicting(states()), **options)
 
 
 def test_wrappers_wrap_denoisers_and_each_other():

@@ -77,7 +77,7 @@ def test_another_precision(folder):
 
 @pytest.mark.parametrize("name", ["mixture-smooth", "mixture-sharp"])
 def test_embedded_mixtures(name):
-    """Many calls of DDIM from noise come to the mixture's own mean and covariance."""
+    """Many evaluations of DDIM from noise come to the mixture's own mean and covariance."""
     model = fewstep.load(name)
     made = fewstep.sample(model, 2000, solver="tab2", nfe=30).double()
     true = model.draw(20_000)
@@ -218,7 +218,7 @@ def test_fuzzed_descriptions(original, tmp_path, data):
 @FUZZ
 @given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
 def test_fuzzed_weights(original, tmp_path, place, byte, cut):
-    """The checksum is made to fit, as whoever edits the weights would."""
+    """The checksum is updated too, as when somebody edits the weights."""
     target = tmp_path / "fuzzed"
     shutil.copytree(original, target, dirs_exist_ok=True)
     file = target / "model.safetensors"

@@ -247,7 +247,7 @@ def test_each_frame_starts_as_the_teacher_at_its_label():
 
 
 def test_at_the_start_the_path_is_the_input():
-    """Whatever the network says: a time just below T gives x_T."""
+    """For any network output a time just below T gives x_T."""
     model = teacher()
     start = model.schedule.t_max
     layout = Layout(times=(start - 1e-9, 0.1), start=start)
@@ -631,7 +631,7 @@ def test_the_folder(extra, tmp_path):
     assert again.about["training"] == {"steps": 3}
     assert again.operator.layout == operator.layout
     made = [fewstep.sample(m, 3, class_labels=1, save="states") for m in (OperatorModel(operator), again)]  # fmt: skip
-    # Weights are kept in half precision.
+    # Weights are stored in half precision.
     torch.testing.assert_close(made[1].states, made[0].states, rtol=2e-2, atol=2e-2)
     double = fewstep.load(tmp_path, dtype=torch.float64)
     assert next(double.parameters()).dtype == torch.float64

@@ -124,7 +124,7 @@ def test_conversion_goes_there_and_back(where: str) -> None:
 
 
 def test_ddim_in_eps_and_first_order_in_data_are_one_method(vp: NoiseSchedule) -> None:
-    """DPM-Solver++(1) is DDIM: equal tables once both ask for the same prediction."""
+    """DPM-Solver++(1) is DDIM: equal tables once both are written for the same prediction."""
     grid = fewstep.grid("log-rho", vp, 1)
     data = SOLVERS["dpmpp-2m"]().plan(grid)
     ddim = SOLVERS["ddim"]().plan(grid)
@@ -153,21 +153,21 @@ def test_the_difference_of_tables_is_the_largest_one(vp: NoiseSchedule) -> None:
 
 
 def test_flat_and_rows_are_the_same_map(vp: NoiseSchedule) -> None:
-    """Y = a x_T + B F + C Z with the answers of a run put in by hand."""
+    """Y = a x_T + B F + C Z with the outputs of a run put in by hand."""
     plan = fewstep.plan("accelerated-ddpm", vp, steps=4)
     exact = GaussianMixture([[0.3], [-1.0]], [0.2, 0.5], [1.0, 2.0], vp)
     a, b, c = plan.flat()
     start = normal(5, 1)
     draws = normal(plan.n_noise, 5, 1, seed=1)
-    answers: list[Tensor] = []
+    outputs: list[Tensor] = []
     for k in range(plan.nfe + 1):
         y = a[k] * start
-        for j, f in enumerate(answers):
+        for j, f in enumerate(outputs):
             y = y + b[k, j] * f
         for j in range(plan.n_noise):
             y = y + c[k, j] * draws[j]
         if k < plan.nfe:
-            answers.append(exact(y, plan.times[k]))
+            outputs.append(exact(y, plan.times[k]))
     from fewstep.plans.execute import execute
 
     got = execute(plan, lambda x, t: exact(x, t), start, draw=lambda index: draws[index])

@@ -80,26 +80,26 @@ def test_in_place_equals_functional(name):
 def test_run_equals_flat_form(name):
     plan = plan_of(name)
     x, z = start(), noises(plan, (3, 2))
-    asked, answers = [], []
+    inputs, outputs = [], []
 
     def f(x, t):
-        asked.append(x.clone())
-        answers.append(network_of(plan)(x, t))
-        return answers[-1]
+        inputs.append(x.clone())
+        outputs.append(network_of(plan)(x, t))
+        return outputs[-1]
 
     result = execute(plan, f, x, draw=z.__getitem__)
     flat = plan.flat()
     assert flat.B.shape == (plan.nfe + 1, plan.nfe)
     assert torch.equal(flat.B.tril(-1), flat.B)
-    told = torch.stack([*asked, result])
-    made = torch.einsum("k,bd->kbd", flat.a, x) + torch.einsum(
-        "kj,jbd->kbd", flat.B, torch.stack(answers)
+    rows = torch.stack([*inputs, result])
+    expected = torch.einsum("k,bd->kbd", flat.a, x) + torch.einsum(
+        "kj,jbd->kbd", flat.B, torch.stack(outputs)
     )
     if z:
-        made = made + torch.einsum("km,mbd->kbd", flat.C, torch.stack(z))
+        expected = expected + torch.einsum("km,mbd->kbd", flat.C, torch.stack(z))
     # Terms of the flat form cancel, so its rounding is relative to the size of its weights.
     size = max(float(t.abs().max()) for t in flat if t.numel())
-    torch.testing.assert_close(told, made, rtol=1e-9, atol=1e-11 * max(1.0, size))
+    torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-11 * max(1.0, size))
 
 
 @pytest.mark.parametrize("name", WITH_PLANS)
@@ -117,8 +117,8 @@ def test_stepper_equals_sample(name):
     assert torch.equal(trajectory.x, whole)
 
 
-def test_step_tells_both_predictions():
-    """x = alpha x0 + sigma eps holds at the state where the network was asked."""
+def test_step_has_both_predictions():
+    """x = alpha x0 + sigma eps holds at the input of the evaluation."""
     noise = start()
     plan = plan_of("ddim")
     trajectory = fewstep.sample(MODEL, plan=plan, noise=noise, save="states")
@@ -128,20 +128,20 @@ def test_step_tells_both_predictions():
         torch.testing.assert_close(step.eps, MODEL(trajectory.states[k], plan.times[k]))
 
 
-def test_states_told_are_never_overwritten():
+def test_callback_states_are_never_overwritten():
     plan = plan_of("rho-rk4", 12)
-    told: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def on_state(knot, state):
-        told[knot] = (state, state.clone())
+        seen[knot] = (state, state.clone())
 
     execute(plan, network_of(plan), start(), on_state=on_state)
-    assert sorted(told) == [1, 2, 3]
-    for state, copy in told.values():
+    assert sorted(seen) == [1, 2, 3]
+    for state, copy in seen.values():
         assert torch.equal(state, copy)
 
 
-def test_answer_after_the_end_is_refused():
+def test_output_after_the_end_is_refused():
     plan = plan_of("ddim", 1)
     run = Execution(plan, start())
     run.advance(start())
@@ -203,11 +203,11 @@ def test_operations_of_a_step(name, nfe):
     plan = fewstep.plan(name, SCHEDULE, nfe=nfe)
     x = start()
     run = Execution(plan, x)
-    answers = [torch.randn_like(x) for _ in range(nfe)]
+    outputs = [torch.randn_like(x) for _ in range(nfe)]
     most, total = 0, 0
-    for answer in answers:
+    for output in outputs:
         with Tracker() as tracker:
-            run.advance(answer)
+            run.advance(output)
         most, total = max(most, tracker.count), total + tracker.count
     assert run.request is None
     assert most <= OPERATIONS[name]
@@ -219,12 +219,12 @@ def test_operations_of_a_step(name, nfe):
 def test_operations_of_the_whole_sampler(name, native):
     """PlanSampler.run with a network that costs none; conversion adds at most two a step.
 
-    What a batch costs once (times and factors laid out, one look for NaN) drops out of the
+    What a batch costs once (times and factors, one check for NaN) drops out of the
     difference between 40 and 20 steps.
     """
     x = start()
-    answer = torch.randn_like(x)
-    denoiser = fewstep.Denoiser.wrap(lambda x, t: answer, schedule=SCHEDULE, prediction=native)
+    output = torch.randn_like(x)
+    denoiser = fewstep.Denoiser.wrap(lambda x, t: output, schedule=SCHEDULE, prediction=native)
     counts = []
     for nfe in (20, 40):
         plan = fewstep.plan(name, SCHEDULE, nfe=nfe)
@@ -242,7 +242,7 @@ def test_operations_of_the_whole_sampler(name, native):
     ("name", "most"), [("ddim", 3), ("dpmpp-2m", 4), ("tab3", 6), ("rho-rk4", 6)]
 )
 def test_tensors_alive(name, most):
-    """State-sized memories alive at once, the caller's initial state and the new answer included."""
+    """State-sized memories alive at once, the caller's initial state and the new output included."""
     plan = fewstep.plan(name, SCHEDULE, nfe=12)
     x = torch.randn(16, 16, dtype=torch.float64)
     gc.collect(0)
@@ -287,15 +287,15 @@ def test_no_device_read_in_the_loop(name, monkeypatch):
         lambda x, t: torch.tanh(x), schedule=SCHEDULE, prediction=native
     )
     call = bind(denoiser, plan, len(x), {}, x)
-    calls = 0
+    evaluations = 0
     with monkeypatch.context() as patched, torch.no_grad():
         forbid_reads(patched)
         with pytest.raises(AssertionError, match="reads"):
             bool(x.sum() > 0)  # the alarm works
         while run.request is not None:
             run.advance(call(run.request.x, run.request.at))
-            calls += 1
-    assert calls == plan.nfe
+            evaluations += 1
+    assert evaluations == plan.nfe
     assert bool(run.result.isfinite().all())
 
 

@@ -97,7 +97,7 @@ REFUSED = {
     "negative register": ({"rows": [{"eval": [-1, 0]}], "result": 1}, "from 0"),
     "register of the future": ({"rows": [{"eval": [1, 0]}], "result": 1}, "not defined before"),
     "huge register": ({"rows": [{"eval": [10**30, 0]}], "result": 1}, "from 0 to"),
-    "calls out of order": ({"rows": [{"eval": [0, 1]}], "result": 1}, "in order"),
+    "evaluations out of order": ({"rows": [{"eval": [0, 1]}], "result": 1}, "in order"),
     "draws out of order": ({"rows": [{"noise": 3}], "result": 1}, "draws noise 3"),
     "a register twice": ({"rows": [{"lin": [[0, 1.0], [0, 2.0]]}], "result": 1}, "twice"),
     "no terms": ({"rows": [{"lin": []}], "result": 1}, "list of"),
@@ -319,7 +319,7 @@ def test_another_schedule_is_refused_with_the_time():
 
 
 def test_an_equal_schedule_of_another_name_is_accepted():
-    """Only the scales at the calls matter."""
+    """Only the scales at the evaluations matter."""
     ddpm = fewstep.schedule("ddpm-linear")
     table = fewstep.schedule("tabulated", alphas_cumprod=ddpm.alphas_cumprod)
     plan = fewstep.plan("ddim", ddpm, nfe=4)

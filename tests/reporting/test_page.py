@@ -144,8 +144,8 @@ def test_estimates_as_text(value, half, texts):
 
 
 def test_an_svg_has_the_values_and_follows_the_theme():
-    text = svg(line_plot(lines(), x_label="calls", y_label="error"), alt="x", prefix="p")
-    for word in (">calls<", ">error<", ">s0<", ">s2<"):
+    text = svg(line_plot(lines(), x_label="evaluations", y_label="error"), alt="x", prefix="p")
+    for word in (">evaluations<", ">error<", ">s0<", ">s2<"):
         assert word in text
     assert "var(--ink)" in text
     assert "var(--line)" in text
@@ -206,7 +206,9 @@ def test_a_browser_sorts_the_table_and_has_nothing_to_complain_of(browser, tmp_p
     heads[0].find_element("tag name", "button").click()
     assert order() == "abc"
     assert browser.get_log("browser") == []
-    asked = [url for url in requests(browser) if url.startswith(("file:", "http", "ws", "ftp"))]
-    assert asked == [path.as_uri()]
+    requested = [
+        url for url in requests(browser) if url.startswith(("file:", "http", "ws", "ftp"))
+    ]
+    assert requested == [path.as_uri()]
     width = browser.execute_script("return document.documentElement.scrollWidth - innerWidth")
     assert width <= 0  # nothing sticks out on a phone

@@ -81,21 +81,21 @@ def test_agrees_with_scipy(name):
 @pytest.mark.slow
 def test_error_follows_the_tolerance_at_order_five():
     reference = tight("smooth", 16).x
-    errors, calls = [], []
+    errors, evaluations = [], []
     for tolerance in (1e-3, 1e-5, 1e-7, 1e-9):
         made = solved(exact.smooth(VP), starts(16), rtol=tolerance, atol=tolerance)
         errors.append(rms(made.x - reference))
-        calls.append(made.nfe)
+        evaluations.append(made.nfe)
     for larger, smaller in itertools.pairwise(errors):
         assert smaller < larger / 20
     assert errors[-1] < 1e-8
-    # In the smooth regime the error falls with the fifth power of the number of calls.
-    order = math.log(errors[1] / errors[3]) / math.log(calls[3] / calls[1])
+    # In the smooth regime the error falls with the fifth power of the number of evaluations.
+    order = math.log(errors[1] / errors[3]) / math.log(evaluations[3] / evaluations[1])
     assert 4.5 < order < 7
 
 
 # RK45 of scipy on dy/dlog rho, all samples in one system, measured for the specification of these
-# solvers (256 starts, t from 1 to 1e-3): calls and RMS error by tolerance.
+# solvers (256 starts, t from 1 to 1e-3): evaluations and RMS error by tolerance.
 RK45 = {
     "smooth": {
         1e-3: (62, 6.79e-3),
@@ -116,9 +116,9 @@ RK45 = {
 @pytest.mark.slow
 def test_is_as_good_as_one_step_size_for_all(toy):
     reference = tight(toy, 96, 1e-8).x
-    for tolerance, (calls, error) in RK45[toy].items():
+    for tolerance, (evaluations, error) in RK45[toy].items():
         made = solved(TOYS[toy](VP), starts(96), rtol=tolerance, atol=tolerance)
-        assert made.nfe < 2 * calls
+        assert made.nfe < 2 * evaluations
         assert rms(made.x - reference) < 3 * error
 
 
@@ -146,7 +146,7 @@ def test_each_sample_has_its_own_time_and_leaves_when_done():
     assert max(len(set(t)) for t in seen) == 9
     assert len(seen[-1]) < 9
     assert made.nfe == sum(map(len, seen)) / 9
-    # Two calls to begin, then six for each step of whoever is left.
+    # Two evaluations to begin, then six for each step of the remaining samples.
     assert len(seen) % 6 == 2
 
 
@@ -192,13 +192,13 @@ def test_schedules_with_the_same_noise_ratio_take_the_same_steps():
 
 def test_states_between_steps_are_of_order_four():
     reference = tight("smooth", 16)
-    errors, calls = [], []
+    errors, evaluations = [], []
     for tolerance in (1e-4, 1e-6, 1e-8):
         made = solved(exact.smooth(VP), starts(16), rtol=tolerance, atol=tolerance, save=True)
         errors.append(rms(made.states[1:-1] - reference.states[1:-1]))
-        calls.append(made.nfe)
+        evaluations.append(made.nfe)
         assert errors[-1] < 10 * tolerance
-    order = math.log(errors[0] / errors[2]) / math.log(calls[2] / calls[0])
+    order = math.log(errors[0] / errors[2]) / math.log(evaluations[2] / evaluations[0])
     assert order > 3.8
     u = -VP.lam(reference.times)
     assert len(u) == 33
@@ -335,9 +335,9 @@ def test_likelihood_of_a_mixture():
     assert float((in32.nats - truth).abs().mean()) < 3e-3
 
 
-# Measured for the specification with other draws: calls, mean absolute error in nats.
+# Measured for the specification with other draws: evaluations, mean absolute error in nats.
 @pytest.mark.parametrize(
-    ("solver", "steps", "calls", "error"),
+    ("solver", "steps", "evaluations", "error"),
     [
         ("rho-heun", 24, 48, 1.754e-1),
         ("rho-kutta3", 12, 36, 4.317e-2),
@@ -346,11 +346,11 @@ def test_likelihood_of_a_mixture():
         ("rho-rk4", 24, 96, 1.877e-3),
     ],
 )
-def test_likelihood_with_fixed_steps(solver, steps, calls, error):
+def test_likelihood_with_fixed_steps(solver, steps, evaluations, error):
     denoiser = exact.smooth(VP)
     x = denoiser.draw(200, t=VP.t_min, seed=1)
     found = log_likelihood(denoiser, x, exact=True, solver=solver, steps=steps)
-    assert found.nfe == calls
+    assert found.nfe == evaluations
     off = float((found.nats - denoiser.log_prob(x, VP.t_min)).abs().mean())
     assert error / 2 < off < 2 * error
     if solver == "rho-kutta3":

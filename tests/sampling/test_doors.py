@@ -1,7 +1,7 @@
 """Every door refuses every contradiction with one text, before the first network evaluation.
 
-Doors are the Python functions and the commands that take a sampler. A contradiction is a request that says two things
-at once; each door is given all that its arguments can say.
+Doors are the Python functions and the commands that take a sampler. A contradiction is a request whose arguments do
+not fit together; each door is given all of them that it has.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def said(capsys, *given) -> str:
     return err.removeprefix("error: ").strip()
 
 
-# What a door has no argument for, it cannot be told.
+# What a door has no argument for.
 DOORS = {
     "sample": (sample, {"steps"}),
     "steps": (steps, {"steps"}),

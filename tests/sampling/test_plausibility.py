@@ -1,4 +1,4 @@
-"""Samples that no data have: a warning that says where to look."""
+"""Implausible samples: a warning with a hint."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_a_noise_prediction_taken_for_a_score(caplog, schedule, options):
     levels = fewstep.schedule(schedule)
     exact = fewstep.exact.GaussianMixture([[0.5, 0.5]], [0.3], [1.0], levels)
     model = fewstep.Denoiser.wrap(exact.raw, schedule=levels, prediction="score", event_shape=(2,))
-    told = warnings_of(caplog, model, **options)
-    assert len(told) == 1  # once, not for each batch
-    assert "model_check(denoiser, data)" in told[0]
-    assert "'fewstep analyze'" in told[0]
-    assert "prediction='score'" in told[0]
+    messages = warnings_of(caplog, model, **options)
+    assert len(messages) == 1  # once, not for each batch
+    assert "model_check(denoiser, data)" in messages[0]
+    assert "'fewstep analyze'" in messages[0]
+    assert "prediction='score'" in messages[0]
 
 
 def test_plausible_samples_are_not_commented(caplog):
@@ -51,8 +51,8 @@ def test_plausible_samples_are_not_commented(caplog):
 
 def test_noise_that_is_left_is_no_fault(caplog):
     model = fewstep.exact.GaussianMixture([[0.5, 0.5]], [0.3], [1.0], fewstep.schedule("edm"))
-    told = warnings_of(caplog, model, solver="ddim", nfe=1, options={"t_end": 79.0})
-    assert told == []
+    messages = warnings_of(caplog, model, solver="ddim", nfe=1, options={"t_end": 79.0})
+    assert messages == []
 
 
 def test_data_that_are_large_say_so_by_their_statistics(caplog):

@@ -105,7 +105,7 @@ def test_plans_and_samples(file):
     assert plan.knots.tolist() == list(FOUR)
     plan = fewstep.plan("tab2", VP, steps=5, grid=f"auto:{file}")
     assert (plan.name, plan.nfe) == ("tab2", 5)
-    # Two calls a step, but for Heun's last one.
+    # Two evaluations per step, except Heun's last one.
     assert fewstep.plan("rho-heun", VP, nfe=8, grid=f"auto:{file}").knots.tolist() == list(FOUR)
     model = smooth(VP)
     one = fewstep.sample(model, 3, nfe=4, grid=f"auto:{file}")

@@ -1,4 +1,4 @@
-"""Sampling: reproducible draws, starts, and mistakes told before the first network call."""
+"""Sampling: reproducible draws, starts, and errors before the first network evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOLVERS = ["ddim", "tab3", "unipc3", "dpmpp-2m-sde", "accelerated-ddpm", "edm-st
 
 
 def options(solver):
-    return {"nfe": 9, "solver": solver}  # 9 calls: Heun's 2 K - 1 meets it too
+    return {"nfe": 9, "solver": solver}  # 9 evaluations: Heun's 2 K - 1 meets it too
 
 
 # Reproducible
@@ -57,9 +57,11 @@ def test_the_same_in_another_process():
         "m = fewstep.load('mixture-smooth');"
         "print(fewstep.sample(m, 3, solver='ddpm', nfe=5, seed=2, first=1).double().tolist())"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     here = fewstep.sample(MODEL, 3, solver="ddpm", nfe=5, seed=2, first=1).double()
-    assert repr(here.tolist()) == told.stdout.strip()
+    assert repr(here.tolist()) == result.stdout.strip()
 
 
 def test_the_type_of_the_noise_is_the_state_s():
@@ -365,7 +367,7 @@ def test_the_schedule_must_be_one():
 
 
 def test_auto_on_another_grid_drops_the_options_of_its_own():
-    """Its grid for trained levels has a power, which the quadratic grid does not take."""
+    """Its grid for training timesteps has a power, which the quadratic grid does not take."""
     noise = fewstep.schedule("ddpm-linear")
     plan = fewstep.plan("auto", noise, nfe=8, grid="quadratic")
     assert torch.equal(plan.knots, fewstep.grid("quadratic", noise, 8).times)
@@ -436,10 +438,10 @@ def test_large_but_finite_samples_are_no_error():
     assert bool((out > 2.9e38).all())
 
 
-@pytest.mark.parametrize("answer", [torch.zeros(2, 3), torch.zeros(2), None, (1,)])
-def test_answers_of_another_shape(answer):
+@pytest.mark.parametrize("output", [torch.zeros(2, 3), torch.zeros(2), None, (1,)])
+def test_outputs_of_another_shape(output):
     denoiser = fewstep.Denoiser.wrap(
-        lambda x, t: answer, schedule=SCHEDULE, prediction="eps", event_shape=(2,)
+        lambda x, t: output, schedule=SCHEDULE, prediction="eps", event_shape=(2,)
     )
     with pytest.raises(ValueError, match=r"tensor of the state's shape \(2, 2\), got"):
         fewstep.sample(denoiser, 2, solver="ddim", nfe=2)

@@ -74,7 +74,7 @@ def test_vectors_of_ddim_and_the_arcsin_form(levels: TimeGrid) -> None:
 
 
 def test_vectors_of_the_momentum(levels: TimeGrid) -> None:
-    """The lagged rule is (15c): its weight of the older answer has the last column as a factor."""
+    """The lagged rule is (15c): its weight of the older output has the last column as a factor."""
     cumulative = _cumulative(levels)
     rows = states(SOLVERS["accelerated-ddim-lagged"]().plan(levels))
     for i, (_, ratio, of_x, _, _, momentum) in enumerate(VECTORS.values()):
@@ -98,7 +98,7 @@ def test_the_theory_form_steps_back_to_the_previous_level(levels: TimeGrid) -> N
     assert plan.nfe == 2 * levels.steps - 1
     cumulative = _cumulative(levels)
     a, b, _ = plan.flat()
-    # Input of call 2 in terms of call 1's input and answer: y = sqrt(a') (x + b' / 2 r eps).
+    # Input of evaluation 2 in terms of evaluation 1's input and output: y = sqrt(a') (x + b' / 2 r eps).
     lost = 1 - cumulative[0] / cumulative[1]
     of_eps = (1 - lost).sqrt() * lost / 2 * (1 - cumulative[1]).rsqrt()
     assert float(b[2, 1]) == pytest.approx(float(of_eps), rel=1e-10)
@@ -142,7 +142,7 @@ def test_where_the_two_noises_go(variant: str, levels: TimeGrid) -> None:
         # The input of call i + 1 is u' = x' + first' z'; its weight of z+ is the second one.
         assert float(c[i, 2 * i]) == pytest.approx(first, rel=1e-9)
         assert float(c[i + 1, 2 * i + 1]) == pytest.approx(second, rel=1e-9)
-        # And the answer enters as -b / sqrt(1 - A) / sqrt(a).
+        # And the output enters as -b / sqrt(1 - A) / sqrt(a).
         of_eps = -b / float((1 - cumulative[i]).sqrt()) / a**0.5
         assert float(b_flat[i + 1, i]) == pytest.approx(of_eps, rel=1e-9)
     assert float(a_flat[0]) == 1.0
@@ -352,7 +352,7 @@ def test_stochastic_slopes_on_a_mixture() -> None:
 
 
 def test_at_equal_cost_the_arcsin_form_beats_ddim_and_the_theory_form_does_not() -> None:
-    """What a user should know: (15) with two calls a step gains nothing on DDIM at some 16 calls."""
+    """What a user should know: (15) with two evaluations per step gains nothing on DDIM at some 16 evaluations."""
     exact, draw, truth = _flow()
 
     def error(name: str, steps: int) -> float:

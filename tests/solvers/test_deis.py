@@ -50,7 +50,7 @@ ROW_3 = {
     "rhoab3": (-0.9990142217, 0.1896909033, -0.0100306361, 0.0000412919),
     "logrhoab2": (-1.2616002118, 0.5641525029, -0.1218649537),
 }
-"""VP-linear, quadratic grid of 10 steps: psi and the weights of the answers, newest first."""
+"""VP-linear, quadratic grid of 10 steps: psi and the weights of the model outputs, newest first."""
 
 FAMILIES = ("tab", "rhoab", "logrhoab")
 
@@ -113,7 +113,7 @@ def _variable(family: str, noise: NoiseSchedule, lam: Tensor) -> Tensor:
 def test_a_polynomial_in_the_methods_variable_is_integrated_exactly(
     family: str, where: str
 ) -> None:
-    """eps(t) a polynomial of the degree: exact from the step on that has enough answers.
+    """eps(t) a polynomial of the degree: exact from the step on that has enough outputs.
 
     The truth by a fine composite rule in log rho, split at the kinks of a table.
     """
@@ -136,8 +136,8 @@ def test_a_polynomial_in_the_methods_variable_is_integrated_exactly(
 
         rows = states(SOLVERS[f"{family}{degree}"](lower_final=False).plan(grid))
         for i in range(degree, 6):
-            answers = torch.stack([eps(grid.lam[i - j]) for j in range(degree + 1)])
-            got = (rows[i][1:] * answers).sum() / grid.alpha[i + 1]
+            outputs = torch.stack([eps(grid.lam[i - j]) for j in range(degree + 1)])
+            got = (rows[i][1:] * outputs).sum() / grid.alpha[i + 1]
             ends = -grid.lam[i], -grid.lam[i + 1]
             inside = None
             if breaks is not None:
@@ -255,7 +255,7 @@ CELLS = {
         "rho-kutta3": {6: 1.8993, 12: 0.2413},
     },
 }
-"""Quadratic grid, by network calls; measured on 256 starts that are not ours."""
+"""Quadratic grid, by NFE; measured on 256 starts that are not ours."""
 
 
 @pytest.mark.parametrize(("kind", "name"), [(k, n) for k in CELLS for n in CELLS[k]])
@@ -278,7 +278,7 @@ def test_errors_of_small_budgets(kind: str, name: str) -> None:
 
 
 def test_the_ranking_at_ten_calls_on_sharp_data() -> None:
-    """On concentrated data, at 5 to 12 calls: tAB2 and tAB3 < tAB1 < DDIM << one-step methods."""
+    """On concentrated data, at 5 to 12 evaluations: tAB2 and tAB3 < tAB1 < DDIM << one-step methods."""
     exact, draw, truth = _toy("sharp")
     error = {
         name: rms(

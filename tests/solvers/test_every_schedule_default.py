@@ -19,7 +19,7 @@ WITH_PLANS = [n for n, build in SOLVERS.items() if n != "multistep" and not buil
 DETERMINISTIC = [n for n in WITH_PLANS if not SOLVERS[n]().stochastic]
 STOCHASTIC = [n for n in WITH_PLANS if SOLVERS[n]().stochastic and SOLVERS[n]().order]
 LADDER = ("ei-score", "ddim-theory", "accelerated-ddim-theory", "accelerated-ddim-lagged")
-"""What their docstrings say not to sample with at few evaluations."""
+"""Solvers that their docstrings advise against at few evaluations."""
 
 
 ANCESTRAL = ("gddim", "ddpm", "euler-ancestral", "dpm2-ancestral", "dpmpp-2s-ancestral", "repaint")

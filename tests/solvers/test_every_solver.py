@@ -46,7 +46,7 @@ EXACT_ODE = [name for name in DETERMINISTIC if SOLVERS[name]().exact]
 def test_an_adaptive_solver_refuses_to_make_a_plan(name: str, vp: NoiseSchedule) -> None:
     solver = SOLVERS[name]()
     refused = NO_PLAN.format(name)
-    for request in ({"nfe": 10}, {}):  # the resolver's words say what to leave out
+    for request in ({"nfe": 10}, {}):  # the resolver's message names what to leave out
         with pytest.raises(ValueError, match="no plan beforehand"):
             fewstep.plan(name, vp, **request)
     for make in (
@@ -110,7 +110,7 @@ def test_plans_are_causal_and_come_back_from_json_bit_for_bit(name: str) -> None
         for i, row in enumerate(plan.structure.rows, start=1):
             assert all(r < i for r in reads(row)), where
         a, b, _ = plan.flat()
-        assert not bool(b.triu().any()), "an input depends on its own answer or on a later one"
+        assert not bool(b.triu().any()), "an input depends on its own output or on a later one"
         assert bool(a[0] != 0)
         back = Plan.from_json(plan.to_json())
         assert back.structure == plan.structure
@@ -315,7 +315,7 @@ def test_exact_on_a_point(name: str) -> None:
             assert abs(float(residual.mean())) < 5 / 4000**0.5, where
             assert abs(float(residual.var()) - 1) < 5 * (2 / 4000) ** 0.5, where
         else:
-            # The answers amplify rounding, most where steps are large: not bit for bit.
+            # The outputs amplify rounding, most where steps are large: not bit for bit.
             assert float((residual - z).abs().max()) < 1e-7, (where, kind, steps)
 
 

@@ -1,7 +1,7 @@
 """Coefficient tables equal to those of diffusers, read off its schedulers by one-hot probing.
 
 The tables are compared whole: every network input and the sample, as combinations of the first
-input, the network's answers and the draws, in the scheduler's own prediction (epsilon). The
+input, the model outputs and the draws, in the scheduler's own prediction (epsilon). The
 schedulers compute in float32, so agreement means float32 rounding.
 """
 
@@ -48,7 +48,7 @@ def pairs_to_zero(times: list[float]) -> list[float]:
 
 
 def pndm_steps(times: list[float]) -> list[float]:
-    """Three steps of four calls, then one call each."""
+    """Three steps of four evaluations, then one evaluation each."""
     return [times[0], times[3], times[7], *times[12:], *LOWEST]
 
 
@@ -287,7 +287,7 @@ def test_flow_multistep(solver: str):
     )
     scheduler.set_timesteps(8)
     table = probe(scheduler, 8)
-    # What the network is told is truncated there; the levels are not.
+    # The conditioning timesteps are truncated there; the levels are not.
     times = scheduler.sigmas.double()[:-1].tolist()
     options = {"lower_final": True}
     plan = fewstep.plan(

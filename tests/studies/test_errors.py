@@ -77,8 +77,8 @@ def test_the_reference_is_the_exact_flow(gauss):
     assert float((gauss.end - exact).abs().max()) < 2e-5
     middle = len(gauss.times) // 2
     assert float((gauss.x[middle] - flow(gauss.x[0], 1.0, gauss.times[middle])).abs().max()) < 2e-5
-    told = GAUSS(gauss.x[middle], gauss.times[middle], prediction="eps")
-    assert torch.allclose(gauss.eps[middle], told, atol=1e-12)
+    expected = GAUSS(gauss.x[middle], gauss.times[middle], prediction="eps")
+    assert torch.allclose(gauss.eps[middle], expected, atol=1e-12)
     assert len(gauss.times) == 49
     assert gauss.nfe == 97
 
@@ -186,7 +186,7 @@ def test_dynamic_programming_is_brute_force(mixture, degree, head, free_end):
                 continue
             grid = TimeGrid(VP, path.times[list(nodes)])
             plan = replace(fewstep.plan(f"tab{degree}", VP, grid=grid), head=nodes[0] != 0)
-            # Exact answers at the nodes, and the plan's own coefficients: nothing is shared.
+            # Exact outputs at the nodes, and the plan's own coefficients: nothing is shared.
             best = min(best, step_errors(plan, path).predicted)
         assert found[steps].cost == pytest.approx(best, rel=1e-6)
         assert len(found[steps].times) == steps + 1

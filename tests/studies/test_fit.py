@@ -1,4 +1,4 @@
-"""``fewstep.fit``: a measurement of a model beats what was chosen without one, and says what it cost."""
+"""``fewstep.fit``: a measurement of a model beats the static choice, and records its cost."""
 
 from __future__ import annotations
 

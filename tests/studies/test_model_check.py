@@ -92,7 +92,7 @@ def test_a_wrong_time_is_named(network, options, name):
 def test_times_of_continuous_schedules():
     exact = smooth(VP)
     found = check(wrap(lambda x, t: exact.raw(x, t / 1000), schedule=VP), exact.draw(4096, seed=1))
-    # 1000 levels of the same beta are the same model, told in other times.
+    # 1000 levels of the same beta are the same model, in other times.
     claim = found.best.hypothesis
     assert claim.time in ("1000 t", "999 t") or (claim.schedule, claim.time) == (
         DDPM,
@@ -230,7 +230,7 @@ def test_a_velocity_of_the_other_sign_is_found(prediction, data):
     assert f"the negative of prediction='{prediction}'" in found.summary()
 
 
-def test_hypotheses_that_cannot_be_told_apart_are_named():
+def test_undecided_hypotheses_are_named():
     """Of its own samples a rectified flow explains as well as one with t = 0 at noise."""
     network = lambda x, t: -RECTIFIED(x, 1 - t, prediction="flow")  # noqa: E731
     found = model_check(wrap(network, schedule=FLOW, prediction="flow"), n=256)

@@ -144,7 +144,7 @@ def test_the_exported_model(tmp_path):
     assert model.schedule == fewstep.schedule("vp-linear")
     assert model.class_names == ("class 0", "class 1", "class 2")
     assert model.null_condition == {"class_labels": 3}
-    # Statistics for head starts, kept in half precision.
+    # Statistics for head starts, stored in half precision.
     pixels = data.floats().double()
     mean = torch.as_tensor(model.data_mean).double()
     std = torch.as_tensor(model.data_std).double()

@@ -140,7 +140,7 @@ def test_what_is_wrapped_around_the_model_is_part_of_it(tmp_path, store):
     assert not torch.equal(other.read(range(20)).states, store.read(range(20)).states)
 
 
-# Which states are kept
+# Which states are recorded
 
 
 @pytest.mark.parametrize("frames", [1, 3, 4])
@@ -153,7 +153,7 @@ def test_the_quadratic_grid_of_kept_times(tmp_path, frames):
 
 @pytest.mark.parametrize("name", ["uniform", "karras", "log-rho"])
 def test_the_grid_is_bent_to_the_kept_times(tmp_path, name):
-    """The kept times become knots, at the same number of calls, and the sample stays as good."""
+    """The recorded times become knots, at the same NFE, and the sample stays as good."""
     options = {"solver": "tab3", "nfe": 24, "dtype": "float32"}
     store = fewstep.record(MODEL, tmp_path, n=32, keep=f"{name}:5", **options)
     wanted = fewstep.grid(name, MODEL.schedule, 5).times
@@ -727,7 +727,7 @@ def test_three_writers_of_which_one_is_killed(tmp_path):
 
 
 def test_two_that_begin_at_once_have_one_manifest(tmp_path):
-    """What is said for readers may differ; the second takes what the first wrote."""
+    """Informative fields may differ; the second reads what the first wrote."""
     fewstep.record(MODEL, tmp_path, **SMALL, about={"model": "a"})
     fewstep.record(MODEL, tmp_path, **SMALL, about={"model": "b"})
     assert read_manifest(tmp_path).about == {"model": "a"}
