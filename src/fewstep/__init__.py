@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fewstep.models.wrappers import Thresholded as Thresholded
     from fewstep.operators.distillation import distill as distill
     from fewstep.plans.plan import Plan as Plan
+    from fewstep.sampling.inversion import invert as invert
     from fewstep.sampling.likelihood import log_likelihood as log_likelihood
     from fewstep.sampling.profile import Profile as Profile
     from fewstep.sampling.protocol import Trajectory as Trajectory
@@ -63,6 +64,7 @@ _HOMES = {
     "GRIDS": "diffusion.grids",
     "guidance": "models.guidance",
     "Guided": "models.wrappers",
+    "invert": "sampling.inversion",
     "load": "loading",
     "log_likelihood": "sampling.likelihood",
     "metrics": "metrics",

@@ -220,3 +220,21 @@ def test_the_noise_of_2m_sde_interpolates_to_2m(vp: NoiseSchedule) -> None:
     sde = states(SOLVERS["dpmpp-2m-sde"]().plan(grid))[0]
     ddpm = states(SOLVERS["ddpm"]().plan(grid))[0]
     assert float(sde[2]) == pytest.approx(float(ddpm[2]), rel=1e-12)
+
+
+def test_the_langevin_corrector_reaches_its_stationary_law(vp: NoiseSchedule) -> None:
+    r"""On Gaussian data of variance V at a level a step is x - d / V (x - m) + sqrt(2 d) z, with d = 2 r^2 sigma^2.
+
+    Many such steps have the variance :math:`V / (1 - d / 2V)` for V, whatever the predictor left.
+    """
+    std, snr = 0.5, 0.3
+    grid = lam_grid(vp, 3, -1.0, 0.5)
+    plan = SOLVERS["langevin-corrected"](corrections=100, snr=snr).plan(grid)
+    a, s = float(grid.alpha[-1]), float(grid.sigma[-1])
+    variance = (a * std) ** 2 + s**2
+    step = 2 * (snr * s) ** 2
+    got = gaussian_moments(plan, 0.7, std)
+    assert float(got.variance) == pytest.approx(variance / (1 - step / (2 * variance)), rel=1e-9)
+    assert float(got.mean) == pytest.approx(a * 0.7, rel=1e-9)
+    none = SOLVERS["langevin-corrected"](corrections=0).plan(grid)
+    assert table_difference(none, SOLVERS["ddpm"]().plan(grid)) < 1e-12

@@ -24,6 +24,7 @@ from fewstep.solvers.ancestral import (
     DPM2Ancestral,
     DPMpp2SAncestral,
     EulerAncestral,
+    LangevinCorrected,
     RePaint,
 )
 from fewstep.solvers.base import Solver
@@ -111,6 +112,7 @@ SOLVERS: Registry[Callable[..., Solver]] = Registry(
         "lcm": LCM,
         "tcd": TCD,
         "repaint": RePaint,
+        "langevin-corrected": LangevinCorrected,
         "dopri5": Dopri5,
     },
     aliases_of("solver"),
