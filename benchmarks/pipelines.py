@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,11 +30,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 import fewstep
 from _common import print_table, say_what_runs, version
-from fewstep.adapters.diffusers import PlanScheduler, load_pipeline
+from fewstep.adapters.diffusers import PlanScheduler, load_pipeline, plan_from_scheduler
 from fewstep.base.files import write_json
 from fewstep.diffusion.schedules import Flow
 
@@ -70,10 +72,12 @@ class Family:
 
     Attributes:
         build: From a scheduler to a pipeline.
-        method: Our solver, diffusers' scheduler of the same method, its configuration.
+        method: Our solver (``"its plan"``: what :func:`plan_from_scheduler` reads), diffusers' scheduler of
+            the same method, its configuration.
         arguments: What the pipeline is called with.
         conditions: What ``fewstep.load`` takes and the network's arguments do not show.
         output: The type of the results, latents if the pipeline knows them.
+        steps: The number of steps.
     """
 
     build: Callable[[Any], Any]
@@ -81,6 +85,7 @@ class Family:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
     output: str = "latent"
+    steps: int = STEPS
 
     def scheduler(self) -> Any:
         return getattr(diffusers, self.method[1])(**self.method[2])
@@ -128,11 +133,7 @@ def deepfloyd(scheduler: Any) -> Any:
 
 def latent_consistency(scheduler: Any) -> Any:
     network = tiny.unet_text(time_cond_proj_dim=8)
-    made = tiny.stable_diffusion(
-        diffusers.LCMScheduler(**tiny.LATENT), "LatentConsistencyModelPipeline", unet=network
-    )
-    made.scheduler = scheduler
-    return made
+    return tiny.stable_diffusion(scheduler, "LatentConsistencyModelPipeline", unet=network)
 
 
 CONTROL = {"controlnet_cond": PICTURE}
@@ -157,7 +158,7 @@ FAMILIES: dict[str, Family] = {
         ("ddpm", "DDPMScheduler", {"clip_sample": False}),
         output="np",
     ),
-    "DDPM, classes and clipping": Family(
+    "DDPM, clipping": Family(
         lambda s: diffusers.DDPMPipeline(tiny.unet2d(), s),
         ("ddpm", "DDPMScheduler", {"clip_sample": True}),
         output="np",
@@ -199,7 +200,7 @@ FAMILIES: dict[str, Family] = {
     "Stable Diffusion panorama": Family(sd("Panorama"), DDIM, {**TEXT, **SIZE}),
     "latent consistency": Family(
         latent_consistency,
-        DDIM,
+        ("its plan", "LCMScheduler", tiny.LATENT),
         {"prompt_embeds": STATES, **SIZE, "guidance_scale": 7.5},
         {"guidance_scale": 7.5},
     ),
@@ -278,6 +279,7 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         {**TEXT, **VIDEO},
+        steps=5,  # divides 1000; see docs/diffusers.md
     ),
     "LTX": Family(tiny.ltx, FLOW, {**TEXT, **MASKS, "height": 32, "width": 32, "num_frames": 9}),
     "Wan": Family(tiny.wan, ("unipc2", "UniPCMultistepScheduler", FLOW_UNIPC), {**TEXT, **VIDEO}),
@@ -310,7 +312,7 @@ def draw(pipe: Any, family: Family) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(0)  # some pipelines pass no generator to the scheduler
     found = pipe(
-        num_inference_steps=STEPS,
+        num_inference_steps=family.steps,
         generator=tiny.seeded(),
         output_type=family.output,
         **family.arguments,
@@ -340,7 +342,7 @@ def conditions(call: tiny.NetworkCall, family: Family) -> dict[str, Any]:
 
 def difference_of_load(pipe: Any, folder: Path, family: Family) -> float:
     """Returns how far the loaded model is from the first network call of its pipeline."""
-    pipe.save_pretrained(folder)
+    tiny.with_text_parts(pipe, folder / "words").save_pretrained(folder)
     model = fewstep.load(folder, device="cpu")
     call = tiny.first_call(pipe, output_type=family.output, **family.arguments)
     x, want, t = call.x, call.output, call.t
@@ -362,7 +364,7 @@ def attempt(measure: Callable[[], float]) -> float | str:
     try:
         return measure()
     except ValueError as error:
-        return str(error).splitlines()[0]
+        return re.sub(r"'/[^']*/(\w+)'", r"'FOLDER/\1'", str(error).splitlines()[0])
     except Exception as error:
         return f"FAILED, {type(error).__name__}: {str(error).splitlines()[0]}"
 
@@ -373,7 +375,11 @@ def measured(family: Family) -> dict[str, float | str]:
     native = family.scheduler()
 
     def own() -> float:
-        ours = PlanScheduler.from_config(native.config, solver=solver)
+        if solver == "its plan":
+            plan = plan_from_scheduler(native, family.steps).to_json()
+            ours = PlanScheduler.from_config(native.config, recipe=plan)
+        else:
+            ours = PlanScheduler.from_config(native.config, solver=solver)
         want = draw(family.build(family.scheduler()), family)
         return tiny.relative(draw(family.build(ours), family), want)
 
@@ -388,7 +394,7 @@ def measured(family: Family) -> dict[str, float | str]:
         pipe = family.build(PlanScheduler.from_config(native.config, solver="tab3"))
         want = draw(pipe, family)
         with tempfile.TemporaryDirectory() as folder:
-            pipe.save_pretrained(folder)
+            tiny.with_text_parts(pipe, Path(folder) / "words").save_pretrained(folder)
             return tiny.relative(draw(load_pipeline(folder), family), want)
 
     def loaded() -> float:
@@ -438,6 +444,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     say_what_runs(
         f"Tiny networks with random weights, {STEPS} steps.", ("diffusers", "transformers")
     )

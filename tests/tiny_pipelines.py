@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ def first_call(pipe: Any, **arguments: Any) -> NetworkCall:
     calls: list[NetworkCall] = []
 
     def keep(_: Any, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        x = named["hidden_states"] if "hidden_states" in named else args[0]
+        names = ("hidden_states", "sample")
+        x = next((named[name] for name in names if name in named), args[0] if args else None)
         t = torch.as_tensor(named["timestep"] if "timestep" in named else args[1])
         value = output[0] if isinstance(output, tuple) else output.sample
         calls.append(NetworkCall(x.detach(), float(t.flatten()[0]), named, value.detach()))
@@ -240,6 +242,84 @@ def tokenizer(folder: Path) -> Any:
     return CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
     )
+
+
+def piece_tokenizer() -> Any:
+    """A tokenizer of T5's kind that knows single letters."""
+    from transformers import T5Tokenizer
+
+    words = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    return T5Tokenizer(vocab=[(word, -1.0) for word in words], extra_ids=0)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of Qwen2's kind that knows single letters."""
+    from transformers import Qwen2Tokenizer
+
+    words = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"]
+    return Qwen2Tokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
+
+
+@_seeded
+def t5_encoder(multilingual: bool = False) -> Any:
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1}
+    if multilingual:
+        return UMT5EncoderModel(UMT5Config(num_heads=2, **sizes)).eval()
+    return T5EncoderModel(T5Config(num_heads=2, **sizes)).eval()
+
+
+@_seeded
+def vision_language() -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "rope_parameters": {
+            "mrope_section": [1, 1, 2],
+            "rope_type": "default",
+            "rope_theta": 1e4,
+        },
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def with_text_parts(pipe: Any, folder: Path) -> Any:
+    """Gives a pipeline the tokenizers and text encoders that it was made without, so that it can be saved and loaded."""
+    optional = set(type(pipe)._optional_components)
+    for name, parameter in inspect.signature(type(pipe).__init__).parameters.items():
+        kind = str(parameter.annotation)
+        if name in optional or getattr(pipe, name, 0) is not None:
+            continue
+        parts = {
+            "CLIPTokenizer": lambda: tokenizer(folder),
+            "T5Tokenizer": piece_tokenizer,
+            "AutoTokenizer": piece_tokenizer,
+            "Qwen2Tokenizer": byte_tokenizer,
+            "CLIPTextModelWithProjection": lambda: clip_text(True),
+            "CLIPTextModel": clip_text,
+            "UMT5EncoderModel": lambda: t5_encoder(True),
+            "T5EncoderModel": t5_encoder,
+            "Qwen2_5_VL": vision_language,
+        }
+        build = next((make for part, make in parts.items() if part in kind), None)
+        if build is not None:
+            pipe.register_modules(**{name: build()})
+    return pipe
 
 
 @_seeded

@@ -17,7 +17,7 @@ import tiny_pipelines as tiny
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-from fewstep.adapters.diffusers import PlanScheduler, load_pipeline  # noqa: E402
+from fewstep.adapters.diffusers import PlanScheduler, load_pipeline, plan_from_scheduler  # noqa: E402
 
 pytestmark = tiny.MARKS
 LATENT = tiny.LATENT
@@ -159,6 +159,27 @@ def test_same_pictures_as_diffusers(name, case):
     got = draw(build(PlanScheduler.from_config(theirs.config, solver=solver)), arguments)
     assert want.std() > 0.01
     assert numpy.abs(got - want).max() < ROUNDING
+
+
+def test_latent_consistency_pipelines_run_the_plan_of_their_own_scheduler_and_any_solver():
+    """They read the predicted data beside the next state, and pass original_inference_steps."""
+    theirs = diffusers.LCMScheduler(**LATENT)
+    kind, unet = "LatentConsistencyModelPipeline", tiny.unet_text(time_cond_proj_dim=8)
+    arguments = {"prompt_embeds": TEXT["prompt_embeds"], "height": 16, "width": 16}
+
+    def made(scheduler: Any, **more: Any) -> numpy.ndarray:
+        pipe = tiny.stable_diffusion(scheduler, kind, unet=unet)
+        return draw(pipe, {**arguments, **more}, 4)
+
+    plan = plan_from_scheduler(theirs, 4).to_json()
+    want = made(theirs)
+    assert want.std() > 0.01
+    got = made(PlanScheduler.from_config(theirs.config, recipe=plan))
+    assert numpy.abs(got - want).max() < ROUNDING
+    ours = PlanScheduler.from_config(theirs.config, solver="tab2")
+    other = made(ours, original_inference_steps=20)
+    assert numpy.isfinite(other).all()
+    assert ours.timesteps.tolist() == [999, 749, 499, 249]
 
 
 def test_unipc_in_a_flow_pipeline():

@@ -221,6 +221,24 @@ def test_a_start_inside_a_step_is_refused_before_any_evaluation():
             second_part(ours, 450)
 
 
+@pytest.mark.parametrize("solver", ["heun", "rho-heun", "rho-kutta3"])
+def test_a_first_part_that_ends_inside_the_first_step_is_refused_before_any_evaluation(solver):
+    ours = PlanScheduler(solver=solver)
+    ours.set_timesteps(5)
+    part = first_part(ours, float(ours.timesteps[0]) - 1)
+    assert len(part) == 1
+    assert part.repeat(2).tolist() == [999.0] * 2  # what image to image reads of it
+    with pytest.raises(ValueError, match=r"inside of a step .*denoising_end"):
+        run(ours, tiny.normal(SHAPE), part)
+
+
+def test_a_second_part_with_nothing_left_says_so():
+    ours = PlanScheduler(solver="tab3")
+    ours.set_timesteps(5)
+    with pytest.raises(ValueError, match="nothing left to run"):
+        ours.set_begin_index(5)
+
+
 # Noise without a generator.
 
 

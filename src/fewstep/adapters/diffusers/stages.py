@@ -27,6 +27,7 @@ class StagedTimesteps(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     begins: frozenset[int]
+    unfinished = False
 
     @staticmethod
     def of(timesteps: Tensor, setup: Setup) -> Tensor:
@@ -43,13 +44,24 @@ class StagedTimesteps(Tensor):
         if not isinstance(key, slice):
             return plain[key]
         first, stop, stride = key.indices(len(plain))
-        if (
-            stride == 1 and stop - first > 1 and stop < len(plain)
-        ):  # [:1] asks for the first timestep
-            stop = max((i for i in self.begins if first < i <= stop), default=stop)
-        return plain[slice(first, stop, stride)]
+        part = plain[slice(first, stop, stride)]
+        if stride != 1 or stop <= first or stop >= len(plain) or stop in self.begins:
+            return part
+        end = max((i for i in self.begins if first < i <= stop), default=None)
+        if end is not None:
+            return plain[first:end]
+        # All of it lies inside of one step: pipelines read the first timestep so, but cannot run it.
+        part = part.as_subclass(StagedTimesteps)
+        part.begins, part.unfinished = frozenset({0}), True
+        return part
 
     def __iter__(self) -> Iterator[Tensor]:
+        if self.unfinished:
+            raise ValueError(
+                f"the first {len(self)} of the timesteps end inside of a step of several evaluations; let this part of "
+                "the run end later (denoising_end), make more steps, or take a solver of one evaluation a step, "
+                "e.g. 'tab3'"
+            )
         return iter(self.as_subclass(Tensor))
 
 
@@ -74,6 +86,11 @@ def step_at(setup: Setup, index: int) -> int:
         ValueError: If it is inside of a step.
     """
     found = begins(setup)
+    if index >= setup.plan.nfe:
+        raise ValueError(
+            f"index {index} is past the last of the {setup.plan.nfe} timesteps: there is nothing left to run. Begin "
+            "earlier (a smaller denoising_start, a larger strength), or make more steps"
+        )
     if index not in found:
         raise ValueError(
             f"index {index} of the timesteps is inside of a step of {setup.plan.name}; begin where a step "

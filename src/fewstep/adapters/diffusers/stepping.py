@@ -24,6 +24,9 @@ from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
 from fewstep.sampling.recipe import SamplerRecipe
 
+NOT_GIVEN: Any = object()
+"""Of an argument whose ``None`` is an answer."""
+
 
 class Stepping:
     """``set_timesteps`` and ``step``, with the state of a run kept per thread."""
@@ -70,7 +73,7 @@ class Stepping:
         timesteps: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
         mu: float | None = None,
-        original_inference_steps: int | None = None,
+        original_inference_steps: int | None = NOT_GIVEN,
         strength: float = 1.0,
         **others: Any,
     ) -> None:
@@ -100,6 +103,8 @@ class Stepping:
             if isinstance(n, bool) or int(n) != n or n < 1:
                 raise ValueError(f"num_inference_steps must be a positive integer, got {n!r}")
             num_inference_steps = int(n)
+        asks_data = original_inference_steps is not NOT_GIVEN
+        original_inference_steps = original_inference_steps if asks_data else None
         asked = Request(
             num_inference_steps,
             numbers("timesteps", timesteps),
@@ -113,8 +118,9 @@ class Stepping:
         latest = self._setups.get(key, lambda: self._tensors(asked, now, device))
         self._latest = latest
         self._runs.run = Run(*latest, noise_seed=self.config["noise_seed"])
-        # Pipelines of latent consistency models and of one step ask for the predicted data as well.
-        self._runs.run.returns_data = original_inference_steps is not None or len(latest[1]) == 1
+        # Pipelines of latent consistency models, which always say the first, and of one step read the
+        # predicted data as well.
+        self._runs.run.returns_data = asks_data or len(latest[1]) == 1
         self._begun = self._begun - {threading.get_ident()}
 
     def _tensors(self, asked: Request, now: Any, device: Any) -> tuple[Setup, Tensor, Tensor]:
