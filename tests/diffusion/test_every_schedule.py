@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.diffusion.schedules import SCHEDULES, NoiseSchedule, schedule, schedule_from_record
+from fewstep.models.exact import GaussianMixture
 from reference import SCHEDULE_NAMES, schedule_of
 
 
@@ -290,3 +291,30 @@ def test_derivatives_are_those_of_inference_mode_too(name: str) -> None:
         got = fewstep.plan("euler", schedule, nfe=5).values
     assert torch.equal(got, expected)
     assert torch.equal(fewstep.plan("euler", schedule, nfe=5).values, expected)
+
+
+class Squares(NoiseSchedule):
+    """A user's own: rho = t^2, variance preserving."""
+
+    name = "squares"
+    t_min, t_max = 0.05, 9.0
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return -0.5 * torch.log1p(t**4)
+
+    def log_sigma(self, t: Tensor) -> Tensor:
+        return 2 * t.log() - 0.5 * torch.log1p(t**4)
+
+    def time(self, lam: Tensor) -> Tensor:
+        return torch.exp(-lam / 2)
+
+
+@pytest.mark.parametrize(
+    ("solver", "nfe"), [("tab3", 41), ("unipc3", 41), ("heun", 41), ("res-2s", 42)]
+)
+def test_a_schedule_of_ones_own(solver: str, nfe: int) -> None:
+    """Two functions and an inverse are enough: samples of a Gaussian have its mean and deviation."""
+    exact = GaussianMixture([[0.5]], [0.4], [1.0], Squares())
+    samples = fewstep.sample(exact, 2000, solver=solver, nfe=nfe, seed=1)
+    assert float(samples.mean()) == pytest.approx(0.5, abs=5 * 0.4 / 2000**0.5 + 0.01)
+    assert float(samples.std()) == pytest.approx(0.4, abs=5 * 0.4 / 4000**0.5 + 0.01)
