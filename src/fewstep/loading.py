@@ -36,10 +36,7 @@ def load(
 ) -> Denoiser:
     """Loads a model with its noise schedule, prediction type and conditions.
 
-    .. code-block:: python
-
-        denoiser = fewstep.load("fashion")
-        images = fewstep.sample(denoiser, 16, nfe=10, class_labels=3)      # (16, 1, 28, 28) in [-1, 1]
+    Cost: no network evaluation.
 
     Arguments:
         source: The name of an embedded model (:data:`fewstep.loading.EMBEDDED`, ``fewstep models``); a
@@ -54,6 +51,11 @@ def load(
     Raises:
         ValueError: If there is no such model, its files are damaged or incomplete, or the device is
             not available.
+
+    Example:
+        >>> denoiser = fewstep.load("fashion", device="cpu")
+        >>> fewstep.sample(denoiser, 2, nfe=2, class_labels=3).shape  # in [-1, 1]
+        torch.Size([2, 1, 28, 28])
     """
     name, place = str(source), find_device(device)
     if dtype is not None and not dtype.is_floating_point:

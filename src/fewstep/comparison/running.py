@@ -76,6 +76,8 @@ def compare(
     sampler is compared with the reference at either end (the second by one more evaluation),
     and the smaller distance counts.
 
+    Cost: the sum of all budgets and ``reference_nfe``, in network evaluations for each of n samples.
+
     Arguments:
         denoiser: The model.
         samplers: Texts that :func:`fewstep.comparison.read_entry` reads, or a mapping from names to
@@ -101,6 +103,13 @@ def compare(
     Raises:
         ValueError: Before the first evaluation: if a sampler is not known or can meet no budget, if
             the folder has a comparison with other settings, or a number is out of range.
+
+    Example:
+        >>> from fewstep.comparison import compare
+        >>> denoiser = fewstep.load("mixture-smooth")
+        >>> result = compare(denoiser, "ddim,tab3", nfe=[4], folder="comparison", n=16, reference_nfe=20)
+        >>> [cell.name for cell in result.cells]
+        ['ddim', 'tab3']
     """
     budgets = _checked(nfe, n, batch_size, shown, reference_nfe)
     names = check_metrics(metrics)

@@ -325,6 +325,8 @@ GRIDS: Registry[Callable[..., TimeGrid]] = Registry(
 def grid(name: str, schedule: NoiseSchedule, steps: int | None, **options: Any) -> TimeGrid:
     """Returns the time grid of that name.
 
+    Cost: no network evaluation.
+
     Arguments:
         name: One of :data:`GRIDS`.
         schedule: The noise schedule.
@@ -335,6 +337,11 @@ def grid(name: str, schedule: NoiseSchedule, steps: int | None, **options: Any) 
     Raises:
         ValueError: If the name is unknown, or steps or times are out of range.
         TypeError: If the grid has no such option.
+
+    Example:
+        >>> grid = fewstep.grid("karras", fewstep.schedule("edm"), 3, rho=7.0)
+        >>> [round(float(t), 3) for t in grid.times]
+        [80.0, 9.723, 0.47, 0.002]
     """
     build = GRIDS[name]
     if steps is None and name != "explicit":

@@ -34,6 +34,9 @@ class NoiseSchedule(ABC):
     All methods take and return tensors of the same shape and floating type, are
     differentiable, and are meant to be called in float64.
 
+    .. math:: x_t = \alpha(t) \, x_0 + \sigma(t) \, \varepsilon, \qquad \lambda = \log(\alpha / \sigma), \qquad
+        \rho = \sigma / \alpha
+
     Attributes:
         t_min: The smallest time at which the network is trained well.
         t_max: The largest time, where sampling starts.
@@ -48,6 +51,14 @@ class NoiseSchedule(ABC):
             logarithm, in which the grids of other libraries that are even in "timesteps" are even.
         suits: For solvers' default grids that waste steps or diverge in this schedule's time, the grid
             to use instead.
+
+    Example:
+        >>> schedule = fewstep.schedule("vp-linear")
+        >>> t = torch.tensor([0.1, 0.5], dtype=torch.float64)
+        >>> torch.allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, torch.ones(2).double())
+        True
+        >>> torch.allclose(schedule.time(schedule.lam(t)), t)
+        True
     """
 
     name: str
@@ -620,6 +631,11 @@ def schedule(name: str, **options: Any) -> NoiseSchedule:
     Raises:
         ValueError: If the name is unknown or an option is out of range.
         TypeError: If the schedule has no such option.
+
+    Example:
+        >>> schedule = fewstep.schedule("vp-linear", beta_max=10.0)
+        >>> schedule.t_min, schedule.t_max
+        (0.001, 1.0)
     """
     build = SCHEDULES[name]
     check_options(f"schedule {name!r}", build, options)

@@ -26,12 +26,21 @@ FEW_TIMESTEPS = 50
 class TimeGrid:
     r"""The times :math:`t_0 > t_1 > \dots > t_K` of a sampler with K steps.
 
+    Step i goes from :math:`t_i` to :math:`t_{i+1}`; time is in the units of the schedule.
+
     Attributes:
         schedule: The schedule that gives the times their meaning.
         times: The times, float64 on the CPU, with shape (K + 1), strictly decreasing. They may
             require gradients.
         ends_at_zero: Whether the last point has :math:`\sigma = 0`. It is stored,
             never inferred from numbers: at that point the schedule is not evaluated.
+
+    Example:
+        >>> grid = fewstep.TimeGrid(fewstep.schedule("flow"), torch.tensor([0.9, 0.5, 0.1]).double())
+        >>> grid.steps
+        2
+        >>> [round(float(s), 2) for s in grid.sigma]
+        [0.9, 0.5, 0.1]
     """
 
     schedule: NoiseSchedule

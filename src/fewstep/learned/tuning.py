@@ -63,7 +63,7 @@ def tune(
     many evaluations, or by the discrepancy from real data in features that no loss uses; candidates
     that lose recall are rejected. Start and result are then scored on seeds that were not used before.
 
-    Cost in network evaluations of one sample, by default and with N ``pairs``, T ``teacher_nfe``,
+    Cost: in network evaluations of one sample, by default and with N ``pairs``, T ``teacher_nfe``,
     B ``batch_size``, S ``steps``: (N + heldout + test) T for the teacher, some 3 S B ``nfe`` for the
     search (4 with ``remat``), (S / evaluate_every) heldout ``nfe`` for judgements, 2 test ``nfe`` for
     scores; twice all that with guidance.
@@ -112,6 +112,13 @@ def tune(
     Raises:
         ValueError, TypeError: Before the first network evaluation, if an argument does not fit, a
             file exists, or the checkpoints are those of another search.
+
+    Example:
+        >>> search = {"pairs": 8, "heldout": 8, "test": 8, "teacher_nfe": 8, "steps": 2, "batch_size": 4}
+        >>> denoiser = fewstep.load("mixture-smooth")
+        >>> tuned = fewstep.tune(denoiser, nfe=3, objective="endpoint", search=search)
+        >>> tuned.plan.nfe
+        3
     """
     problem = Problem.of(
         denoiser,

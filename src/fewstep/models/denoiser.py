@@ -24,15 +24,12 @@ class Denoiser(nn.Module, ABC):
     r"""A network with the noise schedule that it was trained with: the model of every sampler.
 
     It is created by :func:`fewstep.load` or :meth:`Denoiser.wrap`, and returns any of the five predictions
-    of :class:`fewstep.Prediction` at a state :math:`x = \alpha(t) x_0 + \sigma(t) \varepsilon`:
-
-    .. code-block:: python
-
-        eps = denoiser(x, 0.5)                        # (B, *) -> (B, *)
-        x0 = denoiser(x, 0.5, prediction="x0", class_labels=[1, 2, 3])
+    of :class:`fewstep.Prediction` at a state :math:`x = \alpha(t) x_0 + \sigma(t) \varepsilon`, (B, \*) to (B, \*).
 
     A custom model derives from it: it sets ``schedule``, ``native`` and ``event_shape`` and
     defines :meth:`raw`.
+
+    Cost: one network evaluation for each call; with guidance one of twice the batch (``passes``).
 
     Attributes:
         schedule: The noise schedule, :math:`\alpha(t)` and :math:`\sigma(t)`.
@@ -47,6 +44,15 @@ class Denoiser(nn.Module, ABC):
         profile: Its :class:`fewstep.Profile`, which ``auto`` uses, or ``None``.
         passes: The forward passes of the network in one evaluation (2 with guidance).
         latents: Whether the samples are latents of an autoencoder, and no pictures.
+
+    Example:
+        >>> denoiser = fewstep.load("mixture-smooth")
+        >>> x = torch.randn(3, 2)
+        >>> eps, x0 = denoiser(x, 0.5), denoiser(x, 0.5, prediction="x0")
+        >>> t = torch.tensor(0.5)
+        >>> alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+        >>> torch.allclose(alpha * x0 + sigma * eps, x, atol=1e-5)
+        True
     """
 
     schedule: NoiseSchedule
@@ -159,15 +165,6 @@ class Denoiser(nn.Module, ABC):
     ) -> Denoiser:
         r"""Returns a denoiser from any callable; ``fewstep.studies.model_check`` checks its description.
 
-        .. code-block:: python
-
-            denoiser = fewstep.Denoiser.wrap(
-                network,                                          # network(x, t, **conditions)
-                schedule=fewstep.schedule("ddpm-linear"),
-                prediction="eps",
-                event_shape=(3, 32, 32),
-            )
-
         The network may return the prediction (B, \*), a tuple or list that begins with it, an object
         with ``.sample``, a dict (``"sample"``, the prediction's name, or its only tensor), or (B, 2C, \*)
         with a learned variance, which is dropped. The state is cast to the type of a module's weights
@@ -201,6 +198,15 @@ class Denoiser(nn.Module, ABC):
         Raises:
             TypeError: If the network is not callable, or the schedule is not a schedule.
             ValueError: If the prediction is unknown, or an option does not fit the schedule.
+
+        Example:
+            >>> def network(x, t):  # x (B, 2), t (B)
+            ...     return x / (1 + t.view(-1, 1))
+            >>> denoiser = fewstep.Denoiser.wrap(
+            ...     network, schedule=fewstep.schedule("edm"), prediction="eps", event_shape=(2,)
+            ... )
+            >>> fewstep.sample(denoiser, 4, solver="ddim", nfe=5).shape
+            torch.Size([4, 2])
         """
         if isinstance(network, Denoiser):
             raise TypeError("this is a Denoiser already; use it as it is")

@@ -77,6 +77,13 @@ def distill(
             setting does not fit, or the folder has a run of another recipe; later, if the loss is
             not finite.
         TypeError: If ``denoiser`` is not a denoiser.
+
+    Example:
+        >>> denoiser = fewstep.load("fashion", device="cpu")
+        >>> store = fewstep.record(denoiser, "teacher", n=4, solver="ddim", nfe=1, keep=1, class_labels=3)
+        >>> student = fewstep.distill(denoiser, store, "student", mode="endpoint", steps=1, batch_size=1)
+        >>> fewstep.sample(student, 1, class_labels=3).shape
+        torch.Size([1, 1, 28, 28])
     """
     recipe = replace(recipe or DistillRecipe(), **_known(changes))
     if distance is not None and recipe.loss != CUSTOM:

@@ -45,6 +45,14 @@ class FlatPlan(NamedTuple):
 class Plan:
     r"""A sampler as data.
 
+    A straight-line program over registers, of which the first is the initial state (B, \*) and one is the sample:
+
+    .. math:: r_i = \sum_j c_{ij} \, r_j, \qquad r_i = D(r_j, \tau_k), \qquad r_i = z_m \sim N(0, I)
+
+    with coefficients c, evaluations of the network D in the plan's prediction at times :math:`\tau`, and draws z.
+
+    Cost: a run makes :attr:`nfe` network evaluations for each sample.
+
     Attributes:
         structure: Which registers meet.
         values: Every coefficient, in row order, float64, shape (C). May require gradients.
@@ -54,9 +62,17 @@ class Plan:
         schedule: The schedule for which the coefficients hold.
         head: Whether the initial state is drawn from the Gaussian that has the mean and the
             variance of the data at ``knots[0]``, and not from the prior (an analytic head start).
-        name: The solver's name, for people.
+        name: The solver's name, for display.
         ends_at_zero: Whether the sample has :math:`\sigma = 0`: the last knot is then the label
             ``schedule.t_zero``, at which no function of the schedule is evaluated.
+
+    Example:
+        >>> plan = fewstep.plan("ddim", fewstep.schedule("vp-linear"), nfe=2)
+        >>> plan
+        Plan(ddim: 2 evaluations, 0 draws, t 1 -> 0.001, eps, vp-linear)
+        >>> same = fewstep.Plan.from_json(plan.to_json())
+        >>> torch.equal(same.values, plan.values)
+        True
     """
 
     structure: Structure

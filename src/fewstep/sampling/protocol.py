@@ -34,6 +34,12 @@ class Trajectory:
         times: The times of the states, with shape (S), float64.
         states: The states, with shape (S, B, \*), or ``None`` if they were not saved.
         nfe: The number of network evaluations for each sample (the mean, if it differs).
+
+    Example:
+        >>> denoiser = fewstep.load("mixture-smooth")
+        >>> trajectory = fewstep.sample(denoiser, 4, solver="ddim", nfe=5, save="states")
+        >>> trajectory.states.shape, trajectory.times.shape, trajectory.nfe
+        (torch.Size([6, 4, 2]), torch.Size([6]), 5.0)
     """
 
     x: Tensor

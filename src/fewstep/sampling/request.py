@@ -40,6 +40,11 @@ class SamplerRequest:
 
     Raises:
         TypeError: If a value has another type.
+
+    Example:
+        >>> request = fewstep.SamplerRequest("ddim", nfe=10, options={"eta": 0.5})
+        >>> request.nfe, request.grid
+        (10, None)
     """
 
     solver: str | Solver | None = UNSET

@@ -115,6 +115,12 @@ def resolve(
         Contradiction: If parts of the request contradict each other or the model.
         ValueError: If a name is unknown, a budget cannot be met, or a file cannot be read.
         TypeError: If something has the wrong type, or an option is unknown.
+
+    Example:
+        >>> denoiser = fewstep.load("mixture-smooth")
+        >>> resolved = fewstep.resolve(denoiser, fewstep.SamplerRequest("tab3", nfe=10))
+        >>> resolved.sampler.nfe, resolved.recipe.name
+        (10, 'tab3')
     """
     check_denoiser(denoiser)
     if not isinstance(request, SamplerRequest):
@@ -221,6 +227,8 @@ def plan(
 ) -> Plan:
     r"""Returns the plan of a solver.
 
+    Cost: no network evaluation; a run of the plan makes ``Plan.nfe`` for each sample.
+
     Arguments:
         solver: A name in :data:`fewstep.SOLVERS`, ``"auto"``, or a solver.
         schedule: The noise schedule.
@@ -239,6 +247,11 @@ def plan(
         ValueError: If a name is unknown, the budget cannot be met (the message has the
             nearest budgets), or two arguments contradict each other.
         TypeError: If neither solver nor grid have such an option (the message has theirs).
+
+    Example:
+        >>> plan = fewstep.plan("tab3", fewstep.schedule("vp-linear"), nfe=10)
+        >>> plan.nfe, plan.n_noise, plan.prediction.value
+        (10, 0, 'eps')
     """
     request = SamplerRequest(
         solver,

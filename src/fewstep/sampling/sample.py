@@ -65,7 +65,21 @@ def sampler(
     guidance: float | None = None,
     **options: Any,
 ) -> Sampler:
-    """Returns the sampler that these arguments of :func:`sample` describe."""
+    r"""Returns the sampler that these arguments of :func:`sample` describe.
+
+    It is the object that :func:`sample` runs: ``start`` maps noise (B, \*) to the initial state, ``run`` the
+    initial state to a :class:`Trajectory`. ``options`` are those of solver and grid.
+
+    Cost: no network evaluation; of a run ``.nfe`` for each sample.
+
+    Raises:
+        ValueError, TypeError: As :func:`fewstep.resolve`.
+
+    Example:
+        >>> from fewstep.sampling.sample import sampler
+        >>> sampler(fewstep.load("mixture-smooth"), solver="heun", nfe=9).nfe
+        9
+    """
     request = SamplerRequest(
         solver=solver,
         nfe=nfe,
@@ -111,6 +125,8 @@ def sample(
 
     Sample i depends on ``(seed, i)`` alone: not on the batch size, the device count or restarts.
 
+    Cost: ``nfe`` network evaluations for each sample (``dopri5``: as many as the tolerance needs).
+
     Arguments:
         denoiser: The model.
         n: The number of samples; left out, that of ``noise``.
@@ -155,6 +171,12 @@ def sample(
     Raises:
         ValueError, TypeError: Before the first network evaluation, if anything does not fit; and if
             the network returns NaN (which evaluation, which time).
+
+    Example:
+        >>> denoiser = fewstep.load("mixture-smooth")
+        >>> samples = fewstep.sample(denoiser, 8, solver="tab3", nfe=10, seed=0)
+        >>> torch.allclose(samples[2:4], fewstep.sample(denoiser, 2, first=2, solver="tab3", nfe=10))
+        True
     """
     if save not in (None, "states"):
         raise ValueError(f"save must be None or 'states', got {save!r}")
@@ -240,8 +262,18 @@ def steps(
 
     The last ``.x`` is the sample. All arguments are checked before the first step.
 
+    Cost: that of :func:`sample`, spread over the steps.
+
     Raises:
-        ValueError: If the sampler has no steps known beforehand.
+        ValueError, TypeError: As :func:`sample`, or if the sampler has no steps known beforehand.
+
+    Example:
+        >>> denoiser = fewstep.load("mixture-smooth")
+        >>> for step in fewstep.steps(denoiser, 4, solver="ddim", nfe=3):
+        ...     print(step.index, tuple(step.x0.shape))
+        0 (4, 2)
+        1 (4, 2)
+        2 (4, 2)
     """
     request = SamplerRequest(
         solver=solver,

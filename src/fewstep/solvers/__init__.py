@@ -129,6 +129,11 @@ def solver(name: str, **options: Any) -> Solver:
     Raises:
         ValueError: If the name is unknown or an option is out of range.
         TypeError: If the solver has no such option.
+
+    Example:
+        >>> from fewstep.solvers import solver
+        >>> solver("ddim", eta=0.5).stochastic
+        True
     """
     build = SOLVERS[name]
     check_options(f"solver {name!r}", build, options)

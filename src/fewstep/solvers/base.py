@@ -41,7 +41,7 @@ class Solver(ABC):
 
     Attributes:
         name: The name in :data:`fewstep.solvers.SOLVERS`.
-        prediction: What the equations ask of the network.
+        prediction: The prediction in which the equations are written.
         stochastic: Whether it draws noise after the initial state.
         exact: Whether the plan is exact on a point mass, i.e. whether it integrates a constant
             :math:`\varepsilon` exactly; checked whenever a plan is made.
@@ -60,6 +60,12 @@ class Solver(ABC):
         always_lowers_final: Whether at any number of steps; else below 15.
         starts_flows_at_noise: Whether it starts at pure noise with ``use_flow_sigmas``; else at the
             noisiest training timestep.
+
+    Example:
+        >>> from fewstep.solvers import solver
+        >>> kutta = solver("rho-kutta3")
+        >>> kutta.order, kutta.nfe(3), kutta.steps_for(9)
+        (3, 9, 3)
     """
 
     name: str

@@ -142,6 +142,12 @@ def fit(
 
     Raises:
         ValueError: Before the first evaluation, if anything does not fit.
+
+    Example:
+        >>> denoiser = fewstep.load("mixture-smooth")
+        >>> profile = fewstep.fit(denoiser, nfe=(4,), n=4)
+        >>> fewstep.sample(denoiser, 8, nfe=4, profile=profile).shape
+        torch.Size([8, 2])
     """
     budgets = _checked(denoiser, nfe, n)
     cond = _classes(denoiser, n, cond)

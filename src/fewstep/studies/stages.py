@@ -74,6 +74,9 @@ def study(
     Finished stages in the folder are read from there. They belong to one model (its weights,
     schedule and guidance), data, conditions, number of trajectories and seed.
 
+    Cost: some 500 network evaluations for each of 2 n trajectories, most of them for the gain of errors and the
+    polishing of grids.
+
     Arguments:
         subject: The model with its data and conditions.
         folder: The folder for the stages; or the running folder of a caller that has more
@@ -88,6 +91,14 @@ def study(
     Raises:
         ValueError: Before the first evaluation, if the folder has stages of another study; the message
             names the difference.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from fewstep.studies.stages import Subject, study
+        >>> subject = Subject(fewstep.load("mixture-smooth"), None, None, {}, {})
+        >>> results, advice = study(subject, Path("study"), nfe=[4], n=4, solvers=["ddim"], minutes=0)
+        >>> advice[0].nfe
+        4
     """
     with progress_of(progress) as shown:
         if isinstance(folder, RunFolder):

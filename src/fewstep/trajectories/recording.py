@@ -68,6 +68,8 @@ def record(
     missing shards. Shards have the same bytes from every writer on the same kind of machine; on
     others they differ by rounding.
 
+    Cost: ``nfe`` network evaluations for each trajectory.
+
     Arguments:
         denoiser: The model.
         folder: The folder to write.
@@ -101,6 +103,12 @@ def record(
         ValueError, TypeError: Before the first network evaluation, if anything does not fit, or if the
             folder has a store with other settings (the message names the first); and if a state
             is not finite or too large for the type.
+
+    Example:
+        >>> denoiser = fewstep.load("mixture-smooth")
+        >>> store = fewstep.record(denoiser, "trajectories", n=8, solver="ddim", nfe=4)
+        >>> store.read([0, 5]).states.shape
+        torch.Size([2, 5, 2])
     """
     if not isinstance(denoiser, Denoiser):
         raise TypeError(

@@ -51,9 +51,15 @@ READS_ALPHA_TO_ONE = ("ddim", "gddim", "pndm")
 class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
     r"""Any fewstep solver, plan or recipe as a scheduler of diffusers.
 
-    .. code-block:: python
+    Cost: one network evaluation for each entry of ``timesteps``.
 
-        pipe.scheduler = PlanScheduler.from_config(pipe.scheduler.config, solver="tab3")
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> from fewstep.adapters.diffusers import PlanScheduler
+        >>> scheduler = PlanScheduler.from_config(DDIMScheduler().config, solver="tab3")
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps.tolist(), scheduler.plan.nfe
+        ([999, 749, 500, 250], 4)
 
     All coefficients are planned in float64 by :meth:`set_timesteps`; a step is a linear row of the
     plan and reads nothing from the device. The state is kept in float32 or float64, whatever the

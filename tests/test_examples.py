@@ -1,0 +1,111 @@
+"""The examples in docstrings run, and the most used names have docstrings of one form."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewstep
+
+ROOT = Path(fewstep.__file__).parent
+
+MOST_USED = (
+    "models.denoiser:Denoiser",
+    "models.denoiser:Denoiser.wrap",
+    "loading:load",
+    "sampling.sample:sample",
+    "sampling.sample:steps",
+    "sampling.sample:sampler",
+    "sampling.resolve:plan",
+    "sampling.resolve:resolve",
+    "sampling.request:SamplerRequest",
+    "sampling.profile:Profile",
+    "sampling.protocol:Trajectory",
+    "sampling.likelihood:log_likelihood",
+    "plans.plan:Plan",
+    "diffusion.time_grid:TimeGrid",
+    "diffusion.grids:grid",
+    "diffusion.schedules:NoiseSchedule",
+    "diffusion.schedules:schedule",
+    "solvers.base:Solver",
+    "solvers:solver",
+    "studies.fit:fit",
+    "studies.stages:study",
+    "learned.tuning:tune",
+    "trajectories.recording:record",
+    "operators.distillation:distill",
+    "comparison.running:compare",
+    "adapters.diffusers.scheduler:PlanScheduler",
+    "adapters.diffusers.scheduler_plans:plan_from_scheduler",
+)
+"""Module and name of each; a class has attributes and a function says what it raises."""
+
+RUNS = {"sample", "steps", "sampler", "log_likelihood", "fit", "tune", "record", "distill"}
+RUNS |= {"Denoiser", "Plan", "PlanScheduler", "compare", "study"}
+"""Names whose docstrings have the cost in network evaluations."""
+
+
+def examples() -> list[doctest.DocTest]:
+    """Every docstring of the package with an example."""
+    parser, found = doctest.DocTestParser(), []
+    for path in sorted(ROOT.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if ">>>" not in text:
+            continue
+        place = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                doc, name = ast.get_docstring(node) or "", getattr(node, "name", place)
+                test = parser.get_doctest(doc, {}, f"{place}:{name}", str(path), None)
+                if test.examples:
+                    found.append(test)
+    return found
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
+def test_the_example_runs(example, tmp_path, monkeypatch):
+    place, name = example.name.split(":")
+    if "diffusers" in place:
+        pytest.importorskip("diffusers")
+    if name == "distill":
+        pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    logging.getLogger("fewstep").setLevel(logging.ERROR)
+    module = importlib.import_module(f"fewstep.{place}")
+    example.globs = {"fewstep": fewstep, "torch": torch, name: getattr(module, name, None)}
+    said: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        failed, tried = runner.run(example, out=said.append)
+    assert tried, "no example"
+    assert not failed, "".join(said)
+
+
+@pytest.mark.parametrize("name", MOST_USED)
+def test_docstrings_of_the_most_used_names(name):
+    place, _, path = name.partition(":")
+    if "diffusers" in place:
+        pytest.importorskip("diffusers")
+    thing = importlib.import_module(f"fewstep.{place}")
+    for part in path.split("."):
+        thing = getattr(thing, part)
+    doc = inspect.getdoc(thing)
+    parts = set(re.findall(r"^(\w+):", doc, re.MULTILINE))
+    assert ">>>" in doc
+    assert "Attributes" in parts or "Raises" in parts
+    if not inspect.isclass(thing) and path != "sampler":
+        arguments = set(inspect.signature(thing).parameters) - {"self", "cls"}
+        described = set(re.findall(r"^    (\w+): ", doc, re.MULTILINE))
+        own = {"kwargs", "cond", "changes", "options"}
+        assert path == "steps" or arguments - own <= described, arguments - described
+    if path.split(".")[-1] in RUNS:
+        assert "Cost" in parts, "no cost in network evaluations"
