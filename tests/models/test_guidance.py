@@ -16,6 +16,7 @@ from fewstep.models.guidance import (
     ClassifierGuidance,
     Inpainted,
     ProjectedGuidance,
+    Reconstruction,
     ScheduledGuidance,
     cfg_plus_plus,
     per_step,
@@ -289,3 +290,40 @@ def test_on_correlated_data_the_rest_follows_the_image_as_documented(
     assert float(samples[:, 0].mean()) / 1.2 == pytest.approx(follows, abs=0.055)
     if options.get("passes") == 20:
         assert float(samples[:, 0].var()) == pytest.approx(0.31, abs=5 * 0.31 * (2 / 4000) ** 0.5)
+
+
+@pytest.mark.parametrize("noise", [0.3, 0.05])
+def test_reconstruction_samples_the_posterior_of_gaussian_data(noise: float) -> None:
+    """Three independent coordinates, the mean of two times sqrt 2 measured: score and samples in closed form."""
+    mean, std, y = torch.tensor([0.5, -0.2, 0.9], dtype=torch.float64), 0.8, 1.4
+    row = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64) / math.sqrt(2)
+    inner = GaussianMixture([mean.tolist()], [std], [1.0], VP)
+    made = Reconstruction(
+        inner,
+        lambda x: x @ row.to(x)[:, None],
+        torch.tensor([y], dtype=torch.float64),
+        noise=noise,
+        data_std=std,
+    )
+    gain = std**2 / (std**2 + noise**2)
+    centre = mean + gain * (y - mean @ row) * row
+    covariance = std**2 * (torch.eye(3, dtype=torch.float64) - gain * torch.outer(row, row))
+    x = normal(4, 3, seed=8)
+    for t in (0.9, 0.4, 0.05):
+        alpha, sigma = (f(torch.tensor(t, dtype=torch.float64)) for f in (VP.alpha, VP.sigma))
+        total = alpha**2 * covariance + sigma**2 * torch.eye(3, dtype=torch.float64)
+        expected = sigma * torch.linalg.solve(total, (x - alpha * centre).T).T
+        torch.testing.assert_close(made(x, t), expected, rtol=0, atol=1e-9)
+    if noise < 0.1:
+        return  # the law of a sharp measurement needs more steps
+    samples = fewstep.sample(
+        made, noise=normal(2000, 3, seed=9), solver="unipc2", nfe=20, batch_size=2000
+    )
+    spread = (std**2 * (1 - gain)) ** 0.5
+    along = samples @ row
+    assert float(along.mean()) == pytest.approx(
+        float(centre @ row), abs=5 * spread / 2000**0.5 + 0.01
+    )
+    assert float(along.std()) == pytest.approx((spread**2 + 1e-4) ** 0.5, rel=0.15)
+    with pytest.raises(ValueError, match="which y of shape"):
+        Reconstruction(inner, lambda x: x, torch.ones(5))(x, 0.5)

@@ -412,6 +412,103 @@ class ClassifierGuidance(_Setting):
         return eps - weight * _spread(sigma, x) * slope
 
 
+class Reconstruction(_Setting):
+    r"""Inverse problems: samples given a measurement y = A(x) + noise, by the gradient through the network.
+
+    .. math:: \nabla \log p_t(x \mid y) \approx \nabla \log p_t(x)
+        + w \nabla_x \log N\left( y; \, A(D(x, t)), \ s_y^2 + v_t \right), \qquad
+        v_t = \frac{s^2 \sigma^2}{\alpha^2 s^2 + \sigma^2}
+
+    with the variance :math:`v_t` that data of deviation s have given their noisy state. Exact for Gaussian data of
+    independent coordinates with that deviation, and linear A with orthonormal rows (masks, crops); else an
+    approximation, as all guidance of this kind. Differentiable A of any shape: blur, downsampling, a mask.
+
+    Cost: one gradient of the network for each evaluation, about twice the time and the memory of training.
+
+    References:
+        | Pseudoinverse-Guided Diffusion Models for Inverse Problems (Song et al., 2023)
+        | https://openreview.net/forum?id=9_gsMA8MRKQ
+        | Diffusion Posterior Sampling for General Noisy Inverse Problems (Chung et al., 2023)
+        | https://arxiv.org/abs/2209.14687
+
+    Arguments:
+        inner: The model; its output must be differentiable in the state.
+        measure: A: takes data (B, \*), returns measurements (B, \*).
+        y: The measurement, with the shape of one measurement, or (B, \*).
+        noise: The standard deviation :math:`s_y` of its noise.
+        data_std: The deviation s of the data; left out, the model's (``data_std``), or 0.5.
+        scale: The weight w.
+    """
+
+    y: Tensor
+
+    def __init__(
+        self,
+        inner: Denoiser,
+        measure: Callable[[Tensor], Tensor],
+        y: Tensor,
+        *,
+        noise: float = 0.0,
+        data_std: float | None = None,
+        scale: Scale = 1.0,
+    ) -> None:
+        super().__init__(inner)
+        if not callable(measure):
+            raise TypeError(f"measure must be callable, got {type(measure).__name__}")
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            raise TypeError(f"y must be a floating tensor, got {type(y).__name__}")
+        if isinstance(noise, bool) or not 0 <= noise < math.inf:
+            raise ValueError(f"noise must be a number that is not negative, got {noise!r}")
+        if data_std is None:
+            own = inner.data_std
+            data_std = 0.5 if own is None else float(torch.as_tensor(own).square().mean().sqrt())
+        if not 0 < data_std < math.inf:
+            raise ValueError(f"data_std must be positive, got {data_std!r}")
+        _check_scale(scale)
+        self.register_buffer("y", y)
+        self.measure, self.noise, self.deviation = measure, float(noise), float(data_std)
+        self.scale_of = scale
+        self.native = Prediction.EPS
+
+    def settings(self) -> dict[str, Any]:
+        name = getattr(self.measure, "__qualname__", type(self.measure).__name__)
+        y = self.y.detach().cpu().double().contiguous().numpy().tobytes()
+        return {
+            "measure": name,
+            "y": hashlib.sha256(y).hexdigest(),
+            "noise": self.noise,
+            "data_std": self.deviation,
+            "scale": self._values(self.scale_of),
+        }
+
+    def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        times = t.double()
+        alpha, sigma = self.schedule.alpha(times), self.schedule.sigma(times)
+        with torch.inference_mode(False), torch.enable_grad():
+            point = x.detach().clone().requires_grad_()
+            output = self.inner.raw(point, t, **cond)
+            eps, data = (
+                convert(
+                    output, point, alpha=alpha, sigma=sigma, source=self.inner.native, target=kind
+                )
+                for kind in (Prediction.EPS, Prediction.X0)
+            )
+            measured = self.measure(data)
+            y = self.y.to(measured)
+            if measured.shape[-y.ndim :] != y.shape:
+                raise ValueError(
+                    f"measure returns {tuple(measured.shape)}, which y of shape {tuple(y.shape)} does not fit"
+                )
+            rest = (y - measured).flatten(1).square().sum(1)
+            variance = (self.deviation * sigma).square()
+            variance = variance / ((alpha * self.deviation).square() + sigma.square())
+            log_prob = -rest / (2 * (self.noise**2 + variance).to(rest))
+            (slope,) = torch.autograd.grad(log_prob.sum(), point)
+        scale = self.scale_of
+        weight = _spread(scale(times) if callable(scale) else scale, x)
+        return (eps.detach() - weight * _spread(sigma, x) * slope).to(x)
+
+
 INPAINTING = "inpainting"
 """The condition that has the images of a batch for :class:`Inpainted`."""
 
