@@ -1,44 +1,75 @@
-"""Shared fixtures: one thread a process, one seed, and the schedules built once."""
+"""Shared fixtures: one thread a process, one seed, and the schedules built once.
+
+What costs seconds to import is imported by the fixtures and tests that use it: the process that
+hands tests out to the others runs this file, too.
+"""
 
 from __future__ import annotations
 
+import gc
+import html
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from fewstep.cli import run
-from fewstep.diffusion.schedules import NoiseSchedule, schedule
+if TYPE_CHECKING:
+    from fewstep.diffusion.schedules import NoiseSchedule
 
 # Tests run side by side, and small tensors are slower on several threads; for the processes that
-# tests start, too.
-torch.set_num_threads(1)
+# tests start, too. Torch reads this when it is imported.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
+
+
+def pytest_unconfigure() -> None:
+    """Pytest looks for garbage five times at the end, among all modules; once will do."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _one_thread_one_seed() -> Iterator[None]:
     """Small tensors are slower on several threads; and what fails should fail again."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    # torch.manual_seed formats the stack for every kind of accelerator: 1 ms a test.
+    torch.default_generator.manual_seed(0)
     yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
 def vp() -> NoiseSchedule:
+    from fewstep.diffusion.schedules import schedule
+
     return schedule("vp-linear")
 
 
 @pytest.fixture(scope="session")
 def ddpm() -> NoiseSchedule:
+    from fewstep.diffusion.schedules import schedule
+
     return schedule("ddpm-linear")
+
+
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages with empty figures: drawing is most of what a small page costs.
+
+    Tests marked ``drawn`` have real ones, and so have the pages of fixtures of a module.
+    """
+    if request.node.get_closest_marker("drawn") is None:
+        empty = '<svg role="img" aria-label="{}"></svg>'
+        monkeypatch.setattr(
+            "fewstep.reporting.page.svg",
+            lambda figure, *, alt, prefix: empty.format(html.escape(alt)),
+        )
 
 
 @pytest.fixture
@@ -55,6 +86,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     ``said``: the beginnings of lines that may precede an error; ``logged``: whether the log is returned too.
     """
+    from fewstep.cli import run
 
     def inner(
         *arguments: object, code: int = 0, said: tuple[str, ...] = (), logged: bool = False

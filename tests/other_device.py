@@ -6,7 +6,7 @@ made on, or moved to, that device are of this kind; :func:`on_other_device` move
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 OTHER = torch.device("meta")
 aten = torch.ops.aten
@@ -77,12 +76,29 @@ class _Literals(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _leaves(value: Any) -> list[Any]:
+    """What arguments hold; torch's own pytree asks twice as much of each."""
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in _leaves(part)]
+    if isinstance(value, dict):
+        return [leaf for part in value.values() for leaf in _leaves(part)]
+    return [value]
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(function, part) for part in value])
+    if isinstance(value, dict):
+        return {key: _mapped(function, part) for key, part in value.items()}
+    return function(value)
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    flat, _ = tree_flatten((args, kwargs))
+    flat = _leaves((args, kwargs))
     others = [a for a in flat if isinstance(a, OtherTensor)]
     target = kwargs.get("device")
     if others and func not in CROSSING:
-        checked = tree_flatten((args[0], args[2:], kwargs))[0] if func in INDEXED else flat
+        checked = _leaves((args[0], args[2:], kwargs)) if func in INDEXED else flat
         if func in INDEXED and not isinstance(args[0], OtherTensor):
             checked = flat
         strangers = [
@@ -97,7 +113,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     by_inner = {id(a.plain): a for a in others}
     if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    args, kwargs = tree_map(lambda a: a.plain if isinstance(a, OtherTensor) else a, (args, kwargs))
+    args, kwargs = _mapped(lambda a: a.plain if isinstance(a, OtherTensor) else a, (args, kwargs))
     result = func(*args, **kwargs)
     if target is not None:
         stays = torch.device(target) == OTHER
@@ -114,7 +130,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         same = by_inner.get(id(value))
         return OtherTensor(value) if same is None else same
 
-    return tree_map(wrapped, result)
+    return _mapped(wrapped, result)
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def few_hypotheses(monkeypatch):
         pytest.param("StableDiffusion", *ANALYZE, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.usefixtures("few_hypotheses")
+@pytest.mark.usefixtures("few_hypotheses", "undrawn")
 def test_the_other_commands_take_pipelines(tmp_path, capsys, kind, command, options):
     from fewstep.base.files import read_json
     from fewstep.cli import run

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 
 import tiny_pipelines as tiny
+from forks import FORKS, in_fork
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -256,21 +255,7 @@ def test_eight_threads_share_one_pipeline():
         assert numpy.abs(together[seed] - alone[seed]).max() < 1e-5
 
 
-FRESH = """
-import sys, numpy, torch
-from fewstep.adapters.diffusers import load_pipeline
-torch.set_num_threads(1)
-for folder in sys.argv[1:]:
-    pipe = load_pipeline(folder)
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    made = pipe(num_inference_steps=4, generator=generator, output_type="np")
-    assert pipe.scheduler.config.solver == "tab2"
-    numpy.save(folder + "/out.npy", made.images)
-"""
-
-
-@pytest.mark.slow
+@pytest.mark.filterwarnings(FORKS)
 def test_saved_pipelines_come_back_in_a_fresh_process(tmp_path):
     """DDIMPipeline puts its own scheduler in; load_pipeline puts ours back. One process for both."""
     wanted = {}
@@ -280,9 +265,19 @@ def test_saved_pipelines_come_back_in_a_fresh_process(tmp_path):
         pipe.save_pretrained(folder)
         wanted[folder] = draw(load_pipeline(folder), arguments, 4)
         assert numpy.abs(draw(pipe, arguments, 4) - wanted[folder]).max() < ROUNDING
-    subprocess.run([sys.executable, "-c", FRESH, *map(str, wanted)], check=True)
-    for folder, want in wanted.items():
-        assert numpy.abs(numpy.load(folder / "out.npy") - want).max() < ROUNDING
+
+    def come_back() -> None:
+        from fewstep.adapters.diffusers import load_pipeline
+
+        for folder, want in wanted.items():
+            pipe = load_pipeline(folder)
+            pipe.set_progress_bar_config(disable=True)
+            generator = torch.Generator().manual_seed(0)
+            made = pipe(num_inference_steps=4, generator=generator, output_type="np")
+            assert pipe.scheduler.config.solver == "tab2"
+            assert numpy.abs(made.images - want).max() < ROUNDING
+
+    in_fork(come_back)
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path):

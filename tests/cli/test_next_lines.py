@@ -18,6 +18,8 @@ from tiny_models import write_tiny
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CHEAP = {
     # What makes a proposed command small enough for a test; the proposal itself stays as it is.
     "sample": ["-n", "2"],

@@ -25,6 +25,8 @@ from fewstep.models import exact
 from fewstep.sampling.recipe import SamplerRecipe
 from tiny_searches import RING
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = {
     "steps": 6, "pairs": 24, "heldout": 30, "test": 40, "teacher_nfe": 8, "batch_size": 8,
     "evaluate_every": 3, "real_batch": 50,
@@ -348,6 +350,7 @@ COMMAND = ["tune", "mixture-smooth", "--nfe", "3", "--objective", "endpoint", "-
 COMMAND += ["--setting", "pairs=20", "--setting", "heldout=30", "--setting", "test=30"]
 
 
+@pytest.mark.drawn
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "tuned.json"
     assert run([*COMMAND, "--out", str(out)]) == 0

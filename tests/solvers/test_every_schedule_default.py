@@ -135,21 +135,23 @@ def _bound(name: str, where: str) -> float:
     return 2.0 if solver.order > 1 else 3.0
 
 
-@pytest.mark.parametrize("where", SCHEDULE_NAMES)
 @pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name not in LADDER])
-def test_the_default_is_no_worse_than_the_textbook(name: str, where: str) -> None:
-    if _refuses(name, where):
-        with pytest.raises(ValueError, match="use ipndm"):
-            fewstep.plan(name, schedule_of(where), nfe=_budget(name, 9))
-        return
-    assert _ratio(name, where) <= _bound(name, where)
+def test_the_default_is_no_worse_than_the_textbook(name: str) -> None:
+    above = {}
+    for where in SCHEDULE_NAMES:
+        if _refuses(name, where):
+            with pytest.raises(ValueError, match="use ipndm"):
+                fewstep.plan(name, schedule_of(where), nfe=_budget(name, 9))
+        elif (ratio := _ratio(name, where)) > _bound(name, where):
+            above[where] = ratio
+    assert not above
 
 
-@pytest.mark.parametrize("where", SCHEDULE_NAMES)
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_the_law_at_the_default_is_no_worse_than_the_textbook(name: str, where: str) -> None:
+def test_the_law_at_the_default_is_no_worse_than_the_textbook(name: str) -> None:
     """Means and standard deviations of Gaussian data, in closed form."""
-    assert _law_error(name, where, _budget(name, 19)) <= _law_bound(name, where)
+    errors = {where: _law_error(name, where, _budget(name, 19)) for where in SCHEDULE_NAMES}
+    assert not {w: e for w, e in errors.items() if e > _law_bound(name, w)}
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddpm-theory"])

@@ -2,6 +2,7 @@ r"""Checks the description of a model by its denoising error, compared with that
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -366,12 +367,7 @@ class _Bench:
                 if output is None:
                     parts.append(torch.full((len(x),), math.inf, dtype=torch.float64))
                     continue
-                a, b = coefficients(
-                    own.prediction,
-                    Prediction.X0,
-                    alpha=torch.tensor(alpha, dtype=torch.float64),
-                    sigma=torch.tensor(sigma, dtype=torch.float64),
-                )
+                a, b = _factors(own.prediction, Prediction.X0, alpha, sigma)
                 difference = (a * x + own.sign * b * output - x0) * unit
                 parts.append(difference.square().flatten(1).mean(1).cpu().double())
         if not baseline > 0:  # all samples are equal: nothing to compare with
@@ -391,12 +387,7 @@ class _Bench:
             output = self.probe.output(hypothesis, x, now)
             if output is None:
                 return torch.full_like(x, math.nan)
-            a, b = coefficients(
-                hypothesis.prediction,
-                Prediction.EPS,
-                alpha=torch.tensor(alpha, dtype=torch.float64),
-                sigma=torch.tensor(sigma, dtype=torch.float64),
-            )
+            a, b = _factors(hypothesis.prediction, Prediction.EPS, alpha, sigma)
             eps = a * x + hypothesis.sign * b * output
             next_alpha, next_sigma = _scales(s, then)
             x = next_alpha / alpha * x + (next_sigma - next_alpha / alpha * sigma) * eps
@@ -456,6 +447,16 @@ def _same(one: tuple[Any, Tensor, Tensor], two: tuple[Any, Tensor, Tensor]) -> b
 def _scales(s: NoiseSchedule, t: float) -> tuple[float, float]:
     time = torch.tensor(t, dtype=torch.float64)
     return float(s.alpha(time)), float(s.sigma(time))
+
+
+@functools.lru_cache(4096)
+def _factors(
+    source: Prediction, target: Prediction, alpha: float, sigma: float
+) -> tuple[float, float]:
+    """Returns ``coefficients`` at one level, which many hypotheses share."""
+    scales = (torch.tensor(value, dtype=torch.float64) for value in (alpha, sigma))
+    a, b = coefficients(source, target, **dict(zip(("alpha", "sigma"), scales, strict=True)))
+    return float(a), float(b)
 
 
 def _moments(x0: Tensor) -> tuple[Tensor, Tensor]:
