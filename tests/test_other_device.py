@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.base.files import read_tensors
 from fewstep.comparison import compare
 from fewstep.solvers import solver
 from fewstep.studies import (
@@ -24,6 +26,8 @@ from fewstep.studies import (
     polish,
 )
 from fewstep.studies.reference import draw_noise
+from fewstep.training.data import read_images
+from fewstep.training.recipe import TrainRecipe
 from other_device import OTHER, OtherTensor, on_other_device, other_device
 from tiny_models import write_tiny
 
@@ -139,3 +143,66 @@ def test_a_comparison(here, there, tmp_path):
     for one, two in zip(*(f.cells for f in found), strict=True):
         assert two.scores["rms"].value == pytest.approx(one.scores["rms"].value, rel=1e-4)
     assert found[1].question["device"] == "meta"
+
+
+TINY = {
+    "steps": 2, "pairs": 8, "heldout": 8, "test": 8, "teacher_nfe": 4, "batch_size": 4,
+    "evaluate_every": 2, "real_batch": 20,
+}  # fmt: skip
+
+
+def test_a_search(here, there):
+    """Pairs, search, judgements and final scores, with data and conditions."""
+    images = torch.rand((40, 1, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    arguments = {"nfe": 1, "objective": "endpoint,mmd", "features": "pixels", "search": TINY}
+    one, two = (
+        fewstep.tune(model, **arguments, data=data, class_labels=[0, 2]).scores["after"]
+        for model, data in ((here, images), (there, images.to(OTHER)))
+    )
+    for name, score in one.items():
+        assert two[name]["value"] == pytest.approx(score["value"], rel=1e-2, abs=1e-4)
+
+
+def test_trajectories_and_their_student(here, there, tmp_path):
+    labels = torch.tensor([0, 1, 2, 0])
+    rows = []
+    for name, model in (("here", here), ("there", there)):
+        fewstep.record(model, tmp_path / name, n=4, solver="ddim", nfe=4, class_labels=labels)
+        rows.append(fewstep.TrajectoryStore.open(tmp_path / name).read(list(range(4))).states)
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-3, atol=1e-3)
+    out = tmp_path / "student"
+    fewstep.distill(there, tmp_path / "there", out, steps=1, batch_size=2, device=OTHER)
+    assert (out / "operator.safetensors").is_file()
+
+
+def test_training(tmp_path, monkeypatch):
+    """torch knows no automatic precision on meta, so that is left out."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    pixels = numpy.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=numpy.uint8)
+    numpy.savez(tmp_path / "data.npz", images=pixels, labels=numpy.arange(20) % 2)
+    network = {"channels": [8], "blocks": [1], "attention": [], "num_classes": 2}
+    more = {"batch_size": 4, "steps": 2, "warmup": 1, "precision": "float32"}
+    recipe = TrainRecipe(network=network, schedule={"name": "ddpm-linear"}, **more)
+    ends = []
+    for device in ("cpu", OTHER):
+        out = tmp_path / str(device)
+        fewstep.train(read_images(tmp_path / "data.npz"), out, recipe, device=device)
+        ends.append(read_tensors(out / "model.safetensors"))
+    assert ends[0].keys() == ends[1].keys()
+    for name, weights in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_profile(here, there):
+    one, two = (fewstep.fit(model, (2,), n=4, class_labels=1) for model in (here, there))
+    assert two.solver_for(2) == one.solver_for(2)
+
+
+@pytest.mark.slow
+def test_likelihood(here, there):
+    x = torch.rand((2, 1, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    options = {"class_labels": [0, 1], "rtol": 0.1, "atol": 0.1}
+    wanted = fewstep.log_likelihood(here, x, **options)
+    found = fewstep.log_likelihood(there, x.to(OTHER), **options)
+    torch.testing.assert_close(found.nats.cpu(), wanted.nats, rtol=1e-3, atol=1e-3)

@@ -22,6 +22,7 @@ from fewstep.base.runs import locked
 from fewstep.cli import run
 from fewstep.sampling import batches
 from fewstep.training.batches import Batches
+from next_lines import carry_out, proposed
 from tiny_models import write_tiny
 
 
@@ -597,7 +598,9 @@ def test_train_resumes_and_its_model_samples(command, tmp_path, small_recipe, mo
     subcommand = ["train", str(data), "--recipe", str(small_recipe), "--checkpoint-every", "2"]
     text = command(*subcommand, "--out", tmp_path / "whole")
     assert "64 images of 1x8x8, 2 classes; v, ddpm-linear; 6 steps" in text
-    assert "next: fewstep sample" in text
+    (line,) = proposed(text)
+    assert "--class-labels all" in line
+    carry_out(line)
 
     original = Batches.__call__
 
@@ -665,7 +668,7 @@ def test_a_wrong_training_recipe_is_one_line(command, tmp_path):
 # demo
 
 
-def test_demo_makes_table_picture_and_results(command, tiny, tmp_path, monkeypatch):
+def test_demo_makes_table_picture_and_results(command, tiny, tmp_path, monkeypatch, capsys):
     import fewstep.cli.demo as demo
 
     monkeypatch.setattr(demo, "REFERENCE_NFE", 40)
@@ -675,7 +678,10 @@ def test_demo_makes_table_picture_and_results(command, tiny, tmp_path, monkeypat
         for nfe in (5, 10):
             assert re.search(rf"^{solver}\s+{nfe}\s+\d\.\d{{4}}\s+\d", text, re.MULTILINE)
     assert str(out / "demo.png") in text
-    assert text.rstrip().splitlines()[-1].startswith("next: fewstep sample")
+    (line,) = proposed(text)
+    monkeypatch.chdir(tmp_path)
+    carry_out(line, "--nfe", "2")
+    capsys.readouterr()
     results = json.loads((out / "results.json").read_text())
     found = {(r["solver"], r["nfe"]): r["rms_distance"] for r in results["results"]}
     model, labels = fewstep.load(tiny), [i % 3 for i in range(16)]

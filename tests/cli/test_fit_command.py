@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 import fewstep
+from next_lines import carry_out
 from tiny_models import write_tiny
 
 
@@ -21,12 +22,15 @@ def fitted(tmp_path_factory):
     return folder
 
 
-def test_the_command_writes_into_the_models_folder(tmp_path, command):
+def test_the_command_writes_into_the_models_folder(tmp_path, command, monkeypatch, capsys):
     folder = write_tiny(tmp_path / "model")
     text = command("fit", folder, "--nfe", "2,3", "-n", 4)
     assert f"wrote {folder / 'profile.json'}" in text
     line = next(line for line in text.splitlines() if line.startswith("next: "))
     assert line == f"next: fewstep sample {folder} --nfe 3 --out samples"
+    monkeypatch.chdir(tmp_path)
+    carry_out(line.removeprefix("next: "))
+    capsys.readouterr()
     profile = fewstep.Profile.load(folder / "profile.json")
     assert [row["nfe"] for row in profile.table()] == [2, 3]
     assert "exists" in command("fit", folder, code=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import html
 import json
 import re
@@ -11,22 +13,23 @@ from pathlib import Path
 import numpy
 import pytest
 
-from fewstep.cli import run
+import fewstep
+import fewstep.cli
+from fewstep.cli import listing, run, sample
+from fewstep.diffusion.grids import GRIDS
+from fewstep.models import exact
 from fewstep.reporting.commands import command
+from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.resolve import resolve
+from fewstep.solvers import SOLVERS
+from next_lines import carry_out, proposed
 from tiny_models import write_tiny
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 
-CHEAP = {
-    # What makes a proposed command small enough for a test; the proposal itself stays as it is.
-    "sample": ["-n", "2"],
-    "analyze": ["--nfe", "3", "-n", "4", "--budget", "0"],
-    "tune": "--steps 1 --setting batch_size=2 --setting pairs=4 --setting heldout=8 --setting test=8 "
-    "--setting teacher_nfe=8".split(),
-}
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,29 +45,12 @@ def folder(tmp_path_factory):
         yield place
 
 
-def proposed(capsys) -> list[str]:
-    """Returns the commands after "next:" in what was printed."""
-    out = capsys.readouterr().out
-    return [line.removeprefix("next: ") for line in out.splitlines() if line.startswith("next: ")]
-
-
-def carry_out(line: str, **words: str) -> None:
-    """Runs a proposed command, cheaply."""
-    name, *arguments = shlex.split(line)
-    assert name == "fewstep"
-    arguments = [words.get(a, a) for a in arguments]
-    more = CHEAP.get(arguments[0], [])
-    if more[:1] == ["-n"] and "-n" in arguments:
-        more = more[2:]  # a small number is carried over
-    assert run([*arguments, *more]) == 0, line
-
-
 def test_sample_and_plan(capsys):
     assert (
         run(["sample", "my model", "-n", "2", "--nfe", "2", "--class-labels", "0,1", "--out", "s"])
         == 0
     )
-    (line,) = proposed(capsys)
+    (line,) = proposed(capsys.readouterr().out)
     assert "--class-labels 0,1" in line
     carry_out(line)
     capsys.readouterr()
@@ -80,28 +66,48 @@ def test_sample_and_plan(capsys):
         "my plan.json",
     ]
     assert run(made) == 0
-    (line,) = proposed(capsys)
+    (line,) = proposed(capsys.readouterr().out)
     carry_out(line)
-    (line,) = proposed(capsys)
+    (line,) = proposed(capsys.readouterr().out)
     carry_out(line, MODEL="my model")
 
 
-def test_listings(capsys):
-    for words, names in (
-        (["solvers"], {"NAME": "tab3"}),
-        (["solvers", "tab3"], {}),
-        (["models"], {}),
-    ):
-        assert run(words) == 0
-        for line in proposed(capsys):
-            for part in re.split(r", or ", line):
-                assert part.startswith("fewstep ")
-                parts = [names.get(a, a) for a in shlex.split(part)[1:]]
-                if parts[0] == "sample":
-                    # The embedded model is large; what is proposed is sampled with two evaluations.
-                    assert run([*parts, "-n", "1", "--nfe", "2", "--overwrite"]) == 0
-                else:
-                    assert run(parts) == 0
+def test_listings(capsys, monkeypatch):
+    """Each solver and each grid has a command that runs, up to the first evaluation."""
+    models = {
+        "fashion": "ddpm-linear",
+        "mixture-smooth": "vp-linear",
+        "MODEL": "ddpm-scaled-linear",
+    }
+    models = {k: exact.smooth(fewstep.schedule(v)) for k, v in models.items()}
+    monkeypatch.setattr(sample, "load_model", lambda name, device: models[name])
+
+    def stop(*given):
+        raise ValueError("resolved")
+
+    monkeypatch.setattr(sample, "parse_labels", stop)
+    listings = [listing.solvers, listing.grids, listing.models]
+    listings += [functools.partial(listing.solvers, name) for name in SOLVERS]
+    listings += [functools.partial(listing.grids, name) for name in GRIDS]
+    seen = set()
+    for show in listings:
+        show()
+        (line,) = proposed(capsys.readouterr().out)
+        for part in re.split(r", or ", line):
+            name, *parts = shlex.split(part)
+            assert name == "fewstep"
+            if "NAME" in parts:
+                parts[parts.index("NAME")] = "karras" if "grid" in part else "tab3"
+            kind = parts[2] if len(parts) > 3 else ""
+            if len(parts) == 6 and kind in seen:  # the same line but for the name
+                request = {kind.removeprefix("--"): parts[3]}
+                resolve(models[parts[1]], SamplerRequest(**request))
+            elif parts[0] == "sample":
+                seen.add(kind)
+                assert run(parts) == 2
+                assert "error: resolved" in capsys.readouterr().err, part
+            else:
+                assert run(parts) == 0
         capsys.readouterr()
 
 
@@ -123,7 +129,7 @@ def test_compare_its_page_and_analyze(capsys):
     assert (
         run([*words, "--class-labels", "0,1", "--guidance", "1.5", "--out", "my comparison"]) == 0
     )
-    (printed,) = proposed(capsys)
+    (printed,) = proposed(capsys.readouterr().out)
     page = (
         html.unescape(t)
         for t in re.findall(
@@ -142,7 +148,7 @@ def test_compare_its_page_and_analyze(capsys):
     assert "--guidance 1.5" in lines[2]
     for line in lines:
         carry_out(line)
-        after = proposed(capsys)
+        after = proposed(capsys.readouterr().out)
         assert len(after) == 1
         if shlex.split(line)[1] == "analyze":
             assert "--class-labels 0,1" in after[0]
@@ -166,7 +172,7 @@ def test_record(capsys):
         "my store",
     ]
     assert run(words) == 0
-    (line,) = proposed(capsys)
+    (line,) = proposed(capsys.readouterr().out)
     assert shlex.split(line)[1:] == [
         "distill",
         "my model",
@@ -174,6 +180,50 @@ def test_record(capsys):
         "--out",
         "my store-operator",
     ]
+    carry_out(line)
+    (line,) = proposed(capsys.readouterr().out)
+    carry_out(line)
+
+
+CARRIED_OUT = {
+    "sample.sample": "cli/test_next_lines.py::test_sample_and_plan",
+    "plan.make": "cli/test_next_lines.py::test_sample_and_plan",
+    "plan.show": "cli/test_next_lines.py::test_sample_and_plan",
+    "listing.solvers": "cli/test_next_lines.py::test_listings",
+    "listing.grids": "cli/test_next_lines.py::test_listings",
+    "listing.models": "cli/test_next_lines.py::test_listings",
+    "compare.compare": "cli/test_next_lines.py::test_compare_its_page_and_analyze",
+    "analyze.analyze": "cli/test_next_lines.py::test_compare_its_page_and_analyze",
+    "record._record": "cli/test_next_lines.py::test_record",
+    "distill.distill": "cli/test_next_lines.py::test_record",
+    "tune.tune": "cli/test_tune_command.py::test_the_command",
+    "fit.fit": "cli/test_fit_command.py::test_the_command_writes_into_the_models_folder",
+    "train.train": "cli/test_cli.py::test_train_resumes_and_its_model_samples",
+    "demo.demo": "cli/test_cli.py::test_demo_makes_table_picture_and_results",
+}
+"""The function that prints "next:", and the test that runs what it prints."""
+
+
+def test_every_next_line_is_carried_out_by_a_test():
+    """Fails if a command starts to print one; the functions are found in the source."""
+    printing = set()
+    for file in Path(fewstep.cli.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(
+                isinstance(part, ast.Constant) and "next: " in str(part.value)
+                for statement in node.body[1:]
+                for part in ast.walk(statement)
+            ):
+                printing.add(f"{file.stem}.{node.name}")
+    assert printing == set(CARRIED_OUT)
+    tests = Path(__file__).parent.parent
+    for place in CARRIED_OUT.values():
+        file, _, name = place.partition("::")
+        tree = ast.parse((tests / file).read_text()).body
+        (body,) = (n for n in tree if isinstance(n, ast.FunctionDef) and n.name == name)
+        assert any(
+            isinstance(n, ast.Name) and n.id in ("carry_out", "resolve") for n in ast.walk(body)
+        ), place
 
 
 def test_commands_are_quoted_and_complete():

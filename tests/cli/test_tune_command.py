@@ -23,6 +23,7 @@ from fewstep.metrics import Reference
 from fewstep.metrics.intervals import Estimate
 from fewstep.models import exact
 from fewstep.sampling.recipe import SamplerRecipe
+from next_lines import carry_out, proposed
 from tiny_searches import RING
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -201,6 +202,19 @@ def test_wrong_arguments_are_refused_before_any_evaluation():
             fewstep.tune(denoiser, **{"nfe": 3, **arguments})
 
 
+def test_data_of_another_range_are_refused():
+    """Images are read in [-1, 1]; a tensor is in the model's range, and so is taken."""
+    model = fewstep.Denoiser.wrap(
+        lambda x, t: x, schedule=fewstep.schedule("ddpm-linear"), prediction="eps",
+        event_shape=(1, 28, 28),
+    )  # fmt: skip
+    model.data_range = (0.0, 1.0)
+    for denoiser in (model, fewstep.Clipped(model)):
+        for data in ("fashion", Reference.load("fashion", "fashion")):
+            with pytest.raises(ValueError, match="data range from 0 to 1"):
+                fewstep.tune(denoiser, nfe=2, objective="mmd", data=data, search=TINY)
+
+
 class Labelled(nn.Module):
     """Two Gaussians by class, and both without one; records the classes of its evaluations."""
 
@@ -357,7 +371,10 @@ def test_the_command(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"wrote {out}" in text
     assert "rms to the teacher" in text
-    assert "next: fewstep sample mixture-smooth --recipe" in text
+    (line,) = proposed(text)
+    assert f"sample mixture-smooth --recipe {out}" in line
+    carry_out(line)
+    capsys.readouterr()
     page = (tmp_path / "tuned.search" / "report.html").read_text()
     assert "Judgements" in page
     assert page.count("<svg") >= 2

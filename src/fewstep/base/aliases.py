@@ -126,3 +126,8 @@ ALIASES: tuple[Alias, ...] = (
 def aliases_of(kind: str) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Returns the aliases of a registry: foreign name → (entry, options)."""
     return {row.name: (row.ours, row.options) for row in ALIASES if row.kind == kind and row.ours}
+
+
+def names_without(kind: str) -> dict[str, str]:
+    """Returns the foreign names of a registry that have no entry: name → reason."""
+    return {row.name: row.note for row in ALIASES if row.kind == kind and not row.ours}

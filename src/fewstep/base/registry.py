@@ -19,6 +19,7 @@ class Registry(Mapping[str, T], Generic[T]):
         entries: The mapping itself, in the order of listings.
         aliases: The names of other libraries for entries, with their options. They are not listed;
             an entry of the same name has precedence.
+        without: The names of other libraries that have no counterpart, each with the reason.
     """
 
     def __init__(
@@ -26,8 +27,10 @@ class Registry(Mapping[str, T], Generic[T]):
         kind: str,
         entries: Mapping[str, T],
         aliases: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None,
+        without: Mapping[str, str] | None = None,
     ) -> None:
         self.kind = kind
+        self._without = dict(without or {})
         self._entries = dict(entries)
         self._aliases = {k: v for k, v in (aliases or {}).items() if k not in self._entries}
         for name, (ours, _) in self._aliases.items():
@@ -50,6 +53,11 @@ class Registry(Mapping[str, T], Generic[T]):
             ours, options = self.own(name)
             entry = self._entries[ours]
         except (KeyError, TypeError):
+            if isinstance(name, str) and name in self._without:
+                raise ValueError(
+                    f"There is no {self.kind} for {name!r}: {self._without[name]}. "
+                    f"Known: {', '.join(sorted(self._entries))}."
+                ) from None
             known, others = list(self._entries), list(self._aliases)
             raise ValueError(unknown(self.kind, name, known, others)) from None
         return functools.partial(entry, **options) if options else entry  # type: ignore[return-value,operator]
@@ -75,13 +83,16 @@ def unknown(
 ) -> str:
     """Returns the message for an unknown name: the name, near matches, the known names."""
     names = sorted(known)
-    text = f"{name!s:.60}".lower().replace("_", "-")
-    lowered = {
-        known_name.lower().replace("_", "-"): known_name for known_name in [*aliases, *names]
-    }
-    close = [lowered[c] for c in difflib.get_close_matches(text, lowered, n=3, cutoff=0.5)]
+    spelled = {_spelling(known_name): known_name for known_name in [*aliases, *names]}
+    text = _spelling(f"{name!s:.60}")
+    close = [spelled[c] for c in difflib.get_close_matches(text, spelled, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"Unknown {kind} {name!r:.60}.{hint} Known: {', '.join(names)}."
+
+
+def _spelling(name: str) -> str:
+    """Returns a name as ours are written: "DPM++ 2M Karras" is dpmpp-2m-karras."""
+    return name.strip().lower().replace("+", "p").replace("_", "-").replace(" ", "-")
 
 
 def check_options(

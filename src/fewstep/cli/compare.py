@@ -167,6 +167,7 @@ def _data(source: str, features: str, denoiser: Denoiser) -> Reference:
     from dataclasses import replace
 
     from fewstep.metrics import Reference
+    from fewstep.metrics.reference import check_data_range
 
     shape = denoiser.event_shape or ()
     if source in EXACT:
@@ -177,12 +178,7 @@ def _data(source: str, features: str, denoiser: Denoiser) -> Reference:
             features=points[:KEPT],
             event_shape=drawn.event_shape,
         )
-    low, high = getattr(denoiser, "data_range", (-1.0, 1.0))
-    if (low, high) != (-1.0, 1.0):
-        raise ValueError(
-            f"the model's data range from {low:g} to {high:g}, and metrics read images in [-1, 1]; "
-            "leave --data out"
-        )
+    check_data_range(denoiser)
     found = Reference.load(source, features)
     if found.event_shape is not None and tuple(found.event_shape) != tuple(shape):
         raise ValueError(

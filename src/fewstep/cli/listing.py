@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fewstep.cli._common import console, say, say_result
+from fewstep.reporting.commands import command
 
 
 def solvers(name: str | None = None) -> None:
@@ -20,8 +22,11 @@ def solvers(name: str | None = None) -> None:
 
     if name is not None:
         say_result(inspect.getdoc(_class(SOLVERS[name])) or "")
+        say_result(f"\nDefault grid: {_default_grids(name)}")
         _say_aliases("solver", SOLVERS.own(name)[0])
-        say(f"\nnext: fewstep sample fashion --solver {name} --out samples")
+        say(
+            f"\nnext: {command('sample', 'fashion', solver=name, nfe=_budget(name), out='samples')}"
+        )
         return
 
     columns = (
@@ -29,21 +34,19 @@ def solvers(name: str | None = None) -> None:
         ("order", "right"),
         ("stochastic", "left"),
         ("10 steps cost", "right"),
-        ("grid", "left"),
+        ("default grid", "left"),
         ("description", "left"),
     )
     rows = []
     for key, build in SOLVERS.items():
         solver = build()
-        grid, options = solver.default_grid
-        shown = ", ".join(f"{k}={v}" for k, v in options.items() if k != "to_zero")
-        to_zero = bool(options.get("to_zero", False))
+        to_zero = bool(solver.default_grid[1].get("to_zero", False))
         row = (
             key,
             str(solver.order),
             "yes" if solver.stochastic else "",
             "adaptive" if solver.adaptive else str(solver.nfe(10, ends_at_zero=to_zero)),
-            "its own" if solver.adaptive else f"{grid} ({shown})" if shown else grid,
+            "its own" if solver.adaptive else _grid_text(*solver.default_grid),
             _sentence(_class(build)),
         )
         rows.append(row)
@@ -65,12 +68,59 @@ def grids(name: str | None = None) -> None:
         say_result(inspect.getdoc(_class(GRIDS[name])) or "")
         say_result(f"\nOptions: {_options(GRIDS[ours])}")
         _say_aliases("grid", ours)
-        say(f"\nnext: fewstep sample fashion --grid {ours} --out samples")
+        say(f"\nnext: {_sampled_at(ours)}")
         return
     rows = [(key, _options(build), _sentence(build)) for key, build in GRIDS.items()]
     _print((("grid", "left"), ("options", "left"), ("description", "left")), rows)
     _print_aliases("grid")
     say("\nnext: fewstep grids NAME, or fewstep sample fashion --grid NAME --out samples")
+
+
+def _grid_text(name: str, options: Mapping[str, Any]) -> str:
+    shown = ", ".join(f"{k}={v}" for k, v in options.items() if k != "to_zero")
+    return f"{name} ({shown})" if shown else name
+
+
+def _default_grids(name: str) -> str:
+    """Returns the default grid of a solver, and the schedules on which it is another."""
+    from fewstep.diffusion.schedules import SCHEDULES
+    from fewstep.solvers import SOLVERS
+
+    solver = SOLVERS[name]()
+    if solver.adaptive:
+        return "its own"
+    usual = _grid_text(*solver.default_grid)
+    others: dict[str, list[str]] = {}
+    for key, build in SCHEDULES.items():
+        if key == "tabulated":
+            continue
+        text = _grid_text(*solver.default_grid_on(build()))
+        if text != usual:
+            others.setdefault(text, []).append(key)
+    return "; ".join([usual, *(f"{text} on {', '.join(keys)}" for text, keys in others.items())])
+
+
+def _budget(name: str) -> int | None:
+    """Returns the evaluations nearest to 10 that a solver can make; ``None`` if those are 10, or its own."""
+    from fewstep.solvers import SOLVERS
+
+    solver = SOLVERS[name]()
+    if solver.adaptive:
+        return None
+    to_zero = bool(solver.default_grid[1].get("to_zero", False))
+    costs = [solver.nfe(k, ends_at_zero=to_zero) for k in range(1, 11)]
+    nearest = min(costs, key=lambda cost: abs(cost - 10))
+    return None if nearest == 10 else nearest
+
+
+def _sampled_at(grid: str) -> str:
+    """Returns a command that samples at a grid."""
+    if grid == "ays":  # for the noise levels of Stable Diffusion, which no embedded model has
+        return command("sample", "MODEL", grid=grid, out="samples")
+    if grid == "explicit":
+        times = {"nfe": 3, "option": "times=[999, 600, 200, 0]"}
+        return command("sample", "fashion", grid=grid, **times, out="samples")
+    return command("sample", "fashion", grid=grid, out="samples")
 
 
 def _options(build: Any) -> str:
@@ -150,5 +200,14 @@ def _class(build: Any) -> Any:
     return getattr(build, "func", build)
 
 
+LETTERS = {
+    "eta": "η", "rho": "ρ", "lambda": "λ", "sigma": "σ", "alpha": "α", "varepsilon": "ε", "kappa": "κ",
+}  # fmt: skip
+
+
 def _sentence(kind: Any) -> str:
-    return (inspect.getdoc(kind) or "").partition("\n")[0].replace("``", "")
+    """Returns the first line of a docstring in plain text, Greek letters as such."""
+    line = (inspect.getdoc(kind) or "").partition("\n")[0].replace("``", "")
+    line = re.sub(r":\w+:`~?([^`]*)`", r"\1", line).replace("\\frac iK", "i/K")
+    line = re.sub(r"\\([a-z]+)", lambda found: LETTERS.get(found[1], found[1]), line)
+    return line.replace("{", "(").replace("}", ")")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.base.aliases import aliases_of
+from fewstep.base.aliases import aliases_of, names_without
 from fewstep.base.registry import Registry, check_options
 from fewstep.diffusion.published_grids import (
     ays,
@@ -319,6 +319,7 @@ GRIDS: Registry[Callable[..., TimeGrid]] = Registry(
         "explicit": explicit,
     },
     aliases_of("grid"),
+    names_without("grid"),
 )
 
 

@@ -618,6 +618,12 @@ SCHEDULES: Registry[Callable[..., NoiseSchedule]] = Registry(
         "ddpm-cosine": DDPMCosine,
         "tabulated": Tabulated,
     },
+    {"squaredcos_cap_v2": ("ddpm-cosine", {})},
+    {
+        "linear": "give betas: tabulated with betas=[...], or ddpm-linear with beta_start and beta_end",
+        "scaled_linear": "give betas: ddpm-scaled-linear with beta_start and beta_end",
+        "rectified-flow": "it is called flow",
+    },
 )
 
 

@@ -17,7 +17,7 @@ from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.families import FAMILIES, family
-from fewstep.learned.judges import Judge, final_scores, random_features
+from fewstep.learned.judges import IMAGE, Judge, final_scores, random_features
 from fewstep.learned.learned_plan import Base, LearnedPlan
 from fewstep.learned.objectives import OBJECTIVES, Given, Objective
 from fewstep.learned.real_data import references
@@ -29,7 +29,7 @@ from fewstep.learned.starts import start_of
 from fewstep.learned.teachers import Pairs, Source, make_pairs, teacher_plan
 from fewstep.learned.verdict import BETTER, START, Score, Verdict, records, verdict_of
 from fewstep.metrics.features import FeatureMap, extractor
-from fewstep.metrics.reference import Reference
+from fewstep.metrics.reference import Reference, check_data_range
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.exact import GaussianMixture
 from fewstep.models.wrappers import Guided
@@ -169,6 +169,8 @@ class Problem:
                 )
         if search.radius is not None and not any(kind.paired for kind in kinds.values()):
             raise ValueError(f"radius moves the noises of pairs; {objective} has none")
+        if isinstance(data, (str, Path)) or len(getattr(data, "event_shape", None) or ()) == IMAGE:
+            check_data_range(denoiser)
         reference, judged = references(data, features, source.shape)
         given = Given(learned, search, reference, source.dtype, seed)
         objectives = {name: kinds[name].build(given) for name in sorted(kinds)}

@@ -41,6 +41,22 @@ MOST_FEATURES = 5000
 logger = logging.getLogger("fewstep")
 
 
+def check_data_range(denoiser: Any) -> None:
+    """Checks that a model's samples have the range in which images are read for references.
+
+    Raises:
+        ValueError: If it is another than [-1, 1].
+    """
+    while hasattr(denoiser, "inner"):
+        denoiser = denoiser.inner
+    low, high = getattr(denoiser, "data_range", (-1.0, 1.0))
+    if (low, high) != (-1.0, 1.0):
+        raise ValueError(
+            f"the model's data range from {low:g} to {high:g}, and metrics read images in [-1, 1]; "
+            "leave out data= (--data), or, to tune, give a tensor of samples in the model's range"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     r"""Statistics and features of real data, computed once; metrics compare samples with them.

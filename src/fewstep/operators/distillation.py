@@ -76,7 +76,7 @@ def distill(
         ValueError: Before the first step, if the trajectories are not of this model, a
             setting does not fit, or the folder has a run of another recipe; later, if the loss is
             not finite.
-        TypeError: If ``denoiser`` is not a denoiser.
+        TypeError: If ``denoiser`` is not a denoiser, or ``recipe`` not a recipe.
 
     Example:
         >>> denoiser = fewstep.load("fashion", device="cpu")
@@ -85,6 +85,10 @@ def distill(
         >>> fewstep.sample(student, 1, class_labels=3).shape
         torch.Size([1, 1, 28, 28])
     """
+    if recipe is not None and not isinstance(recipe, DistillRecipe):
+        raise TypeError(
+            f"recipe is a DistillRecipe, got {type(recipe).__name__}; give its fields as arguments"
+        )
     recipe = replace(recipe or DistillRecipe(), **_known(changes))
     if distance is not None and recipe.loss != CUSTOM:
         recipe = replace(recipe, loss=CUSTOM, features=None)

@@ -2,6 +2,7 @@ r"""From solver, grid and budget to a plan; plans are cached."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import threading
 from collections import OrderedDict
@@ -244,7 +245,9 @@ def check_options(
         f"the solver {solver!r}: {', '.join(sorted(of_solver)) or 'none'}",
         f"{place}: {', '.join(sorted(of_grid)) or 'none'}",
     )
-    raise TypeError(f"Unknown option {others[0]!r}. Options of {'; of '.join(parts)}")
+    near = difflib.get_close_matches(str(others[0]), sorted(of_solver | of_grid), n=1, cutoff=0.7)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise TypeError(f"Unknown option {others[0]!r}.{hint} Options of {'; of '.join(parts)}")
 
 
 def _check_times(grid: str | TimeGrid | None) -> None:

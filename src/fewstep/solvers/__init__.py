@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fewstep.base.aliases import aliases_of
+from fewstep.base.aliases import aliases_of, names_without
 from fewstep.base.registry import Registry, check_options
 from fewstep.solvers.accelerated import (
     AcceleratedDDIM,
@@ -116,6 +116,7 @@ SOLVERS: Registry[Callable[..., Solver]] = Registry(
         "dopri5": Dopri5,
     },
     aliases_of("solver"),
+    names_without("solver"),
 )
 
 
