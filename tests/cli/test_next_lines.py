@@ -70,6 +70,11 @@ def test_sample_and_plan(capsys):
     carry_out(line)
     (line,) = proposed(capsys.readouterr().out)
     carry_out(line, MODEL="my model")
+    capsys.readouterr()
+    table = ["recipe", "import", "14.615,2.5,0.03,0", "--schedule", "ddpm-linear", "--force"]
+    assert run([*table, "--out", "my recipe.json"]) == 0
+    (line,) = proposed(capsys.readouterr().out)
+    carry_out(line, "--overwrite", MODEL="my model")
 
 
 def test_listings(capsys, monkeypatch):
@@ -189,6 +194,7 @@ CARRIED_OUT = {
     "sample.sample": "cli/test_next_lines.py::test_sample_and_plan",
     "plan.make": "cli/test_next_lines.py::test_sample_and_plan",
     "plan.show": "cli/test_next_lines.py::test_sample_and_plan",
+    "recipe.import_": "cli/test_next_lines.py::test_sample_and_plan",
     "listing.solvers": "cli/test_next_lines.py::test_listings",
     "listing.grids": "cli/test_next_lines.py::test_listings",
     "listing.models": "cli/test_next_lines.py::test_listings",
