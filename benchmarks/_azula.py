@@ -24,7 +24,7 @@ NAMES: dict[str, tuple[str, dict[str, Any], int]] = {
     "azula:xeab3": ("xEABSampler", {"order": 3}, 1),
     "azula:reab2": ("REABSampler", {"order": 2}, 1),
 }
-"""For each name the class, its options, and its network calls a step."""
+"""For each name the class, its options, and its network evaluations per step."""
 
 
 class _Schedule(nn.Module):
@@ -61,7 +61,7 @@ class AzulaSampler:
     Attributes:
         name: One of :data:`NAMES`.
         denoiser: The model.
-        nfe: The number of network calls.
+        nfe: The number of network evaluations.
     """
 
     name: str
@@ -72,7 +72,7 @@ class AzulaSampler:
         calls = NAMES[self.name][2]
         if self.nfe % calls:
             raise ValueError(
-                f"{self.name} makes {calls} calls a step; the nearest budgets to {self.nfe} are "
+                f"{self.name} makes {calls} evaluations per step; the nearest budgets to {self.nfe} are "
                 f"{self.nfe - 1} and {self.nfe + 1}"
             )
 

@@ -62,7 +62,7 @@ class Setting:
         return fewstep.sample(self.denoiser, noise=self.noise, **options, **self.cond)
 
     def reference(self) -> Tensor:
-        """Returns what 200 calls give (tab2, log-rho)."""
+        """Returns what 200 evaluations give (tab2, log-rho)."""
         fine = fewstep.grid("log-rho", self.denoiser.schedule, 200)
         return self.sample(solver="tab2", grid=fine)
 

@@ -86,7 +86,7 @@ def deis(figures: Path) -> None:
             curves[grid][name] = errors
     head = ["solver", "theory"]
     for grid in curves:
-        head += [f"{grid}: 12 calls", "96 calls", "768 calls", "order"]
+        head += [f"{grid}: 12 evaluations", "96 evaluations", "768 evaluations", "order"]
     rows = []
     for name, order in DEIS.items():
         row = [name, str(order)]
@@ -100,7 +100,7 @@ def deis(figures: Path) -> None:
         for ax, grid in zip(axes, ("quadratic", "log-rho"), strict=True):
             for name in shown:
                 ax.loglog(CALLS, curves[grid][name], marker="o", markersize=3, label=name)
-            ax.set(xlabel="network calls", title=f"{grid} grid")
+            ax.set(xlabel="network evaluations", title=f"{grid} grid")
         axes[0].set_ylabel("RMS error")
         axes[1].legend(ncols=2, loc="lower left")
 
@@ -139,7 +139,7 @@ def followed(model: GaussianMixture, plan: Plan, grid: TimeGrid) -> float:
     """Returns the total variation of a stochastic sampler, its density followed on a grid.
 
     Each row of the plan is read as: noise added to a state, or a function of a state (and its
-    network answer) plus noise.
+    network output) plus noise.
     """
 
     def through(density: Tensor, centres: Tensor, std: float) -> Tensor:
@@ -196,11 +196,11 @@ def accelerated(figures: Path) -> None:
         for name in DETERMINISTIC:
             grids = [levels(model, kind, k) for k in STEPS]
             found[name] = [total_variation(model, SOLVERS[name]().plan(g), g) for g in grids]
-        for told, (name, options) in zip(labels, STOCHASTIC, strict=True):
-            found[told] = []
+        for label, (name, options) in zip(labels, STOCHASTIC, strict=True):
+            found[label] = []
             for k in STEPS:
                 grid = levels(model, kind, k)
-                found[told].append(followed(model, SOLVERS[name](**options).plan(grid), grid))
+                found[label].append(followed(model, SOLVERS[name](**options).plan(grid), grid))
     print("Accelerated samplers: total variation at 16, 64 and 256 steps, order from 128 to 256\n")
     rows = [
         [name, *(cell for found in plans.values() for cell in shown(found[name]))]
@@ -210,12 +210,12 @@ def accelerated(figures: Path) -> None:
     print_table(head, rows)
     print("The same on Gaussian data, N(0.4, 0.5^2), LS: the rule (24) is of second order there\n")
     rows = []
-    for told, (name, options) in zip(labels, STOCHASTIC, strict=True):
+    for label, (name, options) in zip(labels, STOCHASTIC, strict=True):
         found = []
         for k in STEPS:
             grid = levels(model, "LS", k)
             found.append(gaussian(SOLVERS[name](**options).plan(grid), grid))
-        rows.append([told, *shown(found)])
+        rows.append([label, *shown(found)])
     print_table(["rule", "LS: 16", "64", "256", "order"], rows)
     with figure("convergence-accelerated", figures, columns=2, sharey=True) as axes:
         for ax, (kind, found) in zip(axes, plans.items(), strict=True):

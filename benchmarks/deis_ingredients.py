@@ -47,13 +47,13 @@ MORE_CALLS = (5, 6, 8, 10, 15, 20, 50, 100, 200)
 
 
 def ablation(
-    model: Denoiser, noise: Tensor, calls: tuple[int, ...], fine: int, **cond: Tensor
+    model: Denoiser, noise: Tensor, budgets: tuple[int, ...], fine: int, **cond: Tensor
 ) -> dict[str, list[float]]:
     """Prints and returns the RMS error of each stage at each budget."""
     truth = reference(model, noise, fine, **cond)
     errors: dict[str, list[float]] = {}
     rows = []
-    for told, solver, grid in STAGES:
+    for label, solver, grid in STAGES:
         found = [
             rms_with_interval(
                 fewstep.sample(
@@ -67,11 +67,11 @@ def ablation(
                 ),
                 truth,
             )
-            for k in calls
+            for k in budgets
         ]
-        errors[told] = [e.value for e in found]
-        rows.append([told, *(f"{e.value:.4f} ± {(e.high - e.low) / 2:.4f}" for e in found)])
-    print_table(["stage", *map(str, calls)], rows)
+        errors[label] = [e.value for e in found]
+        rows.append([label, *(f"{e.value:.4f} ± {(e.high - e.low) / 2:.4f}" for e in found)])
+    print_table(["stage", *map(str, budgets)], rows)
     return errors
 
 
@@ -91,13 +91,13 @@ def reference(model: Denoiser, noise: Tensor, fine: int, save: str | None = None
 
 
 def draw_ablation(
-    ax: object, errors: dict[str, list[float]], calls: tuple[int, ...], title: str
+    ax: object, errors: dict[str, list[float]], budgets: tuple[int, ...], title: str
 ) -> None:
-    for told, values in errors.items():
-        ax.loglog(calls, values, marker="o", markersize=3, label=told)  # type: ignore[attr-defined]
-    ax.set(xlabel="network calls", title=title)  # type: ignore[attr-defined]
-    if calls[-1] < 100:  # within a decade the axis would have no ticks worth the name
-        ticks(ax, calls)
+    for label, values in errors.items():
+        ax.loglog(budgets, values, marker="o", markersize=3, label=label)  # type: ignore[attr-defined]
+    ax.set(xlabel="network evaluations", title=title)  # type: ignore[attr-defined]
+    if budgets[-1] < 100:  # within a decade the axis would have no ticks worth the name
+        ticks(ax, budgets)
 
 
 def mixtures(options: argparse.Namespace) -> None:
@@ -110,7 +110,9 @@ def mixtures(options: argparse.Namespace) -> None:
                 generator=torch.Generator().manual_seed(options.seed),
                 dtype=torch.float64,
             )
-            print(f"{name}, 1000 draws, float64; RMS to `tab2` with 2000 calls, 95 % intervals\n")
+            print(
+                f"{name}, 1000 draws, float64; RMS to `tab2` with 2000 evaluations, 95 % intervals\n"
+            )
             draw_ablation(ax, ablation(model, noise, MORE_CALLS, 2000), MORE_CALLS, name)
         axes[0].set_ylabel("RMS error")
         axes[0].legend(loc="lower left")
@@ -128,7 +130,7 @@ def fashion(options: argparse.Namespace) -> None:
     """The ablation on the embedded model."""
     model, noise, labels = images(options)
     print(
-        f"fashion, {options.n} samples, classes in turn; RMS to `tab2` with 200 calls, 95 % intervals\n"
+        f"fashion, {options.n} samples, classes in turn; RMS to `tab2` with 200 evaluations, 95 % intervals\n"
     )
     with figure("ingredients-fashion", options.figures) as axes:
         errors = ablation(model, noise, CALLS, 200, class_labels=labels)
@@ -290,12 +292,12 @@ def fitting(options: argparse.Namespace) -> None:
         starts = dict(
             zip(errors, [*(a * x + s * noise for x in own), made.states[i]], strict=True)
         )
-        for told, x in starts.items():
+        for label, x in starts.items():
             with torch.no_grad():
                 ours = model(x, t, prediction="eps", class_labels=labels)
                 best = optimal(x, t, prediction="eps", class_labels=labels)
             gap = (ours - best).flatten(1).norm(dim=1) / best.flatten(1).norm(dim=1)
-            errors[told].append([float(gap.mean()), 1.96 * float(gap.std()) / len(gap) ** 0.5])
+            errors[label].append([float(gap.mean()), 1.96 * float(gap.std()) / len(gap) ** 0.5])
     times = [float(made.times[i]) for i in picked]
     rho = [float(model.schedule.rho(made.times[i])) for i in picked]
     rows = [
@@ -309,9 +311,9 @@ def fitting(options: argparse.Namespace) -> None:
     )
     print_table(["sigma/alpha", "t", *errors], rows)
     with figure("fitting-fashion", options.figures) as axes:
-        for told, e in errors.items():
+        for label, e in errors.items():
             middle, width = torch.tensor(e).T
-            axes[0].plot(rho, middle, label=told)
+            axes[0].plot(rho, middle, label=label)
             axes[0].fill_between(rho, middle - width, middle + width, alpha=0.2)
         axes[0].set(
             xscale="log",

@@ -8,7 +8,7 @@ Usage:
 
 Each cell is a file in CELLS; a run that was interrupted goes on. ``quality``: FID to the training
 images, in the features of both embedded extractors, and RMS distance to the teacher's sampler
-(`auto` with 10 calls) from the same noise, beside solvers; and a picture, a row each. ``speed``:
+(`auto` with 10 evaluations) from the same noise, beside solvers; and a picture, a row each. ``speed``:
 one evaluation of student and teacher, in turn. ``ablation``: a small teacher of 14x14 images and
 students of equal training cost.
 """
@@ -38,7 +38,7 @@ from fewstep.training.data import read_images
 from fewstep.training.train import TrainRecipe, train
 
 TEACHER = "auto 10"
-"""What the distance is measured to: the best sampler of as many calls as the recorded one has."""
+"""What the distance is measured to: the best sampler of as many evaluations as the recorded one has."""
 
 SOLVERS: dict[str, dict[str, Any]] = {
     **{f"ddim {k}": {"solver": "ddim", "nfe": k} for k in range(1, 11)},
@@ -94,13 +94,13 @@ def quality(options: argparse.Namespace) -> None:
         assert isinstance(student, OperatorModel)
         operator, trained = student.operator, student.operator.frames
         for frames in (trained, *(m for m in (2, 4, 8) if trained > 1 and m != trained)):
-            told = f"student {name}" if frames == trained else f"student {name}, run at {frames}"
+            title = f"student {name}" if frames == trained else f"student {name}, run at {frames}"
             if frames != trained:
                 start = operator.layout.start
                 operator.set_times([start * (1 - k / frames) ** 2 for k in range(1, frames + 1)])
-            cells[told] = (
+            cells[title] = (
                 flops(operator, {"class_labels": 0}) / base,
-                drawn(f"{told.replace(',', '')}-{student.fingerprint()[:8]}", student),
+                drawn(f"{title.replace(',', '')}-{student.fingerprint()[:8]}", student),
             )
     chosen = [name for name in options.solvers.split(",") if name]
     for name in chosen:
@@ -241,7 +241,7 @@ def ablation(options: argparse.Namespace) -> None:
     stores = {name: fewstep.TrajectoryStore.open(out / name) for name in ("quadratic", "uniform")}
     say_what_runs(
         f"14x14 images, a teacher of {sum(p.numel() for p in model.parameters()):,} parameters, 8192 "
-        f"trajectories (unipc3, 16 calls); every cell is trained on {options.frames:,} frames "
+        f"trajectories (unipc3, 16 evaluations); every cell is trained on {options.frames:,} frames "
         "(forward passes of the network), 512 trajectories are held out."
     )
     heldout = range(8192 - 512, 8192)
@@ -315,7 +315,7 @@ def errors(states: Tensor, target: Tensor) -> list[float]:
 
 
 def row(name: str, found: list[dict[str, Any]]) -> tuple[Any, ...]:
-    def told(values: list[float]) -> str:
+    def text_of(values: list[float]) -> str:
         return " ".join(f"{v:.3f}" for v in values)
 
     first = found[0]
@@ -324,9 +324,9 @@ def row(name: str, found: list[dict[str, Any]]) -> tuple[Any, ...]:
         f"{first['parameters']:,}",
         f"{first['flops'] / 1e6:.1f} M",
         " / ".join(f"{f['errors'][-1]:.4f}" for f in found),
-        told(first["errors"]),
+        text_of(first["errors"]),
         " / ".join(f"{f['frechet']:.2f}" for f in found),
-        told(first["at 8"]) if "at 8" in first else "",
+        text_of(first["at 8"]) if "at 8" in first else "",
     )
 
 

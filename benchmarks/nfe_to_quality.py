@@ -1,15 +1,15 @@
-"""Network calls needed to come within 5 % of the FID of many calls, for each sampler.
+"""Network evaluations needed to come within 5 % of the FID of many evaluations, for each sampler.
 
 Usage: python benchmarks/nfe_to_quality.py --results DIR [--names tab3,diffusers:unipc-3,...]
            [--nfe 5,6,8,10,15,20,50] [--within 0.05] [--draw] [--figures docs/figures]
 
 DIR holds the samples that `benchmarks/quality.py draw` made, or is the folder of a `fewstep compare`;
 nothing is drawn again, and what is missing is drawn (by quality.py) only with `--draw`. The
-target is the FID of the reference with many calls (`--target NAME-NFE` takes another cell).
+target is the FID of the reference with many evaluations (`--target NAME-NFE` takes another cell).
 FID is interpolated linearly over log(calls). "As good" is where it first is at most (1 + within)
 times the target; "settled" is from where on it stays within that share on either side: with few
 calls FID can be lower than that of the exact flow of the network. All samplers start from the same noise, so
-each difference to the target has a paired jackknife interval (95 %), and the interval of an answer is
+each difference to the target has a paired jackknife interval (95 %), and the interval of a result is
 where the two ends of that band meet zero. "<" and ">" say that this is beyond the budgets
 measured. If DIR has the `quality.json` of `quality.py score`, a third column says where the RMS
 distance to the reference, interpolated in logarithms, first is below `--rms`.
@@ -84,14 +84,14 @@ def settling(budgets: list[int], outside: list[float]) -> float:
     return 0.0
 
 
-def answers(at: list[int], above: list[Estimate], below: list[Estimate]) -> list[str]:
-    """Returns the cells of both answers: each with its interval."""
+def crossing_cells(at: list[int], above: list[Estimate], below: list[Estimate]) -> list[str]:
+    """Returns the cells of both results: each with its interval."""
     good, settled = [], []
     for end in ("value", "low", "high"):
         over, under = ([getattr(e, end) for e in side] for side in (above, below))
-        good.append(told(crossing(at, over), at))
+        good.append(text_of(crossing(at, over), at))
         settled.append(
-            told(settling(at, [max(a, b) for a, b in zip(over, under, strict=True)]), at)
+            text_of(settling(at, [max(a, b) for a, b in zip(over, under, strict=True)]), at)
         )
     return [f"{v} ({low} to {high})" for v, low, high in (good, settled)]
 
@@ -103,11 +103,11 @@ def close(folder: Path, name: str, budgets: list[int], limit: float) -> str:
     cells = read_json(folder / "quality.json", what="scores")["cells"]
     found = {c["nfe"]: c["rms"][0] for c in cells if c["name"] == name and c["nfe"] in budgets}
     at = sorted(found)
-    return told(crossing(at, [math.log(found[k] / limit) for k in at]), at) if at else ""
+    return text_of(crossing(at, [math.log(found[k] / limit) for k in at]), at) if at else ""
 
 
-def told(calls: float, budgets: list[int]) -> str:
-    """Returns a number of calls as text."""
+def text_of(calls: float, budgets: list[int]) -> str:
+    """Returns a number of evaluations as text."""
     if calls == 0:
         return f"< {budgets[0]}"
     return f"> {budgets[-1]}" if calls == math.inf else f"{calls:.1f}"
@@ -150,7 +150,7 @@ def measure(options: argparse.Namespace, denoiser: Denoiser) -> None:
         curves[sampler] = (at, sides[0])
         fids = {k: f"{value:.2f}" for k, value in zip(at, above, strict=True)}
         near = close(options.results, sampler, budgets, options.rms)
-        cells = [*answers(at, *sides), near, *(fids.get(k, "") for k in budgets)]
+        cells = [*crossing_cells(at, *sides), near, *(fids.get(k, "") for k in budgets)]
         rows.append((sum(above) / len(above), [sampler, *cells]))
     rows.sort(key=lambda row: row[0])
     share = f"{100 * options.within:g} %"
@@ -175,7 +175,7 @@ def draw(
             axes[0].plot(at, middle, style, marker="o", markersize=3, label=name)
             axes[0].fill_between(at, low, high, alpha=0.12)
         axes[0].axhspan((1 - options.within) * best, mark, color="black", alpha=0.12)
-        axes[0].set(xscale="log", yscale="log", xlabel="network calls", ylabel="FID")
+        axes[0].set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="FID")
         ticks(axes[0], sorted({k for at, _ in curves.values() for k in at}))
         axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes[0].yaxis.set_major_formatter("{x:g}")

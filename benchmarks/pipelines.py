@@ -7,7 +7,7 @@ For each family, the largest difference relative to the largest value:
 - "own solver": samples with diffusers' own scheduler, and with `PlanScheduler` and the same method from its configuration.
 - "tab3": whether another solver runs in the pipeline: the largest value of its samples.
 - "save, load": samples before the pipeline with `PlanScheduler` was saved, and after `load_pipeline`.
-- "fewstep.load": the output of the pipeline's first network call, and the prediction of the loaded model there.
+- "fewstep.load": the output of the pipeline's first network evaluation, and the prediction of the loaded model there.
 
 What is refused prints its reason. Nothing is downloaded.
 """
@@ -324,7 +324,7 @@ def draw(pipe: Any, family: Family) -> Tensor:
 
 
 def conditions(call: tiny.NetworkCall, family: Family) -> dict[str, Any]:
-    """Returns the conditions that a network call shows, in the words of ``fewstep.load``."""
+    """Returns the conditions that a network evaluation shows, in the words of ``fewstep.load``."""
     known = (
         "encoder_hidden_states",
         "class_labels",
@@ -341,7 +341,7 @@ def conditions(call: tiny.NetworkCall, family: Family) -> dict[str, Any]:
 
 
 def difference_of_load(pipe: Any, folder: Path, family: Family) -> float:
-    """Returns how far the loaded model is from the first network call of its pipeline."""
+    """Returns how far the loaded model is from the first network evaluation of its pipeline."""
     tiny.with_text_parts(pipe, folder / "words").save_pretrained(folder)
     model = fewstep.load(folder, device="cpu")
     call = tiny.first_call(pipe, output_type=family.output, **family.arguments)

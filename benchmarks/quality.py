@@ -179,7 +179,7 @@ def gather(
 
 
 def score_record(cell: Cell, robust: Estimate, n: int) -> dict[str, Any]:
-    """Returns the scores of a cell as JSON has them."""
+    """Returns the scores of a cell as a JSON object."""
     scores = {**cell.scores, "robust": robust}
     record: dict[str, Any] = {"name": cell.name, "nfe": cell.nfe, "seconds": cell.seconds[1] * n}
     values = {key: scores[key] for key in MEASURED if key in scores}

@@ -13,7 +13,7 @@ All are checked to give the same numbers. It prints a table as in docs/results.m
 trajectory takes to write (a model that costs nothing).
 
 With ``--spectrum`` instead: the spectrum over time of trajectories of the embedded model, in both
-variables, which says how many modes and frames an operator needs (16 trajectories, 4096 network calls).
+variables, which says how many modes and frames an operator needs (16 trajectories, 4096 network evaluations).
 
 Run: ``python benchmarks/record.py [--n 32768] [--rounds 5] [--spectrum]``
 """

@@ -3,9 +3,9 @@
 Usage: python benchmarks/restart.py flow --data IDX_OR_FOLDER [-n 1000] [--times 40,80,150,260,400,600]
        python benchmarks/restart.py spectrum --data IDX_OR_FOLDER --samples DIR [--cells reference-100,...]
 
-``flow``: held-out images get the noise of a time t, and the flow (tab3, 20 calls, log-rho) brings
+``flow``: held-out images get the noise of a time t, and the flow (tab3, 20 evaluations, log-rho) brings
 them back. With a perfect network the result has the law of the data whatever t is; how far FID
-rises with t says at which noise levels the network errs. Beside it: the network's one-call answer.
+rises with t says at which noise levels the network errs. Beside it: the network's one-step prediction.
 ``spectrum``: the power of samples that ``benchmarks/quality.py draw`` made, by spatial frequency,
 as a share of the real images' power; and the noise in the black corners.
 """
@@ -56,7 +56,7 @@ def flow(images: ImageData, n: int, times: list[float]) -> None:
     assert images.labels is not None
     real, labels = images.floats(chosen), images.labels[chosen]
     say_what_runs(f"{n} held-out images, tab3 with {CALLS} calls from t down, seed {SEED}.")
-    rows = [["0 (the images)", "0", *(told(fid(real, look)) for look in looks), "0", "", ""]]
+    rows = [["0 (the images)", "0", *(text_of(fid(real, look)) for look in looks), "0", "", ""]]
     for t in times:
         level = model.schedule.sigma(torch.tensor(t)) / model.schedule.alpha(torch.tensor(t))
         back = fewstep.sample(
@@ -65,15 +65,15 @@ def flow(images: ImageData, n: int, times: list[float]) -> None:
         )  # fmt: skip
         seen = denoised(model, real, labels, t)
         rows.append([
-            f"{t:g}", f"{float(level):.2f}", *(told(fid(back, look)) for look in looks),
-            f"{rms(back, real).value:.3f}", told(fid(seen, looks[0])), f"{rms(seen, real).value:.3f}",
+            f"{t:g}", f"{float(level):.2f}", *(text_of(fid(back, look)) for look in looks),
+            f"{rms(back, real).value:.3f}", text_of(fid(seen, looks[0])), f"{rms(seen, real).value:.3f}",
         ])  # fmt: skip
         print(*rows[-1], flush=True)
     head = ["t", "sigma / alpha", "FID", "FID, robust", "RMS to the image"]
     print_table([*head, "one call: FID", "RMS"], rows)
 
 
-def told(found: Estimate) -> str:
+def text_of(found: Estimate) -> str:
     return f"{found.value:.2f} ± {found.value - found.low:.1f}"
 
 

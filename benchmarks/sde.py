@@ -1,4 +1,4 @@
-"""How much noise is worth: the lambda family of reverse equations at equal numbers of calls.
+"""How much noise is worth: the lambda family of reverse equations at equal numbers of evaluations.
 
 Usage: python benchmarks/sde.py [--only gaussian,line,mixtures,fashion] [-n 100] [--draws 5000]
            [--seed 4000] [--figures docs/figures]
@@ -38,13 +38,13 @@ MEMBERS: tuple[tuple[str, float, str], ...] = (
     ("euler-maruyama", 1.0, "quadratic"),
     ("euler-maruyama", 1.0, "uniform"),
 )
-CALLS = (10, 20, 50, 100, 200)
-FEW_CALLS = (10, 20, 40)
+BUDGETS = (10, 20, 50, 100, 200)
+FEW_BUDGETS = (10, 20, 40)
 FEW = (0, 3, 6, 7)
 """The members that are tried on the network."""
 
 
-def told(member: tuple[str, float, str]) -> str:
+def label_of(member: tuple[str, float, str]) -> str:
     """Returns the name of a member."""
     grid = "" if member[2] == "quadratic" else f", {member[2]}"
     return f"{member[0]}, λ = {member[1]:g}{grid}"
@@ -55,12 +55,12 @@ def arguments(member: tuple[str, float, str]) -> dict[str, Any]:
     return {"solver": member[0], "grid": member[2], "options": {"lam": member[1]}}
 
 
-def draw(ax: Any, curves: dict[str, list[float]], calls: tuple[int, ...], title: str) -> None:
+def draw(ax: Any, curves: dict[str, list[float]], budgets: tuple[int, ...], title: str) -> None:
     """Draws a family of curves, the one of Euler-Maruyama dashed."""
     for name, values in curves.items():
         style = "--" if name.startswith("euler") else "-"
-        ax.loglog(calls, values, style, marker="o", markersize=3, label=name)
-    ax.set(xlabel="network calls", title=title)
+        ax.loglog(budgets, values, style, marker="o", markersize=3, label=name)
+    ax.set(xlabel="network evaluations", title=title)
 
 
 def gaussian(options: argparse.Namespace) -> None:
@@ -71,18 +71,18 @@ def gaussian(options: argparse.Namespace) -> None:
             curves: dict[str, list[float]] = {}
             for member in MEMBERS:
                 name, lam, grid = member
-                curves[told(member)] = []
-                for calls in CALLS:
-                    plan = fewstep.plan(name, schedule, nfe=calls, grid=grid, lam=lam)
+                curves[label_of(member)] = []
+                for nfe in BUDGETS:
+                    plan = fewstep.plan(name, schedule, nfe=nfe, grid=grid, lam=lam)
                     got, t = gaussian_moments(plan, 0.4, std), plan.knots[-1]
                     a, s = schedule.alpha(t), schedule.sigma(t)
                     spread = (a.square() * std**2 + s.square()).sqrt()
                     far = (got.mean - a * 0.4).square() + (got.variance.sqrt() - spread).square()
-                    curves[told(member)].append(float(far.sqrt()))
+                    curves[label_of(member)].append(float(far.sqrt()))
             print(f"Data N(0.4, {std}^2): exact 2-Wasserstein distance of the samples\n")
             rows = [[name, *(f"{v:.2e}" for v in values)] for name, values in curves.items()]
-            print_table(["member", *map(str, CALLS)], rows)
-            draw(ax, curves, CALLS, f"N(0.4, {std}²)")
+            print_table(["member", *map(str, BUDGETS)], rows)
+            draw(ax, curves, BUDGETS, f"N(0.4, {std}²)")
         axes[0].set_ylabel("2-Wasserstein distance")
         legend_beside(axes[-1])
 
@@ -100,18 +100,18 @@ def line(options: argparse.Namespace) -> None:
             curves: dict[str, list[float]] = {}
             for member in MEMBERS:
                 name, lam, kind = member
-                curves[told(member)] = []
-                for calls in CALLS:
-                    grid = fewstep.grid(kind, schedule, calls, t_start=1.0, t_end=0.05)
+                curves[label_of(member)] = []
+                for nfe in BUDGETS:
+                    grid = fewstep.grid(kind, schedule, nfe, t_start=1.0, t_end=0.05)
                     plan = fewstep.plan(name, schedule, grid=grid, lam=lam)
                     far = followed if lam else total_variation
-                    curves[told(member)].append(far(model, plan, grid))
+                    curves[label_of(member)].append(far(model, plan, grid))
             print(
                 f"Three modes on the line, stds {stds}, t from 1 to 0.05: exact total variation\n"
             )
             rows = [[name, *(f"{v:.2e}" for v in values)] for name, values in curves.items()]
-            print_table(["member", *map(str, CALLS)], rows)
-            draw(ax, curves, CALLS, f"stds {', '.join(map(str, stds))}")
+            print_table(["member", *map(str, BUDGETS)], rows)
+            draw(ax, curves, BUDGETS, f"stds {', '.join(map(str, stds))}")
         axes[0].set_ylabel("total variation")
         legend_beside(axes[-1])
 
@@ -125,7 +125,7 @@ def mixtures(options: argparse.Namespace) -> None:
         end = model.schedule.t_min
         truth = model.draw(n, t=end, seed=options.seed)
         floor = cells(model.draw(n, t=end, seed=options.seed + 1), truth)
-        rows = [["exact draws", *[floor[0]] * len(CALLS), floor[1]]]
+        rows = [["exact draws", *[floor[0]] * len(BUDGETS), floor[1]]]
         for member in MEMBERS:
             found = [
                 cells(
@@ -134,13 +134,13 @@ def mixtures(options: argparse.Namespace) -> None:
                     ),
                     truth,
                 )
-                for k in CALLS
+                for k in BUDGETS
             ]
-            rows.append([told(member), *(far for far, _ in found), found[-1][1]])
+            rows.append([label_of(member), *(far for far, _ in found), found[-1][1]])
         print(
-            f"{name}, {n} samples: sliced 2-Wasserstein distance, 95 %; MMD² at {CALLS[-1]} calls\n"
+            f"{name}, {n} samples: sliced 2-Wasserstein distance, 95 %; MMD² at {BUDGETS[-1]} evaluations\n"
         )
-        print_table(["member", *map(str, CALLS), "10³ MMD²"], rows)
+        print_table(["member", *map(str, BUDGETS), "10³ MMD²"], rows)
 
 
 def cells(x: Tensor, truth: Tensor) -> tuple[str, str]:
@@ -162,12 +162,12 @@ def fashion(options: argparse.Namespace) -> None:
     labels = torch.arange(options.n) % 10
     rows, curves = [], {}
     for member in (MEMBERS[i] for i in FEW):
-        row, values = [told(member)], []
-        for calls in FEW_CALLS:
+        row, values = [label_of(member)], []
+        for nfe in FEW_BUDGETS:
             x = fewstep.sample(
                 model,
                 options.n,
-                nfe=calls,
+                nfe=nfe,
                 seed=options.seed,
                 class_labels=labels,
                 **arguments(member),
@@ -176,18 +176,18 @@ def fashion(options: argparse.Namespace) -> None:
             share = float((look.classify(x) == labels).double().mean())
             row.append(f"{found.value:.2f} ± {(found.high - found.low) / 2:.2f} ({share:.0%})")
             values.append((found.value, found.low, found.high))
-            print(row[0], calls, row[-1], flush=True)
+            print(row[0], nfe, row[-1], flush=True)
         rows.append(row)
         curves[row[0]] = values
     print(f"\nfashion, {options.n} samples, classes in turn: KID (share of asked classes found)\n")
-    print_table(["member", *map(str, FEW_CALLS)], rows)
+    print_table(["member", *map(str, FEW_BUDGETS)], rows)
     with figure("sde-fashion", options.figures) as axes:
         for name, values in curves.items():
             middle, low, high = torch.tensor(values).T
             style = "--" if name.startswith("euler") else "-"
             bars = torch.stack([middle - low, high - middle]).numpy()
-            axes[0].errorbar(FEW_CALLS, middle, bars, linestyle=style, capsize=2, label=name)
-        axes[0].set(xlabel="network calls", ylabel="KID", title="fashion", yscale="symlog")
+            axes[0].errorbar(FEW_BUDGETS, middle, bars, linestyle=style, capsize=2, label=name)
+        axes[0].set(xlabel="network evaluations", ylabel="KID", title="fashion", yscale="symlog")
         legend_beside(axes[0])
 
 

@@ -398,8 +398,8 @@ def memory(out: Path) -> None:
             file = out / f"memory.{steps}.{'remat' if remat else 'plain'}.json"
             if not file.exists():
                 command = [sys.executable, __file__, "memory-one", str(steps), str(int(remat))]
-                told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                write_json(file, json.loads(told.splitlines()[-1]))
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                write_json(file, json.loads(output.splitlines()[-1]))
                 print(file.name, file.read_text().replace("\n", ""), flush=True)
 
 

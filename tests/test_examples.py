@@ -70,7 +70,14 @@ def examples() -> list[doctest.DocTest]:
     return found
 
 
-@pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
+def cases():
+    """The examples; those that search or train are slow."""
+    for example in examples():
+        slow = example.name.split(":")[1] in ("study", "tune", "distill")
+        yield pytest.param(example, id=example.name, marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize("example", list(cases()))
 def test_the_example_runs(example, tmp_path, monkeypatch):
     place, name = example.name.split(":")
     if "diffusers" in place:

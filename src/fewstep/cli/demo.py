@@ -82,9 +82,9 @@ def demo(
 
     reference = _sampler(denoiser, REFERENCE, REFERENCE_NFE, REFERENCE_GRID)
     rows = [(name, nfe, _sampler(denoiser, name, nfe)) for name in SOLVERS for nfe in BUDGETS]
-    calls = REFERENCE_NFE + len(SOLVERS) * sum(BUDGETS)
+    evaluations = REFERENCE_NFE + len(SOLVERS) * sum(BUDGETS)
     with progress_of(follows()) as progress:
-        progress.stage("sampling", calls)
+        progress.stage("sampling", evaluations)
         target, spent = _timed(reference, seed, cond, progress)
         results = []
         for name, nfe, made in rows:

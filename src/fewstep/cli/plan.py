@@ -49,7 +49,7 @@ def show(file: Path, *, steps: int | None = None) -> None:
     say_result(f"prediction {plan.prediction.value}, schedule {plan.schedule.to_record()!r:.200}")
     say_result(f"from t = {float(plan.knots[0]):.6g} to t = {float(plan.knots[-1]):.6g}")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("call", "t", "alpha", "sigma", "log-SNR/2"):
+    for column in ("evaluation", "t", "alpha", "sigma", "log-SNR/2"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("its input: weights of x (initial state), F (model outputs), Z (draws)")
     weights = _weights(plan)

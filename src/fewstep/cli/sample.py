@@ -487,7 +487,7 @@ def _png(image: Any) -> bytes:
 
 def _title(model: str, recipe: SamplerRecipe, n: int, condition: str | None) -> str:
     nfe = recipe.plan.nfe if recipe.plan is not None else recipe.nfe
-    calls = f" · {nfe} evaluation{'s' * (nfe > 1)}" if nfe else ""
+    count = f" · {nfe} evaluation{'s' * (nfe > 1)}" if nfe else ""
     shown = "" if condition is None else f" · {condition}"
     guided = f" · guidance {recipe.guidance:g}" if recipe.guidance is not None else ""
-    return f"{Path(model).name} · {recipe.name or 'plan'}{calls}{shown}{guided}"
+    return f"{Path(model).name} · {recipe.name or 'plan'}{count}{shown}{guided}"

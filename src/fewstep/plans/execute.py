@@ -1,4 +1,4 @@
-r"""The one loop: runs a plan against a network.
+r"""The executors: run a plan with a network.
 
 Two executors, because they want opposite things of memory:
 

@@ -143,7 +143,7 @@ def log_likelihood(
     times = grid("karras", schedule, steps or STATES).times.flip(0)
 
     nats: list[Tensor] = []
-    calls: list[int] = []
+    evaluations: list[int] = []
     for rows in torch.arange(len(x)).split(batch_size or DEFAULT_BATCH):
         part = x.detach()[rows.to(x.device)]
         samples = [first + i for i in rows.tolist()]
@@ -154,12 +154,14 @@ def log_likelihood(
             done = Integration(network, times[[0, -1]], rtol, atol, max_steps, samples).run(part)
         else:
             done = _fixed(network, method, times, part, samples)
-        calls += done.evaluations
+        evaluations += done.evaluations
         assert done.volume is not None
         nats.append(_log_prior(schedule, times, done.x) + done.volume)
     total = torch.cat(nats)
     dimensions = x[0].numel()
-    return LogLikelihood(total, -total / (dimensions * math.log(2)), sum(calls) / len(calls))
+    return LogLikelihood(
+        total, -total / (dimensions * math.log(2)), sum(evaluations) / len(evaluations)
+    )
 
 
 def _log_prior(schedule: NoiseSchedule, times: Tensor, x: Tensor) -> Tensor:
@@ -209,7 +211,7 @@ def _fixed(
     flat = x.detach().reshape(len(x), -1)
     volume = torch.zeros(len(x), dtype=exact_type(x), device=x.device)
     rhos = schedule.rho(times)
-    calls = 0
+    evaluations = 0
 
     def place_at(t: Tensor) -> Place:
         t = t.expand(len(x))
@@ -228,11 +230,11 @@ def _fixed(
                 state = weights.apply(flat, [slope.eps for slope in slopes])
             stages.append(place)
             slopes.append(network(state, place.t))
-            calls += 1
+            evaluations += 1
             fine = finite_rows(slopes[-1])
             if not bool(fine.all()):
-                raise ValueError(not_finite(fine, calls, samples, place))
+                raise ValueError(not_finite(fine, evaluations, samples, place))
         volume = volume + volume_change(method._weights, h, stages, slopes)
         weights = stage_weights(method._weights, h, start, stages, end)
         flat = weights.apply(flat, [slope.eps for slope in slopes])
-    return Solution(flat.reshape(x.shape), volume, [calls] * len(x), [], times)
+    return Solution(flat.reshape(x.shape), volume, [evaluations] * len(x), [], times)

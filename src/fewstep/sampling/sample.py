@@ -234,8 +234,8 @@ def sample(
     if save is None:
         return torch.cat([p.x for p in parts])
     states = torch.cat([p.states for p in parts if p.states is not None], dim=1)
-    calls = sum(p.nfe * len(p.x) for p in parts) / n
-    return Trajectory(torch.cat([p.x for p in parts]), parts[0].times, states, calls)
+    evaluations = sum(p.nfe * len(p.x) for p in parts) / n
+    return Trajectory(torch.cat([p.x for p in parts]), parts[0].times, states, evaluations)
 
 
 def steps(

@@ -115,7 +115,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     if different is not None:
         raise ValueError(
             f"{str(folder)!r} was begun with other settings: {different}; give those, --overwrite "
-            "(overwrite=True) to begin anew, or another folder"
+            "(overwrite=True) to begin again, or another folder"
         )
     return stored
 

@@ -205,7 +205,7 @@ def _begin(folder: Path, *, overwrite: bool) -> None:
     elif shards and not (folder / MANIFEST).exists():
         raise ValueError(
             f"{str(folder)!r} has shards without a {MANIFEST}; give --overwrite (overwrite=True) "
-            "to begin anew, or another folder"
+            "to begin again, or another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
 

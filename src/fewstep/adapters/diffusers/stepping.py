@@ -25,7 +25,7 @@ from fewstep.plans.plan import Plan
 from fewstep.sampling.recipe import SamplerRecipe
 
 NOT_GIVEN: Any = object()
-"""Of an argument whose ``None`` is an answer."""
+"""The value of an argument that was not given, where ``None`` has a meaning."""
 
 
 class Stepping:
