@@ -17,8 +17,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/fewstep demo --out demo --overwrite
 
+# Each process would compile the tests anew where Python is told to write no bytecode.
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 lint: setup
 	$(BIN)/ruff check .

@@ -38,6 +38,9 @@ def scales(widest: float, finest: float, count: int = 5) -> Kernel:
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
         squares = squares.clamp(min=0)
-        return torch.stack([(-squares / (2 * w**2)).exp() for w in widths]).mean(0)
+        total = torch.zeros_like(squares)
+        for w in widths:
+            total = total + (squares * (-0.5 / w**2)).exp()
+        return total / count
 
     return kernel
