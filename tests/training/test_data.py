@@ -118,11 +118,11 @@ REFUSED = {
     "empty npz": ("x.npz", b"", "not an npz file"),
     "empty idx": ("idx3", b"", "not an idx file"),
     "idx of floats": ("idx3", struct.pack(">HBBI", 0, 13, 1, 0), "unsigned bytes"),
-    "cut idx": ("idx3", idx(PIXELS)[:-1], "is cut: 59 bytes"),
+    "cut idx": ("idx3", idx(PIXELS)[:-1], "is truncated: 59 bytes"),
     "idx that claims 2^96 bytes": (
         "idx3",
         struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3),
-        "is cut: 0 bytes",
+        "is truncated: 0 bytes",
     ),
     "idx with 255 dimensions": ("idx3", struct.pack(">HBB", 0, 8, 255), "not an idx file"),
     "idx of labels": ("train-labels-idx1-ubyte", idx(PIXELS[0, 0]), "images must be uint8"),
