@@ -378,3 +378,27 @@ def test_preconditioned_networks_are_cast_inside():
     torch.testing.assert_close(model(x, 1.0, prediction="x0"), s * x, rtol=1e-6, atol=0)
     assert seen == [(torch.float16, torch.float64)]
     assert edm == model.schedule
+
+
+def test_a_device_that_is_not_there_is_refused():
+    for device in ("bogus", "cuda:99"):
+        with pytest.raises(ValueError, match="cannot be used"):
+            fewstep.Denoiser.wrap(lambda x, t: x, schedule=VP, prediction="eps", device=device)
+
+
+def test_options_of_grids_are_no_conditions_of_a_network_that_takes_any():
+    """``t_start=0.5`` did nothing."""
+    model = fewstep.Denoiser.wrap(
+        lambda x, t, **more: x, schedule=VP, prediction="eps", event_shape=(2,)
+    )
+    with pytest.raises(ValueError, match=r"t_start is an option of grids .* options="):
+        fewstep.sample(model, 2, nfe=2, t_start=0.5)
+
+
+def test_what_is_no_schedule_gets_the_way_from_betas():
+    for given in ("ddpm-linear", [0.1, 0.2], torch.linspace(1e-4, 0.02, 1000), None):
+        with pytest.raises(TypeError, match=r"'tabulated', betas=betas"):
+            fewstep.Denoiser.wrap(lambda x, t: x, schedule=given, prediction="eps")
+    for name in ("velocity", "v-prediction", None, 3):
+        with pytest.raises(ValueError, match=r"epsilon \(eps\).*v_prediction \(v\)"):
+            fewstep.Denoiser.wrap(lambda x, t: x, schedule=VP, prediction=name)

@@ -42,8 +42,10 @@ class Prediction(enum.StrEnum):
         """
         try:
             return cls(DIFFUSERS.get(name, name))
-        except ValueError:
-            raise ValueError(unknown("prediction", name, [p.value for p in cls])) from None
+        except (ValueError, TypeError):
+            text = unknown("prediction", name, [p.value for p in cls], DIFFUSERS)
+            names = ", ".join(f"{theirs} ({ours})" for theirs, ours in DIFFUSERS.items())
+            raise ValueError(f"{text} diffusers' names are known too: {names}.") from None
 
 
 DIFFUSERS = {

@@ -444,6 +444,9 @@ class Tabulated(NoiseSchedule):
                 "a tabulated schedule is given by alphas_cumprod or by betas, "
                 f"got {'neither' if betas is None else 'both'}"
             )
+        for name, given in (("betas", betas), ("alphas_cumprod", alphas_cumprod)):
+            if isinstance(given, str):
+                raise TypeError(f"{name} must be a list of numbers, got {given!r:.40}")
         if betas is not None:
             steps = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
             _check(

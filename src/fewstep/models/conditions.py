@@ -79,6 +79,11 @@ class AcceptedConditions:
                 )
             hint = unknown("condition", others[0], sorted(self.names))
             raise ValueError(f"{self.owner} takes no condition {others[0]!r}. {hint}")
+        if self.names is None and (options := sorted(set(names) & OPTIONS)):
+            raise ValueError(
+                f"{options[0]} is an option of grids and no condition; give "
+                f"options={{{options[0]!r}: ...}}"
+            )
         if self.any_of and not any(name in self.any_of for name in names):
             raise ValueError(
                 f"guidance needs a condition, one of: {', '.join(sorted(self.any_of))}"
@@ -88,6 +93,10 @@ class AcceptedConditions:
                 f"{self.owner} needs the condition {missing[0]!r}; give {missing[0]}=..., one value "
                 "or one for each sample"
             )
+
+
+OPTIONS = frozenset({"t_start", "t_end", "to_zero"})
+"""Options of grids, which a network that takes any keyword would take for conditions, in silence."""
 
 
 def _takes_two(parameters: Sequence[inspect.Parameter]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from fewstep.base.devices import find_device
 from fewstep.diffusion.prediction import Prediction, convert
 from fewstep.diffusion.schedules import Flow, NoiseSchedule
 from fewstep.models.calling import COMPUTING, NetworkCaller
@@ -214,7 +215,8 @@ class Denoiser(nn.Module, ABC):
             raise TypeError(f"the network must be callable, got {type(network).__name__}")
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(
-                f"schedule must be a NoiseSchedule, got {schedule!r}; make one with fewstep.schedule(name)"
+                f"schedule must be a NoiseSchedule, got {schedule!r:.60}; make one with "
+                "fewstep.schedule(name), or of betas with fewstep.schedule('tabulated', betas=betas)"
             )
         if integer_times and not schedule.discrete:
             raise ValueError(
@@ -229,7 +231,9 @@ class Denoiser(nn.Module, ABC):
             raise ValueError(f"dtype must be a floating type, got {dtype!r}")
         if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
             raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
-        place = None if device is None else torch.device(device)
+        place = torch.device("meta") if str(device) == "meta" else None
+        if device is not None and place is None:
+            place = find_device(device)
         if isinstance(network, nn.Module):
             network.to(device=place, dtype=dtype)
         return WrappedNetwork(

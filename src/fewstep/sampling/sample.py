@@ -393,6 +393,8 @@ def _image(
     if not isinstance(image, Tensor) or not image.is_floating_point():
         got = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(f"image must be a floating tensor in the model's range, got {got}")
+    if not bool(image.isfinite().all()):
+        raise ValueError("image must be finite, got NaN or infinity")
     shape = denoiser.event_shape or (None if noise is None else tuple(noise.shape[1:]))
     if shape is not None and tuple(image.shape) == tuple(shape):
         image = image.expand(n, *shape)

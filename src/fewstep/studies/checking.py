@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.grids import grid
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.prediction import Prediction, coefficients
 from fewstep.diffusion.schedules import NoiseSchedule
@@ -67,6 +68,13 @@ class Tested:
     relative_error: float
     errors: Tensor
 
+    @property
+    def doubt(self) -> float:
+        """The standard error of the relative error; 0 for one sample."""
+        if len(self.errors) < 2:
+            return 0.0
+        return float(self.errors.mean(1).std()) / math.sqrt(len(self.errors))
+
 
 @dataclass(frozen=True)
 class ModelCheck:
@@ -103,6 +111,8 @@ class ModelCheck:
     @property
     def outcome(self) -> str:
         """``"passed"``, ``"undecided"`` (several hypotheses are as good) or ``"failed"``."""
+        if any(item is self.claimed for item in self.undecided):
+            return "undecided"
         if self.wrong or not self.claimed.relative_error < 1:
             return "failed"
         return "undecided" if self.undecided else "passed"
@@ -119,7 +129,7 @@ class ModelCheck:
             )
         if not self.wrong and not self.undecided:
             return f"The model is as claimed: {error}, and no other hypothesis is better."
-        if not self.wrong:
+        if not self.wrong or self.outcome == "undecided":
             return (
                 f"The model may be as claimed: {error}; but {self._rivals(claim)} cannot "
                 f"be distinguished from it on {on}."
@@ -134,11 +144,14 @@ class ModelCheck:
 
     def _rivals(self, claim: Hypothesis) -> str:
         """Returns the undecided hypotheses, in words."""
+        rivals = list(self.undecided)
+        if self.outcome == "undecided":
+            # What cannot be distinguished from the claim: the best one is among them.
+            rivals = [item for item in (self.best, *rivals) if item is not self.claimed]
         named = [
-            item.hypothesis.describe(claim) or "the claimed hypothesis"
-            for item in self.undecided[:SHOWN]
+            item.hypothesis.describe(claim) or "the claimed hypothesis" for item in rivals[:SHOWN]
         ]
-        more = len(self.undecided) - len(named)
+        more = len(rivals) - len(named)
         return " or ".join(named) + (f" (and {more} more)" if more else "")
 
     def to_record(self) -> dict[str, Any]:
@@ -294,8 +307,9 @@ class _Bench:
         known, rivals = [self._signature(best.hypothesis)], []
         for item in self.tested:
             if self.data is None:
-                # Each has samples of its own, so there are no pairs to compare.
-                rival = item.relative_error <= (1 + CLEAR) * best.relative_error
+                # Each has samples of its own, so there are no pairs to compare, and chance is in both.
+                most = (1 + CLEAR) * best.relative_error + 2 * math.hypot(best.doubt, item.doubt)
+                rival = item.relative_error <= most
             else:
                 rival = not _clearly_better(best, item)
             if rival and item is not best:
@@ -378,9 +392,13 @@ class _Bench:
             yield Tested(own, float(relative.mean()), relative)
 
     def _samples(self, hypothesis: Hypothesis) -> Tensor:
-        """Returns samples that the network draws under a hypothesis: 10 steps of DDIM."""
+        """Returns samples that the network draws under a hypothesis: 10 steps of DDIM.
+
+        They are where pictures take shape, whatever the schedule's time: even steps in the time of ``edm``
+        leave noise.
+        """
         s = hypothesis.schedule
-        steps = torch.linspace(s.t_max, s.t_min, 11, dtype=torch.float64).tolist()
+        steps = grid("logistic", s, 10).times.tolist()
         alpha, sigma = _scales(s, steps[0])
         x = sigma * self.noise[0]
         for now, then in itertools.pairwise(steps):
