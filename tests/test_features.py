@@ -18,10 +18,10 @@ def test_each_yes_has_its_test() -> None:
     assert [int(row[0]) for row in rows] == list(range(1, 81))
     yes = [row for row in rows if row[2] == "yes"]
     assert f"{len(yes)} of {len(rows)} in full" in text
-    for _, feature, answer, shown, remark in rows:
-        assert answer in ("yes", "partly", "no")
-        assert remark or answer == "yes", feature
-        if answer == "no":
+    for _, feature, support, shown, remark in rows:
+        assert support in ("yes", "partly", "no")
+        assert remark or support == "yes", feature
+        if support == "no":
             continue
         file, _, name = shown.strip("`").partition("::")
         source = (ROOT / "tests" / file).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Work that several processes share through a folder: whoever has time takes a part that nobody has.
+"""Work that several processes share through a folder: each claims parts that no other process has.
 
 There is no barrier and no coordinator. A part is claimed by a lock file with a heartbeat
 (:class:`fewstep.base.locks.Lock`) and done when its file exists. A process that ended leaves claims that the
@@ -21,7 +21,7 @@ from fewstep.base.progress import SILENT, Progress
 T = TypeVar("T")
 
 POLL, SOON = 0.2, 5.0
-"""Seconds between two looks at parts that others compute, and until the progress shows who does."""
+"""Seconds between checks of parts that others compute, and until the progress shows their owner."""
 
 CLAIM = ".claim"
 """The ending of the lock file of a part."""

@@ -22,7 +22,7 @@ _HOMES = {
     "load_denoiser": "loading",
     "load_pipeline": "pipelines",
     "plan_from_scheduler": "scheduler_plans",
-    "SchedulerMixin": "scheduler",  # by which from_pretrained knows what kind of class it loads
+    "SchedulerMixin": "scheduler",  # from_pretrained recognises the class by it
 }
 
 __all__ = sorted(set(_HOMES) - {"SchedulerMixin"})

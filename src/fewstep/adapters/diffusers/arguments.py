@@ -1,4 +1,4 @@
-"""What a PlanScheduler does to arguments: lists of numbers, predicted data to be clipped."""
+"""Arguments of a PlanScheduler: lists of numbers, clipping of predicted data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def clip(config: Mapping[str, Any], x0: Tensor) -> Tensor:
         low = int(at)
         below = sizes.kthvalue(low + 1, dim=1).values
         above = sizes.kthvalue(min(low + 2, sizes.shape[1]), dim=1).values
-        most = config["sample_max_value"]  # below 1 it wins, as in diffusers
+        most = config["sample_max_value"]  # below 1 it has precedence, as in diffusers
         bound = torch.lerp(below, above, at - low).clamp(min=1.0, max=most)
         bound = bound.reshape(-1, *[1] * (x0.ndim - 1))
         return x0.clamp(-bound, bound) / bound

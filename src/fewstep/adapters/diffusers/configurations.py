@@ -1,4 +1,4 @@
-"""What a configuration of a scheduler says: its class, its family, its levels, its schedule and prediction."""
+"""The configuration of a scheduler: its class, family, levels, schedule and prediction."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import EDM, Flow, NoiseSchedule, Tabulated, VPSigma
 
 FLOW_START = 1 - 1e-6
-"""The largest time of a flow schedule here; at 1 nothing of the data is left (see PlanScheduler)."""
+"""The largest time of a flow schedule here; at 1 the state does not depend on the data (see PlanScheduler)."""
 
 SMALLEST_ALPHA = 1 - FLOW_START
-"""What stands for an alpha of zero, in models with a zero terminal signal-to-noise ratio."""
+"""The replacement of an alpha of zero, in models with a zero terminal signal-to-noise ratio."""
 
 PREDICTIONS = {
     "epsilon": Prediction.EPS,
@@ -45,7 +45,7 @@ LEVEL_DEFAULTS: Mapping[str, Any] = {
     "sigma_max": None,
     "prediction_type": "epsilon",
 }
-"""What a configuration means that leaves these out."""
+"""The defaults of missing keys of a configuration."""
 
 
 @functools.cache
@@ -98,7 +98,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def family_of(config: Mapping[str, Any]) -> str:
-    """Returns ``"betas"``, ``"flow"`` or ``"edm"``: how a configuration says its levels."""
+    """Returns ``"betas"``, ``"flow"`` or ``"edm"``: how a configuration gives its levels."""
     meaning = CLASSES.get(class_of(config) or "")
     if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
         return "flow"
@@ -113,10 +113,10 @@ def family_of(config: Mapping[str, Any]) -> str:
 
 
 def check_class(name: str | None) -> None:
-    """Refuses the schedulers that tell nothing we could use.
+    """Refuses the schedulers whose configuration is not supported.
 
     Raises:
-        ValueError: If it is one of those; the message says why.
+        ValueError: If it is one of those; the message has the reason.
     """
     meaning = CLASSES.get(name or "")
     if meaning is not None and meaning.family == "refused":
@@ -131,7 +131,7 @@ def check_config(config: Mapping[str, Any], name: str | None = None) -> None:
         name: Its class; left out, it is found.
 
     Raises:
-        ValueError: If there is one; the message names it and says why.
+        ValueError: If there is one; the message has it and the reason.
     """
     name = name or class_of(config)
     check_class(name)
@@ -286,6 +286,6 @@ def conventions_of(config: Mapping[str, Any]) -> tuple[NoiseSchedule, Prediction
     prediction = prediction_of(full)
     if family == "flow":
         return Flow(), prediction, count
-    # Plans in eps divide by alpha at the start: not as close to pure noise as a scheduler goes.
+    # Plans in eps divide by alpha at the start: so they start further from pure noise than a scheduler.
     table = positive_levels(alphas_cumprod(full), "epsilon")
     return schedule_of(full, table), prediction, count

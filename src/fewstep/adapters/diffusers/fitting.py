@@ -1,4 +1,4 @@
-"""Which scheduler of diffusers a name means, and the configuration that fits it to a model."""
+"""The scheduler of diffusers of a name, and its configuration for a model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fewstep.diffusion.schedules import Flow, NoiseSchedule, Tabulated
 from fewstep.models.denoiser import Denoiser
 
 LEVELS = 1000
-"""The levels into which a continuous schedule is cut for schedulers that know levels only."""
+"""The number of levels of a continuous schedule for schedulers with discrete levels."""
 
 LEAST_NOISE = 1e-3
 """The least ratio of noise to signal among those levels."""
 
 ENDINGS = ("", "Scheduler", "DiscreteScheduler", "MultistepScheduler", "SinglestepScheduler")
 OTHER_RANDOMNESS = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
-"""Schedulers whose draws do not come from ``torch.randn``, so that they have no address."""
+"""Schedulers whose draws do not come from ``torch.randn``, so they cannot be addressed."""
 
 
 def scheduler_class(name: str) -> Any:
@@ -128,7 +128,7 @@ def trained_levels(schedule: NoiseSchedule) -> Tensor:
 
 
 def steps_for(evaluations: Callable[[int], int], nfe: int, name: str) -> int:
-    """Returns the number of steps that makes so many evaluations."""
+    """Returns the number of steps with this number of evaluations."""
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
     below, above = None, None

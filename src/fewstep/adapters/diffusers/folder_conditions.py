@@ -1,4 +1,4 @@
-"""The conditions of a network that diffusers saved: which there are, what is missing, and how to give it."""
+"""The conditions of a network that diffusers saved: the known and the missing ones, with hints."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fewstep.models.conditions import AcceptedConditions
 
 @dataclass(frozen=True)
 class FolderConditions(AcceptedConditions):
-    """The conditions of a loaded network, with what each one is.
+    """The conditions of a loaded network, with their descriptions.
 
     Attributes:
-        meaning: What each condition is and where it comes from, for messages.
+        meaning: The description and source of each condition, for messages.
         instead_of_prompt: The conditions that replace ``prompt``: all of them, or none with a prompt.
         no_prompt: Why there is no ``prompt``, if there is none.
     """
@@ -52,7 +52,7 @@ def check_shape(name: str, value: object, shape: Sequence[int | None], n: int) -
     """Returns a condition that has n rows of a shape; ``None`` stands for any length.
 
     Raises:
-        ValueError: If it has not.
+        ValueError: If it does not have it.
     """
     fits = isinstance(value, Tensor) and value.ndim == len(shape) + 1 and len(value) == n
     if isinstance(value, Tensor) and fits:

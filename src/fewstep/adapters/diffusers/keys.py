@@ -1,4 +1,4 @@
-"""What each class of scheduler and each key of a scheduler's configuration means to us, as data.
+"""The meaning of each class of scheduler and each key of its configuration, as data.
 
 Every configuration that comes from diffusers is checked against it (:mod:`.configurations`): what changes
 the levels, the times or the prediction is understood or refused by name, never dropped. ``docs/diffusers.md`` prints
@@ -22,7 +22,7 @@ NO_STEP = "is no sampler with set_timesteps and step: {}"
 
 
 class SchedulerClass(NamedTuple):
-    """What a scheduler of diffusers tells about its model.
+    """The model that a scheduler of diffusers describes.
 
     Attributes:
         family: ``"betas"`` (variance preserving, training timesteps), ``"flow"``, ``"edm"``, or
@@ -118,11 +118,11 @@ CLASSES: Mapping[str, SchedulerClass] = {
 
 
 class Key(NamedTuple):
-    """What a key of a configuration means.
+    """The meaning of a key of a configuration.
 
     Attributes:
         status: ``"understood"``, ``"no effect"`` or ``"refused"``.
-        why: What becomes of it, why it has no effect, or why it is refused and what to do.
+        why: Its effect, why it has no effect, or why it is refused, with a hint.
         neutral: The values of a refused key that change nothing.
         model: Whether it belongs to the model: a default of the scheduler that says it holds too.
     """

@@ -38,7 +38,7 @@ NETWORKS = {
     "SD3Transformer2DModel": "flow",
     "FluxTransformer2DModel": "flux",
 }
-"""The networks that are known, and how each is called."""
+"""The known networks, with the kind of their arguments."""
 
 LEVELS_OF_ITS_OWN = {
     "image": "DDPM's linear betas",
@@ -72,7 +72,7 @@ WITHOUT_EFFECT = (
     "vqvae",
     "movq",
 )
-"""The components that look at results, or prepare conditions or pictures: what the network computes is the same."""
+"""The components that look at results, or prepare conditions or pictures: the network's output is the same."""
 
 AROUND_THE_NETWORK = {
     "StableDiffusionLatentUpscalePipeline": "scales the input and the output of its network by itself",
@@ -118,7 +118,7 @@ MEANING = {
     "class_labels": "the class of each sample, a level of noise, or an embedding (n, width), as this "
     "network was trained",
 }
-"""What each condition is, for messages."""
+"""The description of each condition, for messages."""
 
 
 class DiffusersModel(WrappedNetwork):
@@ -198,7 +198,7 @@ def load_denoiser(
 
     Arguments:
         folder: The folder.
-        device: Where to put the network.
+        device: The device of the network.
         dtype: The type of its weights; left out, float32.
 
     Raises:
@@ -244,7 +244,7 @@ def load_denoiser(
 
 @dataclass(frozen=True)
 class _Folder:
-    """What was read of a folder: its pipeline's name, index and parts, the network, the scheduler's configuration."""
+    """The contents of a folder: its pipeline's name, index and parts, the network, the scheduler's configuration."""
 
     path: Path
     title: str
@@ -266,7 +266,7 @@ def _is_part(value: object) -> bool:
 
 
 def _check_pipeline(folder: Path, title: str, parts: Mapping[str, Any]) -> None:
-    """Refuses pipelines that do more with the network than to ask it for a prediction."""
+    """Refuses pipelines that use more of the network than its prediction."""
     where = f"the pipeline {str(folder)!r} ({title})"
     if title in AROUND_THE_NETWORK:
         raise ValueError(f"{where} {AROUND_THE_NETWORK[title]}; {WRAP_IT}")
@@ -444,7 +444,7 @@ def _autoencoder(saved: _Folder, dtype: torch.dtype) -> tuple[Any, str | None, i
 def _text_call(
     saved: _Folder, channels: int, pixels: int, dtype: torch.dtype
 ) -> tuple[FolderConditions, TextCall, dict[str, Any]]:
-    """Returns the conditions of a ``UNet2DConditionModel``, its call, and what stands for no prompt."""
+    """Returns the conditions of a ``UNet2DConditionModel``, its call, and its null condition."""
     network, config, path = saved.network, saved.network.config, saved.path
     added, projected = config.addition_embed_type, config.encoder_hid_dim_type
     if added not in (None, "text", "text_time", "text_image", "image", "image_hint"):
@@ -595,7 +595,7 @@ def _with_extra_channels(
 
 
 def _why_unguided(kind: str, accepts: FolderConditions) -> str:
-    """Returns why guidance is refused, and what helps."""
+    """Returns why guidance is refused, with a hint."""
     if "guidance_scale" in accepts.required:
         return (
             "this network was distilled with the scale of guidance as an input: give guidance_scale= as "

@@ -1,4 +1,4 @@
-"""How the networks of diffusers are called: from states, times and named conditions to their own arguments."""
+"""Adapters of the networks of diffusers: from states, times and named conditions to their arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fewstep.adapters.diffusers.text_encoders import TextEncoders
 from fewstep.models.calling import NetworkCall, computing_dtype
 
 AESTHETIC_SCORES = (6.0, 2.5)
-"""What the pipeline of SDXL's refiner says of an image with a prompt, and of one without."""
+"""The aesthetic scores in the pipeline of SDXL's refiner, with a prompt and without."""
 
 
 class DiffusersCall(NetworkCall):
@@ -33,7 +33,7 @@ class DiffusersCall(NetworkCall):
         return value.to(device=x.device, dtype=kind)
 
     def _state(self, x: Tensor, extra_channels: Any = None) -> Tensor:
-        """Returns what the network sees of the state: with further channels, if it takes some."""
+        """Returns the network's input: the state, with further channels if the network has them."""
         more = int(self.network.config.in_channels) - self.channels
         if more and x.ndim == 4:
             shape = (more, *x.shape[2:])

@@ -1,4 +1,4 @@
-"""What training scripts, img2img and inpainting ask of a scheduler: noising, from the schedule."""
+"""Noising from the schedule, for training scripts, img2img and inpainting."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ NOT_AFFINE = {
 
 
 class Table(NamedTuple):
-    """What a scheduler does with K evaluations and M draws, float64.
+    """The table of a scheduler with K evaluations and M draws, float64.
 
     Columns: the initial standard normal draw, the K outputs, the M further draws.
 
@@ -121,7 +121,7 @@ def check_affine(scheduler: Any) -> None:
 
 @contextlib.contextmanager
 def _refusals(scheduler: Any, steps: int | None) -> Iterator[None]:
-    """Makes what a scheduler stumbles over into an error with its name; ours pass as they are."""
+    """Converts errors inside a scheduler into one with its name; our own errors pass unchanged."""
     try:
         yield
     except UnknownArgumentError:
@@ -200,7 +200,7 @@ def probe(
 
 
 class Run(NamedTuple):
-    """One run of a scheduler, seen from the network."""
+    """One run of a scheduler: the network's inputs and the sample."""
 
     inputs: list[Tensor]
     output: Tensor
@@ -261,7 +261,7 @@ class Runner:
         return float(self.scheduler.sigmas[k])
 
     def _network_output(self, x: Tensor, x0: Tensor, sigma: float) -> Tensor:
-        """Returns what a preconditioned network must say for the prediction to be ``x0``."""
+        """Returns the output of a preconditioned network whose prediction is ``x0``."""
         level = torch.tensor(sigma, dtype=torch.float64)
         zero, one = torch.zeros_like(x), torch.ones_like(x)
         offset = self.scheduler.precondition_outputs(x, zero, level)

@@ -1,4 +1,4 @@
-"""What a PlanScheduler is given as its sampler: families of solvers, recipes, stored plans."""
+"""The sampler of a PlanScheduler: families of solvers, recipes, stored plans."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def spacing_name(solver: str, name: str) -> str:
 
 
 def solver_name(solver: str, order: int) -> str:
-    """Returns the registered name that a family and an order stand for.
+    """Returns the registered name of a family and an order.
 
     Raises:
         ValueError: If there is no such solver, or it has no such order.

@@ -21,7 +21,7 @@ MOST_SETUPS = 32
 
 
 class Setup(NamedTuple):
-    """What ``set_timesteps`` decides; shared among threads and copies, and never changed.
+    """The result of ``set_timesteps``; shared among threads and copies, and never changed.
 
     Attributes:
         plan: The plan, in the prediction of the pipeline's network; in that of the data if they
@@ -47,7 +47,7 @@ class Setup(NamedTuple):
 
 
 class Setups:
-    """The setups of a scheduler by what was asked for; copies of a scheduler share them."""
+    """The setups of a scheduler by request; copies of a scheduler share them."""
 
     def __init__(self) -> None:
         self._found: dict[Any, Any] = {}
@@ -100,7 +100,7 @@ class Run:
         memo[id(self)] = twin
         for name, value in vars(self).items():
             if isinstance(value, torch.Generator):
-                # A caller's generator is handed in again by the next step; our own goes on from here.
+                # A caller's generator is passed again to the next step; our own continues from here.
                 value = value.clone_state() if name == "_own_generator" else None
             elif name == "generator":
                 value = None
@@ -118,7 +118,7 @@ class Run:
         self._pointer, self._size = timesteps.data_ptr(), timesteps.element_size()
 
     def rewind(self) -> None:
-        """Forgets how far the run was."""
+        """Resets the position of the run."""
         self.step_index: int | None = None
         self.execution: Execution | None = None
         self.sample: Tensor | None = None
@@ -148,7 +148,7 @@ class Run:
         self.step_index = self.offset = len(self.timesteps) - active.plan.nfe
         self.dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         x = sample.to(self.dtype)
-        # What most steps need to know, found out once: each look costs a part of a microsecond.
+        # Computed once for all steps: each attribute access costs a part of a microsecond.
         self.shape, self.size = x.shape, x.numel()
         self.plain = active.to_data is None and not active.plan.n_noise
         self._own_generator = None
@@ -170,7 +170,7 @@ class Run:
             raise ValueError(
                 f"the state has shape {tuple(sample.shape)} now and had {tuple(self.shape)} in the last "
                 f"step, whose predictions {self.active.plan.name} still reads. A batch of one may grow; "
-                "else call set_timesteps for a new run, or take a solver without memory, e.g. 'ddim'"
+                "else call set_timesteps for a new run, or use a solver without memory, e.g. 'ddim'"
             )
         self.shape, self.size = sample.shape, sample.numel()
 

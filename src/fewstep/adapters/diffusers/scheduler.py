@@ -81,11 +81,11 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
     **Mid-way starts** (img2img: ``set_begin_index``, or a first ``step`` at a later timestep) get a
     plan of their own on the rest of the grid.
 
-    **Where nothing is left of the data.** With a zero terminal signal-to-noise ratio the last
+    **Pure noise.** With a zero terminal signal-to-noise ratio the last
     :math:`\alpha` is taken as 1e-6, and flow models are conditioned on :math:`\sigma = 1` while the
     coefficients are those of 1 - 1e-6. Coefficients are merged with the prediction's in float64,
-    so that nothing is amplified for v, x0 and flow predictions. An epsilon-prediction cannot say
-    what the data are there: for it the last :math:`\alpha` is half of the one before.
+    so that nothing is amplified for v, x0 and flow predictions. An epsilon-prediction has no information
+    on the data there: for it the last :math:`\alpha` is half of the one before.
 
     **Clipping and thresholding** of configurations that ask for them are applied to the predicted
     data of each evaluation: exact for any solver. DDIM keeps the predicted noise as it is, as in
@@ -105,7 +105,7 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
             ``"auto"``; the same as ``grid="auto:FILE"``. A start in mid-schedule takes UniPC-3 on
             the rest of the measured times, since measured weights hold from the first step on.
         count: What ``num_inference_steps`` counts: ``"steps"`` or ``"calls"``.
-        integer_times: Whether the network is conditioned on whole timesteps only.
+        integer_times: Whether the network is conditioned on integer timesteps only.
         num_train_timesteps: The number of training timesteps.
         beta_start: The first :math:`\beta`.
         beta_end: The last.

@@ -117,7 +117,7 @@ def most_steps(method: Solver, evaluations: int, to_zero: bool) -> int:
 
 
 def check_jump(method: Solver, grid: TimeGrid) -> None:
-    """Refuses a first step of several stages that would amplify what the network says."""
+    """Refuses a first step of several stages that would amplify the network's errors."""
     if method.nfe(2) <= 2 or grid.steps < 2 or grid.is_last_zero(0):
         return
     if method.prediction_on(grid.schedule) is Prediction.FLOW:

@@ -43,7 +43,7 @@ class Stepping:
             """That of diffusers' ConfigMixin: a dict."""
 
     def _reset(self, timesteps: Tensor, sigmas: Tensor) -> None:
-        """Puts everything to where no run has been planned."""
+        """Resets the state to that before any run."""
         self._initial = (timesteps, sigmas)
         self._setups = Setups()
         self._latest: tuple[Setup, Tensor, Tensor] | None = None
@@ -144,7 +144,7 @@ class Stepping:
             levels = torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
         return levels.float()
 
-    # Where a run is: attributes of the thread.
+    # The position of a run: attributes of the thread.
 
     @property
     def timesteps(self) -> Tensor:
@@ -349,7 +349,7 @@ class Stepping:
         assert execution.request is not None
         assert run.active is not None
         x = execution.request.x
-        if output.numel() == 2 * run.size:  # cheaper than a look at the shapes
+        if output.numel() == 2 * run.size:  # cheaper than comparing the shapes
             output = output[:, : x.shape[1]]  # the rest is a learned variance
         if output.dtype != run.dtype:
             output = output.to(run.dtype)
