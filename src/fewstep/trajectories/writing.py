@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.base.files import LITTER
 from fewstep.base.locks import PATIENCE, Lock
+from fewstep.base.processes import processes
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.denoiser import Denoiser
@@ -44,6 +45,11 @@ class _Count:
         self._progress, self._count = progress, 0
         self._begun = False
 
+    @property
+    def last(self) -> int:
+        """The count so far."""
+        return self._count
+
     def set(self, count: int) -> int:
         if self._begun:
             self._progress.tick(count - self._count)
@@ -70,10 +76,13 @@ class Writer:
 
     def run(self, progress: Progress = SILENT) -> None:
         """Computes all missing or damaged shards, concurrently with other writers."""
-        complete = self._complete()
+        team = processes()
+        complete = sorted(self._complete())
+        if team.several:  # each checks its share of the shards: all of them are read
+            complete = complete[team.rank :: team.count]
         if complete:
             progress.stage("checking shards", len(complete))
-        for shard in sorted(complete):
+        for shard in complete:
             # Damaged before this run; shards that appear during it were just written atomically.
             if check_shard(self.folder, self.manifest, shard) is not None:
                 shard_file(self.folder, shard).unlink(missing_ok=True)
@@ -85,7 +94,10 @@ class Writer:
         while missing := missing_shards(self.folder, self.manifest):
             count.set(self._recorded())
             # Each writer has its own order, so that two rarely start the same shard.
-            random.Random(f"{os.getpid()} {time.time_ns()}").shuffle(missing)
+            if team.several:
+                missing = team.own_first(missing)
+            else:
+                random.Random(f"{os.getpid()} {time.time_ns()}").shuffle(missing)
             if any([self._take(shard, count) for shard in missing]):
                 idle = 0.0
                 continue
@@ -118,7 +130,7 @@ class Writer:
             return False
         with claim.held():
             if not shard_file(self.folder, shard).exists():
-                before = self._recorded()
+                before = count.last  # others' shards are counted when the folder is listed again
                 self.make(shard, lambda rows: count.set(before + rows))
         return True
 
