@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-_ADAPTERS = ("comfyui", "diffusers", "kdiffusion")
+_ADAPTERS = ("comfyui", "diffusers", "kdiffusion", "ray")
 
 
 def __getattr__(name: str) -> ModuleType:

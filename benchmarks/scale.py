@@ -1,0 +1,178 @@
+"""What a sample costs here, and a plan for a very large recording, computed from that.
+
+Usage: python benchmarks/scale.py measure [--out FILE]
+       python benchmarks/scale.py plan [--trajectories 1e9] [--gpus 1000] [--rate EVALUATIONS_PER_SECOND] ...
+
+``measure`` times the parts of the cost of a sample that do not depend on the network, on one core of this
+machine: noise, the sampler's own operations, packing and writing a shard, verifying it. ``plan`` computes
+files, bytes, hours, failures and money from these figures and from assumptions that are options; it prints
+each assumption, so that a reader can put in their own. ``docs/scale.md`` is its output with explanations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fewstep
+from _common import print_table, say_what_runs
+from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.trajectories import TrajectoryStore
+
+RESULTS = Path(__file__).parent / "results" / "scale.json"
+EVENT = (3, 32, 32)
+
+
+def seconds(run: Callable[[], object], rounds: int = 5) -> float:
+    """Returns the median of the CPU seconds of a call."""
+    times = []
+    for _ in range(rounds + 1):
+        begun = time.process_time()
+        run()
+        times.append(time.process_time() - begun)
+    return statistics.median(times[1:])
+
+
+def measure() -> dict[str, Any]:
+    """Returns microseconds a sample of each part, for samples of (3, 32, 32) in batches of 256."""
+    torch.set_num_threads(1)
+    batch, nfe, n = 256, 20, 1024
+    model = fewstep.Denoiser.wrap(
+        lambda x, t: x,
+        schedule=fewstep.schedule("ddpm-linear"),
+        prediction="eps",
+        event_shape=EVENT,
+    )
+    noise = seconds(lambda: NoiseSource(0, range(batch)).draw(INITIAL, EVENT)) / batch
+    z = NoiseSource(0, range(batch)).draw(INITIAL, EVENT)
+    alone = seconds(
+        lambda: fewstep.sample(model, noise=z, solver="tab3", nfe=nfe, batch_size=batch)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        place, number = Path(folder), iter(range(100))
+
+        def record() -> None:
+            fewstep.record(
+                model,
+                place / str(next(number)),
+                n=n,
+                solver="tab3",
+                nfe=nfe,
+                keep=4,
+                shard_size=n,
+                batch_size=batch,
+            )
+
+        whole = seconds(record, 3) / n
+        store = TrajectoryStore.open(place / "0")
+        size = sum(p.stat().st_size for p in (place / "0").glob("shard-*"))
+        read = seconds(lambda: store.read(range(n)), 3) / n
+    sampling = alone / batch
+    return {
+        "noise_us": 1e6 * noise,
+        "solver_us_per_evaluation": 1e6 * sampling / nfe,
+        "writing_us": 1e6 * max(whole - noise - sampling, 0.0),
+        "reading_us": 1e6 * read,
+        "bytes": size / n,
+        "event_shape": list(EVENT),
+        "states": 5,
+    }
+
+
+def plan(cost: dict[str, Any], options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Returns the rows of a plan for a recording."""
+    n, gpus = int(options.trajectories), options.gpus
+    evaluations = n * options.nfe
+    # The processor prepares and writes while the GPU computes; what it cannot keep up with is added.
+    device = options.nfe / options.rate
+    host = 1e-6 * (cost["noise_us"] + cost["writing_us"]) / options.cores
+    each = max(device, host)
+    hours = n * each / gpus / 3600
+    shards = math.ceil(n / options.shard_size)
+    total = n * cost["bytes"]
+    shard_seconds = options.shard_size * each
+    failures = gpus * hours / options.hours_between_failures
+    # A failure loses half a shard on average, and the claim is taken over after two minutes.
+    lost = failures * (shard_seconds / 2 + options.restart_seconds) / 3600
+    rows = [
+        ("trajectories, evaluations each", f"{n:.0e}, {options.nfe}"),
+        ("evaluations", f"{evaluations:.1e}"),
+        ("assumed evaluations a second and GPU", f"{options.rate:,.0f}"),
+        ("GPU seconds a trajectory", f"{device:.2e}"),
+        (f"host seconds a trajectory ({options.cores} cores a GPU)", f"{host:.2e}"),
+        ("limited by", "the GPU" if device >= host else "the processor"),
+        ("hours on the clock", f"{hours:,.2f}"),
+        ("GPU hours", f"{hours * gpus:,.0f}"),
+        ("bytes a trajectory", f"{cost['bytes']:,.0f}"),
+        ("bytes", f"{total / 1e12:,.1f} TB"),
+        (
+            "shards (files)",
+            f"{shards:,} of {options.shard_size:,}: {options.shard_size * cost['bytes'] / 1e6:,.0f} MB each",
+        ),
+        ("seconds a shard", f"{shard_seconds:,.0f}"),
+        ("bytes a second, all GPUs", f"{total / hours / 3600 / 1e9:,.2f} GB/s"),
+        ("shards a second", f"{shards / hours / 3600:,.1f}"),
+        ("assumed hours between failures of a GPU", f"{options.hours_between_failures:,.0f}"),
+        ("failures", f"{failures:,.1f}"),
+        ("GPU hours lost by them", f"{lost:,.2f} ({lost / hours / gpus:.2%})"),
+        ("GPU hours lost without shards, by starting anew", f"{failures * hours / 2:,.1f}"),
+        (
+            f"cost at {options.dollars:g} $ a GPU hour",
+            f"{(hours * gpus + lost) * options.dollars:,.0f} $",
+        ),
+        (
+            f"storage at {options.storage:g} $ a TB and month",
+            f"{total / 1e12 * options.storage:,.0f} $ a month",
+        ),
+        (
+            "time to read all once, verified, on 100 cores",
+            f"{n * cost['reading_us'] * 1e-6 / 100 / 3600:,.1f} h",
+        ),
+    ]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("measure", "plan"))
+    parser.add_argument("--trajectories", type=float, default=1e9)
+    parser.add_argument("--nfe", type=int, default=20)
+    parser.add_argument("--gpus", type=int, default=1000)
+    parser.add_argument("--cores", type=int, default=8, help="processor cores for each GPU")
+    parser.add_argument("--rate", type=float, default=10_000, help="evaluations a second and GPU")
+    parser.add_argument("--shard-size", type=int, default=8192)
+    parser.add_argument("--hours-between-failures", type=float, default=50_000)
+    parser.add_argument("--restart-seconds", type=float, default=180)
+    parser.add_argument("--dollars", type=float, default=2.5, help="the price of a GPU hour")
+    parser.add_argument(
+        "--storage", type=float, default=23, help="the price of a terabyte and month"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.what == "measure":
+        cost = measure()
+        say_what_runs("CPU microseconds a sample of (3, 32, 32) apart from the network, one core.")
+        print_table(
+            ("what", "figure"),
+            [(k, f"{v:.2f}" if isinstance(v, float) else v) for k, v in cost.items()],
+        )
+        options.out.write_text(json.dumps(cost, indent=1) + "\n")
+        return
+    cost = json.loads(options.out.read_text())
+    say_what_runs("A plan from the figures of `measure`.")
+    print_table(("what", "figure"), plan(cost, options))
+
+
+if __name__ == "__main__":
+    main()
