@@ -131,6 +131,21 @@ def check_device(name: str) -> str:
     return str(find_device(name))
 
 
+def left_to_first(name: str) -> bool:
+    """Returns whether this is not the first of several processes of a launch, which does it all.
+
+    For commands that do not share their work: the others end at once, successfully.
+    """
+    from fewstep.base.processes import processes
+
+    team = processes()
+    if not team.first:
+        say(
+            f"{name} runs in one process: rank 0 of {team.count} does it, rank {team.rank} has nothing to do"
+        )
+    return not team.first
+
+
 def load_model(name: str, device: str) -> Denoiser:
     """Returns the model of that name, on an available device."""
     from fewstep.loading import load

@@ -20,6 +20,7 @@ from fewstep.cli._common import (
     event_shape,
     follows,
     kept_files,
+    left_to_first,
     load_model,
     output_folder,
     parse_labels,
@@ -77,6 +78,8 @@ def analyze(
         device: Where to run: auto, cpu, cuda, mps.
         overwrite: Replace existing results.
     """
+    if left_to_first("analyze"):
+        return
     budgets = budgets_of(nfe)
     positive("-n", n)
     if n < 4:

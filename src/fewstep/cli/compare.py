@@ -14,6 +14,7 @@ from fewstep.cli._common import (
     console,
     follows,
     kept_files,
+    left_to_first,
     load_model,
     output_folder,
     parse_labels,
@@ -88,6 +89,8 @@ def compare(
         extend: Add to the finished comparison in OUT: its cells are reused, its report is replaced.
         overwrite: Replace existing results.
     """
+    if left_to_first("compare"):
+        return
     given = _command(locals())
     positive("-n", n)
     positive("--batch-size", batch_size)

@@ -18,6 +18,7 @@ from fewstep.cli._common import (
     exists,
     follows,
     kept_files,
+    left_to_first,
     load_model,
     parse_labels,
     positive,
@@ -61,6 +62,8 @@ def fit(
         device: Where to run: auto, cpu, cuda, mps.
         overwrite: Replace an existing file.
     """
+    if left_to_first("fit"):
+        return
     budgets = budgets_of(nfe)
     positive("-n", n)
     file = _file(model, out)

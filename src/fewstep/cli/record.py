@@ -103,6 +103,12 @@ def record(
 
 
 def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwrite: bool) -> int:
+    from fewstep.base.processes import processes
+
+    if overwrite and processes().several:
+        raise ValueError(
+            "--overwrite with several processes could delete what another has begun; remove the folder first"
+        )
     for name in ("n", "shard_size", "batch_size"):
         positive("-n" if name == "n" else f"--{name.replace('_', '-')}", given.get(name))
     output_folder(out)

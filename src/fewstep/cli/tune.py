@@ -13,6 +13,7 @@ from fewstep.cli._common import (
     console,
     follows,
     kept_files,
+    left_to_first,
     load_model,
     parse_options,
     positive,
@@ -78,6 +79,8 @@ def tune(
         overwrite: Start again and replace existing files.
         keep_worse: Write the result even if its final scores are worse than the start's.
     """
+    if left_to_first("tune"):
+        return 0
     from fewstep.learned.settings import Search
     from fewstep.learned.tuning import checkpoint_folder
     from fewstep.learned.tuning import tune as run
