@@ -13,29 +13,52 @@ FORKS = "ignore:.*fork.*:DeprecationWarning"
 """What Python 3.12 warns of where threads are running: the child touches none of them."""
 
 
-def in_fork(work: Callable[[], None]) -> None:
-    """Calls a function in a fork that has forgotten fewstep; what it raises fails the test.
+class Fork:
+    """A fork that has forgotten fewstep and the tests' own modules, and calls a function.
 
     Starting a process costs a second for torch and three for diffusers; a fork some milliseconds.
+
+    Arguments:
+        work: The function; it imports what it needs of fewstep itself.
+        environment: Variables of the environment.
     """
-    if not hasattr(os, "fork"):
-        pytest.skip("no fork on this system")
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        text = "the child ended early"
+
+    def __init__(self, work: Callable[[], object], **environment: str) -> None:
+        if not hasattr(os, "fork"):
+            pytest.skip("no fork on this system")
+        read, write = os.pipe()
+        self.pid = os.fork()
+        self._code: int | None = None
+        if self.pid == 0:
+            self._run(work, environment, write)
+        os.close(write)
+        self._said = os.fdopen(read)
+
+    @staticmethod
+    def _run(work: Callable[[], object], environment: dict[str, str], write: int) -> None:
+        code = 1
         try:
-            for name in [name for name in sys.modules if name.partition(".")[0] == "fewstep"]:
-                del sys.modules[name]
+            for name in list(sys.modules):
+                if name.partition(".")[0] == "fewstep" or name.startswith("tiny_"):
+                    del sys.modules[name]
+            os.environ.update(environment)
             work()
-            text = ""
+            code = 0
         except BaseException:
-            text = traceback.format_exc()
+            os.write(write, traceback.format_exc().encode()[-4096:])
         finally:
-            os.write(write, text.encode()[-4096:])
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    assert not text, text
+            os._exit(code)
+
+    def wait(self) -> int:
+        """Returns the exit code once the process has ended; what was raised there is raised here."""
+        if self._code is None:
+            with self._said:
+                text = self._said.read()
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            assert not text, text
+        return self._code
+
+
+def in_fork(work: Callable[[], object]) -> None:
+    """Calls a function in a fork; what it raises fails the test."""
+    assert Fork(work).wait() == 0

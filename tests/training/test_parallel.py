@@ -1,10 +1,6 @@
 """Data-parallel training: shares of a batch, and the weights of one process."""
 
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from fewstep.base.processes import Processes
 from fewstep.training.batches import Batches
 from fewstep.training.parallel import Team, team
 from fewstep.training.train import build_network, train
+from forks import FORKS, Fork
 from tiny_training import RECIPE, images
 
 
@@ -54,25 +51,22 @@ def test_a_launch_that_cannot_train_is_refused(monkeypatch):
         pass
 
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, sys.argv[2])
-torch.set_num_threads(1)
-from tiny_training import RECIPE, images
-from fewstep.training.train import train
-train(images(), sys.argv[1], RECIPE, checkpoint_every=2)
-"""
-
-
+@pytest.mark.filterwarnings(FORKS)
 @pytest.mark.slow
 def test_two_processes_train_the_model_of_one(tmp_path):
     train(images(), tmp_path / "one", RECIPE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "two"), str(Path(__file__).parents[1])]
-    started = [subprocess.Popen(command, env={**launch, "RANK": rank}) for rank in "01"]
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def take_part() -> None:
+        from fewstep.training.train import train
+        from tiny_training import RECIPE, images
+
+        train(images(), tmp_path / "two", RECIPE, checkpoint_every=2)
+
+    started = [Fork(take_part, **launch, RANK=rank) for rank in "01"]
     assert [process.wait() for process in started] == [0, 0]
     one, two = (read_tensors(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
