@@ -232,6 +232,18 @@ def test_every_next_line_is_carried_out_by_a_test():
         ), place
 
 
+def test_single_pictures_and_the_log(capsys):
+    words = ["sample", "my model", "-n", "2", "--nfe", "1", "--class-labels", "0", "--singles"]
+    assert run(["--verbose", *words, "--out", "alone"]) == 0
+    log = capsys.readouterr().err
+    assert sorted(file.name for file in Path("alone/images").iterdir()) == [
+        "000000.png",
+        "000001.png",
+    ]
+    assert Path("alone/grid.png").is_file()
+    assert "the device" in log
+
+
 def test_commands_are_quoted_and_complete():
     assert command(
         "sample", "m", n=4, force=True, seed=None, guidance=7.50, class_labels="a b"
