@@ -276,3 +276,31 @@ def test_a_scheduler_saved_with_an_infinite_number_is_read(tmp_path, name):
     schedule, want = fewstep.load(tmp_path, device="cpu").schedule, fewstep.schedule("ddpm-linear")
     times = torch.tensor([0.0, 500.0, 999.0], dtype=torch.float64)
     assert torch.allclose(schedule.lam(times), want.lam(times), atol=1e-3)
+
+
+def test_a_saved_pipeline_is_measured_with_a_prompt_and_guidance(tmp_path, capsys):
+    """One command for the folder: its profile is taken by load, and by the scheduler of the pipeline."""
+    from fewstep.adapters.diffusers import PlanScheduler
+    from fewstep.cli import run
+
+    folder = tmp_path / "sd"
+    text_pipeline(tmp_path).save_pretrained(folder)
+    command = ["fit", str(folder), "--nfe", "4", "-n", "4", "--prompt", "a b", "--guidance", "3"]
+    assert run([*command, "--quiet"]) == 0
+    capsys.readouterr()
+    model = fewstep.load(folder)
+    assert model.profile.guidance == 3
+    assert model.profile.about["conditions"] == {"prompt": "a b"}
+    cond: dict[str, Any] = {"prompt": "a b", "guidance": 3.0}
+    z = noise((1, 4, 8, 8))
+    measured = fewstep.sample(model, noise=z, nfe=4, **cond)
+    named = fewstep.sample(model, noise=z, nfe=4, profile=folder / "profile.json", **cond)
+    assert torch.equal(measured, named)
+    pipe = text_pipeline(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    profile = str(folder / "profile.json")
+    pipe.scheduler = PlanScheduler.from_config(pipe.scheduler.config, profile=profile)
+    start = z * model.schedule.prior_std(float(pipe.scheduler.schedule.t_max))
+    arguments = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
+    piped = pipe("a b", latents=start, **arguments).images
+    assert tiny.relative(piped, measured) < 2e-3

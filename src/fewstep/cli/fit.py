@@ -45,7 +45,7 @@ def fit(
 ) -> None:
     """Measure which sampler suits a model best at each budget: OUT, a profile.
 
-    At most 5,632 evaluations of one image for the seven budgets: a minute for a small model. The same
+    At most 5,728 evaluations of one image for the seven budgets: a minute for a small model. The same
     command resumes an interrupted measurement. Nothing is trained and no data is needed. `fewstep
     sample MODEL --profile OUT` uses the profile; a profile in the model's own folder is used by default.
 

@@ -121,7 +121,7 @@ def fit(
     The distance is the root mean square difference to the model's own many-step solution from the
     same noise. Only a few numbers per step are fitted, so n = 16 is enough for any model.
 
-    Cost: at most 5,632 evaluations of one image for the seven budgets and n = 16
+    Cost: at most 5,728 evaluations of one image for the seven budgets and n = 16
     (:func:`evaluations`); the log shows it beforehand, in evaluations and seconds.
 
     Arguments:
