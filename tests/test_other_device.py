@@ -31,6 +31,8 @@ from fewstep.training.recipe import TrainRecipe
 from other_device import OTHER, OtherTensor, on_other_device, other_device
 from tiny_models import write_tiny
 
+pytestmark = pytest.mark.slow  # much is computed: `pytest -m "not slow"` is for while one writes
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -17,7 +17,7 @@ from fewstep.adapters.diffusers import PlanScheduler  # noqa: E402
 from fewstep.adapters.diffusers.configurations import conventions_of  # noqa: E402
 from fewstep.adapters.diffusers.keys import KEYS, NUMBERS, OWN_KEYS, SWITCHES  # noqa: E402
 
-pytestmark = tiny.MARKS
+pytestmark = [pytest.mark.slow, *tiny.MARKS]
 
 STEPS = 5
 """Divides the training timesteps: diffusers' DDIM takes the level 1000 // n below each of its times."""

@@ -16,7 +16,7 @@ import tiny_pipelines as tiny
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-pytestmark = tiny.MARKS
+pytestmark = [pytest.mark.slow, *tiny.MARKS]
 LATENT = tiny.LATENT
 noise = tiny.normal
 

@@ -18,7 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from fewstep.adapters.diffusers import PlanScheduler, load_pipeline, plan_from_scheduler  # noqa: E402
 
-pytestmark = tiny.MARKS
+pytestmark = [pytest.mark.slow, *tiny.MARKS]
 LATENT = tiny.LATENT
 seeded = tiny.seeded
 

@@ -19,7 +19,7 @@ from tiny_models import write_tiny
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 SMALL = ("--nfe", "3,5", "-n", "24", "--batch-size", "10", "--reference-nfe", "12")
 

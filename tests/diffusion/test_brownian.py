@@ -16,6 +16,8 @@ from fewstep.plans.intervals import draw_intervals
 from fewstep.solvers import SOLVERS
 from reference import lam_grid, normal, rms, schedule_of
 
+pytestmark = pytest.mark.slow  # much is computed: `pytest -m "not slow"` is for while one writes
+
 STOCHASTIC = [n for n, b in SOLVERS.items() if not b().adaptive and b().stochastic]
 
 

@@ -24,6 +24,8 @@ from fewstep.models.guidance import (
 from fewstep.plans.execute import execute
 from reference import normal
 
+pytestmark = pytest.mark.slow  # much is computed: `pytest -m "not slow"` is for while one writes
+
 VP = fewstep.schedule("vp-linear")
 SHAPE = (3, 2, 2)
 MEANS = torch.tensor([1.5, -0.8, 0.1], dtype=torch.float64)  # of labels 0, 1 and of no label

@@ -21,6 +21,8 @@ from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.protocol import Run, Trajectory
 from fewstep.sampling.recipe import SamplerRecipe
 
+pytestmark = pytest.mark.slow  # much is computed: `pytest -m "not slow"` is for while one writes
+
 VP = fewstep.schedule("vp-linear")
 TOYS = {"smooth": exact.smooth, "sharp": exact.sharp}
 

@@ -9,6 +9,8 @@ import fewstep
 from fewstep.models.exact import GaussianMixture, smooth
 from reference import normal, rms, schedule_of
 
+pytestmark = pytest.mark.slow  # much is computed: `pytest -m "not slow"` is for while one writes
+
 VP = fewstep.schedule("vp-linear")
 
 

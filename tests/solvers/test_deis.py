@@ -33,6 +33,8 @@ from reference import (
     states,
 )
 
+pytestmark = pytest.mark.slow  # much is computed: `pytest -m "not slow"` is for while one writes
+
 TAB3 = [
     (5.33345670, -4.3339559505),
     (3.37206274, -3.1958592236, 0.8188595243),

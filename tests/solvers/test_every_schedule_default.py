@@ -15,6 +15,8 @@ from fewstep.plans.checks import gaussian_moments
 from fewstep.solvers import SOLVERS
 from reference import SCHEDULE_NAMES, normal, rms, run, schedule_of
 
+pytestmark = pytest.mark.slow  # much is computed: `pytest -m "not slow"` is for while one writes
+
 WITH_PLANS = [n for n, build in SOLVERS.items() if n != "multistep" and not build().adaptive]
 DETERMINISTIC = [n for n in WITH_PLANS if not SOLVERS[n]().stochastic]
 STOCHASTIC = [n for n in WITH_PLANS if SOLVERS[n]().stochastic and SOLVERS[n]().order]

@@ -32,6 +32,8 @@ from fewstep.studies.fitting import Optimal, _hat_integrals
 from fewstep.studies.recommend import candidates, enough_nfe
 from fewstep.studies.reference import draw_noise, run_plan
 
+pytestmark = pytest.mark.slow  # much is computed: `pytest -m "not slow"` is for while one writes
+
 VP = fewstep.schedule("vp-linear")
 MODEL = smooth(VP)
 

@@ -10,6 +10,8 @@ from fewstep.models.exact import DataSet, sharp, smooth
 from fewstep.studies import model_check
 from fewstep.studies.conventions import CONVENTIONS, between, conventions_for, range_of
 
+pytestmark = pytest.mark.slow  # much is computed: `pytest -m "not slow"` is for while one writes
+
 DDPM = fewstep.schedule("ddpm-linear")
 VP = fewstep.schedule("vp-linear")
 TRUTH = smooth(DDPM)
