@@ -3,7 +3,7 @@ r"""Time grids: the times that a sampler visits."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,12 @@ def useful_start(schedule: NoiseSchedule) -> float | None:
     if first >= NOISE or last > DATA:
         return None
     return float(schedule.time(torch.tensor(NOISE, dtype=torch.float64)))
+
+
+def over_default(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a grid's default options with the given ones over them; a given start replaces a default one."""
+    start = {"t_start"} if {"t_start", "strength"} & set(given) else set[str]()
+    return {**{k: v for k, v in default.items() if k not in start}, **given}
 
 
 def power(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.diffusion.grids import GRIDS, TimeGrid, check_start, check_strength
+from fewstep.diffusion.grids import GRIDS, TimeGrid, check_start, check_strength, over_default
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.plan import Plan
 from fewstep.sampling.auto import AUTO, choose, describe
@@ -124,10 +124,7 @@ def _planned(
         choice = choose(schedule, nfe or steps or own or 1)
         solver = choice.solver
         if grid is None:
-            own_options = dict(choice.options)
-            if {"t_start", "strength"} & set(options):  # the start is the caller's
-                own_options.pop("t_start", None)
-            grid, options = choice.grid, {**own_options, **options}
+            grid, options = choice.grid, over_default(choice.options, options)
             if head_start is None and not {"t_start", "strength"} & set(options):
                 head_start = choice.head_start
     method, for_grid = _method(solver, grid, options)

@@ -7,7 +7,6 @@ With :math:`y = x / \alpha` and :math:`\rho = \sigma / \alpha` a step goes from 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import Solver, check_number, check_order, transfer
+from fewstep.solvers.base import EtaSolver, Solver, check_number, check_order, staged_nfe, transfer
 
 
 def ancestral_level(grid: TimeGrid, start: Tensor, end: Tensor, eta: float) -> Tensor:
@@ -34,45 +33,48 @@ def ancestral_level(grid: TimeGrid, start: Tensor, end: Tensor, eta: float) -> T
     """
     if not eta:
         return end
-    if grid.schedule.flow_coordinate:
-        here, there = start / (1 + start), end / (1 + end)
-        share = 1 - eta * (1 - there / here)
-        down = there * share
-        level = down / (1 - down)
-    else:
-        share = 1 - eta**2 * (1 - (end / start).square())
-        level = end * torch.sqrt(share)
+    if not grid.schedule.flow_coordinate:
+        return level_below(start, end, eta)
+    here, there = start / (1 + start), end / (1 + end)
+    share = 1 - eta * (1 - there / here)
+    _check_share(share, end, eta)
+    down = there * share
+    return down / (1 - down)
+
+
+def level_below(start: Tensor, end: Tensor, eta: float) -> Tensor:
+    r"""Returns :math:`\rho_d` of the first formula of :func:`ancestral_level`.
+
+    Raises:
+        ValueError: If :math:`\eta` asks for more noise than there is at the end.
+    """
+    share = 1 - eta**2 * (1 - (end / start).square())
+    _check_share(share, end, eta)
+    return end * torch.sqrt(share)
+
+
+def _check_share(share: Tensor, end: Tensor, eta: float) -> None:
     if not float(share.detach()) >= 0:
         raise ValueError(
             f"eta = {eta:g} asks for more noise than there is at sigma / alpha = {float(end):.4g}; "
             "at most 1 is possible everywhere"
         )
-    return level
 
 
 @dataclass(frozen=True)
-class _Ancestral(Solver):
-    """Common part: down, then noise; DDIM in a last step onto zero."""
-
-    eta: float = 1.0
+class _Ancestral(EtaSolver):
+    """Common part: down, by DDIM unless overridden, then noise; DDIM in a last step onto zero."""
 
     default_grid: ClassVar[tuple[str, Any]] = ("logistic", {})
     grid_on_flows: ClassVar[str | None] = "uniform"
     _stages: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        check_number("eta", self.eta)
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        return self.eta > 0
 
     @property
     def order(self) -> int:
         return 1 if self.eta else self._stages
 
     def nfe(self, steps: int, *, ends_at_zero: bool = False) -> int:
-        return self._stages * (steps - 1) + 1 if ends_at_zero else self._stages * steps
+        return staged_nfe(self._stages, steps, ends_at_zero=ends_at_zero)
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
         x = tape.x
@@ -96,9 +98,11 @@ class _Ancestral(Solver):
     def _onto_zero(self, grid: TimeGrid, i: int, x: Form, f: Form) -> Form:
         return transfer(x, f, grid, i, i + 1)
 
-    @abstractmethod
     def _down(self, tape: Tape, grid: TimeGrid, i: int, level: Tensor, x: Form, f: Form) -> Form:
         r"""Returns the state at :math:`\rho_d`, in the scale :math:`\alpha_s` of the step's end."""
+        del tape
+        a = grid.alpha[i + 1]
+        return a / grid.alpha[i] * x + a * (level - grid.rho[i]) * f
 
 
 class EulerAncestral(_Ancestral):
@@ -126,10 +130,6 @@ class EulerAncestral(_Ancestral):
     """
 
     name = "euler-ancestral"
-
-    def _down(self, tape: Tape, grid: TimeGrid, i: int, level: Tensor, x: Form, f: Form) -> Form:
-        a = grid.alpha[i + 1]
-        return a / grid.alpha[i] * x + a * (level - grid.rho[i]) * f
 
 
 class DPM2Ancestral(_Ancestral):
@@ -271,9 +271,13 @@ class TCD(_Ancestral):
             return grid.rho[i + 1] * 0.0
         return grid.schedule.rho(time)
 
-    def _down(self, tape: Tape, grid: TimeGrid, i: int, level: Tensor, x: Form, f: Form) -> Form:
-        a = grid.alpha[i + 1]
-        return a / grid.alpha[i] * x + a * (level - grid.rho[i]) * f
+
+def _ddpm_step(grid: TimeGrid, i: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the weights of state and output in an ancestral step, and the share of its end that is new noise."""
+    ratio = grid.alpha[i + 1] / grid.alpha[i]
+    share = (grid.rho[i + 1] / grid.rho[i]).square()
+    weight = grid.sigma[i + 1] * share.sqrt() - ratio * grid.sigma[i]
+    return ratio, weight, torch.sqrt(1 - share)
 
 
 @dataclass(frozen=True)
@@ -317,8 +321,7 @@ class LangevinCorrected(Solver):
         return 0 if self.corrections and self.snr else 1
 
     def nfe(self, steps: int, *, ends_at_zero: bool = False) -> int:
-        each = 1 + self.corrections
-        return each * (steps - 1) + 1 if ends_at_zero else each * steps
+        return staged_nfe(1 + self.corrections, steps, ends_at_zero=ends_at_zero)
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
         x = tape.x
@@ -327,10 +330,8 @@ class LangevinCorrected(Solver):
             if grid.is_last_zero(i):
                 x = tape.state(transfer(x, f, grid, i, i + 1), i + 1)
                 continue
-            ratio, s = grid.alpha[i + 1] / grid.alpha[i], grid.sigma[i + 1]
-            share = (grid.rho[i + 1] / grid.rho[i]).square()
-            form = ratio * x + (s * share.sqrt() - ratio * grid.sigma[i]) * f
-            form = form + s * torch.sqrt(1 - share) * tape.noise()
+            (ratio, weight, spread), s = _ddpm_step(grid, i), grid.sigma[i + 1]
+            form = ratio * x + weight * f + s * spread * tape.noise()
             x = tape.state(form, None if self.corrections else i + 1)
             for k in range(self.corrections):
                 _, f = tape.evaluate(x, grid.times[i + 1])
@@ -379,7 +380,7 @@ class RePaint(Solver):
         return 1
 
     def nfe(self, steps: int, *, ends_at_zero: bool = False) -> int:
-        return self.passes * (steps - 1) + 1 if ends_at_zero else self.passes * steps
+        return staged_nfe(self.passes, steps, ends_at_zero=ends_at_zero)
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
         x = tape.x
@@ -388,10 +389,7 @@ class RePaint(Solver):
                 _, f = tape.evaluate(x, grid.times[i])
                 x = tape.state(transfer(x, f, grid, i, i + 1), i + 1)
                 continue
-            ratio, s = grid.alpha[i + 1] / grid.alpha[i], grid.sigma[i + 1]
-            share = (grid.rho[i + 1] / grid.rho[i]).square()
-            weight = s * share.sqrt() - ratio * grid.sigma[i]
-            spread = torch.sqrt(1 - share)
+            (ratio, weight, spread), s = _ddpm_step(grid, i), grid.sigma[i + 1]
             for k in range(self.passes):
                 _, f = tape.evaluate(x, grid.times[i])
                 form = ratio * x + weight * f + s * spread * tape.noise()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, grid, useful_start
+from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, grid, over_default, useful_start
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.checks import point_mass_defect
@@ -122,9 +123,7 @@ class Solver(ABC):
         """Returns the grid of that name, or the solver's own; ``options`` override its options."""
         if name is None:
             name, own = self.default_grid_on(schedule)
-            starts = {"t_start", "strength"}
-            kept = {k: v for k, v in own.items() if not (k in starts and starts & set(options))}
-            options = {**kept, **options}
+            options = over_default(own, options)
         return grid(name, schedule, steps, **options)
 
     @final
@@ -166,6 +165,25 @@ class Solver(ABC):
         if self.exact:
             _audit(plan, grid)
         return plan
+
+
+@dataclass(frozen=True)
+class EtaSolver(Solver):
+    """Common part of solvers with a share of noise ``eta``: without it they are deterministic."""
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("eta", self.eta)
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.eta > 0
+
+
+def staged_nfe(stages: int, steps: int, *, ends_at_zero: bool) -> int:
+    """Returns the evaluations of so many stages a step; a last step onto zero noise has one."""
+    return stages * (steps - 1) + 1 if ends_at_zero else stages * steps
 
 
 def _audit(plan: Plan, grid: TimeGrid) -> None:

@@ -14,7 +14,7 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.quadrature import gauss_legendre
 from fewstep.diffusion.scalars import column
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import Solver, check_number, transfer
+from fewstep.solvers.base import EtaSolver, Solver, check_number, transfer
 
 
 def _loss(grid: TimeGrid, i: int) -> Tensor:
@@ -23,7 +23,7 @@ def _loss(grid: TimeGrid, i: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DDIM(Solver):
+class DDIM(EtaSolver):
     r"""DDIM, deterministic (:math:`\eta = 0`) or stochastic.
 
     .. math:: x_s = \frac{\alpha_s}{\alpha_t} (x_t - \sigma_t \varepsilon) + \sqrt{\sigma_s^2 - s^2} \, \varepsilon
@@ -47,13 +47,6 @@ class DDIM(Solver):
     name = "ddim"
     spacing: ClassVar[str] = "leading"
     spaces_points: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_number("eta", self.eta)
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        return self.eta > 0
 
     @property
     def order(self) -> int:

@@ -17,7 +17,7 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.quadrature import phi
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import Solver, check_number, check_order
+from fewstep.solvers.base import Solver, check_number, check_order, staged_nfe
 
 
 def exponential_weights(nodes: Sequence[Any], z: Tensor) -> list[Any]:
@@ -134,8 +134,7 @@ class _ExponentialRK(Solver):
         raise NotImplementedError
 
     def nfe(self, steps: int, *, ends_at_zero: bool = False) -> int:
-        stages = 1 + len(self._nodes)
-        return stages * (steps - 1) + 1 if ends_at_zero else stages * steps
+        return staged_nfe(1 + len(self._nodes), steps, ends_at_zero=ends_at_zero)
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
         x, schedule = tape.x, grid.schedule

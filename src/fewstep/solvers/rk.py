@@ -14,7 +14,7 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.quadrature import phi
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import Solver, check_number, transfer
+from fewstep.solvers.base import Solver, check_number, staged_nfe, transfer
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class _RhoRK(Solver):
         return self._order
 
     def nfe(self, steps: int, *, ends_at_zero: bool = False) -> int:
-        stages = len(self._weights)
-        return stages * (steps - 1) + 1 if ends_at_zero else stages * steps
+        return staged_nfe(len(self._weights), steps, ends_at_zero=ends_at_zero)
 
     def prediction_on(self, schedule: NoiseSchedule) -> Prediction:
         return Prediction.FLOW if schedule.flow_coordinate else Prediction.EPS
@@ -356,7 +355,7 @@ class _DPMSolver(Solver):
         return self._stages
 
     def nfe(self, steps: int, *, ends_at_zero: bool = False) -> int:
-        return self._stages * (steps - 1) + 1 if ends_at_zero else self._stages * steps
+        return staged_nfe(self._stages, steps, ends_at_zero=ends_at_zero)
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
         x = tape.x

@@ -13,13 +13,14 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.quadrature import gauss_legendre, phi
 from fewstep.diffusion.scalars import column
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import Solver, check_number, check_order
+from fewstep.solvers.ancestral import level_below
+from fewstep.solvers.base import EtaSolver, Solver, check_number, check_order, staged_nfe
 from fewstep.solvers.dpm import difference
 from fewstep.solvers.exponential import exponential_weights
 
 
 @dataclass(frozen=True)
-class DPMppSDE(Solver):
+class DPMppSDE(EtaSolver):
     r"""DPM-Solver++ SDE: single step with a stage within, noise in both halves of the step.
 
     With :math:`y = x / \alpha`, the ancestral level :math:`\rho_d` of a pair of levels (that of
@@ -57,19 +58,15 @@ class DPMppSDE(Solver):
     grid_on_flows: ClassVar[str | None] = "uniform"
 
     def __post_init__(self) -> None:
-        check_number("eta", self.eta)
+        super().__post_init__()
         check_number("r", self.r, low=0.05, high=0.95)
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        return self.eta > 0
 
     @property
     def order(self) -> int:
         return 1 if self.eta else 2
 
     def nfe(self, steps: int, *, ends_at_zero: bool = False) -> int:
-        return 2 * steps - 1 if ends_at_zero else 2 * steps
+        return staged_nfe(2, steps, ends_at_zero=ends_at_zero)
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
         x = tape.x
@@ -82,14 +79,14 @@ class DPMppSDE(Solver):
             lam = grid.lam[i] + self.r * (grid.lam[i + 1] - grid.lam[i])
             time = grid.schedule.time(lam)
             scale, middle = grid.schedule.alpha(time), (-lam).exp()
-            down = self._level(rho, middle)
+            down = level_below(rho, middle, self.eta)
             u = scale / grid.alpha[i] * (down / rho) * x + scale * (1 - down / rho) * f
             z = None
             if self.eta:
                 z = tape.noise()
                 u = u + scale * torch.sqrt(middle.square() - down.square()) * z
             _, g = tape.evaluate(u, time)
-            down = self._level(rho, end)
+            down = level_below(rho, end, self.eta)
             share = 1 / (2 * self.r)
             form = a / grid.alpha[i] * (down / rho) * x
             form = form + a * (1 - down / rho) * ((1 - share) * f + share * g)
@@ -101,18 +98,9 @@ class DPMppSDE(Solver):
             x = tape.state(form, i + 1)
         return x
 
-    def _level(self, start: Tensor, end: Tensor) -> Tensor:
-        share = 1 - self.eta**2 * (1 - (end / start).square())
-        if not float(share.detach()) >= 0:
-            raise ValueError(
-                f"eta = {self.eta:g} asks for more noise than there is at sigma / alpha = "
-                f"{float(end):.4g}; at most 1 is possible everywhere"
-            )
-        return end * torch.sqrt(share)
-
 
 @dataclass(frozen=True)
-class DPMpp3MSDE(Solver):
+class DPMpp3MSDE(EtaSolver):
     r"""DPM-Solver++(3M) SDE: multistep for the reverse SDE with three model outputs.
 
     .. math:: x_s = \frac{\sigma_s}{\sigma_t} e^{-\eta h} x_t + \alpha_s (1 - e^{-z}) D_t
@@ -144,13 +132,6 @@ class DPMpp3MSDE(Solver):
     lowers_final: ClassVar[bool] = True
     prediction: ClassVar[Prediction] = Prediction.X0
     default_grid: ClassVar[tuple[str, Any]] = ("logistic", {"scale": 3.0})
-
-    def __post_init__(self) -> None:
-        check_number("eta", self.eta)
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        return self.eta > 0
 
     @property
     def order(self) -> int:
