@@ -335,10 +335,9 @@ def parse_budgets(text: str) -> tuple[int, ...]:
 def report(profile: Profile) -> str:
     """Returns a profile as lines of text: what is recommended for each number of evaluations."""
     lines = []
-    for steps, name in sorted(profile.recommended.items()):
-        entry = next((e for e in profile.entries if e.solver == name and e.steps == steps), None)
-        error = "" if entry is None or entry.error is None else f", error {entry.error:.3g}"
-        if entry is not None and entry.error is not None and entry.default_error is not None:
-            error += f" (default {entry.default_error:.3g})"
-        lines.append(f"{steps} steps: {name}{error}")
+    for row in profile.table():
+        error = "" if row["error"] is None else f", error {row['error']:.3g}"
+        if error and row["default_error"] is not None:
+            error += f" (default {row['default_error']:.3g})"
+        lines.append(f"{row['steps']} steps: {row['solver']}{error}")
     return "\n".join(lines)

@@ -297,17 +297,12 @@ def _image(file: Path, shape: tuple[int, ...], denoiser: Denoiser, n: int) -> Te
     """Returns the image in the model's range, n times; or n samples of another run."""
     import torch
 
-    from fewstep.base.files import read_tensors
     from fewstep.training.data import IMAGE_SUFFIXES, read_images
 
     if not file.is_file():
         raise ValueError(f"--image {str(file)!r} is not a file")
     if file.suffix == ".safetensors":
-        tensors = read_tensors(file)
-        found = tensors.get("samples", next(iter(tensors.values())) if len(tensors) == 1 else None)
-        if found is None:
-            raise ValueError(f"{str(file)!r} has no tensor 'samples': {', '.join(tensors)}")
-        found = found.float()
+        found = _tensor(file, "samples")
         found = found[None] if tuple(found.shape) == shape else found
     elif file.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(
@@ -333,19 +328,25 @@ def _image(file: Path, shape: tuple[int, ...], denoiser: Denoiser, n: int) -> Te
     return found.expand(n, *shape)
 
 
+def _tensor(file: Path, name: str) -> Tensor:
+    """Returns the tensor of that name in a file, or the only one, in float32."""
+    from fewstep.base.files import read_tensors
+
+    tensors = read_tensors(file)
+    found = tensors.get(name, next(iter(tensors.values())) if len(tensors) == 1 else None)
+    if found is None:
+        raise ValueError(f"{str(file)!r} has no tensor {name!r}: {', '.join(tensors)}")
+    return found.float()
+
+
 def _mask(file: Path, denoiser: Denoiser) -> Tensor:
     """Returns a mask for the samples of a model: 1 where they are new."""
-    from fewstep.base.files import read_tensors
     from fewstep.training.data import IMAGE_SUFFIXES, read_images
 
     if not file.is_file():
         raise ValueError(f"--mask {str(file)!r} is not a file")
     if file.suffix == ".safetensors":
-        tensors = read_tensors(file)
-        found = tensors.get("mask", next(iter(tensors.values())) if len(tensors) == 1 else None)
-        if found is None:
-            raise ValueError(f"{str(file)!r} has no tensor 'mask': {', '.join(tensors)}")
-        return found.float()
+        return _tensor(file, "mask")
     shape = event_shape(denoiser)
     if file.suffix.lower() not in IMAGE_SUFFIXES or len(shape) != 3 or denoiser.latents:
         raise ValueError(

@@ -27,12 +27,14 @@ from fewstep.solvers.multistep import Multistep
 from fewstep.studies.dynamic import BestGrid
 from fewstep.studies.local_errors import gain_evaluations, measure_gain, path_of, step_errors
 from fewstep.studies.multistep import fit_on, fitting_grids
+from fewstep.studies.polishing import robust_mean
 from fewstep.studies.reference import (
     Reference,
     digest_input,
     draw_noise,
     follow,
     grid_of,
+    mean_squares,
     run_plan,
 )
 
@@ -363,10 +365,10 @@ class _Work:
     ) -> Candidate:
         ticks = self.meter.of(len(self.fitted))
         candidates = [
-            self._held_out(found.solver, times, fitted=_squares(found.end - reference.end))
+            self._held_out(found.solver, times, fitted=mean_squares(found.end - reference.end))
             for times, found in fit_on(self.denoiser, reference, grids, nfe, progress=ticks)
         ]
-        return min(candidates, key=lambda c: _robust(c.all))
+        return min(candidates, key=lambda c: robust_mean(c.all))
 
     def _named(
         self, nfe: int, reference: Reference, grids: list[dict[int, BestGrid]]
@@ -398,7 +400,9 @@ class _Work:
         cond = select(self.cond, rows)
         x = run_plan(self.denoiser, plan, self.noise[rows.start :], cond)
         self.meter.add(plan.nfe, len(rows))
-        return Candidate(solver, plan.knots.detach(), plan.head, fitted, _squares(x - self.target))
+        return Candidate(
+            solver, plan.knots.detach(), plan.head, fitted, mean_squares(x - self.target)
+        )
 
 
 def nearest(measured: Candidate, *others: Candidate) -> Candidate:
@@ -410,20 +414,12 @@ def nearest(measured: Candidate, *others: Candidate) -> Candidate:
     best = measured
     for other in others:
         ratios = other.held_out.clamp_min(1e-24) / best.held_out.clamp_min(1e-24)
-        if _robust(other.held_out) < _robust(best.held_out) and float(ratios.log().mean()) < 0:
+        if (
+            robust_mean(other.held_out) < robust_mean(best.held_out)
+            and float(ratios.log().mean()) < 0
+        ):
             best = other
     return best
-
-
-def _squares(difference: Tensor) -> Tensor:
-    """Returns the mean square of each sample, float64 on the CPU."""
-    return difference.flatten(1).cpu().double().square().mean(1)
-
-
-def _robust(squares: Tensor) -> float:
-    """Returns a pseudo-Huber mean: a sample in another basin of attraction must not dominate."""
-    middle = squares.median().clamp_min(1e-24)
-    return float((2 * middle * ((1 + squares / middle).sqrt() - 1)).mean())
 
 
 def _entry(candidate: Candidate, default_error: float) -> ProfileEntry:

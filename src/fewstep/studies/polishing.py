@@ -105,7 +105,7 @@ def polish(
     residual, log = work.run(place, ())
     errors = _each(residual)
     middle = errors.square().median().clamp_min(1e-24)
-    loss, history, damping = _loss(errors, middle), [_rms(errors)], 1e-3
+    loss, history, damping = robust_mean(errors.square(), middle), [_rms(errors)], 1e-3
     for _ in range(iterations):
         weight = (1 + errors.square() / middle).pow(-0.25)[:, None]
         slopes = work.slopes(place, residual, log)
@@ -200,7 +200,7 @@ class _Work:
             moved[self.free] -= torch.linalg.solve(damped, gradient)
             if self.fits(place, moved):
                 residual, log = self.run(moved, ())
-                new = _loss(_each(residual), middle)
+                new = robust_mean(_each(residual).square(), middle)
                 if new < loss:
                     return _Step(moved, residual, log, new, damping)
             damping = max(6 * damping, 1e-3)
@@ -224,5 +224,13 @@ def _rms(errors: Tensor) -> float:
     return float(errors.square().mean().sqrt())
 
 
-def _loss(errors: Tensor, middle: Tensor) -> float:
-    return float((2 * middle * ((1 + errors.square() / middle).sqrt() - 1)).mean())
+def robust_mean(squares: Tensor, middle: Tensor | float | None = None) -> float:
+    """Returns the pseudo-Huber mean of squares: a sample in another basin of attraction must not dominate.
+
+    Arguments:
+        squares: The mean square of each sample.
+        middle: Their scale m squared; left out, their median.
+    """
+    if middle is None:
+        middle = squares.median().clamp_min(1e-24)
+    return float((2 * middle * ((1 + squares / middle).sqrt() - 1)).mean())

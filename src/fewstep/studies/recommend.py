@@ -19,8 +19,8 @@ from fewstep.sampling.resolve import plan as make_plan
 from fewstep.solvers import solver as make_solver
 from fewstep.studies.dynamic import BestGrid, StepCosts, best_grids
 from fewstep.studies.local_errors import Path, step_errors
-from fewstep.studies.polishing import Candidate, polish
-from fewstep.studies.reference import run_plan
+from fewstep.studies.polishing import Candidate, polish, robust_mean
+from fewstep.studies.reference import mean_squares, run_plan
 
 SOLVERS = ("tab2", "tab3", "unipc2", "unipc3", "ipndm", "dpmpp-2m", "dpmpp-3m", "ddim")
 """The solvers that are tried: one evaluation a step, deterministic."""
@@ -292,16 +292,11 @@ def _errors(denoiser: Denoiser, item: Tried, batch: Batch, progress: Progress) -
     plan = item.candidate.plan(denoiser)
     x = run_plan(denoiser, plan, batch.noise, batch.cond)
     progress.tick(plan.nfe)
-    return (x - batch.end).cpu().double().flatten(1).square().mean(1)
+    return mean_squares(x - batch.end)
 
 
 def _middle(denoiser: Denoiser, item: Tried, batch: Batch, progress: Progress) -> float:
     return float(_errors(denoiser, item, batch, progress).median().clamp_min(1e-24))
-
-
-def _robust(squares: Tensor, middle: float) -> float:
-    """The pseudo-Huber mean that :func:`polish` lowers."""
-    return float((2 * middle * ((1 + squares / middle).sqrt() - 1)).mean())
 
 
 def _measure(
@@ -312,7 +307,7 @@ def _measure(
     progress: Progress,
 ) -> Tried:
     squares = _errors(denoiser, item, batch, progress)
-    return replace(item, measured=float(squares.mean().sqrt()), score=_robust(squares, middle))
+    return replace(item, measured=float(squares.mean().sqrt()), score=robust_mean(squares, middle))
 
 
 def _hold_out(
@@ -328,7 +323,7 @@ def _hold_out(
         item,
         predicted=step_errors(item.candidate.plan(denoiser), path).predicted,
         held_out=float(squares.mean().sqrt()),
-        score=_robust(squares, middle),
+        score=robust_mean(squares, middle),
     )
 
 

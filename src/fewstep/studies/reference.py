@@ -231,6 +231,11 @@ def grid_of(schedule: NoiseSchedule, times: Tensor) -> TimeGrid:
     return explicit(schedule, times=times)
 
 
+def mean_squares(difference: Tensor) -> Tensor:
+    """Returns the mean square of each sample, shape (B), float64 on the CPU."""
+    return difference.flatten(1).cpu().double().square().mean(1)
+
+
 def digest_input(value: Any) -> str | None:
     """Returns the SHA-256 of a tensor or another value: the identity of a resumable run."""
     if value is None:
