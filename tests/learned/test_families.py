@@ -10,12 +10,17 @@ from fewstep.learned import FAMILIES, Base
 from fewstep.learned.families import Family, family
 from fewstep.learned.learned_plan import Start
 from fewstep.learned.moving import LearnedTimes, Shifts
+from fewstep.learned.problem import Problem
+from fewstep.learned.settings import Search
 from fewstep.learned.solver_families import SolverFamily
 from fewstep.learned.starts import start_of
 from fewstep.plans.plan import Plan
+from fewstep.sampling.profile import ProfileEntry
 from fewstep.sampling.request import SamplerRequest
 from fewstep.solvers import SOLVERS, solver
 from tiny_searches import MODEL, VP, base_of, run
+
+AUTO_5 = SamplerRequest("auto", nfe=5)
 
 
 def start(name: str, steps: int = 4, schedule=VP) -> Base:
@@ -204,6 +209,62 @@ def test_ggdm_starts_from_ddim_unless_asked():
     assert chosen.grid.times.tolist() == best.grid.times.tolist()
     x, y = (run(plan) for plan in (family("ggdm+pred+time", chosen).plan(), best.plan()))
     torch.testing.assert_close(x, y)
+
+
+WEIGHTS = [[1.0, 0.98], [1.01, 1.4, -0.42], [0.99, 1.5, -0.6, 0.1], [1.0, 1.0]]
+PROFILE = fewstep.Profile(
+    VP, "", (
+        ProfileEntry("multistep", (1.0, 0.6, 0.3, 0.1, VP.t_zero), error=0.1, weights=WEIGHTS),
+        ProfileEntry("unipc2", (1.0, 0.5, 0.25, 0.1, 1e-3), error=0.2),
+        ProfileEntry("tab2", (1.0, 0.55, 0.25, 0.1, 1e-3), error=0.15),
+    ),
+    {4: "multistep"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_auto_starts_from_the_profile_of_the_model(name):
+    """With the measured weights where the family can; else from the best of its solvers that fits."""
+    declared = FAMILIES[name].start.solver
+    own = start_of(name, VP, 4, profile=PROFILE)
+    assert own.origin == ("profile" if declared is None else "family")
+    if name.startswith(("vars", "ddim")):
+        assert own.solver.name == declared
+        return
+    base = start_of(name, VP, 4, profile=PROFILE, solver="auto")
+    assert base.origin == "profile"
+    measured = name in ("gs", "ld3", "schedule", "free") or "pred" in name
+    assert base.solver.name == ("multistep" if measured else "tab2")
+    if measured:
+        assert base.grid.times.tolist() == list(PROFILE.entries[0].times)
+    model = family(name, base)
+    torch.testing.assert_close(run(model.plan()), run(base.plan()), rtol=0, atol=1e-11)
+    assert base.to_record()["solver"] == base.solver.name
+    # What is requested is used, whatever was measured.
+    assert start_of(name, VP, 4, profile=PROFILE, solver="unipc3").origin == "given"
+
+
+def test_the_embedded_model_starts_from_its_profile():
+    denoiser = fewstep.load("fashion", device="cpu")
+    problem = {
+        "nfe": 5,
+        "family_name": "gs",
+        "objective": "endpoint",
+        "data": None,
+        "features": None,
+    }
+    problem |= {"grid": None, "head_start": None, "options": {}, "family_options": {}, "seed": 0}
+    problem |= {"search": Search(), "cond": {}}
+    own = Problem.of(denoiser, **problem, solver=None, guidance=None)
+    assert own.base.origin == "profile"
+    assert torch.equal(
+        own.base.plan().values, fewstep.resolve(denoiser, AUTO_5).sampler.plan.values
+    )
+    record = own.record()["base"]
+    assert len(record["options"]["weights"]) == 5
+    assert record["knots"] == own.base.grid.times.tolist()
+    # Measured without guidance.
+    assert Problem.of(denoiser, **problem, solver=None, guidance=2.0).base.origin == "auto"
 
 
 def test_counts_are_those_of_the_table():

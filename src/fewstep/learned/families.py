@@ -16,6 +16,7 @@ from fewstep.base.registry import Registry
 from fewstep.learned.learned_plan import Base, LearnedPlan, Start
 from fewstep.learned.solver_families import SolverFamily
 from fewstep.learned.state_families import GGDM, DDIMSigma, Vars
+from fewstep.solvers import Solver
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Family:
     def start(self) -> Start:
         """The training-free sampler that the class declares as its start."""
         return self.kind.default_start
+
+    def accepts(self, solver: Solver, **options: Any) -> bool:
+        """Whether it can start from a solver."""
+        return self.kind.accepts(solver, **{**self.options, **options})
 
     def __call__(self, base: Base, **options: Any) -> LearnedPlan:
         """Returns the learned plan with its initial parameters."""

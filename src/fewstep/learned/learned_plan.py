@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, final
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ class Start:
     r"""The training-free sampler from which a family starts by default.
 
     Attributes:
-        solver: ``None`` for what ``auto`` chooses for the schedule and the budget; or a name in
-            :data:`fewstep.SOLVERS`, on the power grid (exponent 1.5 for tabulated schedules, else 2)
-            whose last step goes on to :math:`\sigma = 0`.
+        solver: ``None`` for what ``auto`` chooses: the model's measured profile if it has one, and else
+            by schedule and budget; or a name in :data:`fewstep.SOLVERS`, on the power grid (exponent
+            1.5 for tabulated schedules, else 2) whose last step goes on to :math:`\sigma = 0`.
     """
 
     solver: str | None = None
@@ -43,25 +43,45 @@ class Base:
         grid: Its grid.
         head: Whether it begins with an analytic head start.
         integer_times: Whether the network takes integer timesteps only: times cannot be learned.
+        origin: Where it comes from, for reports: ``"given"``, ``"family"``, ``"profile"`` or ``"auto"``.
     """
 
     solver: Solver
     grid: TimeGrid
     head: bool = False
     integer_times: bool = False
+    origin: str = "given"
 
     @classmethod
     def of(
-        cls, schedule: NoiseSchedule, request: SamplerRequest, *, integer_times: bool = False
+        cls,
+        schedule: NoiseSchedule,
+        request: SamplerRequest,
+        *,
+        integer_times: bool = False,
+        origin: str = "given",
     ) -> Base:
         """Returns the base that a request describes; arguments as of :func:`~fewstep.sampling.resolve.resolve_plan`."""
         made = resolve_plan(schedule, request, integer_times=integer_times)
-        return cls(made.solver, made.plan.grid, made.plan.head, integer_times)
+        return cls(made.solver, made.plan.grid, made.plan.head, integer_times, origin)
 
     @property
     def schedule(self) -> NoiseSchedule:
         """The schedule."""
         return self.grid.schedule
+
+    def to_record(self) -> dict[str, Any]:
+        """Returns it as JSON values."""
+        return {
+            "solver": self.solver.name,
+            "options": {
+                key: value.tolist() if isinstance(value, Tensor) else value
+                for key, value in asdict(self.solver).items()
+            },
+            "knots": self.grid.times.tolist(),
+            "head": self.head,
+            "origin": self.origin,
+        }
 
     def plan(self, knots: Tensor | None = None) -> Plan:
         """Returns the solver's plan, at other knots if given; differentiable in them, not audited."""
@@ -113,6 +133,12 @@ class LearnedPlan(nn.Module, ABC):
     base: Base
     learns_times: bool = False
     learns_conditioning: bool = False
+
+    @classmethod
+    def accepts(cls, solver: Solver, **options: Any) -> bool:
+        """Whether the family with these options can start from a solver; by default any."""
+        del solver, options
+        return True
 
     @abstractmethod
     def numbers(self) -> Numbers:

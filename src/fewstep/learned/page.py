@@ -10,6 +10,12 @@ from fewstep.metrics.intervals import Estimate
 from fewstep.reporting.figures import Series, line_plot
 from fewstep.reporting.page import Page
 
+ORIGINS = {
+    "given": "as requested",
+    "family": "the start of the family",
+    "profile": "from the model's profile",
+    "auto": "the choice of auto",
+}
 COLUMNS = ("stage", "step", "loss", "score", "precision", "recall", "taken", "skipped")
 
 
@@ -28,7 +34,11 @@ def write_page(tuned: TunedSampler, path: Path) -> Path:
         [
             ("family", about["family"], f"{about['learned']} parameters"),
             ("objective", about["objective"], ""),
-            ("start", about["base"]["solver"], f"{about['nfe']} evaluations"),
+            (
+                "start",
+                about["base"]["solver"],
+                f"{about['nfe']} evaluations, {ORIGINS[about['base']['origin']]}",
+            ),
             ("result", tuned.verdict.state, "compared with the start, on unused seeds"),
         ]
     )

@@ -35,6 +35,8 @@ from fewstep.models.exact import GaussianMixture
 from fewstep.models.wrappers import Guided
 from fewstep.plans.plan import Plan
 from fewstep.sampling.recipe import SamplerRecipe
+from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.resolve import own_profile
 from fewstep.solvers import Solver
 
 SMALL = 64
@@ -131,6 +133,9 @@ class Problem:
         guided = denoiser if guidance in (None, 1) else Guided(denoiser, guidance)  # type: ignore[arg-type]
         conditions = ConditionPool.of(guided, cond)
         integer = denoiser.integer_times
+        request = SamplerRequest(
+            solver, nfe=nfe, grid=grid, head_start=head_start, options=dict(options)
+        )
         base = start_of(
             family_name,
             denoiser.schedule,
@@ -140,6 +145,8 @@ class Problem:
             head_start=head_start,
             integer_times=integer,
             options=options,
+            profile=own_profile(denoiser, request, guidance, nfe),
+            family_options=family_options,
         )
         learned = family(family_name, base, **family_options)
         if not learned.count:
@@ -192,11 +199,7 @@ class Problem:
         reference = self.reference
         return {
             **self.names,
-            "base": {
-                "solver": self.base.solver.name,
-                "knots": self.base.grid.times.tolist(),
-                "head": self.base.head,
-            },
+            "base": self.base.to_record(),
             "model": self.model.fingerprint(),
             "schedule": self.model.schedule.name,
             "guidance": self.guidance,

@@ -2,7 +2,7 @@ r"""Families over GGDM: learned weights of states, step noises and variances."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.learned.ggdm import Table, ddim_table, marginals, matched_table, table_of, vars_table
 from fewstep.learned.learned_plan import Base, LearnedPlan, Numbers, Start, structure_of
 from fewstep.learned.moving import LearnedTimes
+from fewstep.solvers import Solver
 from fewstep.solvers.ddim import DDIM, DDPM
 
 
@@ -125,8 +126,12 @@ class DDIMSigma(StateFamily):
         coordinate: The coordinate in which times are learned.
     """
 
+    @classmethod
+    def accepts(cls, solver: Solver, **options: Any) -> bool:
+        return isinstance(solver, DDIM)
+
     def __init__(self, base: Base, *, time: bool = False, coordinate: str = "time") -> None:
-        if not isinstance(base.solver, DDIM):
+        if not self.accepts(base.solver):
             raise ValueError(f"ddim-sigma starts from ddim, got {base.solver.name!r}")
         noisy = _noisy(base)
         super().__init__(base, time=time, coordinate=coordinate, noisy=noisy)
@@ -153,8 +158,12 @@ class Vars(StateFamily):
 
     default_start: ClassVar[Start] = Start("ddpm")
 
+    @classmethod
+    def accepts(cls, solver: Solver, **options: Any) -> bool:
+        return isinstance(solver, DDPM) and solver.variance == "small"
+
     def __init__(self, base: Base, *, time: bool = False, coordinate: str = "time") -> None:
-        if not isinstance(base.solver, DDPM) or base.solver.variance != "small":
+        if not self.accepts(base.solver):
             raise ValueError(f"vars starts from ddpm, got {base.solver.name!r}")
         super().__init__(base, time=time, coordinate=coordinate, noisy=_noisy(base))
         self.variances = Variances(base)
@@ -206,6 +215,12 @@ class GGDM(StateFamily):
     start_states: Tensor
     start_noise: Tensor
 
+    @classmethod
+    def accepts(cls, solver: Solver, **options: Any) -> bool:
+        # With weights of its own for the prediction no marginals are needed.
+        own = options.get("pred") is not None and not options.get("matched")
+        return not solver.stochastic and (solver.exact or own)
+
     def __init__(
         self,
         base: Base,
@@ -223,10 +238,10 @@ class GGDM(StateFamily):
                 f"{base.solver.name} has {plan.nfe} evaluations in {base.grid.steps} steps; GGDM "
                 "starts from solvers with one evaluation per step"
             )
-        if not base.solver.exact:
+        if not (base.solver.exact or pred):
             raise ValueError(
-                f"{base.solver.name} does not preserve the marginals, so its table is not a GGDM; start "
-                "from ddim, tab3, dpmpp-2m, unipc3 or another exact solver"
+                f"{base.solver.name} does not preserve the marginals, so x0 cannot be predicted by Theorem 1; "
+                "start from ddim, tab3, dpmpp-2m, unipc3 or another exact solver, or use ggdm+pred"
             )
         start = Table(*(part.detach() for part in table_of(plan)))
         own = [n for n in range(1, plan.nfe + 1) if float(start.noise[n]) != 0]

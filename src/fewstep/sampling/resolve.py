@@ -155,10 +155,10 @@ def resolve(
         )
     if is_adaptive(request.solver):
         return _of_adaptive(denoiser, request, guidance, image=image)
-    own_profile = None if image else _own_profile(denoiser, request, guidance, default_nfe)
-    if own_profile is not None:
+    profile = None if image else own_profile(denoiser, request, guidance, default_nfe)
+    if profile is not None:
         budget = None if request.steps else request.nfe or default_nfe
-        request = own_profile.request(nfe=budget, steps=request.steps)
+        request = profile.request(nfe=budget, steps=request.steps)
         return _of_solver(denoiser, request, guidance, image=image, chose=True)
     return _of_solver(denoiser, request, guidance, image=image, default_nfe=default_nfe)
 
@@ -381,10 +381,17 @@ def _check_profile(
         )
 
 
-def _own_profile(
+def own_profile(
     denoiser: Denoiser, request: SamplerRequest, guidance: float | None, default_nfe: int
 ) -> Profile | None:
-    """Returns the model's profile, if the request is for ``auto`` and the profile covers it."""
+    """Returns the model's profile, if the request is for ``auto`` and the profile covers it.
+
+    Arguments:
+        denoiser: The model.
+        request: The request.
+        guidance: The scale of guidance; a profile holds for its own.
+        default_nfe: The budget if the request has none.
+    """
     base = denoiser.inner if isinstance(denoiser, Guided) else denoiser
     profile = base.profile
     free = request.solver in (UNSET, AUTO) and not set(request.given) - {"solver", "nfe", "steps"}
