@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import stat
 
 import pytest
 import torch
@@ -227,3 +228,37 @@ def test_litter_is_swept_and_nothing_else(tmp_path):
     sweep(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".a.tmp", ".b.0123.tmp", "a.json"]
     sweep(tmp_path / "absent")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are synced on POSIX")
+@pytest.mark.parametrize("new", [False, True])
+def test_a_rename_is_on_the_disk_when_a_write_returns(tmp_path, monkeypatch, new):
+    events, fsync, rename, link = [], os.fsync, os.replace, os.link
+
+    def synced(handle):
+        events.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("rename"), rename(*names)))
+    monkeypatch.setattr(os, "link", lambda *names: (events.append("rename"), link(*names)))
+    write_atomic(tmp_path / "a" / "b" / "file", "content", new=new)
+    # The two new folders first, each in its parent.
+    assert events == ["folder", "folder", "file", "rename", "folder"]
+
+
+@pytest.mark.parametrize("number", [22, 5])
+def test_file_systems_that_cannot_sync_folders_are_no_error(tmp_path, monkeypatch, number):
+    fsync = os.fsync
+
+    def refused(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    if number == 22:
+        write_atomic(tmp_path / "file", "content")
+    else:
+        with pytest.raises(OSError, match="Input/output"):
+            write_atomic(tmp_path / "file", "content")

@@ -305,3 +305,18 @@ def test_heartbeats_are_given_while_a_lock_is_held(tmp_path, monkeypatch):
         while lock.path.stat().st_mtime == 0:
             pass
     assert not lock.path.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="states are read in /proc")
+def test_a_killed_process_that_nobody_waited_for_has_no_lock(tmp_path):
+    path = tmp_path / ".lock"
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if Lock(path).take() else 1)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it has ended and is still listed
+    try:
+        os.kill(pid, 0)
+        assert path.exists()
+        assert Lock(path).take()
+    finally:
+        os.waitpid(pid, 0)

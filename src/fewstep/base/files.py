@@ -7,6 +7,7 @@ are read unchecked.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+"""The errors of file systems on which a folder cannot be synced."""
+
 CHECKSUM = "content_sha256"
 """The key of the checksum in the files that we write."""
 
@@ -36,13 +40,15 @@ MOST_NESTED = 64
 def write_atomic(
     path: str | Path, content: bytes | str | Iterable[bytes | memoryview], *, new: bool = False
 ) -> Path:
-    """Writes a file atomically: temporary file, fsync, rename.
+    """Writes a file atomically: temporary file, fsync, rename, fsync of the folder.
+
+    After a power cut the file is whole, and there if this function had returned.
 
     Raises:
         FileExistsError: If it should be ``new`` and exists: of many writers one succeeds.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # Not the process id: on a shared folder another machine may have the same.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     data = content.encode() if isinstance(content, str) else content
@@ -59,7 +65,31 @@ def write_atomic(
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
     return path
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its parents, which a power cut does not undo."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Writes the names in a folder to the disk: a rename alone may be undone by a power cut."""
+    if os.name != "posix":
+        return  # other systems do not open folders
+    with contextlib.suppress(PermissionError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in UNSYNCED:
+                raise
+        finally:
+            os.close(handle)
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -63,5 +63,6 @@ def keeping(kept: Callable[[], str | None]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        stop.kept = kept()  # type: ignore[attr-defined]
+        with suppress(ValueError, OSError):  # a damaged folder must not hide the interruption
+            stop.kept = kept()  # type: ignore[attr-defined]
         raise

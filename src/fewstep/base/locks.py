@@ -142,11 +142,27 @@ def _machine() -> dict[str, str]:
 
 def _process_start(pid: int) -> str | None:
     """Returns the start time of a process, in ticks since boot, or ``None`` if not known."""
+    fields = _status(pid)
+    return fields[19] if len(fields) > 19 else None
+
+
+def _status(pid: int) -> list[str]:
+    """Returns the fields of ``/proc/PID/stat`` after the name, the state first; none if not known."""
     try:
         # The name, in parentheses, may have spaces.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _has_ended(pid: int) -> bool:
+    """Returns whether a process has ended although its number exists: its parent has not waited for it."""
+    if _status(pid)[:1] not in (["Z"], ["X"]):
+        return False
+    try:
+        return len(os.listdir(f"/proc/{pid}/task")) <= 1  # no thread outlives the main one
+    except OSError:
+        return True
 
 
 def _is_alive(owner: Mapping[str, Any]) -> bool | None:
@@ -164,5 +180,7 @@ def _is_alive(owner: Mapping[str, Any]) -> bool | None:
         return False
     except OSError:
         pass  # it belongs to another user
+    if _has_ended(pid):
+        return False
     started = owner.get("process_start")
     return started is None or started == _process_start(pid)
