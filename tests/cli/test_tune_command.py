@@ -14,11 +14,10 @@ from fewstep.base.runs import locked
 from fewstep.cli import run
 from fewstep.learned import problem
 from fewstep.learned.condition_pool import ConditionPool
-from fewstep.learned.real_data import references
+from fewstep.learned.real_data import real_data
 from fewstep.learned.search_state import STATE
 from fewstep.learned.teachers import Source
-from fewstep.learned.verdict import DATA as DATA_KIND
-from fewstep.learned.verdict import Score
+from fewstep.learned.verdict import DISTANCE, TRAINED, Score
 from fewstep.metrics import Reference
 from fewstep.metrics.intervals import Estimate
 from fewstep.models import exact
@@ -53,7 +52,9 @@ def test_the_recipe_says_everything(made):
     for when in ("before", "after"):
         for result in about["scores"][when].values():
             assert result["low"] <= result["value"] <= result["high"]
-    better = [about["scores"][w]["rms to the teacher"]["value"] for w in ("before", "after")]
+    better = [
+        about["scores"][w]["rms to the teacher (trained on)"]["value"] for w in ("before", "after")
+    ]
     assert better[1] < better[0]
     assert set(about["versions"]) == {"fewstep", "torch"}
     assert made.recipe.schedule == RING.schedule.to_record()
@@ -304,7 +305,7 @@ def test_real_data_in_memory_and_as_a_reference():
     data = RING.draw(300)
     for given in (data, Reference.of(data[:150], data[150:])):
         tuned = fewstep.tune(RING, nfe=2, objective="mmd", data=given, search=TINY)
-        assert "FID (pixels)" in tuned.scores["before"]
+        assert "FID (pixels, trained on)" in tuned.scores["before"]
         assert tuned.recipe.about["data"]["features"] == "pixels"
     named = fewstep.tune(RING, nfe=2, search=TINY)
     assert named.recipe.about["objective"] == "endpoint,mmd"  # exact models bring their data
@@ -331,7 +332,8 @@ def test_images_of_a_folder(tmp_path, monkeypatch):
         model, nfe=2, family="ggdm+pred", objective="mmd", data=tmp_path / "images",
         search={**TINY, "microbatch": 3},
     )  # fmt: skip
-    assert "KID (random-1)" in tuned.scores["after"]
+    assert "MMD2 (random-1, trained on)" in tuned.scores["after"]
+    assert "MMD2 (random-2, unseen)" in tuned.scores["after"]
     assert tuned.plan.nfe == 2
 
 
@@ -400,7 +402,7 @@ def test_a_worse_result_is_not_written_unless_asked(tmp_path, capsys, monkeypatc
     def planted(x, **_):
         fid = next(values)
         estimate = Estimate(fid, fid - 1, fid + 1, 0.95, "planted", (30, 30))
-        return [Score("FID (planted)", DATA_KIND, estimate)]
+        return [Score("FID (planted)", DISTANCE, estimate, TRAINED)]
 
     monkeypatch.setattr(problem, "final_scores", planted)
     out = tmp_path / "tuned.json"
@@ -433,9 +435,11 @@ def test_mistakes_at_the_command_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("features", [None, "fashion", "fashion-robust"])
 def test_embedded_data_are_judged_in_features_that_the_loss_does_not_use(features) -> None:
-    loss, judged = references("fashion", features, (1, 28, 28))
-    assert loss is not None
-    assert judged is not None
-    assert loss.features_name == (features or "fashion")
-    assert judged.features_name != loss.features_name
-    assert judged.sha256 == loss.sha256
+    real = real_data("fashion", features, (1, 28, 28))
+    assert real is not None
+    assert real.loss.features_name == (features or "fashion")
+    assert real.judge.features_name != real.loss.features_name
+    assert real.judge.sha256 == real.loss.sha256
+    assert not set(real.selection.tolist()) & set(real.final.tolist())
+    assert real.samples is not None
+    assert real.samples.shape == (1000, 1, 28, 28)

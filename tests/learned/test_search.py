@@ -27,8 +27,16 @@ from fewstep.learned.stages import stages_of
 from fewstep.learned.teachers import Source, make_pairs, teacher_plan
 from fewstep.learned.tuning import tune
 from fewstep.learned.unrolled import Unrolled, backpropagate, frozen
-from fewstep.learned.verdict import DATA as DATA_KIND
-from fewstep.learned.verdict import JUDGE, RECALL, TEACHER, Score, verdict_of
+from fewstep.learned.verdict import (
+    DISTANCE,
+    RECALL,
+    SPREAD,
+    TEACHER,
+    TRAINED,
+    UNSEEN,
+    Score,
+    verdict_of,
+)
 from fewstep.metrics import Reference
 from fewstep.metrics.intervals import Estimate
 from fewstep.metrics.kernel import mmd2
@@ -334,7 +342,10 @@ def test_gs_by_endpoint_is_near_exact_at_five_evaluations():
     assert start > 1e-3
     assert score(tuned.plan) <= 0.4e-3
     assert tuned.verdict.state != "worse"
-    rms = [tuned.scores[when]["rms to the teacher"]["value"] for when in ("before", "after")]
+    rms = [
+        tuned.scores[when]["rms to the teacher (trained on)"]["value"]
+        for when in ("before", "after")
+    ]
     assert rms[1] < 0.5 * rms[0]
 
 
@@ -414,16 +425,19 @@ def test_a_result_that_is_worse_than_its_start_is_called_so(tmp_path):
         "data": Reference.of(data[:500], data[500:]), "out": out,
     }  # fmt: skip
     tuned = tune(RING, **arguments)
-    before, after = (tuned.scores[when]["FID (pixels)"] for when in ("before", "after"))
+    name = "FID (pixels, selected with)"
+    before, after = (tuned.scores[when][name] for when in ("before", "after"))
     assert after["low"] > before["high"]
     assert (
-        tuned.scores["after"]["rms to the teacher"]["value"]
-        < 0.7 * (tuned.scores["before"]["rms to the teacher"]["value"])
+        tuned.scores["after"]["rms to the teacher (trained on)"]["value"]
+        < 0.7 * (tuned.scores["before"]["rms to the teacher (trained on)"]["value"])
     )
     assert tuned.verdict.state == "worse"
     assert not tuned.improved
     assert not tuned.recipe.about["improved"]
-    assert any(reason.startswith("FID (pixels)") for reason in tuned.verdict.reasons)
+    assert any(
+        reason.startswith("FID (pixels, selected with)") for reason in tuned.verdict.reasons
+    )
     assert tuned.recipe.about["verdict"] == tuned.verdict.sentence
     assert tuned.verdict.sentence.startswith("the result is worse than the start: ")
     assert not out.exists()
@@ -458,11 +472,17 @@ def test_an_objective_is_a_class_and_a_line(monkeypatch):
 
 
 def scores(**values):
-    kinds = {"rms": TEACHER, "fid": DATA_KIND, "mmd2": JUDGE, "recall": RECALL}
+    kinds = {
+        "rms": (TEACHER, TRAINED), "fid": (DISTANCE, TRAINED), "mmd2": (DISTANCE, UNSEEN),
+        "recall": (RECALL, UNSEEN), "spread": (SPREAD, UNSEEN),
+    }  # fmt: skip
     return [
-        Score(name, kinds[name], Estimate(value, 0.95 * value, 1.05 * value, 0.95, "", (9, 9)))
+        Score(
+            name, kinds[name][0], Estimate(value, 0.95 * value, 1.05 * value, 0.95, "", (9, 9)),
+            kinds[name][1],
+        )
         for name, value in values.items()
-    ]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -473,16 +493,38 @@ def scores(**values):
         ({"rms": 1, "fid": 24, "mmd2": 0.2}, {"rms": 2, "fid": 20, "mmd2": 0.1}, "better", "mmd2"),
         ({"fid": 24, "mmd2": 0.2}, {"fid": 20, "mmd2": 0.202}, "unclear", "mmd2"),
         ({"fid": 24, "mmd2": 0.2}, {"fid": 20, "mmd2": 0.4}, "worse", "mmd2"),
+        # What was trained on is no success.
+        ({"fid": 24, "mmd2": 0.2}, {"fid": 2, "mmd2": 0.199}, "unclear", "mmd2"),
         # A collapse: nearer in every distance, but half of the data are never sampled.
         ({"fid": 24, "mmd2": 0.2, "recall": 0.8}, {"fid": 20, "mmd2": 0.1, "recall": 0.4}, "worse", "recall"),
-        ({"rms": 2, "mmd2": 0.2}, {"rms": 1, "mmd2": 0.205}, "better", "rms"),
-        ({"rms": 2, "mmd2": 0.2}, {"rms": 1, "mmd2": 0.3}, "worse", "mmd2"),
+        ({"mmd2": 0.2, "recall": 0.8}, {"mmd2": 0.1, "recall": 0.73}, "unclear", "recall"),
+        ({"mmd2": 0.2, "spread": 1.0}, {"mmd2": 0.1, "spread": 0.7}, "worse", "spread"),
     ],
 )  # fmt: skip
 def test_verdicts(before, after, state, reason):
     verdict = verdict_of(scores(**before), scores(**after))
     assert verdict.state == state
     assert [r.split()[0] for r in verdict.reasons] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "state", "reason"),
+    [
+        ({"rms": 2, "mmd2": 0.2}, {"rms": 1, "mmd2": 0.205}, "better", "rms"),
+        ({"rms": 2, "mmd2": 0.2}, {"rms": 1, "mmd2": 0.3}, "worse", "mmd2"),
+        ({"rms": 2, "mmd2": 0.2}, {"rms": 1.99, "mmd2": 0.2}, "unclear", "rms"),
+    ],
+)
+def test_verdicts_without_data(before, after, state, reason):
+    verdict = verdict_of(scores(**before), scores(**after), data=False)
+    assert verdict.state == state
+    assert verdict.reasons[0].split()[0] == reason
+
+
+def test_without_unseen_features_nothing_is_called_better():
+    verdict = verdict_of(scores(fid=24), scores(fid=2))
+    assert verdict.state == "unclear"
+    assert "features that the search did not look at" in verdict.sentence
 
 
 def test_a_search_that_finds_nothing_gives_back_the_start():

@@ -34,6 +34,7 @@ def tune(
     objective: str = "auto",
     data: str | None = None,
     features: str | None = None,
+    unseen: list[str] | None = None,
     solver: str | None = None,
     grid: str | None = None,
     option: Options = None,
@@ -51,8 +52,9 @@ def tune(
     """Search a sampler of few evaluations for a model: OUT is a recipe for sample, compare, diffusers.
 
     The same command resumes an interrupted run, to the same result; its checkpoints are in a folder
-    beside OUT. If the result's final scores are worse than the start's, OUT is not written and the
-    exit code is 3.
+    beside OUT. If the result is not better than its start, in features, on seeds and on real images that
+    the search did not use, or loses recall or the variety of a class, OUT is not written and the exit code
+    is 3.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
@@ -64,8 +66,9 @@ def tune(
             endpoint,mmd with data and endpoint without.
         data: Real data: an embedded name (fashion), a folder of images, an idx or npz file.
         features: The features of mmd: fashion, fashion-robust, pixels, or a folder or file.
-        solver: The solver to start from; left out, the best for this kind of schedule (auto), ddim
-            for the families ggdm.
+        unseen: Further features for the final scores alone (a folder or file); can be repeated.
+        solver: The solver to start from; left out, that of the model's profile or else the best for this
+            kind of schedule (auto); ddim for the families ggdm.
         grid: The time grid to start from.
         option: An option of solver or grid as key=value; can be repeated.
         head_start: The time above which the Gaussian solution replaces evaluations.
@@ -77,14 +80,13 @@ def tune(
         seed: The seed of all random draws.
         device: Where to run: auto, cpu, cuda, mps.
         overwrite: Start again and replace existing files.
-        keep_worse: Write the result even if its final scores are worse than the start's.
+        keep_worse: Write the result even if it is not shown to be better than its start.
     """
     if left_to_first("tune"):
         return 0
     from fewstep.learned.settings import Search
     from fewstep.learned.tuning import checkpoint_folder
     from fewstep.learned.tuning import tune as run
-    from fewstep.learned.verdict import WORSE
 
     positive("--steps", steps)
     if out.is_dir():
@@ -104,6 +106,7 @@ def tune(
             objective=objective,
             data=data,
             features=features,
+            unseen=unseen or (),
             solver=solver,
             grid=grid,
             head_start=head_start,
@@ -121,7 +124,7 @@ def tune(
     _report(tuned)
     folder = checkpoint_folder(out)
     page = _page(tuned, folder / "report.html")
-    if tuned.verdict.state == WORSE and not keep_worse:
+    if not tuned.verdict.better and not keep_worse:
         more = f"; {page} shows the search" if page else ""
         say(f"{out} was not written{more}; to write it all the same, add --keep-worse")
         return 3

@@ -66,6 +66,14 @@ class ConditionPool:
             values[name] = part.at(index)[name]
         return values
 
+    def groups(self, n: int) -> Tensor | None:
+        """Returns the class of each of n numbered samples: that of the condition with the fewest values.
+
+        ``None`` if no condition has more than one value, or its values have fewer than 8 samples each.
+        """
+        counts = [part.n for part in self.parts.values() if 1 < part.n <= n // 8]
+        return torch.arange(n) % min(counts) if counts else None
+
     def record(self) -> dict[str, Any]:
         """Returns the values as JSON values: themselves if simple, and else a digest."""
         return {name: _record(part.values[name]) for name, part in self.parts.items()}

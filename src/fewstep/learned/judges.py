@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.learned.kernels import named_kernel
-from fewstep.learned.verdict import DATA, JUDGE, PRECISION, RECALL, TEACHER, Score
 from fewstep.metrics.features import Features, pixels
-from fewstep.metrics.frechet import fid
-from fewstep.metrics.kernel import kid, mmd2
+from fewstep.metrics.kernel import mmd2
 from fewstep.metrics.manifold import precision_recall
-from fewstep.metrics.reference import Reference
-from fewstep.metrics.transport import rms
 
 IMAGE = 3
 """The dimensions of an image: channels, height, width."""
 LEAST = 20
 """The fewest samples for precision and recall."""
-MOST_REAL = 500
-"""The least number of real samples of a final score."""
 
 
 def random_features(shape: tuple[int, ...], *, seed: int = 0) -> Features:
@@ -112,36 +106,3 @@ class Judge:
             return 1.0, 1.0
         manifold = precision_recall(features[:count], self.real[:count], blocks=2)
         return manifold.precision.value, manifold.recall.value
-
-
-def final_scores(
-    x: Tensor, *, target: Tensor | None, reference: Reference | None, judge: Judge
-) -> list[Score]:
-    """Returns the scores of samples from seeds that were not used before, each with its interval.
-
-    Arguments:
-        x: The samples, in the order of their numbers.
-        target: The teacher's samples of the first numbers, if there is one.
-        reference: Real data in the features of the loss; scores are against the held-out part.
-        judge: The judge.
-    """
-    scores = list[Score]()
-    if target is not None and len(target) > 1:
-        distance = rms(x[: len(target)].flatten(1), target.flatten(1))
-        scores.append(Score("rms to the teacher", TEACHER, distance))
-    if reference is not None:
-        name = reference.features_name
-        # Many more real samples than generated ones cost much and add little precision.
-        most = max(MOST_REAL, len(x))
-        reference = replace(reference, heldout=reference.heldout[:most])
-        scores.append(Score(f"FID ({name})", DATA, fid(x, reference)))
-        scores.append(Score(f"KID ({name})", DATA, kid(x, reference, heldout=True)))
-        if min(len(x), len(reference.heldout)) >= LEAST:
-            manifold = precision_recall(x, reference, heldout=True)
-            scores.append(Score(f"precision ({name})", PRECISION, manifold.precision))
-            scores.append(Score(f"recall ({name})", RECALL, manifold.recall))
-    name = getattr(judge.extract, "name", "features")
-    real = judge.real[: max(MOST_REAL, len(x))]
-    discrepancy = kid(judge.features(x), real, kernel=judge.kernel)
-    scores.append(Score(f"MMD2 ({name})", JUDGE, discrepancy))
-    return scores

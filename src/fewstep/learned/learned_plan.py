@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
@@ -76,7 +76,7 @@ class Base:
             "solver": self.solver.name,
             "options": {
                 key: value.tolist() if isinstance(value, Tensor) else value
-                for key, value in asdict(self.solver).items()
+                for key, value in vars(self.solver).items()
             },
             "knots": self.grid.times.tolist(),
             "head": self.head,

@@ -85,6 +85,7 @@ class Objective(ABC):
             their discrepancy from the reference.
         wants_states: Whether it also compares intermediate states.
         needs_data: Whether it compares with real data.
+        features: Whether it uses the features of the loss, so that they are no judge of the result.
         steps: The default number of steps, for images.
         batch_size: The default number of samples of a step: for vectors, for images.
         anchor: The terms that are added in a later stage of this objective alone.
@@ -93,6 +94,7 @@ class Objective(ABC):
     paired: ClassVar[bool] = False
     wants_states: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    features: bool = False
     steps: ClassVar[int] = 300
     batch_size: ClassVar[tuple[int, int]] = (64, 16)
     anchor: ClassVar[tuple[tuple[str, float], ...]] = ()
@@ -134,6 +136,7 @@ class Endpoint(Objective):
 
     def __init__(self, distance: str | Distance = "mse", *, features: FeatureMap = None) -> None:
         self.distance = distance_of(distance, features)
+        self.features = distance == "features"
 
     @classmethod
     def build(cls, given: Given) -> Endpoint:
@@ -205,6 +208,7 @@ class MMD(Objective):
     """
 
     needs_data = True
+    features = True
     steps = 60
     batch_size = (256, 128)
     anchor = (("endpoint", 0.1),)

@@ -2,6 +2,8 @@ r"""The page of a search: verdict, scores before and after, and curves of the ju
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,9 @@ def write_page(tuned: TunedSampler, path: Path) -> Path:
     page.paragraph(tuned.verdict.sentence)
     before, after = tuned.scores["before"], tuned.scores["after"]
     page.table(
-        "Scores on seeds that the search did not use",
+        "Scores on seeds and real samples that the search did not use",
         ["score", "before", "after"],
-        [[name, Estimate(**before[name]), Estimate(**after[name])] for name in before],
+        [[name, _estimate(before[name]), _estimate(after[name])] for name in before],
     )
     for stage in sorted({h["stage"] for h in tuned.history}):
         rows = [h for h in tuned.history if h["stage"] == stage and h["score"] is not None]
@@ -59,6 +61,10 @@ def write_page(tuned: TunedSampler, path: Path) -> Path:
     rows = [[_shown(h[key]) for key in COLUMNS] for h in tuned.history]
     page.table("Judgements", list(COLUMNS), rows)
     return page.write(path)
+
+
+def _estimate(score: Mapping[str, Any]) -> Estimate:
+    return Estimate(**{field.name: score[field.name] for field in fields(Estimate)})
 
 
 def _shown(value: Any) -> Any:

@@ -5,31 +5,42 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep import __version__
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.families import FAMILIES, family
-from fewstep.learned.judges import IMAGE, Judge, final_scores, random_features
+from fewstep.learned.judges import IMAGE, Judge, random_features
 from fewstep.learned.learned_plan import Base, LearnedPlan
 from fewstep.learned.objectives import OBJECTIVES, Given, Objective
-from fewstep.learned.real_data import references
+from fewstep.learned.real_data import RealData, real_data
 from fewstep.learned.search import Searcher
 from fewstep.learned.search_state import State
 from fewstep.learned.settings import Search
 from fewstep.learned.stages import Stage, stages_of
 from fewstep.learned.starts import start_of
 from fewstep.learned.teachers import Pairs, Source, make_pairs, teacher_plan
-from fewstep.learned.verdict import BETTER, START, Score, Verdict, records, verdict_of
-from fewstep.metrics.features import FeatureMap, extractor
-from fewstep.metrics.reference import Reference, check_data_range
+from fewstep.learned.unseen import Space, final_scores, unseen_extractors
+from fewstep.learned.verdict import (
+    SELECTED,
+    START,
+    TRAINED,
+    UNSEEN,
+    Score,
+    Verdict,
+    records,
+    verdict_of,
+)
+from fewstep.metrics.features import FeatureMap, extractor, identity, name_of
+from fewstep.metrics.reference import check_data_range
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.exact import GaussianMixture
 from fewstep.models.wrappers import Guided
@@ -74,7 +85,7 @@ class TunedSampler:
     @property
     def improved(self) -> bool:
         """Whether the result is better than the start, on seeds that the search did not use."""
-        return self.verdict.state == BETTER
+        return self.verdict.better
 
     def save(self, path: str | Path) -> Path:
         """Writes the recipe, whatever the verdict; returns the path.
@@ -94,8 +105,8 @@ class Problem:
     learned: LearnedPlan
     stages: tuple[Stage, ...]
     objectives: Mapping[str, Objective]
-    reference: Reference | None
-    judged: Reference | None
+    real: RealData | None
+    unseen: Sequence[Callable[[Tensor], Tensor]]
     source: Source
     settings: Search
     seed: int
@@ -112,6 +123,7 @@ class Problem:
         objective: str,
         data: Any,
         features: FeatureMap,
+        unseen: Sequence[FeatureMap] = (),
         solver: str | Solver | None,
         grid: str | TimeGrid | None,
         head_start: float | None,
@@ -178,7 +190,9 @@ class Problem:
             raise ValueError(f"radius moves the noises of pairs; {objective} has none")
         if isinstance(data, (str, Path)) or len(getattr(data, "event_shape", None) or ()) == IMAGE:
             check_data_range(denoiser)
-        reference, judged = references(data, features, source.shape)
+        real = real_data(data, features, source.shape)
+        reference = None if real is None else real.loss
+        more = [extractor(f) for f in unseen]
         given = Given(learned, search, reference, source.dtype, seed)
         objectives = {name: kinds[name].build(given) for name in sorted(kinds)}
         names = {
@@ -190,13 +204,13 @@ class Problem:
             "dtype": str(source.dtype).removeprefix("torch."),
         }
         return cls(
-            denoiser, base, learned, stages, objectives, reference, judged, source, search, seed,
+            denoiser, base, learned, stages, objectives, real, more, source, search, seed,
             guidance, names,
         )  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """Returns everything that determines the search, as JSON values."""
-        reference = self.reference
+        reference = None if self.real is None else self.real.loss
         return {
             **self.names,
             "base": self.base.to_record(),
@@ -210,6 +224,7 @@ class Problem:
                 "sha256": reference.sha256,
                 "features": reference.features_name,
             },
+            "unseen": [name_of(extract) for extract in self.unseen],
             "seed": self.seed,
             "search": self.settings.to_record(),
             "versions": {"fewstep": __version__, "torch": torch.__version__.split("+")[0]},
@@ -244,7 +259,7 @@ class Problem:
             heldout_size=heldout_count,
             judge=judge,
             # A judge in the features of the loss is not independent of it, so it cannot overrule the teacher.
-            real=self.judged is not None and self.judged is not self.reference,
+            real=self.real is not None and self.real.independent,
             settings=settings,
             seed=self.seed,
             folder=folder,
@@ -256,11 +271,14 @@ class Problem:
         if not moved:
             plan = replace(self.base.plan(), name=plan.name)
         plans = (self.base.plan(), plan) if moved else (plan,)
-        scores = self._scores(plans, test, test_count, judge, progress)
+        spaces = self._spaces(judge, heldout)
+        scores = self._scores(plans, test, test_count, spaces, progress)
         before, after = scores[0], scores[-1]
         verdict = Verdict(START)
         if moved:
-            verdict = verdict_of(before, after, recall_drop=settings.recall_drop)
+            verdict = verdict_of(
+                before, after, data=self.real is not None, recall_drop=settings.recall_drop
+            )
         return self._result(plan, state, {"before": before, "after": after}, verdict)
 
     def _result(
@@ -271,7 +289,7 @@ class Problem:
             **self.record(),
             "by": "fewstep tune",
             "learned": self.learned.count,
-            "improved": verdict.state == BETTER,
+            "improved": verdict.better,
             "verdict": verdict.sentence,
             "skipped": state.skipped,
             "seeds": {"train": self.seed + TRAIN, "heldout": self.seed + HELDOUT, "test": self.seed + TEST},
@@ -297,7 +315,7 @@ class Problem:
     ) -> tuple[Pairs | None, Pairs | None, Pairs | None]:
         """Returns the pairs for training, for judgements and for scores, as far as needed."""
         through = any(objective.wants_states for objective in self.objectives.values())
-        if not self._paired and self.judged is not None:
+        if not self._paired and self.real is not None:
             return None, None, None
         nfe = self.settings.teacher_nfe
         evaluations = self.learned.structure.nfe
@@ -332,8 +350,9 @@ class Problem:
 
     def _judge(self, train: Pairs | None) -> Judge:
         """Returns the judge: against real data where there are any, else against the teacher."""
-        if self.judged is not None:
-            return Judge.of(self.judged.heldout[:2000], extractor(self.judged.extractor))
+        if self.real is not None:
+            real = self.real.judge
+            return Judge.of(real.heldout[self.real.selection], extractor(real.extractor))
         assert train is not None
         extract = random_features(self.source.shape)
         with torch.no_grad():
@@ -344,12 +363,13 @@ class Problem:
         plans: Sequence[Plan],
         test: Pairs | None,
         n: int,
-        judge: Judge,
+        spaces: Sequence[Space],
         progress: Progress,
     ) -> list[list[Score]]:
-        """Returns the scores of each plan on the test noise."""
+        """Returns the scores of each plan on the test noise; the first is the start."""
         progress.stage("scores", n * sum(plan.nfe for plan in plans))
-        scores = list[list[Score]]()
+        scores, start = list[list[Score]](), None
+        role = TRAINED if self._paired else UNSEEN
         for plan in plans:
             x, _ = self.source.sampled(
                 plan,
@@ -359,8 +379,50 @@ class Problem:
                 progress=progress,
             )
             target = None if test is None else test.target
-            scores.append(final_scores(x, target=target, reference=self.reference, judge=judge))
+            scores.append(
+                final_scores(
+                    x,
+                    start=start,
+                    target=target,
+                    target_role=role,
+                    spaces=spaces,
+                    groups=self.source.conditions.groups(n),
+                )
+            )
+            start = x if start is None else start
         return scores
+
+    def _spaces(self, judge: Judge, heldout: Pairs | None) -> list[Space]:
+        """Returns the feature spaces of the final scores, each with its role in the search."""
+        real = self.real
+        if real is None:
+            assert heldout is not None
+            found = [
+                judge.extract,
+                *unseen_extractors(self.source.shape, [judge.extract], self.unseen),
+            ]
+            with torch.no_grad():
+                return [
+                    Space(e, e(heldout.target).flatten(1).cpu(), UNSEEN if i else SELECTED)
+                    for i, e in enumerate(found)
+                ]
+        own, other = extractor(real.loss.extractor), judge.extract
+        trained = any(objective.features for objective in self.objectives.values())
+        spaces = [Space(own, real.loss.heldout[real.final], TRAINED if trained else UNSEEN)]
+        if real.independent and identity(own) == identity(other):
+            # One kind of features for both: lowered, or selected with.
+            spaces = [replace(spaces[0], role=TRAINED if trained else SELECTED)]
+        elif real.independent:
+            spaces.append(Space(other, real.judge.heldout[real.final], SELECTED))
+        elif not trained:
+            spaces = [replace(spaces[0], role=SELECTED)]
+        if real.samples is not None:
+            with torch.no_grad():
+                spaces += [
+                    Space(e, e(real.samples.to(self.source.device)).flatten(1).cpu())
+                    for e in unseen_extractors(self.source.shape, [own, other], self.unseen)
+                ]
+        return spaces
 
 
 def _digest(*parts: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from fewstep.learned.problem import Problem
 from fewstep.learned.problem import TunedSampler as TunedSampler
 from fewstep.learned.settings import Search
 from fewstep.learned.unrolled import frozen
-from fewstep.learned.verdict import WORSE
 from fewstep.metrics.features import FeatureMap
 from fewstep.metrics.reference import Reference
 from fewstep.models.denoiser import Denoiser
@@ -38,6 +37,7 @@ def tune(
     objective: str = "auto",
     data: str | Path | Tensor | Reference | None = None,
     features: FeatureMap = None,
+    unseen: Sequence[FeatureMap] = (),
     solver: str | Solver | None = None,
     grid: str | TimeGrid | None = None,
     head_start: float | None = None,
@@ -61,7 +61,9 @@ def tune(
     all ``nfe`` evaluations. Every ``evaluate_every`` steps the moving average of the parameters is evaluated on
     held-out noise, and the best is the result: by the distance to a teacher, the same model with
     many evaluations, or by the discrepancy from real data in features that no loss uses; candidates
-    that lose recall are rejected. Start and result are then scored on seeds that were not used before.
+    that lose recall are rejected. Start and result are then scored on seeds and real samples that were
+    not used before, in at least two kinds of features that neither loss nor selection uses; a result that is not
+    better there, or loses recall or the variety of a class, is not called better, and not written.
 
     Cost: in network evaluations of one sample, by default and with N ``pairs``, T ``teacher_nfe``,
     B ``batch_size``, S ``steps``: (N + heldout + test) T for the teacher, some 3 S B ``nfe`` for the
@@ -88,8 +90,11 @@ def tune(
             Exact mixtures have their own.
         features: The features of ``mmd``; left out, those of the embedded classifier for images
             of its shape, a random network's for other images, and the samples themselves else.
-        solver: The solver to start from; left out, the family's own: the best training-free one for
-            this kind of schedule (``"auto"``), or ``ddim`` or ``ddpm`` for the families over GGDM.
+        unseen: Further features for the final scores alone, beside at least two of our own; neither the loss
+            nor the selection of candidates uses them.
+        solver: The solver to start from; left out, the family's own: that of the model's profile, or else
+            the best training-free one for this kind of schedule (``"auto"``), or ``ddim`` or
+            ``ddpm`` for the families over GGDM.
         grid: The grid to start from, as of :func:`fewstep.plan`.
         head_start: The time of an analytic head start.
         options: Options of solver and grid.
@@ -100,8 +105,8 @@ def tune(
         out: The file of the recipe. Beside it, in the folder :func:`checkpoint_folder`, are the
             checkpoints: the same call resumes an interrupted one, with the same result.
         overwrite: Whether to start again and replace existing files.
-        keep_worse: Whether to write a result whose final scores are worse than the start's; else
-            ``out`` is not written, and a warning is logged.
+        keep_worse: Whether to write a result that is not shown to be better than its start; else
+            ``out`` is not written, and a warning with the reason is logged.
         progress: ``True`` for bars, or an object with ``stage`` and ``tick``.
         cond: Conditions; of a list each sample gets one value. A model with classes gets all its
             classes if none are given.
@@ -127,6 +132,7 @@ def tune(
         objective=objective,
         data=data,
         features=features,
+        unseen=unseen,
         solver=solver,
         grid=grid,
         head_start=head_start,
@@ -146,7 +152,7 @@ def tune(
                 folder = _folder(file, problem, overwrite=overwrite)
                 tuned = problem.solve(folder, shown)
     if file is not None:
-        if tuned.verdict.state != WORSE or keep_worse:
+        if tuned.verdict.better or keep_worse:
             tuned.save(file)
         else:
             logger.warning("%s was not written: %s", file, tuned.verdict.sentence)

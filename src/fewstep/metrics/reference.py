@@ -57,6 +57,18 @@ def check_data_range(denoiser: Any) -> None:
         )
 
 
+def unused_images(name: str) -> Tensor:
+    """Returns real images that no embedded reference and no embedded network has used, in [-1, 1].
+
+    A thousand images of each data set in :data:`EMBEDDED`, for scores in any features.
+
+    Arguments:
+        name: The name of the data.
+    """
+    images = read_tensors(HERE / name / "unused.safetensors")["images"]
+    return images.float() / 127.5 - 1
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     r"""Statistics and features of real data, computed once; metrics compare samples with them.
