@@ -1,5 +1,9 @@
-"""Microseconds per step of the loop alone, beside diffusers, azula and bare arithmetic.
+"""What sampling costs besides the network: whole calls of all solvers, and the loop of some beside others.
 
+``calls``: ``fewstep.sample``, with and without an image, and ``PlanScheduler.set_timesteps``, of each solver that
+has a plan: the first call of a process (it makes the plan), the second, and the bare loop of the executor.
+
+``steps``: microseconds of each step of the loop alone, beside diffusers, azula and bare arithmetic.
 Every contender walks the same number of steps with the network ``x * 0.1``; the cost of that
 network is measured apart and subtracted. Rounds are interleaved and medians of thread CPU time
 are shown, so that a busy machine hurts all of them alike; the ratios are what to read.
@@ -10,19 +14,23 @@ term. The schedulers, ``PlanScheduler`` and those of diffusers, are called as pi
 ``step(..., return_dict=False)``, with a network that predicts the noise; the bare arithmetic beside
 ``PlanScheduler`` is that of its plan, in which the conversions of predictions are included.
 
-Run: ``python benchmarks/overhead.py [--rounds 15] [--steps 20]``
+Ends with the limits that the project promises, and with an error if one does not hold (times and ratios need a
+quiet machine). Writes ``results/overhead.json``.
+
+Run: ``python benchmarks/overhead.py [--rounds 15] [--steps 20] [--part calls]``
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import platform
+import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib import metadata
+from dataclasses import asdict, dataclass
+from math import nan
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +38,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep
+from _common import print_table, say_what_runs, version
+from fewstep.base.files import write_json
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
@@ -44,6 +54,14 @@ LIMIT = 1.5
 
 STEP_LIMIT = 15.0
 """The most microseconds that ``PlanScheduler.step`` may take at the smallest size."""
+
+MOST_OVER_LOOP = 1.0
+"""The most milliseconds that the second ``sample`` of a process may take beyond the bare loop."""
+
+MOST_OPERATIONS = 12.0
+"""The most tensor operations for each evaluation through ``sample``, network excluded."""
+
+RESULTS = Path(__file__).parent / "results" / "overhead.json"
 
 Loop = Callable[[Tensor], Any]
 
@@ -211,15 +229,7 @@ def measure(contenders: dict[str, Callable[[], Loop]], x: Tensor, rounds: int) -
                     total += time.thread_time() - start
                 if index >= 2:
                     times[name].append(total / repeats)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
-def version(package: str) -> str:
-    """Returns the version of a package, or that it is missing."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def costs(
@@ -239,54 +249,130 @@ def costs(
     contenders["network"] = lambda: calls
     ours = of_ours(name, steps)
     if ours is not None:
-        contenders["step"], made = ours
-        arithmetic = bare(made, x)
+        contenders["step"], scheduler_plan = ours
+        arithmetic = bare(scheduler_plan, x)
         contenders["bare step"] = lambda: arithmetic
     for peer, of in (("diffusers", of_diffusers), ("azula", of_azula)):
         prepare = of(name, steps)
         if prepare is not None:
             contenders[peer] = prepare
-    found = measure(contenders, x, rounds)
+    medians = measure(contenders, x, rounds)
     cost = {
-        key: (value - (0 if key.startswith("bare") else found["network"])) / steps * 1e6
-        for key, value in found.items()
+        key: (value - (0 if key.startswith("bare") else medians["network"])) / steps * 1e6
+        for key, value in medians.items()
     }
-    counted = [key for key in ("fewstep", "sampler", "step", "diffusers") if key in contenders]
-    return cost, [operations(contenders[key](), x) / steps - 1 for key in counted]
+    ours_and_theirs = [k for k in ("fewstep", "sampler", "step", "diffusers") if k in contenders]
+    return cost, [operations(contenders[key](), x) / steps - 1 for key in ours_and_theirs]
 
 
-def through_sample(name: str, steps: int, rounds: int) -> tuple[float, float, float, float]:
+def budget(name: str, most: int) -> tuple[int, int]:
+    """Returns the most steps of a solver that at most so many evaluations suffice for, and their cost."""
+    method = fewstep.solvers.solver(name)
+    zero = bool(method.default_grid[1].get("to_zero"))
+    costs = [method.nfe(steps, ends_at_zero=zero) for steps in range(1, most + 1)]
+    steps = max(k for k, cost in enumerate(costs, start=1) if cost <= most)
+    return steps, costs[steps - 1]
+
+
+def milliseconds(function: Callable[[], Any]) -> float:
+    """Returns the thread CPU time of a call."""
+    start = time.thread_time()
+    function()
+    return 1e3 * (time.thread_time() - start)
+
+
+def counted(function: Callable[[], Any]) -> int:
+    """Returns the tensor operations of a call."""
+    with Count() as counter:
+        function()
+    return counter.count
+
+
+def through_sample(name: str, nfe: int, rounds: int, *, strength: float | None) -> dict[str, Any]:
     """Returns what ``fewstep.sample`` costs of one small sample, without the network.
 
+    Arguments:
+        name: The solver.
+        nfe: Its budget.
+        rounds: How often it is called after the first, whose median is the second call.
+        strength: For a start from an image.
+
     Returns:
-        The first and the second call and the executor alone, in milliseconds, and tensor operations
-        per step, network excluded. The schedule is a new one, so that no plan is there before.
+        ``first``, ``second`` and ``loop`` (the bare loop of the executor with the same draws) in milliseconds,
+        ``operations`` of the second call for each evaluation, network excluded, and ``draws`` for each. The
+        schedule is a new one, so that there is no plan before.
     """
     denoiser = fewstep.Denoiser.wrap(
         network,
         schedule=fewstep.schedule("ddpm-linear"),
         prediction="eps",
         event_shape=SIZES[0][1:],
+        data_mean=0.0,
+        data_std=0.5,
     )
+    start = {} if strength is None else {"strength": strength, "image": torch.zeros(SIZES[0][1:])}
 
     def call() -> Any:
-        return fewstep.sample(denoiser, 1, solver=name, nfe=steps)
+        return fewstep.sample(denoiser, 1, solver=name, nfe=nfe, **start)
 
-    def cost(function: Callable[[], Any]) -> float:
-        start = time.thread_time()
-        function()
-        return 1e3 * (time.thread_time() - start)
+    first = milliseconds(call)
+    second = statistics.median(milliseconds(call) for _ in range(rounds))
+    options = {} if strength is None else {"strength": strength}
+    request = fewstep.SamplerRequest(name, nfe=nfe, options=options)
+    sampler = fewstep.resolve(denoiser, request, image=strength is not None).sampler
+    assert isinstance(sampler, PlanSampler)
+    plan, x = sampler.native, torch.randn(SIZES[0])
 
-    first = cost(call)
-    later = statistics.median(cost(call) for _ in range(rounds))
-    resolved = fewstep.resolve(denoiser, fewstep.SamplerRequest(name, nfe=steps))
-    native, x = resolved.sampler.native, torch.randn(SIZES[0])  # type: ignore[attr-defined]
-    loop = executions(native)
+    def loop() -> None:
+        source = NoiseSource(0, [0])
+        run = Execution(plan, x, draw=lambda k: source.draw(k, x.shape[1:]))
+        while (request := run.request) is not None:
+            run.advance(network(request.x))
+
     with torch.no_grad():
-        alone = statistics.median(cost(lambda: loop(x)) for _ in range(rounds))
-    with Count() as counter:
-        call()
-    return first, later, alone, counter.count / steps - 1
+        bare_loop = statistics.median(milliseconds(loop) for _ in range(rounds))
+    return {
+        "first": first,
+        "second": second,
+        "loop": bare_loop,
+        "operations": counted(call) / nfe - 1,
+        "draws": plan.n_noise / nfe,
+        "nfe": nfe,
+    }
+
+
+def through_scheduler(name: str, steps: int, rounds: int) -> dict[str, Any]:
+    """Returns what ``PlanScheduler.set_timesteps`` costs: the first and later calls, and whether these plan.
+
+    Returns:
+        ``first`` and ``second`` in milliseconds, ``operations`` of a second call, ``same`` (a second call takes
+        the plan of the first), and the same of runs that begin in the middle, as of images.
+    """
+    from fewstep.adapters.diffusers import PlanScheduler
+
+    scheduler = PlanScheduler(solver=name)
+    x = torch.zeros(SIZES[0])
+
+    def call() -> None:
+        scheduler.set_timesteps(steps)
+
+    def middle() -> None:
+        scheduler.set_timesteps(steps)
+        begin = scheduler.order * (steps // 2)
+        scheduler.set_begin_index(begin)
+        scheduler.step(x, scheduler.timesteps[begin], x, return_dict=False)
+
+    found: dict[str, Any] = {}
+    for kind, function in (("", call), ("image ", middle)):
+        try:
+            found[f"{kind}first"] = milliseconds(function)
+        except ValueError:
+            break  # no scheduler can run it (accelerated-ddpm), or begin in its middle (pndm)
+        plan = scheduler.plan
+        found[f"{kind}second"] = statistics.median(milliseconds(function) for _ in range(rounds))
+        found[f"{kind}operations"] = counted(function)
+        found[f"{kind}same"] = scheduler.plan is plan
+    return found
 
 
 def shown(cost: dict[str, float], key: str) -> str:
@@ -294,63 +380,205 @@ def shown(cost: dict[str, float], key: str) -> str:
     return f"{cost[key]:.1f}" if key in cost else "-"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=20)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    steps = arguments.steps
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "azula"))
-    print(f"{date.today()}, fewstep {fewstep.__version__}, {versions}, Python", end=" ")
-    print(f"{platform.python_version()}, {platform.machine()}, 1 thread, {steps} steps,", end=" ")
-    print(f"median of {arguments.rounds} rounds; microseconds per step without the network")
-    print("bare, run, all: the plan's arithmetic, the executor, PlanSampler.run;", end=" ")
-    print("bare', step: the arithmetic of the scheduler's plan, PlanScheduler.step")
+@dataclass(frozen=True)
+class Limit:
+    """A promise: the worst figure of all solvers, and the most that it may be."""
+
+    name: str
+    worst: float
+    solver: str
+    most: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the worst figure is within the limit."""
+        return self.worst <= self.most
+
+    @classmethod
+    def of(cls, name: str, figures: dict[str, float], most: float) -> Limit:
+        """Returns the limit of the figures of all solvers."""
+        solver = max(figures, key=lambda key: figures[key])
+        return cls(name, figures[solver], solver, most)
+
+
+def planned_solvers() -> list[str]:
+    """Returns the solvers that have a plan."""
+    return [name for name in fewstep.SOLVERS if not fewstep.solvers.solver(name).adaptive]
+
+
+def measure_calls(most: int, rounds: int) -> tuple[dict[str, Any], list[Limit]]:
+    """Prints and returns what whole calls cost, through ``sample`` and ``PlanScheduler``, and their limits."""
+    print(
+        "Whole calls, of one sample of 1x3x32x32, without the network: milliseconds of the first call, of the"
+    )
+    print(
+        "second, of the bare loop; tensor operations of the second for each evaluation; of set_timesteps and of"
+    )
+    print(
+        "a run that begins in the middle the milliseconds and all operations of the second call.\n"
+    )
+    rows, results = [], {}
+    for name in planned_solvers():
+        steps, nfe = budget(name, most)
+        whole = through_sample(name, nfe, rounds, strength=None)
+        image = through_sample(name, nfe, rounds, strength=0.5)
+        scheduler = through_scheduler(name, steps, rounds)
+        results[name] = {"sample": whole, "image": image, "set_timesteps": scheduler}
+        times = [whole[key] for key in ("first", "second", "loop")]
+        times += [image[key] for key in ("first", "second")]
+        rows.append(
+            [name, whole["nfe"], *(f"{t:.2f}" for t in times)]
+            + [f"{found['operations']:.1f}" for found in (whole, image)]
+            + [f"{scheduler.get(key, nan):.2f}" for key in ("first", "second", "image second")]
+            + [scheduler.get("operations", "-"), scheduler.get("image operations", "-")]
+        )
+    head = [
+        "solver",
+        "NFE",
+        "first",
+        "second",
+        "loop",
+        "image first",
+        "second",
+        "ops",
+        "image ops",
+    ]
+    head += ["set_timesteps first", "second", "middle", "ops", "middle ops"]
+    print_table(head, rows)
+
+    def figures(of: Callable[[dict[str, Any]], float]) -> dict[str, float]:
+        return {name: of(found) for name, found in results.items()}
+
+    limits = [
+        Limit.of(
+            f"milliseconds of the second {what} over the bare loop",
+            figures(lambda found, kind=kind: found[kind]["second"] - found[kind]["loop"]),
+            MOST_OVER_LOOP,
+        )
+        for what, kind in (("sample", "sample"), ("sample of an image", "image"))
+    ]
+    limits += [
+        Limit.of(
+            f"operations for each evaluation of {what}",
+            figures(lambda found, kind=kind: found[kind]["operations"]),
+            MOST_OPERATIONS,
+        )
+        for what, kind in (("sample", "sample"), ("sample of an image", "image"))
+    ]
+    limits += [
+        Limit.of(
+            f"plans made by a second {what}",
+            figures(lambda found, key=key: float(not found["set_timesteps"].get(key, True))),
+            0.0,
+        )
+        for what, key in (("set_timesteps", "same"), ("start in the middle", "image same"))
+    ]
+    limits.append(
+        Limit.of(
+            "operations of a second set_timesteps",
+            figures(lambda found: found["set_timesteps"].get("operations", 0)),
+            MOST_OPERATIONS,
+        )
+    )
+    return results, limits
+
+
+def measure_steps(steps: int, rounds: int) -> tuple[dict[str, Any], list[Limit]]:
+    """Prints and returns microseconds a step of the loops alone, and their limits."""
+    print(
+        "Loops alone; bare, run, all: the plan's arithmetic, the executor, PlanSampler.run;",
+        end=" ",
+    )
+    print("bare', step: the arithmetic of the scheduler's plan, PlanScheduler.step.")
     print("ops: tensor operations a step of run, all, step, and of diffusers (tab3: DEIS)\n")
     schedule = fewstep.schedule("ddpm-linear")
-    print(
-        f"{'size':>12} {'solver':>9} {'bare':>7} {'run':>7} {'ratio':>5} {'all':>7} {'ratio':>5} "
-        f"{chr(39).join(('bare', '')):>7} {'step':>7} {'ratio':>5} {'diffusers':>9} {'azula':>7} ops"
-    )
-    worst = {"sampler": 0.0, "step": 0.0, "microseconds": 0.0}
+    rows, results = [], {}
     for size in SIZES:
         x = torch.randn(size)
         for name in SOLVERS:
-            cost, counts = costs(name, schedule, x, steps, arguments.rounds)
-            ratios = [cost[key] / cost["bare"] for key in ("fewstep", "sampler")]
-            stepped = cost.get("step", math.nan) / cost.get("bare step", math.nan)
-            if size == SIZES[-1]:
-                worst["sampler"] = max(worst["sampler"], *ratios)
-                worst["step"] = max(worst["step"], stepped)
-            if size == SIZES[0]:
-                worst["microseconds"] = max(worst["microseconds"], cost.get("step", math.nan))
-            print(
-                f"{'x'.join(map(str, size)):>12} {name:>9} {cost['bare']:7.1f} "
-                f"{cost['fewstep']:7.1f} {ratios[0]:5.2f} {cost['sampler']:7.1f} {ratios[1]:5.2f} "
-                f"{shown(cost, 'bare step'):>7} {shown(cost, 'step'):>7} {stepped:5.2f} "
-                f"{shown(cost, 'diffusers'):>9} {shown(cost, 'azula'):>7} "
-                f"{' / '.join(f'{c:.1f}' for c in counts)}",
-                flush=True,
+            cost, counts = costs(name, schedule, x, steps, rounds)
+            shape = "x".join(map(str, size))
+            results[f"{shape} {name}"] = {"microseconds": cost, "operations": counts}
+            rows.append(
+                [shape, name, f"{cost['bare']:.1f}"]
+                + [f"{cost[k]:.1f} ({cost[k] / cost['bare']:.2f})" for k in ("fewstep", "sampler")]
+                + [shown(cost, key) for key in ("bare step", "step", "diffusers", "azula")]
+                + [" / ".join(f"{c:.1f}" for c in counts)]
             )
-    print(
-        f"\n{'sample':>9} {'first ms':>9} {'second ms':>9} {'loop ms':>9} {'us/step':>8} ops/step"
+    print_table(
+        ["size", "solver", "bare", "run", "all", "bare'", "step", "diffusers", "azula", "ops"],
+        rows,
     )
-    for name in ("ddim", "tab3", "unipc3", "dpmpp-2m"):
-        first, later, alone, count = through_sample(name, steps, arguments.rounds)
-        print(
-            f"{name:>9} {first:9.2f} {later:9.2f} {alone:9.2f} {1e3 * later / steps:8.1f} {count:.1f}"
-        )
+    largest, smallest = ("x".join(map(str, SIZES[k])) for k in (-1, 0))
+
+    def figures(shape: str, of: Callable[[dict[str, float]], float]) -> dict[str, float]:
+        every = {name: results[f"{shape} {name}"]["microseconds"] for name in SOLVERS}
+        return {name: of(cost) for name, cost in every.items() if "step" in cost}
+
+    limits = [
+        Limit.of(
+            f"ratio of the sampler to bare arithmetic at {largest}",
+            figures(largest, lambda cost: cost["sampler"] / cost["bare"]),
+            LIMIT,
+        ),
+        Limit.of(
+            f"ratio of PlanScheduler.step to bare arithmetic at {largest}",
+            figures(largest, lambda cost: cost["step"] / cost["bare step"]),
+            LIMIT,
+        ),
+        Limit.of(
+            f"microseconds of PlanScheduler.step at {smallest}",
+            figures(smallest, lambda cost: cost["step"]),
+            STEP_LIMIT,
+        ),
+    ]
+    return results, limits
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--part", choices=("calls", "steps"), help="one part only; nothing is written"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    logging.getLogger("fewstep").setLevel(logging.ERROR)  # the network returns nonsense
+    steps, rounds = arguments.steps, arguments.rounds
+    say_what_runs(
+        f"{steps} evaluations at most, medians of {rounds} rounds.", ("diffusers", "azula")
+    )
+    parts = {"calls": measure_calls, "steps": measure_steps}
+    measured: dict[str, Any] = {}
+    limits: list[Limit] = []
+    for part in [arguments.part] if arguments.part else parts:
+        measured[part], found = parts[part](steps, rounds)
+        limits += found
     for package in ("diffusers", "azula"):
         if version(package) == "not installed":
             print(f"{package} is not installed, so its column is empty (pip install {package})")
-    largest, smallest = ("x".join(map(str, SIZES[k])) for k in (-1, 0))
-    print(f"\nworst ratio to bare arithmetic at {largest}: {worst['sampler']:.2f} of", end=" ")
-    print(f"the sampler, {worst['step']:.2f} of PlanScheduler.step (at most {LIMIT})")
-    print(f"most of PlanScheduler.step at {smallest}: {worst['microseconds']:.1f}", end=" ")
-    print(f"microseconds (at most {STEP_LIMIT:g})")
+    print_table(
+        ["limit", "worst", "solver", "at most", "holds"],
+        [
+            [
+                limit.name,
+                f"{limit.worst:.2f}",
+                limit.solver,
+                f"{limit.most:g}",
+                "yes" if limit.holds else "NO",
+            ]
+            for limit in limits
+        ],
+    )
+    if arguments.part is None:
+        settings = {"steps": steps, "rounds": rounds, "threads": 1, "torch": torch.__version__}
+        content = {"settings": settings, "limits": [asdict(limit) for limit in limits], **measured}
+        write_json(RESULTS, content)
+        print(f"wrote {RESULTS}")
+    return 0 if all(limit.holds for limit in limits) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

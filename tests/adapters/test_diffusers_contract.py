@@ -216,19 +216,21 @@ def test_thresholding_equals_theirs(prediction, bound, ratio):
     assert tiny.relative(loop(ours, x), theirs_loop()) < 1e-4
 
 
-def test_midway_starts_that_cannot_be_are_refused_with_the_mend():
+def test_midway_starts_that_cannot_be_are_refused_with_the_fix():
     import fewstep
 
     x = ramp()
     pndm = PlanScheduler(solver="pndm")
     pndm.set_timesteps(10)
-    pndm.set_begin_index(14)
+    with pytest.raises(ValueError, match="'ipndm', 'tab3' or 'heun'"):
+        pndm.set_begin_index(14)
     with pytest.raises(ValueError, match="'ipndm', 'tab3' or 'heun'"):
         pndm.step(x, pndm.timesteps[14], x)
     plan = fewstep.plan("tab2", pndm.schedule, nfe=6)
     stored = PlanScheduler(recipe=plan.to_json())
     stored.set_timesteps(6)
-    stored.set_begin_index(2)
+    with pytest.raises(ValueError, match="recipe=None, solver='tab3'"):
+        stored.set_begin_index(2)
     with pytest.raises(ValueError, match="recipe=None, solver='tab3'"):
         stored.step(x, stored.timesteps[2], x)
     # The fix in the message works.

@@ -157,7 +157,7 @@ class NetworkCaller:
                 argument of :meth:`Denoiser.wrap` removes.
         """
         modules = self.modules(network)
-        if not training and any(m.training for m in modules):
+        if modules and not training and any(m.training for m in modules):
             with evaluation_mode(modules):
                 return self._call(network, x, t, cond, prediction)
         return self._call(network, x, t, cond, prediction)
@@ -210,18 +210,23 @@ class NetworkCaller:
         """Returns the types of state and times in the order of trial."""
         if self._is_module or self.dtype:
             own = self.dtype or next(map(computing_dtype, self.modules(network)), None) or state
-            kinds = [own]
-        else:
-            # A function may cast for itself, and compute with the state in full precision before.
-            inside = {computing_dtype(m) for m in self.modules(network)} - {None}
-            own = inside.pop() if len(inside) == 1 else state
-            kinds = [state] if own in (None, state) else [state, own]
-        if not times.is_floating_point:
-            return [(k, times) for k in kinds]
-        wide = torch.float64 if own == torch.float64 else times
-        # Half precision rounds times, so it is the last resort.
-        types = [(k, wide if k == own else times) for k in kinds] + [(kinds[-1], kinds[-1])]
-        return list(dict.fromkeys(types))
+            return _types_to_try(own, (own,), times)
+        # A function may cast for itself, and compute with the state in full precision before.
+        inside = {computing_dtype(m) for m in self.modules(network)} - {None}
+        own = inside.pop() if len(inside) == 1 else state
+        return _types_to_try(own, (state,) if own in (None, state) else (state, own), times)
+
+
+@functools.cache
+def _types_to_try(
+    own: torch.dtype | None, kinds: tuple[torch.dtype, ...], times: torch.dtype
+) -> list[tuple[torch.dtype, torch.dtype]]:
+    if not times.is_floating_point:
+        return [(k, times) for k in kinds]
+    wide = torch.float64 if own == torch.float64 else times
+    # Half precision rounds times, so it is the last resort.
+    types = [(k, wide if k == own else times) for k in kinds] + [(kinds[-1], kinds[-1])]
+    return list(dict.fromkeys(types))
 
 
 def is_type_error(error: Exception) -> bool:

