@@ -95,7 +95,7 @@ def samples(n: int, folder: Path) -> dict[str, dict[str, float]]:
 
 def tuning(steps: int, folder: Path) -> dict[str, dict[str, float]]:
     """Tunes a plan for many steps."""
-    arguments = ["tune", "mixture-smooth", "--nfe", "3", "--steps", str(steps)]
+    arguments = ["tune", "mixture-smooth", "--nfe", "3", "--steps", str(steps), "--keep-worse"]
     for setting in ("batch_size=16", "pairs=64", "heldout=64", "test=64", f"patience={steps}"):
         arguments += ["--setting", setting]
     return {

@@ -590,3 +590,83 @@ def test_random_features_see_images_and_are_always_the_same():
     assert float((extract(x) - random_features((3, 8, 8), seed=1)(x)).abs().max()) > 0.1
     assert extract.sha256 != random_features((3, 8, 8), seed=1).sha256
     assert extract(x).shape == (6, 2 * (32 + 64 + 128))
+
+
+# Adversarial objectives
+
+
+def test_a_discriminator_moves_samples_towards_the_others():
+    """Two clouds apart: after some steps the gradient of the loss points from one to the other."""
+    loss = OBJECTIVES["adversarial"](penalty=0.1)
+    for step in range(40):
+        target = normal(64, 2, seed=step)
+        x = (normal(64, 2, seed=100 + step) + torch.tensor([2.0, 0.0])).requires_grad_()
+        batch = Batch((0, step), 64, target)
+        loss.learn(Outcome(x), batch)
+    value = loss.loss(Outcome(x), batch)
+    (slope,) = torch.autograd.grad(value, x)
+    assert float(value.detach()) > math.log(2)
+    assert float(slope[:, 0].mean()) > 5 * abs(float(slope[:, 1].mean()))
+    assert all(p.grad is None or not p.requires_grad for p in loss.network.parameters())
+
+
+@pytest.mark.parametrize("name", ["adversarial", "adversarial-data"])
+def test_a_discriminator_comes_back_from_a_checkpoint(name):
+    given = {"penalty": 0.5, "seed": 3}
+    data = (RING.draw(50), lambda x: x) if name == "adversarial-data" else ()
+
+    def steps(loss, numbers):
+        for step in numbers:
+            x = normal(8, 2, seed=step)
+            batch = Batch((0, step), 8, normal(8, 2, seed=50 + step))
+            loss.learn(Outcome(x), batch)
+        return loss.loss(Outcome(x), batch)
+
+    whole = steps(OBJECTIVES[name](*data, **given), range(6))
+    first = OBJECTIVES[name](*data, **given)
+    steps(first, range(3))
+    second = OBJECTIVES[name](*data, **given)
+    second.restore({k: v.clone() for k, v in first.state().items()})
+    assert set(second.state()) == set(first.state())
+    assert torch.equal(steps(second, range(3, 6)), whole)
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 5, 5), (3, 32, 32)])
+def test_discriminators_are_small_and_take_their_shapes(shape):
+    from fewstep.learned.adversarial import discriminator
+
+    network = discriminator(shape, torch.Generator().manual_seed(0))
+    assert network(torch.zeros(3, *shape)).shape == (3, 1)
+    assert sum(p.numel() for p in network.parameters()) < 120_000
+
+
+@pytest.mark.parametrize("objective", ["endpoint+0.1*adversarial", "adversarial-data+endpoint"])
+def test_a_search_with_a_discriminator_resumes_to_the_same_bits(objective, tmp_path, monkeypatch):
+    arguments = dict(
+        nfe=2, objective=objective, data=DATA,
+        search={"steps": 6, "pairs": 16, "heldout": 24, "test": 24, "teacher_nfe": 6, "batch_size": 8,
+                "evaluate_every": 2, "microbatch": 3},
+    )  # fmt: skip
+    whole = tune(RING, **arguments)
+
+    class Stop(Exception):
+        pass
+
+    class StopAt:
+        """Stops after the fourth step of the search."""
+
+        searching, done = False, 0
+
+        def stage(self, name, total=None, *, done=0):
+            self.searching = name.startswith("search")
+
+        def tick(self, amount=1, note=""):
+            self.done += self.searching
+            if self.done == 4:
+                raise Stop
+
+    with pytest.raises(Stop):
+        tune(RING, **arguments, out=tmp_path / "a.json", progress=StopAt())
+    again = tune(RING, **arguments, out=tmp_path / "a.json")
+    assert again.history == whole.history
+    assert torch.equal(again.plan.values, whole.plan.values)

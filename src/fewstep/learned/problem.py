@@ -308,7 +308,7 @@ class Problem:
 
     @property
     def _paired(self) -> bool:
-        return any(objective.paired for objective in self.objectives.values())
+        return any(o.paired or o.wants_pairs for o in self.objectives.values())
 
     def _pairs(
         self, folder: Path | None, sizes: tuple[int, int, int], progress: Progress

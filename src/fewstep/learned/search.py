@@ -107,7 +107,10 @@ class Searcher:
     def _save(self) -> None:
         if self.folder is None:
             return
-        tensors = {k: v for k, v in self.state.tensors.items() if not k.startswith("adam.")}
+        others = ("adam.", "objective.")
+        tensors = {k: v for k, v in self.state.tensors.items() if not k.startswith(others)}
+        for name, objective in self.objectives.items():
+            tensors |= {f"objective.{name}.{k}": v for k, v in objective.state().items()}
         tensors["vector"] = self.learned.vector()
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
@@ -125,6 +128,11 @@ class Searcher:
                 _, index, name = key.split(".")
                 moments.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for name, objective in self.objectives.items():
+            own = f"objective.{name}."
+            objective.restore(
+                {k.removeprefix(own): v for k, v in stored.tensors.items() if k.startswith(own)}
+            )
 
     def _next_stage(self) -> None:
         state = self.state
@@ -290,17 +298,20 @@ class Searcher:
         if not stage.needs_pairs or self.pairs is None:
             return [], stage.batch_size
         total = len(self.pairs)
-        count = stage.batch_size if stage.paired else max(1, stage.batch_size // 4)
+        count = stage.batch_size if stage.all_pairs else max(1, stage.batch_size // 4)
         count = min(count, total)
         epoch, place = divmod(self.state.step, max(1, total // count))
         generator = generator_at("search", "pairs", self.seed, self.state.stage, epoch)
         order = torch.randperm(total, generator=generator)
         rows = order[place * count : (place + 1) * count].tolist()
-        return rows, 0 if stage.paired and len(stage.terms) == 1 else stage.batch_size - len(rows)
+        return rows, 0 if stage.all_pairs and len(stage.terms) == 1 else stage.batch_size - len(
+            rows
+        )
 
     def _loss(self, stage: Stage, outcome: Outcome, batch: Batch) -> Tensor:
         total = outcome.x.new_zeros(())
         for name, weight in stage.terms:
+            self.objectives[name].learn(outcome, batch)
             scale = weight / self.state.norms[name]
             total = total + scale * self.objectives[name].loss(outcome, batch)
         return total

@@ -42,6 +42,7 @@ class Search:
         kernel: The kernel of ``mmd``: ``"mixture"``, ``"cubic"``, ``"linear"``, ``"gaussian"`` or
             a callable.
         real_batch: The real samples in a step of ``mmd``.
+        penalty: The weight of the gradient penalties of a discriminator.
         radius: The radius within which training noises may move to lower their distance (LD3), in
             the norm of a state. ``None``: not at all.
         sampling_batch: The batch size of sampling without gradients.
@@ -66,6 +67,7 @@ class Search:
     distance: str | Distance = "mse"
     kernel: str | Kernel = "mixture"
     real_batch: int = 1000
+    penalty: float = 1.0
     radius: float | None = None
     sampling_batch: int = 64
 
@@ -75,7 +77,7 @@ class Search:
         for name in ("evaluate_every", "patience", "real_batch", "sampling_batch"):
             _positive(name, getattr(self, name), none=False)
         _positive("microbatch", self.microbatch, none=True)
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "clip", "penalty"):
             value = getattr(self, name)
             if not (_number(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")

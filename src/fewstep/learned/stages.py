@@ -38,7 +38,14 @@ class Stage:
     @property
     def needs_pairs(self) -> bool:
         """Whether any of its objectives compares with a teacher."""
-        return any(OBJECTIVES[name].paired for name in self.names)
+        kinds = [OBJECTIVES[name] for name in self.names]
+        return any(kind.paired or kind.wants_pairs for kind in kinds)
+
+    @property
+    def all_pairs(self) -> bool:
+        """Whether its first objective compares with a teacher, so that every sample of a step does."""
+        first = OBJECTIVES[self.names[0]]
+        return first.paired or first.wants_pairs
 
 
 def stages_of(

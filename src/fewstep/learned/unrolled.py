@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.learned.learned_plan import LearnedPlan, Numbers
-from fewstep.learned.objectives import Outcome
+from fewstep.learned.objective import Outcome
 from fewstep.models.calling import evaluation_mode
 from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
