@@ -71,7 +71,9 @@ def test_conditions_are_asked_for_by_number():
 
 def test_the_initial_state_can_be_adjusted_and_states_kept():
     times = SAMPLER.plan.knots[[0, -1]].tolist()
-    (_, done), *_ = run_batches(SAMPLER, 2, adjust=torch.zeros_like, save=True, times=times)
+    (_, done), *_ = run_batches(
+        SAMPLER, 2, adjust=lambda x, rows: torch.zeros_like(x), save=True, times=times
+    )
     assert done.states is not None
     assert done.states.shape == (2, 2, 2)
     assert not done.states[0].any()

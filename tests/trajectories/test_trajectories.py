@@ -14,6 +14,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.protocol import Run
 from fewstep.trajectories import Cycle, TrajectoryStore, Uniform, shards, verify, writing
 from fewstep.trajectories.claims import Claim
+from fewstep.trajectories.conditions import condition
 from fewstep.trajectories.manifest import read_manifest
 
 MODEL = fewstep.load("mixture-smooth")
@@ -385,6 +387,22 @@ def test_given_conditions_are_needed_again(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("value", "values"),
+    [
+        (np.arange(5), [0, 1, 2, 3, 4]),
+        (np.int64(3), [3] * 5),
+        ([3], [3] * 5),
+        (range(5), [0, 1, 2, 3, 4]),
+        ((0.5, 1, 2, 3, 4), [0.5, 1, 2, 3, 4]),
+        ([torch.tensor([1.0, 2.0])], [[1.0, 2.0]] * 5),
+    ],
+)
+def test_values_are_converted_as_those_of_sample(value, values):
+    rule = condition("y", value, 5)
+    assert rule.at(range(5), seed=0, name="y").tolist() == values
+
+
+@pytest.mark.parametrize(
     ("value", "message"),
     [
         ("a cat", "embeddings"),
@@ -678,11 +696,11 @@ import torch
 torch.set_num_threads(1)
 import fewstep
 from fewstep.trajectories import writing
-plain = writing.Writer.integrate
-def slow(self, rows):
-    time.sleep(0.1)
-    return plain(self, rows)
-writing.Writer.integrate = slow
+plain = writing.Writer.follow
+def slow(self, *arguments, **options):
+    time.sleep(0.2)
+    return plain(self, *arguments, **options)
+writing.Writer.follow = slow
 model, pids = fewstep.load("mixture-smooth"), []
 for _ in range(3):
     pid = os.fork()

@@ -115,7 +115,7 @@ def sample(
     from fewstep.diffusion.noise import NoiseSource
     from fewstep.models.compiling import check_mode, compiled
     from fewstep.models.guidance import INPAINTING
-    from fewstep.sampling.batches import ConditionsAt, run_each
+    from fewstep.sampling.batches import ConditionsAt, batches_of, run_each
     from fewstep.sampling.request import SamplerRequest
     from fewstep.sampling.resolve import resolve
     from fewstep.sampling.sample import inpainting
@@ -203,7 +203,7 @@ def sample(
     run = RunFolder(
         out, "run of fewstep sample", outputs=[SAMPLES, PICTURE, RECIPE, f"{SINGLES}/*.png"]
     )
-    batches = [range(start, min(start + size, n)) for start in range(0, n, size)]
+    batches = batches_of(range(n), size)
     given_rows = None if begin is None else (lambda rows: begin[rows[0] : rows[-1] + 1])
 
     def draw(chosen: Iterable[range]) -> None:

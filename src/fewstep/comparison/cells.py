@@ -22,7 +22,7 @@ from fewstep.metrics import Reference
 from fewstep.metrics.features import extractor
 from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
-from fewstep.sampling.batches import initial_noise, run_batch
+from fewstep.sampling.batches import batches_of, initial_noise, run_batch
 from fewstep.sampling.protocol import Sampler
 
 ENDS = ("lowest level", "sigma = 0")
@@ -64,8 +64,7 @@ class Setting:
 
     def batches(self) -> list[range]:
         """Returns the numbers of the samples of each batch."""
-        starts = range(0, self.n, self.batch_size)
-        return [range(start, min(start + self.batch_size, self.n)) for start in starts]
+        return batches_of(range(self.n), self.batch_size)
 
 
 class Runner:

@@ -176,7 +176,7 @@ class Conditions:
         accepts.check_names(list(cond))
         values: dict[str, Any] = {}
         for name, value in cond.items():
-            values[name] = _spread(name, _converted(name, value), n, accepts, null)
+            values[name] = _spread(name, converted(name, value), n, accepts, null)
             _check_labels(name, values[name], accepts, null)
         return cls(n, values, denoiser.device, first)
 
@@ -212,14 +212,18 @@ def is_label(name: str, null: Mapping[str, Any]) -> bool:
     return type(null.get(name)) is int or name in LABELS
 
 
-def _converted(name: str, value: Any) -> Any:
-    """Numbers in lists and arrays become tensors, texts a list; shared values are unchanged."""
+def converted(name: str, value: Any) -> Any:
+    """Returns a user's value with numbers in lists and arrays as tensors, texts as a list, others unchanged.
+
+    Raises:
+        ValueError, TypeError: If it is empty, ragged, or neither real numbers nor texts.
+    """
     if isinstance(value, Tensor):
         if value.is_complex() or value.is_quantized:
             raise TypeError(f"the condition {name!r} must be real numbers, got {value.dtype}")
         return value
     if isinstance(value, Mapping):
-        return {key: _converted(f"{name}[{key!r}]", inner) for key, inner in value.items()}
+        return {key: converted(f"{name}[{key!r}]", inner) for key, inner in value.items()}
     if hasattr(value, "__array__"):
         return _from_array(name, value)
     if isinstance(value, (list, tuple, range)):
@@ -234,7 +238,7 @@ def _from_array(name: str, value: Any) -> Any:
 
     array = np.asarray(value)
     if array.dtype.kind in "USO":
-        return _converted(name, array.tolist())
+        return converted(name, array.tolist())
     if array.dtype.kind not in "biuf":
         raise TypeError(f"the condition {name!r} must be real numbers, got {array.dtype}")
     if not array.ndim:
@@ -249,7 +253,7 @@ def _from_array(name: str, value: Any) -> Any:
 def _from_list(name: str, values: list[Any]) -> Any:
     if not values:
         raise ValueError(f"the condition {name!r} has no values")
-    parts = [_converted(name, v) for v in values]
+    parts = [converted(name, v) for v in values]
     if all(isinstance(v, (bool, int, float)) for v in parts):
         if any(isinstance(v, bool) for v in parts) and not all(isinstance(v, bool) for v in parts):
             raise TypeError(f"the condition {name!r} mixes flags and numbers: {values!r:.60}")

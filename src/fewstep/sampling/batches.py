@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def run_batches(
     noise: Tensor | None = None,
     image: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    adjust: Callable[[Tensor], Tensor] | None = None,
+    adjust: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
     save: bool = False,
     times: Sequence[float] | None = None,
     progress: Progress = SILENT,
@@ -66,16 +66,16 @@ def run_batches(
             of the seed for each number.
         image: Data to start from, with shape (n, \*), in the order of ``rows``.
         dtype: The type of the initial draws, if they are not given.
-        adjust: Applied to the initial state of a batch, e.g. rounding to the type of a file.
+        adjust: Applied to the initial state of a batch and the numbers of its samples, e.g. rounding
+            to the type of a file.
         save: Whether the trajectories have their states.
         times: The times of the states to save; left out, all that the sampler has.
         progress: Ticks once for each network evaluation of a batch.
     """
     numbers = range(rows) if isinstance(rows, int) else rows
-    size = min(len(numbers), DEFAULT_BATCH) if batch_size is None else batch_size
     return run_each(
         sampler,
-        (numbers[start : start + size] for start in range(0, len(numbers), size)),
+        batches_of(numbers, batch_size),
         seed=seed,
         conditions=conditions,
         noise=None if noise is None else _in_order(noise),
@@ -88,6 +88,20 @@ def run_batches(
     )
 
 
+Rows = TypeVar("Rows", range, Sequence[int])
+
+
+def batches_of(rows: Rows, size: int | None = None) -> list[Rows]:
+    """Returns the numbers of the samples of each batch; of a range these are ranges.
+
+    Arguments:
+        rows: The numbers of all samples.
+        size: The samples in a batch; at most :data:`~fewstep.sampling.protocol.DEFAULT_BATCH` if left out.
+    """
+    size = min(len(rows), DEFAULT_BATCH) if size is None else size
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 def run_each(
     sampler: Sampler,
     batches: Iterable[Sequence[int]],
@@ -97,7 +111,7 @@ def run_each(
     noise: Callable[[Sequence[int]], Tensor] | None = None,
     image: Callable[[Sequence[int]], Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
-    adjust: Callable[[Tensor], Tensor] | None = None,
+    adjust: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
     save: bool = False,
     times: Sequence[float] | None = None,
     progress: Progress = SILENT,
@@ -114,7 +128,7 @@ def run_each(
         noise: Returns the initial draws of a batch, instead of those of the seed.
         image: Returns the data that a batch starts from.
         dtype: The type of the initial draws, if they are not given.
-        adjust: Applied to the initial state of a batch.
+        adjust: Applied to the initial state of a batch and the numbers of its samples.
         save: Whether the trajectories have their states.
         times: The times of the states to keep; left out, all that the sampler has.
         progress: Ticks once for each network evaluation of a batch.
@@ -176,7 +190,7 @@ def run_batch(
     noise: Tensor | None = None,
     image: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    adjust: Callable[[Tensor], Tensor] | None = None,
+    adjust: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
     save: bool = False,
     times: Sequence[float] | None = None,
     on_evaluation: Callable[[], None] | None = None,
@@ -190,7 +204,7 @@ def run_batch(
         noise: Its initial draws.
         image: The data to start from.
         dtype: The type of the initial draws, if they are not given.
-        adjust: Applied to the initial state.
+        adjust: Applied to the initial state and the numbers of the samples.
         save: Whether the trajectory has its states.
         times: The times of the states to save.
         on_evaluation: Called after each network evaluation.
@@ -199,7 +213,7 @@ def run_batch(
     # Samplers without intermediate states cannot start from an image.
     x = sampler.start(z) if image is None else sampler.start(z, image)  # type: ignore[call-arg]
     if adjust is not None:
-        x = adjust(x)
+        x = adjust(x, source.samples)
     return sampler.run(x, Run(source, cond, save, on_evaluation, times))
 
 

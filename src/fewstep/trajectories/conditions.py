@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.noise import generator_at
+from fewstep.models.conditions import converted
 
 TYPES = {"int64": torch.int64, "float32": torch.float32}
 """The types in which conditions are stored."""
@@ -127,32 +128,35 @@ class Given(Condition):
 
 
 def condition(name: str, value: Any, n: int) -> Condition:
-    """Returns the rule of a value: of a number, of n values, or the rule itself.
+    """Returns the rule of a value: of one number or row for all, of n values, or the rule itself.
+
+    Values are converted as those of ``fewstep.sample`` (:func:`fewstep.models.conditions.converted`).
 
     Raises:
         ValueError, TypeError: If there is none.
     """
     if isinstance(value, Condition):
         return value
+    value = converted(name, value)
     if isinstance(value, Tensor) and not value.ndim:
         value = value.item()
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return Constant(value)
-    try:
-        values = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
+    if not isinstance(value, Tensor):
         raise TypeError(
             f"the condition {name!r} must be numbers, which a store can hold, got {value!r:.60}"
             " (for texts give their embeddings, a tensor with a row for each trajectory)"
-        ) from None
-    if values.dtype == torch.bool or values.is_complex():
-        raise TypeError(f"the condition {name!r} must be numbers, got {values.dtype}")
-    if not values.ndim or len(values) != n:
-        raise ValueError(
-            f"the condition {name!r} has {len(values) if values.ndim else 1} values for {n} "
-            "trajectories; give one number, a value for each, or a rule (Cycle, Uniform)"
         )
-    return Given(values)
+    if value.dtype == torch.bool:
+        raise TypeError(f"the condition {name!r} must be numbers, got {value.dtype}")
+    if len(value) not in (1, n):
+        raise ValueError(
+            f"the condition {name!r} has {len(value)} values for {n} trajectories; give one, a value "
+            "for each, or a rule (Cycle, Uniform)"
+        )
+    if value.ndim == 1 and len(value) == 1:
+        return Constant(value.item())
+    return Given(value.expand(n, *value.shape[1:]))
 
 
 def from_record(content: Mapping[str, Any]) -> Condition | None:

@@ -18,10 +18,10 @@ from fewstep.base.files import LITTER
 from fewstep.base.locks import PATIENCE, Lock
 from fewstep.base.processes import processes
 from fewstep.base.progress import SILENT, Progress
-from fewstep.diffusion.noise import NoiseSource
+from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Clipped, Guided, Thresholded
-from fewstep.sampling.batches import run_batch
+from fewstep.sampling.batches import ConditionsAt, run_batches
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.trajectories.claims import FOLDER as CLAIMS
@@ -142,21 +142,15 @@ class Writer:
             on_batch: Called after each batch, with the number of trajectories so far.
         """
         rows = shard_rows(self.manifest, shard)
-        states, conditions = [], []
+        values = self.conditions(rows)
         size = self.manifest.batch_size
-        for first in range(0, len(rows), size):
-            x, cond = self.integrate(rows[first : first + size])
-            states.append(x)
-            conditions.append(cond)
-            on_batch(sum(map(len, states)))
-        tensors = {"states": torch.cat(states), "index": torch.tensor(rows, dtype=torch.int64)}
-        for name in self.rules:
-            tensors[f"condition.{name}"] = torch.cat([cond[name] for cond in conditions])
+        states = self.follow(rows, values, batch_size=size, on_batch=on_batch)
+        tensors = {"states": states, "index": torch.tensor(rows, dtype=torch.int64)}
+        tensors |= {f"condition.{name}": value for name, value in values.items()}
         return write_shard(self.folder, self.manifest, shard, tensors)
 
-    def integrate(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""Returns some trajectories, (B, S, \*) in the store's type, and their conditions."""
-        seed = self.manifest.seed
+    def conditions(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Returns the conditions of some trajectories, by their rules."""
         values = {}
         for name, rule in self.rules.items():
             if rule is None:
@@ -164,34 +158,54 @@ class Writer:
                     f"the values of the condition {name!r} are not in the manifest; give them to "
                     "fewstep.record once more"
                 )
-            values[name] = rule.at(rows, seed=seed, name=name)
-        return self.follow(rows, values), values
+            values[name] = rule.at(rows, seed=self.manifest.seed, name=name)
+        return values
 
-    def follow(self, rows: Sequence[int], values: Mapping[str, Tensor]) -> Tensor:
-        r"""Returns trajectories under given conditions, (B, S, \*), on the CPU."""
+    def follow(
+        self,
+        rows: Sequence[int],
+        values: Mapping[str, Tensor],
+        *,
+        batch_size: int | None = None,
+        on_batch: Callable[[int], object] = lambda rows: None,
+    ) -> Tensor:
+        r"""Integrates some trajectories under given conditions.
+
+        Arguments:
+            rows: Their numbers.
+            values: Their conditions, a row for each.
+            batch_size: The trajectories in one network evaluation; left out, all.
+            on_batch: Called after each batch, with the number of trajectories so far.
+
+        Returns:
+            The states, (B, S, \*), in the store's type, on the CPU.
+        """
         dtype = DTYPES[self.manifest.dtype]
-        model = self.sampler.denoiser
-        device = model.device
-        cond = model.prepare(len(rows), {k: v.to(device) for k, v in values.items()})
+        place = {row: index for index, row in enumerate(rows)}
 
-        def rounded(start: Tensor) -> Tensor:
+        def rounded(start: Tensor, batch: Sequence[int]) -> Tensor:
             # The stored trajectory is that of the rounded start.
             start = start.to(dtype).float()
-            self._check(start[None], rows)
+            self._check(start[None], batch)
             return start
 
-        done = run_batch(
+        parts: list[Tensor] = []
+        for batch, done in run_batches(
             self.sampler,
-            NoiseSource(self.manifest.seed, rows),
-            cond,
+            rows,
+            seed=self.manifest.seed,
+            conditions=ConditionsAt(lambda batch: select(values, [place[row] for row in batch])),
+            batch_size=batch_size or len(rows),
             adjust=rounded,
             save=True,
             times=self.manifest.times,
-        )
-        assert done.states is not None
-        states = done.states.to(dtype)
-        self._check(states, rows)
-        return states.transpose(0, 1).cpu().contiguous()
+        ):
+            assert done.states is not None
+            states = done.states.to(dtype)
+            self._check(states, batch)
+            parts.append(states.transpose(0, 1).cpu().contiguous())
+            on_batch(sum(map(len, parts)))
+        return torch.cat(parts)
 
     def _check(self, states: Tensor, rows: Sequence[int]) -> None:
         fine = states.isfinite().flatten(2).all(2)
