@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.diffusion.prediction import Prediction
 from fewstep.learned import FAMILIES, Base
 from fewstep.learned.families import Family, family
+from fewstep.learned.ggdm import table_of
 from fewstep.learned.learned_plan import Start
 from fewstep.learned.moving import LearnedTimes, Shifts
 from fewstep.learned.problem import Problem
@@ -15,6 +17,7 @@ from fewstep.learned.settings import Search
 from fewstep.learned.solver_families import SolverFamily
 from fewstep.learned.starts import start_of
 from fewstep.plans.plan import Plan
+from fewstep.plans.rewriting import convert_plan
 from fewstep.sampling.profile import ProfileEntry
 from fewstep.sampling.request import SamplerRequest
 from fewstep.solvers import SOLVERS, solver
@@ -141,6 +144,35 @@ def test_gs_keeps_the_draws_of_a_stochastic_base(eta):
     assert model.count == 4 + 4 + sum(n + 2 for n in range(4))
 
 
+@pytest.mark.parametrize("kind", ["eps", "x0"])
+def test_learned_noise_is_that_of_ddim(kind):
+    """With the amounts of DDIM's eta the family over DDIM is DDIM with that eta; and marginals stay."""
+    solver_name = {"eps": "ddim", "x0": "dpmpp-2m"}[kind]
+    model = family("gs+noise", base_of(solver_name, 4))
+    assert model.structure.n_noise == 3
+    assert model.count == family("gs", base_of(solver_name, 4)).count + 3
+    eta = base_of("ddim", 4, eta=0.7)
+    amounts = table_of(eta.plan()).noise[1:4] / eta.grid.sigma[1:4]
+    model.amounts.data = torch.atanh(amounts)
+    if kind == "eps":
+        torch.testing.assert_close(run(model.plan()), run(eta.plan()), rtol=0, atol=1e-11)
+    # Data that are one point: the network predicts it, and the states have the variance of the noise alone.
+    flat, sigma = convert_plan(model.plan(), Prediction.X0).flat(), model.base.grid.sigma
+    spread = flat.a.square() * sigma[0].square() + flat.C.square().sum(1)
+    torch.testing.assert_close(spread, sigma.square(), rtol=1e-9, atol=1e-12)
+
+
+def test_noise_is_learned_from_deterministic_solvers_of_one_evaluation_a_step():
+    for request, message in (
+        (SamplerRequest("ddpm", nfe=4, grid="quadratic"), "draws noise already"),
+        (SamplerRequest("heun", nfe=4, grid="quadratic"), "one evaluation per step"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            family("gs+noise", Base.of(VP, request))
+    with pytest.raises(ValueError, match="one step onto the data"):
+        family("gs+noise", base_of("ddim", 1))
+
+
 def test_the_theory_follows_the_times():
     """Moved times without corrections are the solver on the moved grid; frozen ones are not."""
     base = base_of("tab3", 5)
@@ -192,7 +224,7 @@ def test_networks_of_integer_timesteps_cannot_learn_times():
     assert torch.equal(base.grid.times, base.grid.times.round())
     for name in FAMILIES:
         own = start_of(name, levels, 5, integer_times=True)
-        if "time" in name or name in ("gs", "ld3", "schedule", "free"):
+        if "time" in name or name in ("gs", "gs+noise", "ld3", "schedule", "free"):
             with pytest.raises(ValueError, match="integer timesteps"):
                 family(name, own)
         else:
@@ -233,7 +265,7 @@ def test_auto_starts_from_the_profile_of_the_model(name):
         return
     base = start_of(name, VP, 4, profile=PROFILE, solver="auto")
     assert base.origin == "profile"
-    measured = name in ("gs", "ld3", "schedule", "free") or "pred" in name
+    measured = name in ("gs", "gs+noise", "ld3", "schedule", "free") or "pred" in name
     assert base.solver.name == ("multistep" if measured else "tab2")
     if measured:
         assert base.grid.times.tolist() == list(PROFILE.entries[0].times)

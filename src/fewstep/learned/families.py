@@ -2,7 +2,7 @@ r"""The families of samplers that can be searched, by name.
 
 Two kinds. Those over GGDM (``ddim-sigma``, ``vars``, ``ggdm``, ``ggdm+pred``, each also with
 ``+time``) combine *states*, as the paper that introduced them does. Those over a solver
-(``schedule``, ``ld3``, ``gs``, ``free``) combine *model outputs*, starting from the solver's own
+(``schedule``, ``ld3``, ``gs``, ``gs+noise``, ``free``) combine *model outputs*, starting from the solver's own
 coefficients. All result in ordinary plans.
 """
 
@@ -49,6 +49,9 @@ FAMILIES: Registry[Family] = Registry(
     "family",
     {
         "gs": Family(SolverFamily, {"times": True, "shifts": True, "corrections": True}),
+        "gs+noise": Family(
+            SolverFamily, {"times": True, "shifts": True, "corrections": True, "noise": True}
+        ),
         "ld3": Family(SolverFamily, {"times": True, "shifts": True}),
         "schedule": Family(SolverFamily, {"times": True}),
         "free": Family(

@@ -2,9 +2,12 @@ r"""Families over a solver: learned times, conditioning timesteps and correction
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from fewstep.diffusion.prediction import Prediction, coefficients
 from fewstep.learned.learned_plan import Base, LearnedPlan, Numbers, structure_of
 from fewstep.learned.moving import LearnedTimes, Shifts
 from fewstep.plans.plan import Plan
@@ -19,6 +22,15 @@ class SolverFamily(LearnedPlan):
     A and C are the solver's coefficients on the times :math:`\tau`, computed anew in each step of
     the search; everything else is zero at the start, where the sampler equals the solver to rounding.
 
+    With ``noise`` each step but one onto the data draws noise, in an amount of its own:
+
+    .. math:: y_{n+1} \mathrel{-}= \sigma_{n+1} (1 - \operatorname{sech} w_n) \, \varepsilon_n, \qquad
+        y_{n+1} \mathrel{+}= \sigma_{n+1} \tanh(w_n) \, z_n
+
+    so that a share of the predicted noise is replaced by as much fresh noise, as in DDIM with
+    :math:`\eta`: the marginals stay. The sign of w has no effect, so that at w = 0 only the noise of
+    the gradient moves it; an endpoint loss, whose target has no fresh noise, leaves it there.
+
     References:
         | Learning to Discretize Denoising Diffusion ODEs (Tong et al., 2024): times and shifts (``ld3``)
         | https://arxiv.org/abs/2405.15506
@@ -26,12 +38,16 @@ class SolverFamily(LearnedPlan):
         | https://arxiv.org/abs/2510.17699
         | Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow Models (Shaul et al., 2024) (``free``)
         | https://arxiv.org/abs/2403.01329
+        | Denoising Diffusion Implicit Models (Song et al., 2020): amounts of noise, here one a step
+        | https://arxiv.org/abs/2010.02502
 
     Arguments:
         base: The solver and its grid.
         times: Whether the times are learned.
         shifts: Whether the shifts :math:`\xi` of the conditioning timesteps are.
         corrections: Whether the corrections dA, dC are.
+        noise: Whether the amounts w of fresh noise are; for deterministic solvers of one evaluation
+            per step.
         theory: Whether the solver's coefficients follow the times; if not they are those of the
             start (and the learned times are conditioning timesteps alone).
         coordinate: The coordinate in which times are learned: ``"time"`` or ``"lambda"``.
@@ -46,6 +62,7 @@ class SolverFamily(LearnedPlan):
         times: bool = True,
         shifts: bool = False,
         corrections: bool = False,
+        noise: bool = False,
         theory: bool = True,
         coordinate: str = "time",
     ) -> None:
@@ -63,8 +80,9 @@ class SolverFamily(LearnedPlan):
         schedule = base.schedule
         self.shifts = Shifts(plan.nfe, schedule.t_max, schedule.t_min) if shifts else None
         self._draws: dict[int, tuple[int, ...]] | None = None
-        if corrections or not theory:
-            self._draws = _draws(plan)
+        noisy = _noisy_steps(base, plan) if noise else 0
+        if corrections or noise or not theory:
+            self._draws = {n: (n,) for n in range(noisy)} if noise else _draws(plan)
             self.structure = structure_of(
                 plan.prediction,
                 plan.nfe,
@@ -73,10 +91,11 @@ class SolverFamily(LearnedPlan):
                 draws=self._draws,
                 knots=plan.nfe == base.grid.steps,
             )
-            start = stepwise(plan, self._draws).detach()
+            start = self._stepwise(plan).detach()
         else:
             self.structure, start = plan.structure, plan.values.detach()
         self.register_buffer("frozen", start)
+        self.amounts = nn.Parameter(torch.zeros(noisy, dtype=torch.float64)) if noise else None
         self.corrections = None
         if corrections:
             counts = [n + 2 for n in range(plan.nfe)]
@@ -89,12 +108,35 @@ class SolverFamily(LearnedPlan):
             plan = self.base.plan(knots)
             times = plan.times
             if self.theory:
-                values = plan.values if self._draws is None else stepwise(plan, self._draws)
+                values = plan.values if self._draws is None else self._stepwise(plan)
         if self.shifts is not None:
             times = times + self.shifts(times)
+        if self.amounts is not None:
+            values = values + self._noise(knots, self.amounts)
         if self.corrections is not None:
             values = values + self._corrections(self.corrections)
         return Numbers(values, times, knots)
+
+    def _stepwise(self, plan: Plan) -> Tensor:
+        """Returns a plan's coefficients in the structure's order; those of learned noise are zero."""
+        assert self._draws is not None
+        return stepwise(plan, self._draws, learned_noise=not plan.n_noise)
+
+    def _noise(self, knots: Tensor, amounts: Tensor) -> Tensor:
+        """Returns what fresh noise adds to the coefficients, in the structure's order."""
+        grid = replace(self.base.grid, times=knots)
+        prediction, count = self.structure.prediction, self.structure.nfe
+        parts = list[Tensor]()
+        for n in range(count):
+            row = amounts.new_zeros(n + 2 + (n < len(amounts)))
+            if n < len(amounts):
+                alpha, sigma = grid.alpha[n], grid.sigma[n]
+                a, b = coefficients(prediction, Prediction.EPS, alpha=alpha, sigma=sigma)
+                less = grid.sigma[n + 1] * (1 - 1 / amounts[n].cosh())
+                change = torch.stack([-less * a, -less * b, grid.sigma[n + 1] * amounts[n].tanh()])
+                row = row.index_put((torch.tensor([0, n + 1, n + 2]),), change)
+            parts.append(row)
+        return torch.cat(parts)
 
     def _corrections(self, corrections: Tensor) -> Tensor:
         """Returns corrections in the structure's order, zero for the coefficients of draws."""
@@ -108,6 +150,24 @@ class SolverFamily(LearnedPlan):
             parts.append(corrections.new_zeros(len(self._draws.get(n, ()))))
             offset += n + 2
         return torch.cat(parts)
+
+
+def _noisy_steps(base: Base, plan: Plan) -> int:
+    """Returns the number of steps that can draw noise: all but one that ends at zero noise."""
+    if plan.n_noise:
+        raise ValueError(
+            f"{base.solver.name} draws noise already; amounts of noise are learned from a deterministic "
+            "solver, or by the families ggdm and ddim-sigma"
+        )
+    if plan.nfe != base.grid.steps:
+        raise ValueError(
+            f"{base.solver.name} has {plan.nfe} evaluations in {base.grid.steps} steps; amounts of "
+            "noise are learned for solvers with one evaluation per step"
+        )
+    noisy = plan.nfe - 1 if base.grid.ends_at_zero else plan.nfe
+    if not noisy:
+        raise ValueError("one step onto the data draws no noise; use a family without it")
+    return noisy
 
 
 def _draws(plan: Plan) -> dict[int, tuple[int, ...]]:
@@ -143,12 +203,21 @@ def _steps(plan: Plan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     return scale, outputs, noise
 
 
-def stepwise(plan: Plan, draws: dict[int, tuple[int, ...]]) -> Tensor:
-    """Returns a plan's coefficients in the order of a structure of one state and all outputs."""
+def stepwise(
+    plan: Plan, draws: dict[int, tuple[int, ...]], *, learned_noise: bool = False
+) -> Tensor:
+    """Returns a plan's coefficients in the order of a structure of one state and all outputs.
+
+    Arguments:
+        plan: The plan.
+        draws: The draws that the row of each state n + 1 reads.
+        learned_noise: Whether these draws are not the plan's own: their coefficients are zero.
+    """
     scale, outputs, noise = _steps(plan)
     parts = list[Tensor]()
     for n in range(plan.nfe):
         parts += [scale[n][None], outputs[n][: n + 1]]
         if n in draws:
-            parts.append(noise[n][list(draws[n])])
+            own = noise[n].new_zeros(len(draws[n])) if learned_noise else noise[n][list(draws[n])]
+            parts.append(own)
     return torch.cat(parts)
