@@ -164,15 +164,15 @@ def test_a_finished_comparison_is_kept_extended_or_replaced(tmp_path, command):
 def test_an_interrupted_command_goes_on(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     base = ["compare", "mixture-smooth", "--out", str(out), *SMALL, "--solvers", "ddim,tab1"]
-    original, done = Runner._run, []
+    original, done = Runner._joined, []
 
-    def stopping(self, job, name):
+    def stopping(self, task):
         if len(done) == 3:
             raise KeyboardInterrupt
-        done.append((name, job.nfe))
-        return original(self, job, name)
+        done.append((task.name, task.job.nfe))
+        return original(self, task)
 
-    monkeypatch.setattr(Runner, "_run", stopping)
+    monkeypatch.setattr(Runner, "_joined", stopping)
     assert run(base) == 130
     assert "are saved; to resume: fewstep compare" in capsys.readouterr().err
     assert done == [("reference", 12), ("ddim", 3), ("ddim", 5)]
@@ -180,6 +180,19 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys, monkeypatch):
     done.clear()
     assert run(base) == 0
     assert done == [("tab1", 3), ("tab1", 5)]  # the cells that were there are not run again
+
+
+def test_any_rank_writes_the_report_once(tmp_path, capsys, monkeypatch):
+    base = ["compare", "mixture-smooth", "--out", str(tmp_path / "out"), *SMALL]
+    base += ["--solvers", "ddim,tab1"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    written = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert run(base) == 0
+        written.append((tmp_path / "out" / "report.html").read_bytes())
+    assert written[0] == written[1]
+    assert capsys.readouterr().out.count("wrote ") == 1
 
 
 def test_without_data_samplers_are_ordered_by_their_distance(tmp_path, command):

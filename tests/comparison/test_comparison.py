@@ -9,6 +9,9 @@ import torch
 
 import fewstep
 from fewstep import metrics
+from fewstep.base import sharing
+from fewstep.base.files import read_tensors
+from fewstep.base.locks import Lock
 from fewstep.base.progress import Silent
 from fewstep.base.runs import locked
 from fewstep.comparison import compare, read_entries, read_entry
@@ -581,3 +584,81 @@ def test_a_scheduler_of_diffusers_becomes_a_recipe_if_it_wins(tmp_path):
     continuous = run(Counting(), tmp_path / "b", "diffusers:DPMSolverMultistep,ddpm", (8,))
     cell, recipe = best_recipe(continuous, judge(continuous)[0])
     assert cell.name == "ddpm"  # the scheduler has no plan on a continuous schedule
+
+
+# Several processes
+
+
+def as_rank(monkeypatch, rank, count=3):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+
+
+def tensors_of(folder):
+    """All stored batches of the reference, and all tensors of cells, as bytes."""
+    return {p.relative_to(folder): read_tensors(p) for p in folder.rglob("*.safetensors")}
+
+
+def without_seconds(stored):
+    return {
+        path: {name: value for name, value in tensors.items() if name != "seconds"}
+        for path, tensors in stored.items()
+    }
+
+
+def test_a_rank_alone_does_all_and_a_late_one_finds_it_done(tmp_path, data, monkeypatch):
+    """Nobody waits for a rank that never came; the numbers are those of one process."""
+    alone = run(Counting(), tmp_path / "one", data=data)
+    model = Counting()
+    as_rank(monkeypatch, 1)
+    shared = run(model, tmp_path / "two", data=data)
+    assert scores(shared) == scores(alone)
+    one, two = (without_seconds(tensors_of(tmp_path / name)) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for path, tensors in one.items():
+        assert all(torch.equal(value, two[path][name]) for name, value in tensors.items())
+    seen = model.seen
+    as_rank(monkeypatch, 0)
+    assert scores(run(model, tmp_path / "two", data=data)) == scores(alone)
+    assert model.seen == seen
+
+
+def test_what_other_ranks_hold_is_left_to_them(tmp_path, monkeypatch):
+    """A rank computes what nobody has, and takes over the batch of one that was lost."""
+    whole = run(Counting(), tmp_path / "one")
+    monkeypatch.setattr(sharing, "POLL", 0.0)
+    as_rank(monkeypatch, 0)
+    state = tmp_path / "one" / "comparison.json"
+    cell = next((tmp_path / "one" / "cells").glob("ddim-3-*.json"))
+    held = Lock(
+        cell.with_suffix(".parts") / f"{whole.cells[2].identity[:12]}-000000010.safetensors.claim"
+    )
+    assert whole.cells[2].key == ("ddim", 3)
+    cell.unlink()
+    held.take()
+    passes = iter([None] * 3)
+
+    def abandoned(lock):
+        return lock.path == held.path and next(passes, True) is True
+
+    monkeypatch.setattr(Lock, "is_abandoned", abandoned)
+    model = Counting()
+    assert scores(run(model, tmp_path / "one")) == scores(whole)
+    assert model.seen == 3 * N
+    assert state.exists()
+    assert not list((tmp_path / "one").rglob("*.claim"))
+
+
+def test_ranks_do_not_overwrite(tmp_path, model, monkeypatch):
+    as_rank(monkeypatch, 1)
+    with pytest.raises(ValueError, match="remove the folder first"):
+        run(model, tmp_path, overwrite=True)
+    assert not model.seen
+
+
+def test_a_run_by_itself_keeps_out_of_a_launch(tmp_path, model):
+    run(model, tmp_path)
+    part = next((tmp_path / "cells").glob("reference*.parts/*"))
+    assert Lock(part.with_name(f"{part.name}.claim")).take()
+    with pytest.raises(ValueError, match="another run"):
+        run(model, tmp_path)

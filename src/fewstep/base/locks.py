@@ -50,8 +50,8 @@ class Lock:
         owner |= {"process_start": _process_start(os.getpid()), "since": time.strftime("%F %T")}
         try:
             write_atomic(self.path, json.dumps(owner), new=True)
-        except FileExistsError:
-            return False
+        except (FileExistsError, FileNotFoundError):
+            return False  # not found: the owner swept the folder while this file was temporary
         return True
 
     def renew(self) -> None:

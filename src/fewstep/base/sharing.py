@@ -43,6 +43,8 @@ class Sharing(Generic[T]):
     Arguments:
         items: The parts, in the order in which this process tries them.
         file: Returns the file of a part; it exists when the part is done.
+        done: Returns whether a part is done, if that is more than its file; once true it stays so.
+        ready: Returns whether a part can be computed yet: whether the parts that it needs are done.
         over: Returns whether all is done, and the files are gone again.
         progress: Shows which process it waits for.
     """
@@ -52,12 +54,15 @@ class Sharing(Generic[T]):
         items: Sequence[T],
         file: Callable[[T], Path],
         *,
+        done: Callable[[T], bool] | None = None,
+        ready: Callable[[T], bool] = lambda _: True,
         over: Callable[[], bool] = lambda: False,
         progress: Progress = SILENT,
     ) -> None:
         self._left = list(items)
-        self._file, self._over, self._progress = file, over, progress
-        self._held: dict[Path, Lock] = {}
+        self._done = done or (lambda item: file(item).exists())
+        self._file, self._ready, self._over, self._progress = file, ready, over, progress
+        self._held: dict[Path, tuple[T, Lock]] = {}
         self._idle: float | None = None  # since when others have all that is left
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat of claims", daemon=True)
@@ -65,7 +70,7 @@ class Sharing(Generic[T]):
     def unfinished(self) -> bool:
         """Returns whether parts are left; waits a moment if others have claimed all of them."""
         self._release()
-        self._left = [item for item in self._left if not self._file(item).exists()]
+        self._left = [item for item in self._left if not self._done(item)]
         if not self._left or self._over():
             return False
         if self._idle is not None:
@@ -78,29 +83,29 @@ class Sharing(Generic[T]):
         """Yields, without waiting, the parts that nobody has; each is this process's to compute."""
         took = False
         for item in self._left:
-            path = self._file(item)
-            if path.exists():
+            if self._done(item) or not self._ready(item):
                 continue
             self._release()
             if self._over():
                 return
             # A part may be finished, and its claim released, between the look and the claim.
-            if not self._take(path) or path.exists():
+            if not self._take(item) or self._done(item):
                 continue
             took = True
             yield item
         self._idle = None if took else self._idle or time.monotonic()
 
-    def _take(self, file: Path) -> bool:
+    def _take(self, item: T) -> bool:
+        file = self._file(item)
         lock = Lock(_claim(file))
         if file in self._held or not lock.take():
             return False
-        self._held[file] = lock
+        self._held[file] = item, lock
         return True
 
     def _release(self) -> None:
-        for file in [f for f in self._held if f.exists()]:
-            self._held.pop(file).drop()
+        for file in [file for file, (item, _) in self._held.items() if self._done(item)]:
+            self._held.pop(file)[1].drop()
 
     def _show(self, file: Path) -> None:
         owner = Lock(_claim(file)).owner()
@@ -110,7 +115,7 @@ class Sharing(Generic[T]):
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            for lock in list(self._held.values()):
+            for _, lock in list(self._held.values()):
                 lock.renew()
 
     def __enter__(self) -> Sharing[T]:
@@ -125,9 +130,9 @@ class Sharing(Generic[T]):
     ) -> None:
         self._stop.set()
         self._thread.join()
-        for file, lock in self._held.items():
+        for file, (item, lock) in self._held.items():
             lock.drop()
-            if self._over():  # a claim after the end made the folder anew
+            if self._over() or self._done(item):  # a claim after the end made the folder anew
                 with contextlib.suppress(OSError):
                     file.parent.rmdir()
         self._held.clear()

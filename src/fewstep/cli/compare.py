@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
+from fewstep.base.processes import processes
+from fewstep.base.runs import locked
 from fewstep.cli._common import (
     Flag,
     console,
     follows,
     kept_files,
-    left_to_first,
     load_model,
     output_folder,
     parse_labels,
@@ -62,7 +64,8 @@ def compare(
 
     Also OUT/results.json (all numbers), OUT/best-NFE.json (the best sampler of each budget as a
     recipe for `fewstep sample --recipe`) and pictures. Each cell (a sampler at a budget) is saved
-    in OUT when it is done: an interrupted run is resumed by the same command.
+    in OUT when it is done: an interrupted run is resumed by the same command. Started several times together
+    (torchrun, accelerate launch, srun) the processes share the batches.
 
     Args:
         model: An embedded name (see `fewstep models`), or a folder.
@@ -89,8 +92,6 @@ def compare(
         extend: Add to the finished comparison in OUT: its cells are reused, its report is replaced.
         overwrite: Replace existing results.
     """
-    if left_to_first("compare"):
-        return
     given = _command(locals())
     positive("-n", n)
     positive("--batch-size", batch_size)
@@ -106,6 +107,7 @@ def compare(
     from fewstep.comparison import compare as run
     from fewstep.comparison.page import write_report
     from fewstep.comparison.results import Invocation
+    from fewstep.comparison.store import REPORT, RESULTS
     from fewstep.comparison.verdicts import judge
 
     chosen = METRICS if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
@@ -135,8 +137,18 @@ def compare(
         class_labels=class_labels,
         device=None if device == "auto" else device,
     )
-    verdicts = judge(comparison)
-    paths = write_report(comparison, invocation, verdicts)
+    team = processes()
+    with locked(out, wait=True) if team.several else nullcontext():
+        # Whoever is ready first writes the report, so that nobody waits for a lost process.
+        written = team.several and comparison.store.is_finished()
+        if written and not team.first:
+            return
+        verdicts = judge(comparison)
+        paths = [out / REPORT, out / RESULTS, *sorted(out.glob("best-*.json"))]
+        if not written:
+            paths = write_report(comparison, invocation, verdicts)
+    if not team.first:
+        return
     _table(comparison, verdicts)
     say(f"\nwrote {', '.join(str(path) for path in paths[:2])}")
     recipes = [path for path in paths if path.name.startswith("best-")]

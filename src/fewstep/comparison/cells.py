@@ -1,4 +1,7 @@
-"""Runs the cells of a comparison, batch by batch, and stores the inputs of the metrics."""
+"""Runs the cells of a comparison, batch by batch, and stores the inputs of the metrics.
+
+Processes of one launch share the batches: a batch of a cell needs that of the reference, a cell its batches.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import write_tensors
+from fewstep.base.processes import Processes
 from fewstep.base.progress import Progress
+from fewstep.base.sharing import Sharing
 from fewstep.comparison.entries import Entry
 from fewstep.comparison.scores import RMS, denoised, root, same_place, score
 from fewstep.comparison.store import REFERENCE, Cell, Store, joined
@@ -67,73 +72,151 @@ class Setting:
         return batches_of(range(self.n), self.batch_size)
 
 
+@dataclass(frozen=True)
+class Task:
+    """A batch of a cell to draw, or, without a number, the cell to put together from its batches."""
+
+    job: Job
+    name: str
+    number: int | None = None
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is of the reference."""
+        return self.name == REFERENCE
+
+
 class Runner:
-    """Runs cells, one after another, against one reference."""
+    """Runs cells against one reference.
+
+    Arguments:
+        setting: The settings of all cells.
+        store: The folder.
+        metrics: The names of the metrics.
+        target: The sampler of the reference.
+        progress: Ticks once for each network evaluation of a batch.
+    """
 
     def __init__(
         self,
         setting: Setting,
         store: Store,
         metrics: Sequence[str],
+        target: Job,
         progress: Progress,
     ) -> None:
         self.setting, self.store, self.metrics = setting, store, metrics
-        self.progress = progress
-        self.ends: list[Path] = []
+        self.target, self.progress = target, progress
 
-    def reference(self, job: Job) -> Cell:
-        """Runs the reference; its samples are stored, batch by batch, for the other cells."""
-        self.ends = [
-            self.store.part(REFERENCE, job.nfe, job.identity, rows.start)
-            for rows in self.setting.batches()
-        ]
-        whole = all(
-            self.store.read_part(path, len(rows), ("x",)) is not None
-            for path, rows in zip(self.ends, self.setting.batches(), strict=True)
-        )
-        cached = self.store.find(REFERENCE, job.nfe, job.identity) if whole else None
-        return self._finished(cached, job, REFERENCE)
-
-    def cell(self, job: Job) -> Cell:
-        """Runs a cell, unless it is stored."""
-        cached = self.store.find(job.entry.name, job.nfe, job.identity)
-        return self._finished(cached, job, job.entry.name)
-
-    def _finished(self, cached: Cell | None, job: Job, name: str) -> Cell:
-        if cached is not None:
-            self.progress.tick(len(self.setting.batches()) * job.nfe, f"{name}, {job.nfe}: stored")
-            return self._measured(cached, self.store.tensors(cached))
-        self.progress.tick(0, f"{name}, {job.nfe}")
-        cell, tensors = self._run(job, name)
-        # The batches of the reference hold its samples, which the other cells need.
-        cell = self._scored(cell, tensors)
-        self.store.write(cell, tensors, keep_parts=name == REFERENCE)
-        return cell
-
-    def _run(self, job: Job, name: str) -> tuple[Cell, dict[str, Tensor]]:
-        is_reference = name == REFERENCE
-        keys = ("seconds", "draws", *(("x", "zero") if is_reference else ("squares",)))
-        parts = []
-        for number, rows in enumerate(self.setting.batches()):
-            path = self.store.part(name, job.nfe, job.identity, rows.start)
-            part = self.store.read_part(path, len(rows), keys)
-            if part is None:
-                part = self._batch(job, rows, None if is_reference else self.ends[number])
-                write_tensors(path, part)
+    def run(self, jobs: Sequence[Job], team: Processes) -> None:
+        """Draws what is missing of the reference and the cells, shared with the processes of a launch."""
+        numbers = range(len(self.setting.batches()))
+        first = [Task(self.target, REFERENCE, number) for number in numbers]
+        for task in first[team.rank :: team.count]:
+            if self._stored(task) is None:  # damaged: it is drawn again
+                self._file(task).unlink(missing_ok=True)
+        if self.store.find(REFERENCE, self.target.nfe, self.target.identity) is None:
+            first.append(Task(self.target, REFERENCE))
+        then = []
+        for job in jobs:
+            name = job.entry.name
+            if self.store.find(name, job.nfe, job.identity) is None:
+                then += [*(Task(job, name, number) for number in numbers), Task(job, name)]
             else:
-                self.progress.tick(job.nfe)
-            parts.append({k: v for k, v in part.items() if k not in ("x", "zero")})
+                self.progress.tick(len(numbers) * job.nfe, f"{name}, {job.nfe}: stored")
+        for task in (*first, *then):
+            if task.number is not None and self._is_done(task):
+                self.progress.tick(task.job.nfe)
+        with Sharing(
+            [*team.own_first(first), *team.own_first(then)],
+            self._file,
+            done=self._is_done,
+            ready=self._is_ready,
+            progress=self.progress,
+        ) as work:
+            while work.unfinished():
+                for task in work.claimed():
+                    self._do(task)
+
+    def cell(self, job: Job, name: str | None = None) -> Cell:
+        """Returns a cell that has been run, with the metrics of this run."""
+        name = job.entry.name if name is None else name
+        stored = self.store.find(name, job.nfe, job.identity)
+        if stored is None:  # damaged since it was written
+            self._do(Task(job, name))
+            stored = self.store.find(name, job.nfe, job.identity)
+        assert stored is not None
+        return self._measured(stored, self.store.tensors(stored))
+
+    def reference(self) -> Cell:
+        """Returns the reference, once it has been run."""
+        return self.cell(self.target, REFERENCE)
+
+    def _file(self, task: Task) -> Path:
+        job = task.job
+        if task.number is None:
+            return self.store.file(task.name, job.nfe, ".json")
+        start = self.setting.batches()[task.number].start
+        return self.store.part(task.name, job.nfe, job.identity, start)
+
+    def _is_done(self, task: Task) -> bool:
+        if self._file(task).exists():
+            return True
+        # A written cell has no batches any more, except the reference, whose samples the others need.
+        return (
+            task.number is not None
+            and not task.is_reference
+            and self._file(replace(task, number=None)).exists()
+        )
+
+    def _is_ready(self, task: Task) -> bool:
+        if task.number is None:
+            each = [replace(task, number=n) for n in range(len(self.setting.batches()))]
+            return all(self._is_done(one) for one in each)
+        return task.is_reference or self._is_done(Task(self.target, REFERENCE, task.number))
+
+    def _do(self, task: Task) -> None:
+        if task.number is not None:
+            write_tensors(self._file(task), self._batch(task, task.number))
+            return
+        self.progress.tick(0, f"{task.name}, {task.job.nfe}")
+        cell, tensors = self._joined(task)
+        cell = self._scored(cell, tensors)
+        self.store.write(cell, tensors, keep_parts=task.is_reference)
+
+    def _stored(self, task: Task) -> dict[str, Tensor] | None:
+        """Returns a batch, or ``None`` if it is missing or damaged."""
+        keys = ("seconds", "draws", *(("x", "zero") if task.is_reference else ("squares",)))
+        assert task.number is not None
+        rows = len(self.setting.batches()[task.number])
+        return self.store.read_part(self._file(task), rows, keys)
+
+    def _part(self, task: Task, number: int) -> dict[str, Tensor]:
+        """Returns a batch; a missing or damaged one is drawn again."""
+        task = replace(task, number=number)
+        part = self._stored(task)
+        if part is None:
+            part = self._batch(task, number)
+            write_tensors(self._file(task), part)
+        return part
+
+    def _joined(self, task: Task) -> tuple[Cell, dict[str, Tensor]]:
+        """Puts a cell together from its batches."""
+        job, batches = task.job, self.setting.batches()
+        parts = [
+            {k: v for k, v in self._part(task, number).items() if k not in ("x", "zero")}
+            for number in range(len(batches))
+        ]
         every = joined(parts)
         seconds, draws = every.pop("seconds").tolist(), every.pop("draws")
         end = 0
-        if not is_reference:
+        if not task.is_reference:
             end = int(every["squares"].mean(0).argmin())
             every["squares"] = every["squares"][:, end].contiguous()
         every["shown"] = every["shown"][: self._shown_count()].contiguous()
-        starts = [rows.start for rows in self.setting.batches()]
-        times = [seconds[start] for start in starts]
+        times = [seconds[rows.start] for rows in batches]
         cell = Cell(
-            name=name,
+            name=task.name,
             nfe=job.nfe,
             identity=job.identity,
             passes=job.nfe * job.sampler.denoiser.passes,
@@ -145,9 +228,11 @@ class Runner:
         )
         return cell, every
 
-    def _batch(self, job: Job, rows: range, end: Path | None) -> dict[str, Tensor]:
+    def _batch(self, task: Task, number: int) -> dict[str, Tensor]:
         """Draws one batch; returns the tensors to store."""
+        job, rows = task.job, self.setting.batches()[number]
         model = job.sampler.denoiser
+        self.progress.tick(0, f"{task.name}, {job.nfe}")
         source = Counting(self.setting.seed, rows)
         cond = self.setting.conditions.at(rows)
         noise = initial_noise(model, source)
@@ -164,10 +249,9 @@ class Runner:
         }
         if self.setting.data is not None:
             part["features"] = _features(self.setting.data, x)
-        if end is None:
+        if task.is_reference:
             return {**part, "x": x.cpu(), "zero": denoised(model, x, cond).cpu()}
-        reference = self.store.read_part(end, len(rows), ("x", "zero"))
-        assert reference is not None  # the reference has just been run or checked
+        reference = self._part(Task(self.target, REFERENCE), number)
         both = [same_place(x, reference[key].to(x.dtype)) for key in ("x", "zero")]
         return {**part, "squares": torch.stack(both, 1)}
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fewstep.base.processes import processes
 from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import locked
 from fewstep.comparison.cells import Job, Runner, Setting
 from fewstep.comparison.entries import Build, Entry, identity, read_entries, read_entry
 from fewstep.comparison.scores import METRICS, check_metrics
-from fewstep.comparison.store import Cell, Store
+from fewstep.comparison.store import REFERENCE, Cell, Store
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.metrics import Reference
 from fewstep.models.conditions import Conditions
@@ -71,7 +73,8 @@ def compare(
 
     Each cell (a sampler at a budget) is written to the folder when it is done, so an interrupted run
     is resumed, within a cell batch by batch; only features are stored, not
-    the samples. The distance of each sample to the reference is the root mean square over its values.
+    the samples. Several processes of one launch (``torchrun``, ``srun``) share the batches; each returns
+    the whole, with the same numbers except the seconds. The distance of each sample to the reference is the root mean square over its values.
     Libraries end differently, at the lowest level of the schedule or at :math:`\sigma = 0`; a
     sampler is compared with the reference at either end (the second by one more evaluation),
     and the smaller distance counts.
@@ -131,17 +134,30 @@ def compare(
     setting = Setting(denoiser, n, seed, conditions, data, batch_size, shown)
     target = _reference_job(reference, reference_nfe, denoiser)
     question = _question(setting, target, guidance)
-    store = Store(folder)
-    with (
-        progress_of(progress) as shown_progress,
-        locked(store.folder, progress=shown_progress),
-    ):
-        store.open(question, extend=extend, overwrite=overwrite)
+    store, team = Store(folder), processes()
+    if overwrite and team.several:
+        raise ValueError(
+            "--overwrite with several processes could delete what another has begun; remove the folder first"
+        )
+    every = [(REFERENCE, target.nfe, target.identity)]
+    every += [(job.entry.name, job.nfe, job.identity) for job in jobs]
+    with progress_of(progress) as shown_progress, ExitStack() as whole:
+
+        def hold() -> AbstractContextManager[None]:
+            return locked(store.folder, progress=shown_progress, wait=team.several)
+
+        # Alone it has the folder to itself; processes of a launch lock it only to begin and to end.
+        if not team.several:
+            whole.enter_context(hold())
+        with hold() if team.several else nullcontext():
+            store.open(question, every, extend=extend, overwrite=overwrite, join=team.several)
         total = len(setting.batches()) * (target.nfe + sum(job.nfe for job in jobs))
         shown_progress.stage("comparing", total)
-        runner = Runner(setting, store, names, shown_progress)
-        base = runner.reference(target)
-        cells = [runner.cell(job) for job in jobs]
+        runner = Runner(setting, store, names, target, shown_progress)
+        runner.run(jobs, team)
+        with hold() if team.several else nullcontext():
+            base = runner.reference()
+            cells = [runner.cell(job) for job in jobs]
     return Comparison(store, question, cells, base, refused, parts, setting)
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import read_json, read_tensors, sweep, write_json, write_tensors
-from fewstep.base.runs import difference
+from fewstep.base.runs import difference, digest_of
+from fewstep.base.sharing import live_claims
 from fewstep.comparison.scores import estimate_from_record, estimate_record
 from fewstep.metrics import Estimate
 
@@ -98,18 +99,31 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._cells = ""
 
-    def open(self, question: Mapping[str, Any], *, extend: bool, overwrite: bool) -> None:
+    def open(
+        self,
+        question: Mapping[str, Any],
+        cells: Sequence[tuple[str, int, str]],
+        *,
+        extend: bool,
+        overwrite: bool,
+        join: bool = False,
+    ) -> None:
         """Prepares a folder in which the comparison starts or is resumed.
 
         Arguments:
             question: The inputs that determine all numbers: model, seed, number of samples, data.
+            cells: Name, budget and identity of each cell, the reference's first.
             extend: Whether samplers or budgets may be added to a finished comparison.
             overwrite: Whether to remove existing results.
+            join: Whether other processes may be at work on the same cells, or have just finished them.
 
         Raises:
-            ValueError: If the folder holds something else, or a comparison with other settings.
+            ValueError: If the folder holds something else, a comparison with other settings, or one
+                that others are at work on.
         """
+        self._cells = digest_of([list(cell) for cell in cells])
         state = self.folder / STATE
         before = None
         if state.exists():
@@ -117,15 +131,29 @@ class Store:
                 before = read_json(state, what="the state of a comparison")
             except ValueError:
                 before = {}
+        folders = [self.folder / CELLS, *self.folder.glob(f"{CELLS}/*.parts")]
+        live = any(live_claims(folder) for folder in folders)
+        same = isinstance(before, dict) and before.get("cells") == self._cells
+        if live and not (join and same and not overwrite):
+            raise ValueError(
+                f"{str(self.folder)!r} is being written by another run; wait until it has finished, "
+                "or give another --out"
+            )
         if before is not None and not overwrite:
-            self._check(before, question, extend)
+            self._check(before, question, extend or (join and same))
+            if join and before.get("finished") and same:
+                return  # late, or resumed although it is finished: what is damaged is made again
         elif any((self.folder / name).exists() for name in (REPORT, RESULTS, CELLS)):
             if not overwrite:
                 raise ValueError(f"{str(self.folder)!r} exists; give --overwrite or another --out")
         if overwrite:
             self.clear()
-        for folder in (self.folder, self.folder / CELLS, *self.folder.glob(f"{CELLS}/*.parts")):
-            sweep(folder)
+        if not live:
+            for folder in (self.folder, *folders):
+                sweep(folder)
+            for name, nfe, identity in cells:  # damaged cells, and others of the same name
+                if self.find(name, nfe, identity) is None:
+                    self.file(name, nfe, ".json").unlink(missing_ok=True)
         self._write(question, finished=False)
 
     def _check(self, before: Any, question: Mapping[str, Any], extend: bool) -> None:
@@ -146,6 +174,14 @@ class Store:
         """Marks the report as written."""
         self._write(question, finished=True)
 
+    def is_finished(self) -> bool:
+        """Returns whether the report of these cells has been written."""
+        try:
+            state = read_json(self.folder / STATE, what="the state of a comparison")
+        except ValueError:
+            return False
+        return bool(state.get("finished")) and state.get("cells") == self._cells
+
     def _write(self, question: Mapping[str, Any], *, finished: bool) -> None:
         write_json(
             self.folder / STATE,
@@ -153,6 +189,7 @@ class Store:
                 "format": f"{FORMAT}.state",
                 "version": VERSION,
                 "question": dict(question),
+                "cells": self._cells,
                 "finished": finished,
             },
         )
