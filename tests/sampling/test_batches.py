@@ -132,3 +132,50 @@ def test_the_second_call_of_sample_costs_what_the_loop_costs(image):
         with Operations() as operations:
             fewstep.sample(model, 1, solver=name, nfe=nfe, **start)
         assert operations.count <= 13 * nfe, name
+
+
+class Limited(exact.GaussianMixture):
+    """Out of memory above some samples, or once at an evaluation."""
+
+    def __init__(self, most=10**9, at=None):
+        super().__init__([[1.0, -1.0], [-1.0, 1.0]], [0.3, 0.2], [0.4, 0.6], SCHEDULE)
+        self.most, self.at, self.count, self.sizes = most, at, 0, []
+
+    def raw(self, x, t, **cond):
+        self.count += 1
+        self.sizes.append(len(x))
+        if len(x) > self.most or self.count == self.at:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return super().raw(x, t, **cond)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dopri5"])
+@pytest.mark.parametrize("limit", [{"most": 3}, {"most": 1}, {"at": 3}])
+def test_out_of_memory_halves_the_batch_and_keeps_the_samples(solver, limit, caplog):
+    options = {"solver": solver, "seed": 3, "save": "states", "batch_size": 6}
+    options |= {"options": {"rtol": 1e-2}} if solver == "dopri5" else {"nfe": 4}
+    model, progress = Limited(**limit), Counter()
+    found = fewstep.sample(model, 10, progress=progress, **options)
+    right = fewstep.sample(MODEL, 10, **options)
+    tight = {"rtol": 1e-4, "atol": 1e-4} if solver == "dopri5" else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found.x, right.x, **tight)
+    torch.testing.assert_close(found.states, right.states, **tight)
+    assert "out of memory with 6 samples" in caplog.text
+    if solver != "dopri5":
+        assert progress.count == 2 * 4  # once an evaluation of a batch, however it was made
+        assert found.nfe == right.nfe
+    # Later batches begin with what fitted.
+    assert max(model.sizes[-6:]) <= model.most
+    assert model.sizes.count(6) <= (3 if "at" in limit else 1)
+
+
+def test_halved_batches_begin_with_their_own_noise_and_image():
+    noise, image = torch.randn(5, 2), torch.randn(5, 2)
+    plan = fewstep.plan("ddim", SCHEDULE, nfe=3)
+    runs = [
+        fewstep.sample(model, noise=noise, image=image, strength=0.5, solver="ddim", nfe=3)
+        for model in (MODEL, Limited(most=2))
+    ]
+    torch.testing.assert_close(*runs)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        fewstep.sample(Limited(most=0), 4, plan=plan)

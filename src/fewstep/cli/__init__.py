@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from fewstep import __version__
 from fewstep.base.interrupts import Terminated, raise_on_sigterm
+from fewstep.base.memory import is_out_of_memory
 from fewstep.cli._common import Flag, fail, is_verbose, set_verbosity
 
 
@@ -110,6 +111,17 @@ def run(arguments: Sequence[str]) -> int:
         if is_verbose():
             traceback.print_exc()
         fail(_message(error))
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if raising or not is_out_of_memory(error):
+            raise
+        if is_verbose():
+            traceback.print_exc()
+        fail(
+            f"out of memory: {_message(error):.300}; give fewer at once (--batch-size, the batch_size of a "
+            "recipe or setting, a smaller --size), or another --device. What was finished is saved, and "
+            "the same command resumes it"
+        )
         return 2
     finally:
         set_verbosity()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import write_tensors
+from fewstep.base.memory import in_parts
 from fewstep.base.processes import Processes
 from fewstep.base.progress import Progress
 from fewstep.base.sharing import Sharing
@@ -25,7 +26,7 @@ from fewstep.comparison.store import REFERENCE, Cell, Store, joined
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.metrics import Reference
 from fewstep.metrics.features import extractor
-from fewstep.models.conditions import Conditions
+from fewstep.models.conditions import Conditions, select
 from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.batches import batches_of, initial_noise, run_batch
 from fewstep.sampling.protocol import Sampler
@@ -250,7 +251,10 @@ class Runner:
         if self.setting.data is not None:
             part["features"] = _features(self.setting.data, x)
         if task.is_reference:
-            return {**part, "x": x.cpu(), "zero": denoised(model, x, cond).cpu()}
+            zero = in_parts(
+                lambda some: denoised(model, x[some.start : some.stop], select(cond, some)), len(x)
+            )
+            return {**part, "x": x.cpu(), "zero": zero.cpu()}
         reference = self._part(Task(self.target, REFERENCE), number)
         both = [same_place(x, reference[key].to(x.dtype)) for key in ("x", "zero")]
         return {**part, "squares": torch.stack(both, 1)}
@@ -295,10 +299,16 @@ class Counting(NoiseSource):
     """Records whether anything but the initial noise was drawn."""
 
     drawn = False
+    whole: Counting | None = None
 
     def draw(self, index: int, shape: Sequence[int], **kwargs: Any) -> Tensor:
-        self.drawn = True
+        (self.whole or self).drawn = True
         return super().draw(index, shape, **kwargs)
+
+    def part(self, rows: range) -> Counting:
+        made = Counting(self.seed, self.samples[rows.start : rows.stop])
+        made.whole = self.whole or self
+        return made
 
 
 def _about(job: Job) -> dict[str, Any]:
@@ -315,8 +325,12 @@ def _about(job: Job) -> dict[str, Any]:
 
 
 def _features(data: Reference, x: Tensor) -> Tensor:
+    extract = extractor(data.extractor)
     with torch.no_grad():
-        return extractor(data.extractor)(x.float()).flatten(1).float().cpu()
+        return in_parts(
+            lambda rows: extract(x[rows.start : rows.stop].float()).flatten(1).float().cpu(),
+            len(x),
+        )
 
 
 def _wait(device: torch.device) -> None:

@@ -106,6 +106,10 @@ class NoiseSource:
             ],
         )
 
+    def part(self, rows: range) -> NoiseSource:
+        """Returns the source of some rows of the batch, with the same numbers."""
+        return NoiseSource(self.seed, self.samples[rows.start : rows.stop])
+
     def seconds(self, shape: Sequence[int]) -> float:
         """Returns about how long a draw takes on one core."""
         each = SECONDS_PER_SAMPLE + SECONDS_PER_NUMBER * torch.Size(shape).numel()

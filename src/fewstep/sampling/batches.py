@@ -2,6 +2,7 @@ r"""Numbered samples in batches: the loop of ``sample``, ``record``, ``compare``
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -9,9 +10,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from fewstep.base.memory import Halving
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import INITIAL, NoiseSource
-from fewstep.models.conditions import Conditions
+from fewstep.models.conditions import Conditions, select
 from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.protocol import DEFAULT_BATCH, Run, Sampler, Trajectory
 
@@ -197,6 +199,9 @@ def run_batch(
 ) -> Trajectory:
     """Draws the samples of one batch; the arguments are those of :func:`run_batches`, for this batch.
 
+    When out of memory the batch is run again in halves, with a warning in the log, and so are later batches
+    of this model. A sample depends on its number alone, so it is the same up to rounding.
+
     Arguments:
         sampler: The sampler.
         source: The draws of the batch.
@@ -209,12 +214,58 @@ def run_batch(
         times: The times of the states to save.
         on_evaluation: Called after each network evaluation.
     """
-    z = initial_noise(sampler.denoiser, source, noise, dtype=dtype)
-    # Samplers without intermediate states cannot start from an image.
-    x = sampler.start(z) if image is None else sampler.start(z, image)  # type: ignore[call-arg]
-    if adjust is not None:
-        x = adjust(x, source.samples)
-    return sampler.run(x, Run(source, cond, save, on_evaluation, times))
+    ticks = None if on_evaluation is None else _Ticks(on_evaluation)
+
+    def run(rows: range) -> Trajectory:
+        part, some = slice(rows.start, rows.stop), source
+        ready, z, start_image = cond, noise, image
+        if len(rows) < len(source.samples):
+            some, ready = source.part(rows), select(cond, rows)
+            z = None if noise is None else noise[part]
+            start_image = None if image is None else image[part]
+        z = initial_noise(sampler.denoiser, some, z, dtype=dtype)
+        # Samplers without intermediate states cannot start from an image.
+        x = sampler.start(z) if start_image is None else sampler.start(z, start_image)  # type: ignore[call-arg]
+        if adjust is not None:
+            x = adjust(x, some.samples)
+        return sampler.run(x, Run(some, ready, save, ticks and ticks.restarted(), times))
+
+    return _joined(_halving(sampler.denoiser)(run, len(source.samples)))
+
+
+_halvings: weakref.WeakKeyDictionary[Denoiser, Halving] = weakref.WeakKeyDictionary()
+
+
+def _halving(denoiser: Denoiser) -> Halving:
+    """Returns what remembers the size of a batch that fits, for the model."""
+    return _halvings.setdefault(denoiser, Halving())
+
+
+class _Ticks:
+    """Counts the evaluations of a batch once, although parts of it are run again or one after another."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        self._tick, self._most, self._now = tick, 0, 0
+
+    def restarted(self) -> Callable[[], None]:
+        self._now = 0
+        return self._one
+
+    def _one(self) -> None:
+        self._now += 1
+        if self._now > self._most:
+            self._most = self._now
+            self._tick()
+
+
+def _joined(parts: Sequence[Trajectory]) -> Trajectory:
+    """Returns the trajectory of a whole batch."""
+    if len(parts) == 1:
+        return parts[0]
+    states = [part.states for part in parts if part.states is not None]
+    x = torch.cat([part.x for part in parts])
+    evaluations = sum(part.nfe * len(part.x) for part in parts) / len(x)
+    return Trajectory(x, parts[0].times, torch.cat(states, 1) if states else None, evaluations)
 
 
 def initial_noise(

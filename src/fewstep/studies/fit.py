@@ -17,6 +17,7 @@ from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import RunFolder
 from fewstep.models.conditions import Conditions, select
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.splitting import split_evaluations
 from fewstep.models.wrappers import Guided
 from fewstep.plans.plan import Plan
 from fewstep.sampling.profile import Profile, ProfileEntry
@@ -175,6 +176,7 @@ def fit(
             }
             stack.enter_context(run.running(inputs, overwrite=overwrite, progress=shown))
         meter = _Meter(shown, total)
+        stack.enter_context(split_evaluations(denoiser))
         work = _Work(denoiser, noise, conditions, _split(n), meter, run)
         entries, recommended = work.entries(budgets)
         if run is not None:

@@ -15,6 +15,7 @@ from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import PARTS, RunFolder
 from fewstep.models.conditions import Conditions, select
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.splitting import split_evaluations
 from fewstep.studies.checking import model_check
 from fewstep.studies.curves import anatomy
 from fewstep.studies.dynamic import BestGrid
@@ -114,6 +115,19 @@ def _study(
     subject = work.subject
     began = time.monotonic()
     check = work.run.record("check", work.check)
+    with split_evaluations(subject.denoiser):
+        return _stages(work, check, began, nfe, minutes, solvers)
+
+
+def _stages(
+    work: _Work,
+    check: dict[str, Any],
+    began: float,
+    nfe: Sequence[int],
+    minutes: float,
+    solvers: Sequence[str],
+) -> tuple[dict[str, Any], list[Advice]]:
+    subject = work.subject
     reference, held_out = work.references()
     path = work.path(reference)
     budgets = sorted(set(nfe))

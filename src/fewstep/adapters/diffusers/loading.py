@@ -24,6 +24,7 @@ from fewstep.adapters.diffusers.network_calls import (
 from fewstep.adapters.diffusers.text_encoders import TextEncoders, read_text_encoders
 from fewstep.adapters.diffusers.weights import variant_of
 from fewstep.base.files import read_json
+from fewstep.base.memory import Halving, in_parts
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Flow, NoiseSchedule, VPSigma
 from fewstep.models.conditions import AcceptedConditions
@@ -159,11 +160,14 @@ class DiffusersModel(WrappedNetwork):
             shape = (1, -1, *[1] * (x.ndim - 2))
             scale = scale / torch.tensor(stds).to(weights).reshape(shape)
             shift = torch.tensor(means).to(weights).reshape(shape)
-        parts = [
-            self.vae.decode(part.to(weights) / scale + shift, return_dict=False)[0].to(x.dtype)
-            for part in x.split(batch_size)
-        ]
-        return torch.cat(parts)
+        vae, halving = self.vae, Halving()
+        halving.most = batch_size
+
+        def decoded(rows: range) -> Tensor:
+            part = x[rows.start : rows.stop].to(weights) / scale + shift
+            return vae.decode(part, return_dict=False)[0].to(x.dtype)
+
+        return in_parts(decoded, len(x), halving)
 
 
 def load_denoiser(
