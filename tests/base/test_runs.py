@@ -288,10 +288,10 @@ def test_only_the_owner_drops_its_lock(tmp_path):
 
 def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="no space"):
         Lock(tmp_path / ".lock").take()
     assert os.listdir(tmp_path) == []
 

@@ -2,7 +2,7 @@
 
 A JSON object has the key :data:`CHECKSUM` last, a safetensors file has it in its metadata. Reading
 verifies and removes it; files without one (written by hand, by other programs, or by an earlier version)
-are read unchecked.
+are read unchecked, and the log names each once.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import errno
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,24 +38,51 @@ LITTER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 MOST_NESTED = 64
 """The most levels of nesting that a JSON file may have."""
 
+MOST_JSON = 1 << 24
+"""The most bytes of JSON that are parsed; parsed they may take thirty times as many."""
+
+MOST_HEADER = 1 << 24
+"""The most bytes of a safetensors file's header, which is JSON too."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""The errors of a full disk, an exhausted quota, and a limit of the size of files."""
+
+logger = logging.getLogger("fewstep")
+
+_unchecked: set[str] = set()
+"""The files without a checksum that the log has named."""
+
 
 def write_atomic(
-    path: str | Path, content: bytes | str | Iterable[bytes | memoryview], *, new: bool = False
+    path: str | Path,
+    content: bytes | str | Iterable[bytes | memoryview],
+    *,
+    new: bool = False,
+    size: int | None = None,
 ) -> Path:
     """Writes a file atomically: temporary file, fsync, rename, fsync of the folder.
 
     After a power cut the file is whole, and there if this function had returned.
 
+    Arguments:
+        path: The file.
+        content: Its content, whole or in pieces.
+        new: Whether it must not exist yet.
+        size: The number of bytes, for messages, if the pieces are not a sequence.
+
     Raises:
         FileExistsError: If it should be ``new`` and exists: of many writers one succeeds.
+        OSError: If there is no space left; the message names the file and the number of bytes.
     """
     path = Path(path)
-    make_folder(path.parent)
     # Not the process id: on a shared folder another machine may have the same.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     data = content.encode() if isinstance(content, str) else content
     pieces = [data] if isinstance(data, bytes) else data
+    if size is None and isinstance(pieces, Sequence):
+        size = sum(map(len, pieces))
     try:
+        make_folder(path.parent)
         with open(temporary, "wb") as stream:
             for piece in pieces:
                 stream.write(piece)
@@ -63,8 +92,15 @@ def write_atomic(
             _link(temporary, path)
         else:
             os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # before the free space is measured
+        raise no_space(error, path, size) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     sync_folder(path.parent)
     return path
 
@@ -90,6 +126,34 @@ def sync_folder(folder: Path) -> None:
                 raise
         finally:
             os.close(handle)
+
+
+def no_space(error: OSError, path: Path, size: int | None) -> OSError:
+    """Returns the error for a file that could not be written because the disk is full.
+
+    Arguments:
+        error: The error of the system.
+        path: The file.
+        size: The bytes that were to be written, if that is known.
+    """
+    needed = "its content" if size is None else f"{_amount(size)} of content"
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f", {_amount(shutil.disk_usage(path.parent).free)} are free"
+    limited = error.errno == errno.EFBIG
+    what = "the size of files is limited (ulimit -f)" if limited else "no space left"
+    fix = "raise the limit" if limited else "free some space"
+    text = f"{what}: {needed} could not be written{free}; {fix} and give the same command again"
+    return OSError(error.errno, text, str(path))
+
+
+def _amount(count: float) -> str:
+    """Returns a number of bytes in words: ``1.5 MB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def _link(temporary: Path, path: Path) -> None:
@@ -131,7 +195,12 @@ def _json_digest(value: Any) -> str:
 
 
 def read_json(
-    path: str | Path, *, what: str = "file", checksum: bool = False, infinite: bool = False
+    path: str | Path,
+    *,
+    what: str = "file",
+    checksum: bool = False,
+    infinite: bool = False,
+    foreign: bool = False,
 ) -> Any:
     """Reads a JSON file.
 
@@ -140,17 +209,50 @@ def read_json(
         what: The kind of file, for messages.
         checksum: Whether it must have a checksum, as for files that only fewstep writes.
         infinite: Whether numbers may be infinite, as other libraries write them.
+        foreign: Whether it is another library's, without a checksum by nature.
 
     Raises:
-        ValueError: If it is missing, unreadable, not JSON, or does not match its checksum; the
-            message names the file.
+        ValueError: If it is missing, unreadable, not JSON, too large, or does not match its
+            checksum; the message names the file.
+    """
+    name = f"{what} {str(path)!r}"
+    content = read_limited(path, what=name)
+    value = loads_json(content, what=name, checksum=checksum, infinite=infinite)
+    if not foreign and CHECKSUM.encode() not in content:
+        _mention(path)
+    return value
+
+
+def read_limited(path: str | Path, *, what: str, most: int = MOST_JSON) -> bytes:
+    """Returns the content of a file that has at most so many bytes; of a larger one nothing is read.
+
+    Raises:
+        ValueError: If it is missing, unreadable or larger.
     """
     try:
-        name = f"{what} {str(path)!r}"
-        content = Path(path).read_bytes()
-        return loads_json(content, what=name, checksum=checksum, infinite=infinite)
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            content = stream.read(most + 1) if size <= most else b""
     except OSError as error:
-        raise ValueError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{what} cannot be read: {error.strerror}") from None
+    _check_size(max(size, len(content)), what, most)
+    return content
+
+
+def _check_size(size: int, what: str, most: int) -> None:
+    if size > most:
+        raise ValueError(f"{what} has {_amount(size)}; at most {_amount(most)} are read")
+
+
+def _mention(path: str | Path) -> None:
+    """Names a file without a checksum in the log, once in a process."""
+    if str(path) not in _unchecked:
+        _unchecked.add(str(path))
+        logger.info(
+            "%s has no checksum: it is of an early version, of another program, or was edited; "
+            "it is read unchecked",
+            path,
+        )
 
 
 def loads_json(
@@ -159,8 +261,10 @@ def loads_json(
     """Parses JSON, refusing NaN, infinity, repeated keys and absurd nesting with a clear error.
 
     Raises:
-        ValueError: Also if the text has a checksum (see :func:`write_json`) that is not its own.
+        ValueError: Also if the text is longer than :data:`MOST_JSON`, or has a checksum (see
+            :func:`write_json`) that is not its own.
     """
+    _check_size(len(text), what, MOST_JSON)
     try:
         value = json.loads(
             text,
@@ -295,7 +399,8 @@ def write_rows(
     for block in data():
         digest.update(block)
     header["__metadata__"][CHECKSUM] = digest.hexdigest()
-    return write_atomic(path, itertools.chain([_encoded(header)], data()))
+    start = _encoded(header)
+    return write_atomic(path, itertools.chain([start], data()), size=len(start) + size)
 
 
 def _encoded(header: Mapping[str, Any]) -> bytes:
@@ -304,24 +409,33 @@ def _encoded(header: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(
+    path: str | Path, *, what: str = "file", foreign: bool = False
+) -> dict[str, Tensor]:
     """Reads a safetensors file.
+
+    Arguments:
+        path: The file.
+        what: The kind of file, for messages.
+        foreign: Whether it is another program's, or verified by a checksum elsewhere.
 
     Raises:
         ValueError: If the file is missing, is not safetensors, or does not match its checksum;
             the message names it.
     """
-    return read_tensors_and_metadata(path)[0]
+    return read_tensors_and_metadata(path, what=what, foreign=foreign)[0]
 
 
 def read_tensors_and_metadata(
-    path: str | Path, *, checksum: bool = False
+    path: str | Path, *, what: str = "file", checksum: bool = False, foreign: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file with its metadata.
 
     Arguments:
         path: The file.
+        what: The kind of file, for messages.
         checksum: Whether it must have a checksum, as for files that only fewstep writes.
+        foreign: Whether it is another program's, or verified by a checksum elsewhere.
 
     Raises:
         ValueError: As :func:`read_tensors`.
@@ -329,20 +443,25 @@ def read_tensors_and_metadata(
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    name = f"{what} {str(path)!r}"
     try:
-        raw = Path(path).read_bytes()
+        with open(path, "rb") as stream:
+            _check_header(stream, name)
+            raw = stream.read()
         tensors = load(raw)
         header, data = _split(raw)
         metadata = {str(k): str(v) for k, v in (header.get("__metadata__") or {}).items()}
     except OSError as error:
-        raise ValueError(f"file {str(path)!r} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from None
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"file {str(path)!r} is not a safetensors file: {error}") from None
+        raise ValueError(f"{name} is not a safetensors file: {error}") from None
     written = metadata.pop(CHECKSUM, None)
     if written is None and checksum:
-        raise ValueError(f"file {str(path)!r} is damaged: it has no checksum")
+        raise ValueError(f"{name} is damaged: it has no checksum")
     if written is not None and written != _tensors_digest(header, data):
-        raise ValueError(f"file {str(path)!r} is damaged: its checksum does not match")
+        raise ValueError(f"{name} is damaged: its checksum does not match")
+    if written is None and not foreign:
+        _mention(path)
     return tensors, metadata
 
 
@@ -355,12 +474,24 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb") as stream:
+            _check_header(stream, "it")
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"file {str(path)!r} is not a safetensors file: {error}") from None
     metadata.pop(CHECKSUM, None)
     return metadata
+
+
+def _check_header(stream: BinaryIO, name: str) -> None:
+    """Raises unless a safetensors file has the header that it says; the stream is at its start then."""
+    size = os.fstat(stream.fileno()).st_size
+    length = int.from_bytes(stream.read(8), "little")
+    if not 2 <= length <= size - 8:
+        raise ValueError(f"its header would have {length} bytes, {name} has {size}")
+    _check_size(length, f"the header of {name}", MOST_HEADER)
+    stream.seek(0)
 
 
 def _split(raw: bytes) -> tuple[dict[str, Any], memoryview]:

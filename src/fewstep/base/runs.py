@@ -286,7 +286,8 @@ class RunFolder:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes a part of tensors."""
-        write_tensors(self.tensors_file(name), tensors, {"inputs": self._digest})
+        about = {"inputs": self._digest, "part": name}
+        write_tensors(self.tensors_file(name), tensors, about)
 
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
         """Returns a part, or ``None`` if it is missing, damaged, or of other inputs."""
@@ -294,11 +295,12 @@ class RunFolder:
             tensors, metadata = read_tensors_and_metadata(self.tensors_file(name), checksum=True)
         except ValueError:
             return None
-        return tensors if metadata.get("inputs") == self._digest else None
+        return tensors if self._is_own(metadata, name) else None
 
     def write_record(self, name: str, value: Any) -> None:
         """Writes a part of JSON."""
-        write_json(self.parts / f"{name}.json", {"inputs": self._digest, "value": value})
+        content = {"inputs": self._digest, "part": name, "value": value}
+        write_json(self.parts / f"{name}.json", content)
 
     def read_record(self, name: str) -> Any:
         """Returns a part of JSON, or ``None`` if it is missing, damaged, or of other inputs."""
@@ -306,8 +308,12 @@ class RunFolder:
             content = read_json(self.parts / f"{name}.json", what="a part", checksum=True)
         except ValueError:
             return None
-        fits = isinstance(content, dict) and content.get("inputs") == self._digest
-        return content.get("value") if fits else None
+        return content.get("value") if self._is_own(content, name) else None
+
+    def _is_own(self, about: Any, name: str) -> bool:
+        """Returns whether a part is of these inputs, and not another part under this name."""
+        own = isinstance(about, dict) and about.get("inputs") == self._digest
+        return own and about.get("part", name) == name
 
     def record(self, name: str, make: Callable[[], Any]) -> Any:
         """Returns a part of JSON; computes and writes it if it is missing."""

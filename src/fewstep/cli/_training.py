@@ -28,13 +28,17 @@ def begin(
 ) -> int:
     """Returns the step at which a run is resumed, 0 if it is new.
 
-    With ``overwrite`` the files of a finished run, or of one with another recipe or other inputs, are deleted first.
+    With ``overwrite`` the files of a finished run, or of one that is damaged or has another recipe or other
+    inputs, are deleted first.
     """
-    state = _checkpoint(out)
+    from fewstep.training.checkpoints import is_intact
+
+    damaged = overwrite and not is_intact(out)
+    state = None if damaged else _checkpoint(out)
     other = state is not None and state.get("recipe") != json.loads(json.dumps(asdict(recipe)))
     if state is not None and "inputs" in state:
         other = other or difference(state["inputs"], inputs) is not None
-    if overwrite and (finished or other):
+    if overwrite and (finished or other or damaged):
         for name in names:
             (out / name).unlink(missing_ok=True)
         return 0

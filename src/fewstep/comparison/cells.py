@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.base.files import write_tensors
 from fewstep.base.memory import in_parts
 from fewstep.base.processes import Processes
 from fewstep.base.progress import Progress
@@ -178,7 +177,7 @@ class Runner:
 
     def _do(self, task: Task) -> None:
         if task.number is not None:
-            write_tensors(self._file(task), self._batch(task, task.number))
+            self.store.write_part(self._file(task), self._batch(task, task.number))
             return
         self.progress.tick(0, f"{task.name}, {task.job.nfe}")
         cell, tensors = self._joined(task)
@@ -198,7 +197,7 @@ class Runner:
         part = self._stored(task)
         if part is None:
             part = self._batch(task, number)
-            write_tensors(self._file(task), part)
+            self.store.write_part(self._file(task), part)
         return part
 
     def _joined(self, task: Task) -> tuple[Cell, dict[str, Tensor]]:

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.base.files import read_json, read_tensors, sweep, write_json, write_tensors
+from fewstep.base.files import (
+    read_json,
+    read_tensors_and_metadata,
+    sweep,
+    write_json,
+    write_tensors,
+)
 from fewstep.base.runs import difference, digest_of
 from fewstep.base.sharing import live_claims
 from fewstep.comparison.scores import estimate_from_record, estimate_record
@@ -23,6 +29,8 @@ FORMAT, VERSION = "fewstep.comparison", 1
 STATE, CELLS = "comparison.json", "cells"
 REPORT, RESULTS = "report.html", "results.json"
 REFERENCE = "reference"
+CELL, BATCH = "cell", "batch"
+"""The entries of the metadata that say what a file holds: files that were swapped are noticed."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +136,13 @@ class Store:
         before = None
         if state.exists():
             try:
-                before = read_json(state, what="the state of a comparison")
-            except ValueError:
-                before = {}
+                before = _read_state(state)
+            except ValueError as error:
+                if not overwrite:
+                    raise ValueError(f"{error}; give --overwrite or another --out") from None
         folders = [self.folder / CELLS, *self.folder.glob(f"{CELLS}/*.parts")]
         live = any(live_claims(folder) for folder in folders)
-        same = isinstance(before, dict) and before.get("cells") == self._cells
+        same = before is not None and before.get("cells") == self._cells
         if live and not (join and same and not overwrite):
             raise ValueError(
                 f"{str(self.folder)!r} is being written by another run; wait until it has finished, "
@@ -145,7 +154,9 @@ class Store:
                 return  # late, or resumed although it is finished: what is damaged is made again
         elif any((self.folder / name).exists() for name in (REPORT, RESULTS, CELLS)):
             if not overwrite:
-                raise ValueError(f"{str(self.folder)!r} exists; give --overwrite or another --out")
+                raise ValueError(
+                    f"{str(self.folder)!r} exists; give --overwrite or another --out (it has no {STATE})"
+                )
         if overwrite:
             self.clear()
         if not live:
@@ -157,8 +168,7 @@ class Store:
         self._write(question, finished=False)
 
     def _check(self, before: Any, question: Mapping[str, Any], extend: bool) -> None:
-        asked = before.get("question") if isinstance(before, dict) else None
-        changed = difference(asked, question)
+        changed = difference(before["question"], question)
         if changed is not None:
             raise ValueError(
                 f"{str(self.folder)!r} holds a comparison with other settings ({changed}); give "
@@ -177,7 +187,7 @@ class Store:
     def is_finished(self) -> bool:
         """Returns whether the report of these cells has been written."""
         try:
-            state = read_json(self.folder / STATE, what="the state of a comparison")
+            state = _read_state(self.folder / STATE)
         except ValueError:
             return False
         return bool(state.get("finished")) and state.get("cells") == self._cells
@@ -214,7 +224,7 @@ class Store:
         """Returns the finished cell of the same sampler; ``None`` if it is missing or damaged."""
         try:
             cell = Cell.from_record(read_json(self.file(name, nfe, ".json"), what="cell"))
-            self.tensors(cell)  # reading verifies their checksums
+            self.tensors(cell)  # verifies their checksums, and that they are this cell's
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
         return cell if cell.identity == identity else None
@@ -234,14 +244,22 @@ class Store:
     ) -> None:
         """Writes a cell: first its tensors, then the JSON that marks it as complete."""
         if tensors is not None:
-            write_tensors(self.file(cell.name, cell.nfe, ".safetensors"), tensors)
+            file = self.file(cell.name, cell.nfe, ".safetensors")
+            write_tensors(file, tensors, {CELL: self._mark(cell)})
         write_json(self.file(cell.name, cell.nfe, ".json"), cell.to_record())
         if not keep_parts:
             shutil.rmtree(self.file(cell.name, cell.nfe, ".parts"), ignore_errors=True)
 
     def tensors(self, cell: Cell) -> dict[str, Tensor]:
         """Returns the features and squared distances of a cell's samples, and the images for pictures."""
-        return read_tensors(self.file(cell.name, cell.nfe, ".safetensors"))
+        file = self.file(cell.name, cell.nfe, ".safetensors")
+        tensors, metadata = read_tensors_and_metadata(file, what="cell")
+        if metadata.get(CELL, self._mark(cell)) != self._mark(cell):  # early versions have none
+            raise ValueError(f"cell {str(file)!r} has the samples of another one")
+        return tensors
+
+    def _mark(self, cell: Cell) -> str:
+        return f"{cell.name}, {cell.nfe}: {cell.identity}"
 
     def part(self, name: str, nfe: int, identity: str, start: int) -> Path:
         """Returns the file of a batch."""
@@ -252,11 +270,32 @@ class Store:
         if not path.exists():
             return None
         try:
-            tensors = read_tensors(path)
+            tensors, metadata = read_tensors_and_metadata(path, what="batch")
         except ValueError:
             return None
         whole = all(key in tensors and len(tensors[key]) == rows for key in keys)
-        return tensors if whole else None
+        return tensors if whole and metadata.get(BATCH, _place(path)) == _place(path) else None
+
+    def write_part(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a batch."""
+        write_tensors(path, tensors, {BATCH: _place(path)})
+
+
+def _place(path: Path) -> str:
+    """Returns the cell and the number of a batch, which its file repeats."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    state = read_json(file, what="comparison")
+    if not isinstance(state, dict) or not isinstance(state.get("question"), dict):
+        raise ValueError(f"comparison {str(file)!r} is damaged: it has no settings")
+    if (kind := (state.get("format"), state.get("version"))) != (f"{FORMAT}.state", VERSION):
+        raise ValueError(
+            f"comparison {str(file)!r} has format and version {kind!r:.60}; this fewstep reads "
+            f"{(f'{FORMAT}.state', VERSION)}"
+        )
+    return state
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -263,6 +263,7 @@ class Problem:
             settings=settings,
             seed=self.seed,
             folder=folder,
+            identity=_digest(self.record()),
             progress=progress,
         )
         state = searcher.run()

@@ -69,13 +69,15 @@ class Searcher:
         settings: Search,
         seed: int,
         folder: Path | None = None,
+        identity: str = "",
         progress: Progress = SILENT,
     ) -> None:
         self.learned, self.source, self.stages = learned, source, tuple(stages)
         self.objectives, self.pairs, self.heldout = objectives, pairs, heldout
         self.heldout_seed, self.heldout_size = heldout_seed, heldout_size
         self.judge, self.real = judge, real
-        self.settings, self.seed, self.folder = settings, seed, folder
+        self.settings, self.seed = settings, seed
+        self.folder, self.identity = folder, identity
         self.progress = progress
         self.run_plan = Unrolled(
             source.denoiser,
@@ -94,7 +96,10 @@ class Searcher:
         Raises:
             ValueError: If the checkpoint in the folder is damaged or of another family.
         """
-        if self.folder is not None and (stored := State.load(self.folder)) is not None:
+        if (
+            self.folder is not None
+            and (stored := State.load(self.folder, self.identity)) is not None
+        ):
             self._restore(stored)
         while self.state.stage < len(self.stages):
             self._stage(self.stages[self.state.stage])
@@ -115,11 +120,20 @@ class Searcher:
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
         self.state.tensors = tensors
-        self.state.save(self.folder)
+        self.state.save(self.folder, self.identity)
 
     def _restore(self, stored: State) -> None:
         if stored.tensors["vector"].shape != self.state.tensors["best"].shape:
             raise ValueError(f"the checkpoint in {str(self.folder)!r} is of another family")
+        try:
+            self._load(stored)
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"the checkpoint in {str(self.folder)!r} is damaged: {error}; give overwrite "
+                "(--overwrite) to begin again"
+            ) from None
+
+    def _load(self, stored: State) -> None:
         self.state = stored
         self.learned.load_vector(stored.tensors["vector"])
         moments: dict[int, dict[str, Tensor]] = {}

@@ -44,18 +44,29 @@ class State:
     norms: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def save(self, folder: Path) -> None:
-        """Writes the state as one file, so that tensors and counts belong together."""
+    def save(self, folder: Path, search: str = "") -> None:
+        """Writes the state as one file, so that tensors and counts belong together.
+
+        Arguments:
+            folder: The folder.
+            search: A digest of the search.
+        """
         record = {
             key: getattr(self, key)
             for key in ("stage", "step", "updates", "start", "best_score", "stale", "skipped")
         }
         record |= {"norms": self.norms, "history": self.history}
         # Python's JSON writes and reads infinity; the file's metadata are texts anyway.
-        write_tensors(folder / STATE, self.tensors, {"state": json.dumps(record)})
+        metadata = {"state": json.dumps(record), "search": search}
+        write_tensors(folder / STATE, self.tensors, metadata)
 
     def check(self) -> None:
-        """Raises ``ValueError`` unless the entries have their types."""
+        """Raises ``ValueError`` unless the entries have their types, and all tensors are there."""
+        for name in ("vector", "average", "best"):
+            if name not in self.tensors:
+                raise ValueError(f"it has no tensor {name!r}")
+            if self.tensors[name].shape != self.tensors["vector"].shape:
+                raise ValueError(f"its tensors 'vector' and {name!r} have different shapes")
         kinds: dict[str, Any] = {"norms": dict, "history": list, "best_score": (int, float)}
         kinds |= dict.fromkeys(("stage", "step", "updates", "stale", "skipped"), int)
         for key, kind in kinds.items():
@@ -63,19 +74,28 @@ class State:
                 raise ValueError(f"{key} is {getattr(self, key)!r:.40}")
 
     @classmethod
-    def load(cls, folder: Path) -> State | None:
+    def load(cls, folder: Path, search: str = "") -> State | None:
         """Returns the state in a folder, or ``None`` if there is none.
 
+        Arguments:
+            folder: The folder.
+            search: A digest of the search.
+
         Raises:
-            ValueError: If it is damaged.
+            ValueError: If it is damaged, or of another search.
         """
         file = folder / STATE
         if not file.exists():
             return None
         try:
             tensors, metadata = read_tensors_and_metadata(file)
+            if metadata.get("search", search) != search:  # early versions have none
+                raise ValueError("it is of another search")
             state = cls(tensors, **json.loads(metadata["state"]))
             state.check()
             return state
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the checkpoint {str(file)!r} is damaged: {error}") from None
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"the checkpoint {str(file)!r} is damaged: {error}; give overwrite (--overwrite) to begin "
+                "again"
+            ) from None

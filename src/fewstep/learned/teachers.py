@@ -187,7 +187,10 @@ def make_pairs(
         stored, metadata = ({}, {}) if file is None else read_tensors_and_metadata(file)
     except ValueError:  # missing or damaged: sampled again
         stored, metadata = {}, {}
-    if metadata.get("key") == key and "target" in stored:
+    whole = {"target": (n, *source.shape)} | (
+        {"states": (len(keep), n, *source.shape)} if keep else {}
+    )
+    if metadata.get("key") == key and {k: tuple(v.shape) for k, v in stored.items()} == whole:
         progress.tick(len(stored["target"]) * plan.nfe)
         return Pairs(seed, stored["target"], stored.get("states"))
     target, states = source.sampled(

@@ -177,11 +177,14 @@ def _folder(file: Path, problem: Problem, *, overwrite: bool) -> Path:
     # Through JSON, for comparison with the stored settings.
     about = json.loads(json.dumps(problem.record()))
     if (folder / SETTINGS).exists():
-        before = read_json(folder / SETTINGS, what="the settings of a search")
+        try:
+            before = read_json(folder / SETTINGS, what="search")
+        except ValueError as error:
+            raise ValueError(f"{error}; give overwrite (--overwrite), or another file") from None
         changed = difference(before, about)
         if changed is not None:
             raise ValueError(
-                f"{str(folder)!r} has the checkpoints of another search ({changed}); give the same call to resume "
+                f"{str(folder / SETTINGS)!r} is of another search ({changed}); give the same call to resume "
                 "it, overwrite (--overwrite), or another file"
             )
     else:

@@ -174,14 +174,19 @@ def _read_folder(folder: Path, name: str) -> Features:
     about = FeaturesRecord.load(folder / "features.json")
     file = folder / "features.safetensors"
     if not file.exists() or sha256(file) != about.sha256:
-        raise ValueError(f"the weights of the feature extractor {name!r} are missing or damaged")
-    try:
-        network = SmallClassifier(**about.network)
-        weights = read_tensors(file)
-        network.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        what = "damaged: their checksum is not features.json's" if file.exists() else "missing"
+        raise ValueError(
+            f"the weights {str(file)!r} of the feature extractor {name!r} are {what}; copy the folder again"
         )
-    except (KeyError, TypeError, RuntimeError) as error:
+    try:
+        # On the meta device an absurd size allocates nothing; the weights are checked against it.
+        with torch.device("meta"):
+            network = SmallClassifier(**about.network)
+        weights = read_tensors(file, foreign=True)
+        network.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, assign=True
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the feature extractor {name!r} is damaged: {error}") from None
     network = network.eval().requires_grad_(False)
     return Features(network.features, name=name, sha256=about.sha256, module=network)

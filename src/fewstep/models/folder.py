@@ -130,13 +130,14 @@ def read_model(folder: Path, dtype: torch.dtype) -> FolderModel:
         raise ValueError(f"the model {str(folder)!r} has no weights: model.safetensors is missing")
     if sha256(file) != about.sha256:
         raise ValueError(
-            f"the weights {str(file)!r} are damaged: their checksum is not model.json's"
+            f"the weights {str(file)!r} are damaged: their checksum is not model.json's; copy the folder "
+            "again, or train again"
         )
     try:
         # On the meta device an absurd size allocates nothing; the weights are checked against it.
         with torch.device("meta"):
             network = _network(dict(about.network))
-        tensors = read_tensors(file)
+        tensors = read_tensors(file, foreign=True)
         mean, std = (tensors.pop(key, None) for key in ("data.mean", "data.std"))
         network.load_state_dict(tensors, assign=True)
         shape = model_shape(about.event_shape, network)

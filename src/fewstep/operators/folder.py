@@ -116,12 +116,15 @@ def read_operator(
     if not file.exists():
         raise ValueError(f"the operator {str(folder)!r} has no weights: {WEIGHTS} is missing")
     if sha256(file) != about.sha256:
-        raise ValueError(f"the weights {str(file)!r} are damaged: their checksum is not {ABOUT}'s")
+        raise ValueError(
+            f"the weights {str(file)!r} are damaged: their checksum is not {ABOUT}'s; copy the folder "
+            "again, or distill again"
+        )
     try:
         layout = _layout(about.layout)
         model = teacher if teacher is not None else _rebuild(about)
         operator = TrajectoryOperator(model, layout)
-        operator.network.load_state_dict(read_tensors(file), assign=True)
+        operator.network.load_state_dict(read_tensors(file, foreign=True), assign=True)
         operator = operator.to(dtype)
         if isinstance(operator.network, (SmallUNet, PreconditionedUNet)):
             lay_out(operator.network)

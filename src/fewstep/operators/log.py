@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.base.files import write_atomic
+from fewstep.base.files import FULL, no_space, write_atomic
+
+logger = logging.getLogger("fewstep")
 
 LOG, BOARD = "log.jsonl", "tensorboard"
 
@@ -19,13 +23,20 @@ class LossLog:
         out: The folder.
         start: The step at which the run is resumed; later rows are dropped.
         tensorboard: Whether to write for TensorBoard too.
+        rows: The rows up to that step, from the checkpoint; left out, as by early versions, those of
+            the file that can be read.
     """
 
-    def __init__(self, out: Path, start: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        start: int,
+        tensorboard: bool,
+        rows: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
         self.path = out / LOG
-        rows = self.path.read_text().splitlines() if self.path.exists() else []
-        before = [row for row in rows if _step_of(row) <= start]
-        write_atomic(self.path, "".join(f"{row}\n" for row in before))
+        self.rows = _rows(self.path, start) if rows is None else [json.dumps(row) for row in rows]
+        write_atomic(self.path, "".join(f"{row}\n" for row in self.rows))
         self.board: Any = None
         if tensorboard:
             try:
@@ -36,8 +47,15 @@ class LossLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row: ``step``, ``loss``, ``losses`` of the frames, and in some rows ``heldout``."""
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        self.rows.append(json.dumps(row))
+        line = f"{self.rows[-1]}\n"
+        try:
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError as error:
+            raise (
+                no_space(error, self.path, len(line)) if error.errno in FULL else error
+            ) from None
         if self.board is not None:
             self.board.add_scalar("loss", row["loss"], row["step"])
             for name in ("losses", "heldout"):
@@ -50,8 +68,19 @@ class LossLog:
             self.board.close()
 
 
+def _rows(path: Path, start: int) -> list[str]:
+    """Returns the lines of a log up to a step; those that are damaged are left out, with a warning."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    steps = [_step_of(line) for line in lines]
+    if damaged := steps[:-1].count(math.inf):  # the last may be half a line
+        logger.warning("%s: %d damaged lines are left out", path, damaged)
+    return [line for line, step in zip(lines, steps, strict=True) if step <= start]
+
+
 def _step_of(row: str) -> float:
     try:
         return float(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):  # a truncated line
+    except (ValueError, KeyError, TypeError, RecursionError):  # a truncated line
         return math.inf

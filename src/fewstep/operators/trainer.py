@@ -121,6 +121,7 @@ class Trainer:
         self.training = len(store) - heldout
         self.heldout: float | None = None
         self.loss: float | None = None
+        self.rows: list[dict[str, Any]] | None = None
 
     def train(
         self,
@@ -138,7 +139,9 @@ class Trainer:
         call: Any = self.accelerator.prepare(self.student)
         if recipe.compile:
             call = torch.compile(call)
-        log = LossLog(self.out, start, tensorboard) if self.accelerator.is_main_process else None
+        log = None
+        if self.accelerator.is_main_process:
+            log = LossLog(self.out, start, tensorboard, self.rows)
         pending: list[Tensor] = []
         for step in range(start, recipe.steps):
             pending.append(self._step(call, step))
@@ -156,7 +159,12 @@ class Trainer:
             if saving and self.accelerator.is_main_process:
                 save_checkpoint(
                     self.out,
-                    {"recipe": asdict(recipe), "inputs": self.inputs, "heldout": self.heldout},
+                    {
+                        "recipe": asdict(recipe),
+                        "inputs": self.inputs,
+                        "heldout": self.heldout,
+                        "log": [json.loads(line) for line in log.rows] if log is not None else [],
+                    },
                     step=step + 1,
                     loss=self.loss if self.loss is not None else math.nan,
                     network=self.network,
@@ -271,7 +279,7 @@ class Trainer:
         }
 
     def _restore(self) -> int:
-        state = read_checkpoint(self.out)
+        state = read_checkpoint(self.out, steps=self.recipe.steps)
         if state is None:
             return 0
         stored, recipe = DistillRecipe.from_json(state["recipe"]), self.recipe
@@ -286,12 +294,15 @@ class Trainer:
         check_inputs(self.out, state, self.inputs)
         step, self.loss = load_checkpoint(
             self.out,
+            state,
             steps=recipe.steps,
             network=self.network,
             average=self.average,
             optimizer=self.optimizer,
         )
         self.heldout = state.get("heldout")
+        # If the process died between the two writes the tensors are newer: then the file's rows are used.
+        self.rows = state.get("log") if step == state["step"] else None
         return step
 
     def finish(self) -> OperatorModel:

@@ -253,7 +253,7 @@ class Plan:
         content = read_json(path, what="plan")
         try:
             return cls.from_record(content)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"plan {str(path)!r}: {error}") from None
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from fewstep.base.files import loads_json, write_json
+from fewstep.base.files import read_json, write_json
 from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, explicit
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.sampling.planning import NO_BUDGET, planned
@@ -370,12 +370,9 @@ class Profile:
         Raises:
             ValueError: If it is missing or holds no profile.
         """
+        content = read_json(path, what="profile")
         try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"profile {str(path)!r} cannot be read: {error.strerror}") from None
-        try:
-            return cls.from_record(loads_json(text, what="it"))
+            return cls.from_record(content)
         except (ValueError, TypeError) as error:
             raise ValueError(f"profile {str(path)!r}: {error}") from None
 

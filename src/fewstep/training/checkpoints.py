@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,18 @@ from fewstep.base.files import (
     write_json,
     write_tensors,
 )
-from fewstep.base.runs import difference
+from fewstep.base.runs import difference, digest_of
 
 CHECKPOINT = "checkpoint"
+
+VARIES = ("steps", "cycles", "later_peak", "compile")
+"""The settings of a recipe that a resumed run may change."""
+
+BEGIN_AGAIN = (
+    "give --overwrite or delete the files of the checkpoint to begin again, or give another folder"
+)
+
+logger = logging.getLogger("fewstep")
 
 
 def generator(*address: int | str) -> torch.Generator:
@@ -65,24 +74,64 @@ def save_checkpoint(
     tensors |= {f"average.{k}": v for k, v in average.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    metadata = {"step": str(step), "loss": repr(loss)}
+    metadata = {"step": str(step), "loss": repr(loss), "run": _run_digest(about)}
     write_tensors(out / f"{CHECKPOINT}.safetensors", tensors, metadata)
     write_json(out / f"{CHECKPOINT}.json", {"step": step, "loss": loss, **about})
 
 
-def read_checkpoint(out: Path) -> dict[str, Any] | None:
+def _run_digest(about: Mapping[str, Any]) -> str:
+    """Returns a digest of what all checkpoints of one run have in common."""
+    recipe = {k: v for k, v in dict(about["recipe"]).items() if k not in VARIES}
+    return digest_of([recipe, about.get("inputs")])
+
+
+def read_checkpoint(out: Path, *, steps: int | None = None) -> dict[str, Any] | None:
     """Returns the description of the checkpoint in a folder, or ``None`` if there is none.
 
+    Arguments:
+        out: The folder.
+        steps: The number of steps of the run that resumes it.
+
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If it is damaged, or of a longer run.
     """
-    file = out / f"{CHECKPOINT}.json"
-    if not (file.exists() and (out / f"{CHECKPOINT}.safetensors").exists()):
+    file, tensors = out / f"{CHECKPOINT}.json", out / f"{CHECKPOINT}.safetensors"
+    if not file.exists():
+        if tensors.exists():  # the process died while it wrote the first checkpoint
+            logger.warning("%s is not used: %s is missing; the run begins again", tensors, file)
         return None
-    state = read_json(file, what="checkpoint")
-    if not isinstance(state, dict) or not {"recipe", "step"} <= set(state):
-        raise ValueError(f"the checkpoint {str(file)!r} is damaged: it has no recipe or step")
+    try:
+        state = read_json(file, what="checkpoint")
+        if not tensors.exists():
+            raise ValueError(
+                f"the checkpoint {str(file)!r} is damaged: {str(tensors)!r} is missing"
+            )
+        recipe = state.get("recipe") if isinstance(state, dict) else None
+        if not isinstance(recipe, dict):
+            raise ValueError(f"the checkpoint {str(file)!r} is damaged: it has no recipe")
+        step, most = state.get("step"), recipe.get("steps")
+        if type(step) is not int or type(most) is not int or not 0 < step <= most:
+            raise ValueError(
+                f"the checkpoint {str(file)!r} is damaged: its step is {step!r:.40} of {most!r:.40}"
+            )
+    except ValueError as error:
+        raise ValueError(f"{error}; {BEGIN_AGAIN}") from None
+    if steps is not None and step > steps:
+        raise ValueError(
+            f"the checkpoint {str(file)!r} is at step {step}, and the run shall have {steps}; give "
+            "more steps, or another folder"
+        )
     return state
+
+
+def is_intact(out: Path) -> bool:
+    """Returns whether a folder has no checkpoint, or one whose files are whole."""
+    try:
+        if read_checkpoint(out) is not None:
+            read_tensors_and_metadata(out / f"{CHECKPOINT}.safetensors")
+    except ValueError:
+        return False
+    return True
 
 
 def check_inputs(out: Path, state: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
@@ -103,46 +152,79 @@ def check_inputs(out: Path, state: Mapping[str, Any], inputs: Mapping[str, Any])
 
 def load_checkpoint(
     out: Path,
+    state: Mapping[str, Any],
     *,
     steps: int,
     network: nn.Module,
     average: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[int, float]:
-    """Loads the state of a run from its checkpoint; returns its step and loss.
+    """Loads the tensors of a run from its checkpoint; returns its step and loss.
 
-    Without an optimiser its moments are not loaded.
+    Arguments:
+        out: The folder.
+        state: The description of the checkpoint, from :func:`read_checkpoint`.
+        steps: The number of steps of the run.
+        network: The network, which gets its weights.
+        average: The moving average, which is overwritten.
+        optimizer: The optimiser; left out, its moments are not loaded.
 
     Raises:
-        ValueError: If it is damaged or of a longer run.
+        ValueError: If it is damaged, of another run or of a longer one.
     """
     file = out / f"{CHECKPOINT}.safetensors"
+    try:
+        return _load(file, state, steps, network, average, optimizer)
+    except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise ValueError(
+            f"the checkpoint {str(file)!r} is damaged: {reason}; {BEGIN_AGAIN}"
+        ) from None
+
+
+def _load(
+    file: Path,
+    state: Mapping[str, Any],
+    steps: int,
+    network: nn.Module,
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | None,
+) -> tuple[int, float]:
     tensors, metadata = read_tensors_and_metadata(file)
     # If the process died between the two writes the tensors are newer: they hold their own step.
-    try:
-        step, loss = int(metadata.get("step", -1)), float(metadata.get("loss", "nan"))
-    except ValueError:
-        step, loss = -1, math.nan
+    step, loss = int(metadata.get("step", -1)), float(metadata.get("loss", "nan"))
     if not 0 < step <= steps:
-        raise ValueError(f"the checkpoint {str(file)!r} is damaged: it has no step")
+        raise ValueError(f"it is of step {step}, and the run shall have {steps}")
+    if metadata.get("run", _run_digest(state)) != _run_digest(state):  # early versions have none
+        raise ValueError(f"it is of another run than {CHECKPOINT}.json")
     part = lambda prefix: {  # noqa: E731
         k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
     }
-    try:
-        network.load_state_dict(part("network."))
-        stored = part("average.")
-        if missing := sorted(average.keys() - stored.keys()):
-            raise KeyError(f"it has no average of {missing[0]}")
-        for key, value in stored.items():
-            average[key].copy_(value)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in part("optimizer.").items():
-            index, name = key.split(".", 1)
-            moments.setdefault(int(index), {})[name] = value
-        if optimizer is not None:
-            if not moments:
-                raise KeyError("it has no state of the optimizer")
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"the checkpoint {str(file)!r} is damaged: {error}") from None
+    network.load_state_dict(part("network."))
+    stored = part("average.")
+    if stored.keys() != average.keys():
+        raise KeyError(f"it has no average of {min(stored.keys() ^ average.keys())}")
+    for key, value in stored.items():
+        if value.shape != average[key].shape:
+            raise ValueError(f"its average of {key} has shape {tuple(value.shape)}")
+        average[key].copy_(value)
+    if optimizer is not None:
+        _load_moments(optimizer, part("optimizer."))
     return step, loss
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]) -> None:
+    """Loads the moments of an optimiser: for each parameter all, each of the parameter's shape."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in stored.items():
+        index, name = key.split(".", 1)
+        moments.setdefault(int(index), {})[name] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = set().union(*moments.values()) if moments else set()
+    if not moments or set(moments) - set(range(len(parameters))):
+        raise KeyError("it has no state of the optimizer")
+    for index, found in moments.items():
+        for name in names:
+            if name not in found or found[name].shape not in ((), parameters[index].shape):
+                raise KeyError(f"it has no {name!r} of the optimizer for parameter {index}")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})

@@ -212,7 +212,7 @@ def export_checkpoint(data: ImageData | str | Path, run: str | Path, out: str | 
     batches = Batches(data, recipe)
     network = build_network(data, recipe, batches)
     average = new_average(network)
-    step, loss = load_checkpoint(run, steps=recipe.steps, network=network, average=average)
+    step, loss = load_checkpoint(run, state, steps=recipe.steps, network=network, average=average)
     return _export(out, recipe, batches, network, average, loss, step=step)
 
 
@@ -308,7 +308,7 @@ def _restore(
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> tuple[int, float | None]:
-    state = read_checkpoint(out)
+    state = read_checkpoint(out, steps=recipe.steps)
     if state is None:
         return 0, None
     stored = TrainRecipe.from_record(state["recipe"])
@@ -319,7 +319,7 @@ def _restore(
         )
     check_inputs(out, state, inputs)
     return load_checkpoint(
-        out, steps=recipe.steps, network=network, average=average, optimizer=optimizer
+        out, state, steps=recipe.steps, network=network, average=average, optimizer=optimizer
     )
 
 

@@ -227,7 +227,7 @@ def load_denoiser(
                 f"folder of its pipeline{hint}"
             )
         return _denoiser(_Folder(folder, "", {}, network, None), dtype).to(device)
-    index = read_json(folder / "model_index.json", what="pipeline")
+    index = read_json(folder / "model_index.json", what="pipeline", foreign=True)
     title = str(index.get("_class_name"))
     parts = {name: entry for name, entry in index.items() if _is_part(entry)}
     name = next((k for k in ("unet", "transformer") if k in parts), None)
@@ -241,7 +241,7 @@ def load_denoiser(
             f"the pipeline {str(folder)!r} ({title}) was saved without a scheduler, which says its noise levels"
         )
     file = folder / "scheduler" / "scheduler_config.json"
-    config = read_json(file, what="scheduler", infinite=True)  # lambda_min_clipped
+    config = read_json(file, what="scheduler", infinite=True, foreign=True)  # lambda_min_clipped
     network = _part(folder / name, dtype, config)
     return _denoiser(_Folder(folder, title, index, network, config), dtype).to(device)
 
@@ -291,7 +291,7 @@ def _check_pipeline(folder: Path, title: str, parts: Mapping[str, Any]) -> None:
 def _part(folder: Path, dtype: torch.dtype, scheduler: Mapping[str, Any] | None = None) -> Any:
     import diffusers
 
-    config = read_json(folder / "config.json", what="model")
+    config = read_json(folder / "config.json", what="model", foreign=True)
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in (*NETWORKS, "AutoencoderKL", "ControlNetModel"):
         known = ", ".join([*NETWORKS, "AutoencoderKL"])

@@ -27,7 +27,7 @@ def names_scheduler(source: str | Path) -> bool:
     if file.name == CONFIGURATION:
         return True
     try:
-        content = read_json(file, what="file", infinite=True)
+        content = read_json(file, what="file", infinite=True, foreign=True)
     except ValueError:
         return False
     return isinstance(content, dict) and str(content.get("_class_name")).endswith("Scheduler")
@@ -60,7 +60,7 @@ def scheduler_from(source: str | Path) -> Any:
     file = _file(Path(source))
     if file is None:
         raise ValueError(f"{str(source)!r} has no {CONFIGURATION}")
-    config = read_json(file, what="scheduler's configuration", infinite=True)
+    config = read_json(file, what="scheduler's configuration", infinite=True, foreign=True)
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name == "PlanScheduler":
         raise ValueError(

@@ -145,6 +145,6 @@ def read_text_encoders(
 
 
 def _architecture(folder: Path) -> str:
-    config = read_json(folder / "config.json", what="text encoder")
+    config = read_json(folder / "config.json", what="text encoder", foreign=True)
     found = config.get("architectures") if isinstance(config, dict) else None
     return str(found[0]) if found else "model of unknown class"
