@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import gc
 import html
+import logging
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,11 +34,74 @@ def pytest_unconfigure() -> None:
     gc.freeze()
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not walk it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+class Log(logging.Handler):
+    """The last records that were logged during a test.
+
+    One handler of the root for the whole session. The plugin of pytest, which is off, attaches
+    two to every logger that does not propagate, for each of a test's three phases: with the
+    thousands of loggers of torch and diffusers that is a third of what an empty test costs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: deque[logging.LogRecord] = deque(maxlen=1000)
+        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.kept.append(record)
+
+    @property
+    def messages(self) -> list[str]:
+        return [record.getMessage() for record in self.kept]
+
+    @property
+    def text(self) -> str:
+        return "".join(f"{self.format(record)}\n" for record in self.kept)
+
+    def clear(self) -> None:
+        self.kept.clear()
+
+    @contextmanager
+    def at_level(self, level: int, logger: str) -> Iterator[None]:
+        """Lets a logger log from ``level`` on."""
+        found = logging.getLogger(logger)
+        before = found.level
+        found.setLevel(level)
+        try:
+            yield
+        finally:
+            found.setLevel(before)
+
+
+LOG = Log()
+logging.getLogger().addHandler(LOG)
+
+
+@pytest.fixture
+def caplog() -> Log:
+    """What was logged so far in this test."""
+    return LOG
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """A test that fails shows its log, too."""
+    if call.excinfo is not None and LOG.kept:
+        item.add_report_section(call.when, "log", LOG.text)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_one_seed() -> Iterator[None]:
     """Small tensors are slower on several threads; and what fails should fail again."""
     import torch
 
+    LOG.clear()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     # torch.manual_seed formats the stack for every kind of accelerator: 1 ms a test.
