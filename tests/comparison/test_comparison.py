@@ -52,7 +52,9 @@ def data():
 
 
 def run(model, folder, samplers="tab1,ddim", nfe=(3, 5), **options):
-    settings = {"n": N, "seed": SEED, "reference_nfe": NFE, "batch_size": 10, "metrics": ["fid"]}
+    settings = {"n": N, "seed": SEED, "reference_nfe": NFE, "batch_size": 10}
+    if options.get("data") is not None:
+        settings["metrics"] = ["fid"]
     return compare(model, samplers, nfe=list(nfe), folder=folder, **{**settings, **options})
 
 

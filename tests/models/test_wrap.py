@@ -391,7 +391,7 @@ def test_options_of_grids_are_no_conditions_of_a_network_that_takes_any():
     model = fewstep.Denoiser.wrap(
         lambda x, t, **more: x, schedule=VP, prediction="eps", event_shape=(2,)
     )
-    with pytest.raises(ValueError, match=r"t_start is an option of grids .* options="):
+    with pytest.raises(ValueError, match=r"t_start is an option of solvers and grids .* options="):
         fewstep.sample(model, 2, nfe=2, t_start=0.5)
 
 

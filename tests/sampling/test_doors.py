@@ -6,6 +6,7 @@ not fit together; each door is given all of them that it has.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ import fewstep
 import fewstep.solvers
 from fewstep.cli import run as command
 from fewstep.comparison import compare
+from fewstep.models.conditions import ARGUMENTS, OPTIONS, AcceptedConditions
 from fewstep.models.denoiser import Denoiser
+from fewstep.sampling.module import SamplerModule, exported
+from fewstep.sampling.planning import ENDS
 from fewstep.sampling.profile import Profile, ProfileEntry
 from fewstep.sampling.protocol import Trajectory
 from fewstep.sampling.request import Contradiction, SamplerRequest
@@ -149,6 +153,7 @@ class Counted(Denoiser):
         super().__init__()
         self.schedule, self.native, self.event_shape = SCHEDULE, MODEL.native, (2,)
         self.data_mean, self.data_std = 0.0, 1.0
+        self.accepts = AcceptedConditions(names=frozenset())
 
     def raw(self, x, t, **cond):
         raise AssertionError("the network was evaluated")
@@ -172,6 +177,10 @@ class Once:
 
     def run(self, x, run):
         return Trajectory(x, torch.zeros(1, dtype=torch.float64), None, 1)
+
+
+def never(x, sigma, **cond):
+    raise AssertionError("the network was evaluated")
 
 
 def text(function, *arguments, **options) -> str:
@@ -247,6 +256,16 @@ def scheduling(given, folder):
     return text(scheduled)
 
 
+def k_diffusion(given, folder):
+    """A sampler of k-diffusion, whose levels are the budget."""
+    from fewstep.adapters import kdiffusion
+
+    given = dict(given)
+    options = given.pop("options", {})
+    levels = torch.tensor([10.0, 5.0, 1.0, 0.0])
+    return text(kdiffusion.sampler, never, torch.zeros(2, 3), levels, **given, **options)
+
+
 # Commands
 
 
@@ -283,6 +302,7 @@ DOORS = {
     "tune": (tuning, {"steps", "plan", "recipe", "profile"}),
     "compare": (comparing, {"profile"}),
     "PlanScheduler": (scheduling, {"plan", "steps", "head_start"}),
+    "kdiffusion": (k_diffusion, {"nfe", "steps", "head_start"}),
 }
 
 # Of contradictions with a number, PlanScheduler says num_inference_steps; of options, whose of its two they are.
@@ -315,6 +335,10 @@ def cases():
                 continue  # a file runs at its own budget, whatever the others have
             if door == "PlanScheduler" and name in NUMBERED:
                 continue
+            if door == "kdiffusion" and (
+                "times" in given.get("options", {}) or name.endswith("and auto")
+            ):
+                continue  # its levels are the times, and auto is its default
             yield door, name
 
 
@@ -410,6 +434,104 @@ def test_an_operator_takes_what_it_does(given):
     ).recipe
     assert (recipe.kind, recipe.nfe) == ("operator", 1)
     assert fewstep.sample(Operator(), 2, recipe=recipe, nfe=1).shape == (2, 2)
+
+
+# What only some doors can be given
+
+
+def open_ended(x, t, **cond):
+    raise AssertionError("the network was evaluated")
+
+
+def test_an_argument_of_another_door_is_no_condition():
+    """A network that takes any keyword would take them in silence."""
+    model = fewstep.Denoiser.wrap(
+        open_ended, schedule=SCHEDULE, prediction="eps", event_shape=(2,)
+    )
+    for door, name in (
+        (fewstep.sample, "steps"),
+        (fewstep.steps, "batch_size"),
+        (fewstep.steps, "mask"),
+        (fewstep.fit, "grid"),
+        (fewstep.tune, "profile"),
+    ):
+        given: dict[str, Any] = {name: 3}
+        arguments = (2,) if door in (fewstep.sample, fewstep.steps) else ()
+        if door is fewstep.tune:
+            given["nfe"] = 4
+        assert f"this function has no argument {name}" in text(door, model, *arguments, **given)
+    for name in ("eta", "times", "rho", "t_end"):
+        message = f"{name} is an option of solvers and grids and no condition; give options="
+        assert message in text(fewstep.sample, model, 2, **{name: 0.5})
+
+
+def test_the_names_that_are_no_conditions_are_those_of_the_doors():
+    """An argument that one of them gains, and the ends that every grid has, are in the lists."""
+    assert set(ENDS) <= OPTIONS
+    doors = [
+        set(inspect.signature(d).parameters)
+        for d in (fewstep.sample, fewstep.steps, fewstep.record)
+    ]
+    some = set.union(*doors) - set.intersection(*doors) - {"folder", "about", "shard_size", "cond"}
+    assert some <= ARGUMENTS | OPTIONS, some - ARGUMENTS - OPTIONS
+
+
+LEVELS = torch.tensor([10.0, 5.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"grid": "karras", "t_end": 0.5}, "sigmas has the ends of the grid, got t_end as well"),
+        ({"grid": "karras", "to_zero": False}, "sigmas has the ends of the grid, got to_zero"),
+        ({"seed": 1, "noise_sampler": never, "solver": "ddpm"}, "both the source of noise"),
+        ({"seed": "one"}, "seed must be an integer"),
+        ({"solver": "dopri5", "schedule": SCHEDULE}, "leave schedule out"),
+        ({"plan": PLAN, "schedule": SCHEDULE}, "a plan has its schedule already"),
+        ({"callback": 3}, "callback must be callable"),
+        ({"extra_args": 3}, "extra_args must be a dict"),
+    ],
+)
+def test_contradictions_of_k_diffusion(given, message):
+    from fewstep.adapters import kdiffusion
+
+    assert message in text(kdiffusion.sampler, never, torch.zeros(2, 3), LEVELS, **given)
+
+
+def test_a_plan_ends_where_the_levels_say():
+    from fewstep.adapters import kdiffusion
+
+    edm = fewstep.schedule("edm")
+    plan = fewstep.plan("ddim", edm, times=[10.0, 5.0, 1.0])
+    x = torch.zeros(2, 3)
+    message = text(kdiffusion.sampler, never, x, torch.tensor([10.0, 5.0]), plan=plan)
+    assert message == (
+        "the last of sigmas is 5, but the plan ends at 1; give sigmas with its last level, or with a last 0"
+    )
+    for end in (1.0, 0.0):
+        levels = torch.tensor([10.0, end])
+        assert kdiffusion.sampler(lambda x, s: x * 0.5, x, levels, plan=plan).shape == (2, 3)
+
+
+def test_contradictions_of_likelihoods_and_comparisons(tmp_path):
+    x = torch.zeros(2, 2)
+    message = text(
+        fewstep.log_likelihood, Counted(), x, solver="rho-heun", steps=3, rtol=1e-3, atol=1e-3
+    )
+    assert message.startswith("fixed steps have no tolerance, got rtol and atol; leave them out")
+    message = text(fewstep.log_likelihood, Counted(), x, exact=True, probes=2)
+    assert message.startswith("exact=True computes the divergence without probes")
+    message = text(compare, Counted(), "ddim", nfe=[4], folder=tmp_path / "c", metrics=["fid"])
+    assert message.startswith("the metrics fid compare with real data")
+    message = text(fewstep.sample, Counted(), 2, solver="ddim", nfe=3, brownian=True)
+    assert message.startswith("brownian=True is for solvers that draw noise")
+
+
+def test_a_module_takes_the_conditions_of_its_network():
+    sampler = fewstep.sampling.sample.sampler(Counted(), solver="ddim", nfe=3)
+    assert "takes no conditions" in text(SamplerModule(sampler), torch.zeros(1, 2), y=1)
+    assert "takes no conditions" in text(exported, sampler, torch.zeros(1, 2), y=1)
+    assert "noise must have shape (n, 2)" in text(exported, sampler, torch.zeros(1, 3))
 
 
 # What is no contradiction

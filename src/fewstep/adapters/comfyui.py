@@ -160,7 +160,7 @@ def sampler_function(solver: str, **options: Any) -> Callable[..., Tensor]:
             schedule=schedule,
             flow=flow,
             noise_sampler=noise_sampler,
-            seed=_seed(extra_args),
+            seed=_seed(extra_args) if noise_sampler is None else None,
             **options,
         )
 

@@ -42,8 +42,8 @@ from fewstep.sampling.planning import is_adaptive
 from fewstep.sampling.profile import Profile
 from fewstep.sampling.protocol import Run
 from fewstep.sampling.recipe import SamplerRecipe
-from fewstep.sampling.request import SamplerRequest
-from fewstep.sampling.resolve import resolve, resolve_plan
+from fewstep.sampling.request import Contradiction, SamplerRequest, as_text
+from fewstep.sampling.resolve import check_sources, resolve, resolve_plan
 from fewstep.solvers import SOLVERS
 
 Model = Callable[..., Tensor]
@@ -80,10 +80,11 @@ def sampler(
         x: The initial state at ``sigmas[0]``, with shape (B, \*).
         sigmas: The noise levels, decreasing, with shape (K + 1); the last may be 0. They are the grid; with
             ``grid``, ``recipe``, ``profile`` or ``plan`` they say its ends (and, of a grid or profile, the number
-            of steps) only.
+            of steps) only; a last 0 stands for the end of a recipe, profile or plan too.
         extra_args: Further arguments of the model.
         callback: Called at each network evaluation with a dictionary: ``x`` and ``denoised`` (B, \*), ``i`` (the
             number of the step), ``sigma`` (at its start), ``sigma_hat`` (of the evaluation), ``evaluation`` (its number).
+            An adaptive solver counts evaluations as steps, and says the largest level of the batch.
         disable: ``False`` shows a progress bar.
         solver: A name in :data:`fewstep.SOLVERS`, or that of k-diffusion or ComfyUI (see ``fewstep solvers``).
         recipe: A recipe, or the path of one, instead of a solver; or
@@ -95,7 +96,7 @@ def sampler(
         flow: Whether states are those of a rectified flow.
         noise_sampler: The source of noise, as k-diffusion has it: ``noise_sampler(sigma, sigma_next)``. Left out,
             increments of one Brownian motion for each sample, the same at any number of steps.
-        seed: The seed of that; left out, drawn from torch's generator.
+        seed: The seed of that, without ``noise_sampler``; left out, drawn from torch's generator.
         options: Options of the solver and the grid, e.g. ``eta=0.5``.
 
     Returns:
@@ -107,15 +108,20 @@ def sampler(
     levels = _levels(x, sigmas, flow)
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, sigma), got {type(model).__name__}")
+    _check_arguments(extra_args, callback, noise_sampler, seed)
     extra = {} if extra_args is None else dict(extra_args)
     given = {"recipe": recipe, "profile": profile, "plan": plan}
     sources = [name for name, value in given.items() if value is not None]
-    if recipe is None and profile is None and plan is None and is_adaptive(_own(solver)):
-        return _adaptive(model, x, levels, extra, solver, grid, flow, options)
-    if sources and (solver != "auto" or grid is not None or options or schedule is not None):
-        raise ValueError(
-            f"a {sources[0]} has its solver, times and schedule already; leave solver, grid, schedule and options out"
-        )
+    own = None if solver == "auto" else solver
+    check_sources(SamplerRequest(own, grid=grid, options=options, **given))
+    if sources and schedule is not None:
+        raise Contradiction(f"a {sources[0]} has its schedule already; leave schedule out")
+    if not sources and is_adaptive(_own(solver)):
+        if schedule is not None:
+            raise Contradiction(
+                f"{solver} steps in the noise level itself, whatever the schedule; leave schedule out"
+            )
+        return _adaptive(model, x, levels, extra, callback, solver, grid, flow, options)
     # Plans are kept: made of tensors of inference mode they could be used nowhere else.
     with torch.inference_mode(False):
         made = _planned(levels, solver, recipe, profile, plan, grid, schedule, flow, options)
@@ -123,7 +129,7 @@ def sampler(
         view = _View.of(native, flow)
     if seed is None and noise_sampler is None and made.n_noise:
         seed = int(torch.randint(2**62, ()))
-    _check_start(view, levels[0], sources or (["schedule"] if schedule else []))
+    _check_ends(view, levels, sources or (["schedule"] if schedule else []))
     state = x if x.dtype in (torch.float32, torch.float64) else x.float()
     draw = _draws(made, flow, state, noise_sampler, seed)
     steps = _steps(native)
@@ -261,6 +267,11 @@ def _planned(
         schedule = _flow(levels[0]) if flow else _edm(*ends)
     times = [_time(schedule, level, flow) for level in levels if level > 0]
     if grid is not None:
+        if ends := sorted({"t_start", "t_end", "to_zero", "strength"} & set(options)):
+            raise Contradiction(
+                f"sigmas has the ends of the grid, got {as_text(ends)} as well; leave "
+                f"{'it' if len(ends) == 1 else 'them'} out"
+            )
         span = {"t_start": times[0], "t_end": times[-1], "to_zero": to_zero}
         request = SamplerRequest(solver, steps=steps, grid=grid, options={**span, **options})
         return resolve_plan(schedule, request).plan
@@ -316,13 +327,33 @@ class _View(NamedTuple):
         )
 
 
-def _check_start(view: _View, level: float, sources: list[str]) -> None:
-    if abs(view.knots[0] - level) > 1e-3 * level:
-        what = sources[0] if sources else "grid"
+def _check_ends(view: _View, levels: list[float], sources: list[str]) -> None:
+    what = sources[0] if sources else "grid"
+    if abs(view.knots[0] - levels[0]) > 1e-3 * levels[0]:
         raise ValueError(
-            f"x has the noise level sigmas[0] = {level:.5g}, but the {what} begins at {view.knots[0]:.5g}; "
+            f"x has the noise level sigmas[0] = {levels[0]:.5g}, but the {what} begins at {view.knots[0]:.5g}; "
             "give sigmas and x of its first level"
         )
+    if levels[-1] > 0 and abs(view.knots[-1] - levels[-1]) > 1e-3 * levels[-1]:
+        raise ValueError(
+            f"the last of sigmas is {levels[-1]:.5g}, but the {what} ends at {view.knots[-1]:.5g}; give sigmas "
+            "with its last level, or with a last 0"
+        )
+
+
+def _check_arguments(extra_args: Any, callback: Any, noise_sampler: Any, seed: Any) -> None:
+    if extra_args is not None and not isinstance(extra_args, Mapping):
+        raise TypeError(f"extra_args must be a dict, got {type(extra_args).__name__}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+    if noise_sampler is not None and not callable(noise_sampler):
+        raise TypeError(f"noise_sampler must be callable, got {type(noise_sampler).__name__}")
+    if seed is not None:
+        NoiseSource(seed, ())  # checks it
+        if noise_sampler is not None:
+            raise Contradiction(
+                "noise_sampler and seed are both the source of noise; give one of them"
+            )
 
 
 def _steps(plan: Plan) -> list[int]:
@@ -346,8 +377,6 @@ def _draws(
     if noise_sampler is None:
         source: NoiseSource = BrownianSource(seed or 0, range(len(state)), intervals)
         return lambda k: source.draw(k, shape, dtype=state.dtype, device=state.device)
-    if not callable(noise_sampler):
-        raise TypeError(f"noise_sampler must be callable, got {type(noise_sampler).__name__}")
     if None in intervals:
         raise ValueError(
             f"{plan.name} adds noise that belongs to no step from one level to another; leave noise_sampler out"
@@ -369,6 +398,7 @@ def _adaptive(
     x: Tensor,
     levels: list[float],
     extra: Mapping[str, Any],
+    callback: Callable[[dict[str, Any]], Any] | None,
     solver: str,
     grid: str | None,
     flow: bool,
@@ -388,8 +418,15 @@ def _adaptive(
         )
     schedule = _flow(high) if flow else _edm(low, high)
 
+    counter = itertools.count()
+
     def network(y: Tensor, sigma: Tensor) -> Tensor:
-        return model(y, sigma.to(y.dtype), **extra)
+        denoised = model(y, sigma.to(y.dtype), **extra)
+        if callback is not None:
+            number, level = next(counter), sigma.max()
+            called = {"x": y, "i": number, "sigma": level, "sigma_hat": level}
+            callback({**called, "denoised": denoised, "evaluation": number})
+        return denoised
 
     denoiser = Denoiser.wrap(
         network, schedule=schedule, prediction=Prediction.X0, event_shape=tuple(x.shape[1:])

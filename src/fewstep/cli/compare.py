@@ -103,14 +103,13 @@ def compare(
     labels = parse_labels(class_labels, denoiser, n)
     cond = {} if labels is None else {"class_labels": labels}
 
-    from fewstep.comparison import METRICS
     from fewstep.comparison import compare as run
     from fewstep.comparison.page import write_report
     from fewstep.comparison.results import Invocation
     from fewstep.comparison.store import REPORT, RESULTS
     from fewstep.comparison.verdicts import judge
 
-    chosen = METRICS if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
+    chosen = None if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
     real = None if data is None else _data(data, features, denoiser)
     with keeping(lambda: kept_files(out, "cells/*.json", "finished cells")):
         comparison = run(

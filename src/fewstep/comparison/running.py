@@ -58,7 +58,7 @@ def compare(
     n: int = 256,
     seed: int = 0,
     data: Reference | None = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     reference: str = "auto",
     reference_nfe: int = 200,
     guidance: float | None = None,
@@ -92,7 +92,8 @@ def compare(
         seed: The seed; sample i starts from the noise of (seed, i) with every sampler.
         data: The real data to compare with; left out, only the distance to the reference is
             measured.
-        metrics: Which of ``"fid"``, ``"kid"``, ``"precision-recall"``, ``"sliced-wasserstein"``.
+        metrics: Which of ``"fid"``, ``"kid"``, ``"precision-recall"``, ``"sliced-wasserstein"``; all of them if
+            there are data and this is left out.
         reference: The sampler of the reference.
         reference_nfe: Its number of evaluations.
         guidance: The scale of classifier-free guidance.
@@ -115,7 +116,11 @@ def compare(
         ['ddim', 'tab3']
     """
     budgets = _checked(nfe, n, batch_size, shown, reference_nfe)
-    names = check_metrics(metrics)
+    names = check_metrics(METRICS if metrics is None else metrics)
+    if metrics and data is None:
+        raise ValueError(
+            f"the metrics {', '.join(metrics)} compare with real data; give data= (--data), or leave metrics out"
+        )
     NoiseSource(seed, ())
     if denoiser.built_in_sampler() is not None:
         raise ValueError(

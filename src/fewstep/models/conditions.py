@@ -81,8 +81,13 @@ class AcceptedConditions:
             raise ValueError(f"{self.owner} takes no condition {others[0]!r}. {hint}")
         if self.names is None and (options := sorted(set(names) & OPTIONS)):
             raise ValueError(
-                f"{options[0]} is an option of grids and no condition; give "
+                f"{options[0]} is an option of solvers and grids and no condition; give "
                 f"options={{{options[0]!r}: ...}}"
+            )
+        if self.names is None and (others := sorted(set(names) & ARGUMENTS)):
+            raise ValueError(
+                f"this function has no argument {others[0]}, and {self.owner} takes any condition; leave "
+                f"{others[0]} out, or, if it is a condition, name it in the network's signature"
             )
         if self.any_of and not any(name in self.any_of for name in names):
             raise ValueError(
@@ -95,8 +100,27 @@ class AcceptedConditions:
             )
 
 
-OPTIONS = frozenset({"t_start", "t_end", "to_zero"})
-"""Options of grids, which a network that takes any keyword would take for conditions, in silence."""
+OPTIONS = frozenset(
+    {
+        "t_start",
+        "t_end",
+        "to_zero",
+        "times",
+        "strength",
+        "power",
+        "rho",
+        "eta",
+        "lam",
+        "lower_final",
+    }
+)
+"""Options of solvers and grids, which a network that takes any keyword would take for conditions, in silence."""
+
+ARGUMENTS = frozenset(
+    "solver nfe steps plan recipe profile grid head_start options force seed first batch_size save keep "
+    "brownian compile overwrite progress dtype image mask noise".split()
+)
+"""Arguments that ``sample``, ``steps``, ``record`` or ``fit`` have and another of them lacks; the same."""
 
 
 def _takes_two(parameters: Sequence[inspect.Parameter]) -> bool:

@@ -29,6 +29,7 @@ from fewstep.ode.field import (
     volume_change,
 )
 from fewstep.sampling.protocol import DEFAULT_BATCH
+from fewstep.sampling.request import Contradiction, as_text
 from fewstep.solvers.adaptive import check_positive, check_tolerances
 from fewstep.solvers.rk import RhoHeun, RhoKutta3, RhoMidpoint, RhoRK4
 
@@ -62,13 +63,13 @@ def log_likelihood(
     *,
     seed: int = 0,
     exact: bool = False,
-    probes: int = 1,
+    probes: int | None = None,
     probe: str = "rademacher",
     solver: str | None = None,
     steps: int | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_steps: int = 1000,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int | None = None,
     batch_size: int | None = None,
     guidance: float | None = None,
     first: int = 0,
@@ -103,16 +104,16 @@ def log_likelihood(
         x: The data, with shape (n, \*), float32 or float64.
         seed: The seed of the probes.
         exact: Whether the divergence is exact: d backward passes for each network evaluation.
-        probes: The number of probes; each costs a backward pass for each network evaluation.
+        probes: The number of probes, 1 by default; each costs a backward pass for each network evaluation.
         probe: The distribution of a probe: ``"rademacher"`` (signs) or ``"normal"``.
         solver: ``"dopri5"`` (the default without ``steps``), or with a fixed number of steps in
             rho ``"rho-midpoint"``, ``"rho-heun"``, ``"rho-kutta3"`` (the default with ``steps``)
             or ``"rho-rk4"``, on the Karras grid.
         steps: The number of fixed steps.
-        rtol: The relative tolerance of ``dopri5``; it holds for the change of volume per
+        rtol: The relative tolerance of ``dopri5``, 1e-5 by default; it holds for the change of volume per
             dimension as well.
-        atol: Its absolute tolerance.
-        max_steps: Its most steps.
+        atol: Its absolute tolerance, 1e-5 by default.
+        max_steps: Its most steps, 1000 by default.
         batch_size: The samples in one network evaluation.
         guidance: The scale of classifier-free guidance; 1 is none.
         first: The number of the first sample, to do a part of a larger run.
@@ -130,12 +131,27 @@ def log_likelihood(
         (torch.Size([4]), 60.0)
     """
     check_state(denoiser, x)
+    if exact and probes is not None:
+        raise Contradiction(
+            f"exact=True computes the divergence without probes, got probes={probes} as well; leave one of them out"
+        )
+    probes = 1 if probes is None else probes
     check_positive("probes", probes)
     check_positive("batch_size", DEFAULT_BATCH if batch_size is None else batch_size)
     if probe not in ("rademacher", "normal"):
         raise ValueError(f"probe must be 'rademacher' or 'normal', got {probe!r}")
-    check_tolerances(rtol, atol, max_steps)
     method = _method(solver, steps)
+    given = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
+    if method is not None and (
+        extra := [name for name, value in given.items() if value is not None]
+    ):
+        raise Contradiction(
+            f"fixed steps have no tolerance, got {as_text(extra)}; leave {'it' if len(extra) == 1 else 'them'} "
+            "out, or take the solver dopri5"
+        )
+    rtol, atol = (1e-5 if value is None else value for value in (rtol, atol))
+    max_steps = 1000 if max_steps is None else max_steps
+    check_tolerances(rtol, atol, max_steps)
     conditions = Conditions.of(denoiser, len(x), cond)
     if guidance is not None and guidance != 1:
         denoiser = Guided(denoiser, guidance)

@@ -55,6 +55,8 @@ class SamplerModule(nn.Module):
 
     def forward(self, noise: Tensor, **cond: Any) -> Tensor:
         r"""Returns the samples, (B, \*), of standard normal noise (B, \*) and conditions, one for each sample."""
+        if not torch.compiler.is_compiling():
+            self.denoiser.accepts.check_names(list(cond))
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             return self.denoiser.raw(x, t.expand(x.shape[0]), **cond)
@@ -69,8 +71,17 @@ def exported(sampler: PlanSampler, noise: Tensor, **cond: Any) -> Any:
     Arguments:
         sampler: A sampler with a plan that draws no noise.
         noise: Noise of the shape of a batch.
-        cond: Conditions, ready for the batch.
+        cond: Conditions, as those of :func:`fewstep.sample`.
+
+    Raises:
+        ValueError, TypeError: If the shape of the noise or a condition does not fit.
     """
+    shape = sampler.denoiser.event_shape
+    if shape is not None and tuple(noise.shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"noise must have shape (n, {', '.join(map(str, shape))}), got {tuple(noise.shape)}"
+        )
+    cond = sampler.denoiser.prepare(len(noise), cond)
     module = SamplerModule(sampler).eval()
     with torch.no_grad():
         return torch.export.export(module, (noise,), cond)

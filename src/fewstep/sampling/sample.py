@@ -198,8 +198,10 @@ def sample(
     if mask is not None:
         made = inpainting(made, image, mask)
     if brownian:
-        if not isinstance(made, PlanSampler):
-            raise ValueError("brownian=True is for samplers with a plan; this one draws no noise")
+        if not isinstance(made, PlanSampler) or not made.plan.n_noise:
+            raise ValueError(
+                "brownian=True is for solvers that draw noise in their steps; this one draws none, leave it out"
+            )
         made = replace(made, brownian=True)
     denoiser = made.denoiser
     if mask is not None:
