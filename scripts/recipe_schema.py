@@ -25,6 +25,7 @@ ABOUT = {
     "schedule": "The noise schedule: its name and options.",
     "about": "Its origin, for readers.",
     "plan": "The plan, of kind plan.",
+    "residual": "A correction of the plan's predictions: the name of a safetensors file beside the recipe (or its data in base64), and its SHA-256.",
 }
 
 

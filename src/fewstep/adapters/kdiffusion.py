@@ -254,8 +254,8 @@ def _planned(
             recipe = SamplerRecipe.load(recipe)
         if recipe.kind not in ("solver", "plan"):
             raise ValueError(f"a recipe of kind {recipe.kind!r} has no plan; use fewstep.sample")
-        if recipe.plan is not None:
-            return recipe.plan
+        if (own := recipe.plan_alone()) is not None:
+            return own
         if recipe.schedule is None:
             raise ValueError(
                 "this recipe is for any schedule; give its solver and options, or a recipe that names its schedule"

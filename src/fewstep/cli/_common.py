@@ -280,8 +280,8 @@ def recipe_plan(recipe: SamplerRecipe, path: Path) -> Plan:
     """
     from fewstep.diffusion.schedules import schedule_from_record
 
-    if recipe.plan is not None:
-        return recipe.plan
+    if (own := recipe.plan_alone()) is not None:
+        return own
     if recipe.kind == "adaptive":
         raise ValueError(
             f"{str(path)!r} is a recipe of {recipe.name!r}, which has no plan beforehand"

@@ -110,6 +110,8 @@ def identity(made: Sampler) -> str:
     """Returns a checksum of a sampler's settings, without running it."""
     if isinstance(made, PlanSampler):
         about: Any = json.loads(made.plan.to_json())
+        if made.residual is not None:
+            about["residual"] = made.residual.digest()
     else:
         about = {"kind": type(made).__qualname__, "nfe": made.nfe}
         config = getattr(getattr(made, "scheduler", None), "config", None)
@@ -261,7 +263,9 @@ def _prepared(name: str, build: Build) -> Entry:
     def recipe(denoiser: Denoiser, nfe: int) -> SamplerRecipe | None:
         made = build(denoiser, nfe)
         return (
-            SamplerRecipe("plan", name, plan=made.plan) if isinstance(made, PlanSampler) else None
+            SamplerRecipe("plan", name, plan=made.plan, residual=made.residual)
+            if isinstance(made, PlanSampler)
+            else None
         )
 
     return Entry(name, build, recipe)

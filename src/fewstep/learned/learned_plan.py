@@ -17,6 +17,7 @@ from fewstep.plans.plan import Plan
 from fewstep.plans.structure import Eval, Lin, Noise, Row, Structure
 from fewstep.plans.tape import Tape
 from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.residual import Residual
 from fewstep.sampling.resolve import resolve_plan
 from fewstep.solvers import Solver
 
@@ -44,6 +45,7 @@ class Base:
         head: Whether it begins with an analytic head start.
         integer_times: Whether the network takes integer timesteps only: times cannot be learned.
         origin: Where it comes from, for reports: ``"given"``, ``"family"``, ``"profile"`` or ``"auto"``.
+        shape: The shape of a sample, or ``None`` if it is not known.
     """
 
     solver: Solver
@@ -51,6 +53,7 @@ class Base:
     head: bool = False
     integer_times: bool = False
     origin: str = "given"
+    shape: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -147,6 +150,10 @@ class LearnedPlan(nn.Module, ABC):
     def start(self) -> Plan:
         """Returns the sampler that the search starts from."""
         return self.base.plan()
+
+    def residual(self) -> Residual | None:
+        """Returns the correction of predictions that runs with the plan, differentiable; by default none."""
+        return None
 
     @final
     def forward(self) -> Numbers:

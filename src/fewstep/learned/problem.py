@@ -47,6 +47,7 @@ from fewstep.models.wrappers import Guided
 from fewstep.plans.plan import Plan
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.residual import Residual
 from fewstep.sampling.resolve import own_profile
 from fewstep.solvers import Solver
 
@@ -66,7 +67,8 @@ class TunedSampler:
     Attributes:
         recipe: The sampler as a recipe: for :func:`fewstep.sample`, the command line, diffusers.
             ``recipe.about`` has all inputs of the search, the scores and the verdict.
-        plan: Its plan; coefficients and conditioning timesteps are float64.
+        plan: Its plan; coefficients and conditioning timesteps are float64. A spatial residual is no part of it,
+            but of the recipe.
         history: The judgements of the search, one record each: stage, step, mean training loss,
             score (the distance to the teacher or the squared discrepancy from the reference), law,
             precision, recall, the best score so far, whether the candidate was accepted.
@@ -148,7 +150,7 @@ class Problem:
         request = SamplerRequest(
             solver, nfe=nfe, grid=grid, head_start=head_start, options=dict(options)
         )
-        base = start_of(
+        start = start_of(
             family_name,
             denoiser.schedule,
             nfe,
@@ -160,6 +162,7 @@ class Problem:
             profile=own_profile(denoiser, request, guidance, nfe),
             family_options=family_options,
         )
+        base = replace(start, shape=denoiser.event_shape)
         learned = family(family_name, base, **family_options)
         if not learned.count:
             raise ValueError(
@@ -271,7 +274,9 @@ class Problem:
         plan = self.learned.plan(f"{self.names['family']}-{self.base.plan().nfe}")
         if not moved:
             plan = replace(self.base.plan(), name=plan.name)
-        plans = (self.base.plan(), plan) if moved else (plan,)
+        residual = self.learned.residual() if moved else None
+        residual = None if residual is None else residual.detached()
+        plans = [(self.base.plan(), None), (plan, residual)] if moved else [(plan, None)]
         spaces = self._spaces(judge, heldout)
         scores = self._scores(plans, test, test_count, spaces, progress)
         before, after = scores[0], scores[-1]
@@ -280,10 +285,15 @@ class Problem:
             verdict = verdict_of(
                 before, after, data=self.real is not None, recall_drop=settings.recall_drop
             )
-        return self._result(plan, state, {"before": before, "after": after}, verdict)
+        return self._result(plan, residual, state, {"before": before, "after": after}, verdict)
 
     def _result(
-        self, plan: Plan, state: State, scores: Mapping[str, list[Score]], verdict: Verdict
+        self,
+        plan: Plan,
+        residual: Residual | None,
+        state: State,
+        scores: Mapping[str, list[Score]],
+        verdict: Verdict,
     ) -> TunedSampler:
         values = {when: records(each) for when, each in scores.items()}
         about = {
@@ -304,6 +314,7 @@ class Problem:
             guidance=self.guidance,
             model=self.model.fingerprint(),
             about=json.loads(json.dumps(about)),
+            residual=residual,
         )
         return TunedSampler(recipe, plan, state.history, values, verdict)
 
@@ -361,22 +372,23 @@ class Problem:
 
     def _scores(
         self,
-        plans: Sequence[Plan],
+        plans: Sequence[tuple[Plan, Residual | None]],
         test: Pairs | None,
         n: int,
         spaces: Sequence[Space],
         progress: Progress,
     ) -> list[list[Score]]:
         """Returns the scores of each plan on the test noise; the first is the start."""
-        progress.stage("scores", n * sum(plan.nfe for plan in plans))
+        progress.stage("scores", n * sum(plan.nfe for plan, _ in plans))
         scores, start = list[list[Score]](), None
         role = TRAINED if self._paired else UNSEEN
-        for plan in plans:
+        for plan, residual in plans:
             x, _ = self.source.sampled(
                 plan,
                 self.seed + TEST,
                 n,
                 batch_size=self.settings.sampling_batch,
+                residual=residual,
                 progress=progress,
             )
             target = None if test is None else test.target

@@ -25,6 +25,7 @@ from fewstep.learned.stages import Stage
 from fewstep.learned.teachers import Pairs, Source
 from fewstep.learned.unrolled import Unrolled, backpropagate
 from fewstep.models.conditions import joined
+from fewstep.sampling.residual import Residual
 
 MOST_WORSE, LEAST_WORSE = 0.1, 2e-4
 """The tolerated increase of the distance to real data in a paired stage: a share, and a minimum."""
@@ -85,6 +86,7 @@ class Searcher:
             remat=source.device.type != "cpu" if settings.remat is None else settings.remat,
             gradient=settings.gradient,
             keep_states=any(o.wants_states for o in objectives.values()),
+            residual=learned.residual,
         )
         vector = learned.vector()
         self.state = State({"average": vector, "best": vector.clone()})
@@ -231,6 +233,7 @@ class Searcher:
                 self.heldout_seed,
                 self.heldout_size,
                 batch_size=self.settings.sampling_batch,
+                residual=_detached(self.learned),
             )
         except (
             ValueError
@@ -405,3 +408,8 @@ class Searcher:
         )
         falls = (new < old).reshape(-1, *[1] * (x.ndim - 1))
         moved[list(rows)] = torch.where(falls, after, before).to(moved)
+
+
+def _detached(learned: LearnedPlan) -> Residual | None:
+    residual = learned.residual()
+    return None if residual is None else residual.detached()

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import Prediction, coefficients
 from fewstep.learned.learned_plan import Base, LearnedPlan, Numbers, structure_of
+from fewstep.learned.learned_residual import LearnedResidual
 from fewstep.learned.moving import LearnedTimes, Shifts
 from fewstep.plans.plan import Plan
+from fewstep.sampling.residual import Residual
 
 
 class SolverFamily(LearnedPlan):
@@ -48,6 +50,8 @@ class SolverFamily(LearnedPlan):
         corrections: Whether the corrections dA, dC are.
         noise: Whether the amounts w of fresh noise are; for deterministic solvers of one evaluation
             per step.
+        residual: Whether a spatial residual corrects the predictions: tiny convolutions, for images and 2 to 4
+            evaluations; they are not part of the plan and are stored beside the recipe.
         theory: Whether the solver's coefficients follow the times; if not they are those of the
             start (and the learned times are conditioning timesteps alone).
         coordinate: The coordinate in which times are learned: ``"time"`` or ``"lambda"``.
@@ -63,6 +67,7 @@ class SolverFamily(LearnedPlan):
         shifts: bool = False,
         corrections: bool = False,
         noise: bool = False,
+        residual: bool = False,
         theory: bool = True,
         coordinate: str = "time",
     ) -> None:
@@ -95,11 +100,15 @@ class SolverFamily(LearnedPlan):
         else:
             self.structure, start = plan.structure, plan.values.detach()
         self.register_buffer("frozen", start)
+        self.corrector = LearnedResidual(plan.nfe, base.shape) if residual else None
         self.amounts = nn.Parameter(torch.zeros(noisy, dtype=torch.float64)) if noise else None
         self.corrections = None
         if corrections:
             counts = [n + 2 for n in range(plan.nfe)]
             self.corrections = nn.Parameter(torch.zeros(sum(counts), dtype=torch.float64))
+
+    def residual(self) -> Residual | None:
+        return None if self.corrector is None else self.corrector()
 
     def numbers(self) -> Numbers:
         knots = self.base.grid.times if self.times is None else self.times()

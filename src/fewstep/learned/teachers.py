@@ -21,6 +21,7 @@ from fewstep.plans.plan import Plan
 from fewstep.sampling.batches import run_batches
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.residual import Residual
 from fewstep.sampling.resolve import resolve_plan
 
 
@@ -132,15 +133,17 @@ class Source:
         *,
         batch_size: int,
         keep: Sequence[float] = (),
+        residual: Residual | None = None,
         progress: Progress = SILENT,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns samples 0 to n - 1 of a seed by a plan, and their states at the times in ``keep``.
 
+        With a residual its predictions are corrected.
         Ticks once for each network evaluation of each sample.
         """
         samples, states = list[Tensor](), list[Tensor]()
         for rows, trajectory in run_batches(
-            PlanSampler(plan, self.denoiser),
+            PlanSampler(plan, self.denoiser, residual=residual),
             n,
             seed=seed,
             conditions=self.conditions,

@@ -17,6 +17,7 @@ from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.execute import functional
 from fewstep.plans.structure import Structure
+from fewstep.sampling.residual import Residual
 
 
 @contextmanager
@@ -45,6 +46,7 @@ class Unrolled:
         gradient: ``"full"``, or ``"cut"``: model outputs count as constants, so that no gradient
             goes through the network. A third of the cost, a worse result.
         keep_states: Whether intermediate states are returned too.
+        residual: Returns the present correction of predictions, or ``None``.
     """
 
     denoiser: Denoiser
@@ -52,6 +54,7 @@ class Unrolled:
     remat: bool = True
     gradient: str = "full"
     keep_states: bool = False
+    residual: Callable[[], Residual | None] = lambda: None
 
     def __call__(
         self, numbers: Numbers, x: Tensor, draws: Sequence[Tensor], cond: Mapping[str, Any]
@@ -69,6 +72,11 @@ class Unrolled:
                     return self.denoiser(y.detach(), t.detach(), prediction=prediction, **ready)
             return self.denoiser(y, t, prediction=prediction, **ready)
 
+        residual, correct = self.residual(), None
+        if residual is not None:
+            schedule = self.denoiser.schedule
+            scales = [schedule.alpha(numbers.times), schedule.sigma(numbers.times)]
+            correct = residual.begin(prediction, torch.stack(scales, 1))
         remat = self.remat and self.gradient == "full" and torch.is_grad_enabled()
         end = functional(
             self.structure,
@@ -78,6 +86,7 @@ class Unrolled:
             x,
             draw=draws.__getitem__,
             checkpoint=remat,
+            correct=correct,
         )
         # Evaluations that are repeated in the backward pass append again, after this.
         return Outcome(end, tuple(inputs[1 : self.structure.nfe]))

@@ -207,6 +207,7 @@ def functional(
     *,
     draw: Draw | None = None,
     checkpoint: bool = False,
+    correct: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     r"""Runs a structure with coefficients as tensors; differentiable in everything.
 
@@ -219,6 +220,8 @@ def functional(
         draw: The source of normal draws.
         checkpoint: Whether to recompute each network evaluation in the backward pass instead of
             storing its activations: memory stays flat in the number of evaluations.
+        correct: Takes the index of an evaluation, its state and its output, in this order one after
+            another, and returns the output that the rows read.
     """
     if checkpoint:
         from torch.utils.checkpoint import checkpoint as rematerialise
@@ -231,6 +234,8 @@ def functional(
     registers: dict[int, Tensor] = {0: x}
     for i, row in enumerate(structure.rows):
         registers[i + 1] = _row(row, registers, coefficients, times, evaluate, draw)
+        if correct is not None and isinstance(row, Eval):
+            registers[i + 1] = correct(row.at, registers[row.of], registers[i + 1])
         for r in structure.last_reads[i]:
             del registers[r]
     return registers[structure.result]

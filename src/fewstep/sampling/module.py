@@ -38,6 +38,10 @@ class SamplerModule(nn.Module):
         super().__init__()
         if not isinstance(sampler, PlanSampler):
             raise TypeError(f"a sampler with a plan is needed, got {type(sampler).__name__}")
+        if sampler.residual is not None:
+            raise ValueError(
+                "a sampler with a spatial residual cannot be exported; take its plan alone"
+            )
         if sampler.plan.n_noise:
             raise ValueError(
                 f"{sampler.plan.name} draws noise, which a graph does not; take a deterministic solver"

@@ -19,6 +19,7 @@ from fewstep.plans.rewriting import plan_for
 from fewstep.sampling.binding import bind
 from fewstep.sampling.plausibility import peak, warn_if_absurd
 from fewstep.sampling.protocol import BUILT_IN_SAMPLER, Run, Trajectory
+from fewstep.sampling.residual import Residual
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,17 @@ class PlanSampler:
         denoiser: The denoiser; its schedule must be the plan's.
         brownian: Whether the draws are increments of one Brownian motion for each sample, the same at any
             number of steps, instead of numbered.
+        residual: The correction of its predictions, or ``None``.
     """
 
     plan: Plan
     denoiser: Denoiser
     brownian: bool = False
+    residual: Residual | None = None
 
     def __post_init__(self) -> None:
+        if self.residual is not None:
+            self.residual.check(self.plan, self.denoiser.event_shape)
         if self.denoiser.built_in_sampler() is not None:
             raise ValueError(BUILT_IN_SAMPLER.format("a plan"))
         self.plan.check_schedule(self.denoiser.schedule)
@@ -119,7 +124,11 @@ class PlanSampler:
         if draws:
             noise.prepare(0, x.shape[1:], device=x.device)
         execution = Execution(self.native, x, draw=draw, on_state=on_state)
-        return execution, bind(self.denoiser, self.native, len(x), run.cond, x)
+        evaluate = bind(self.denoiser, self.native, len(x), run.cond, x)
+        if self.residual is None:
+            return execution, evaluate
+        correct = self.residual.begin(self.native.prediction, self.native.scales.detach())
+        return execution, lambda y, k: correct(k, y, evaluate(y, k))
 
     def _find_nan(self, x: Tensor, run: Run) -> None:
         """Runs again with a check of each model output: the usual run reads nothing from the device."""

@@ -19,6 +19,7 @@ from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.planning import Planned, planned
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.request import SamplerRequest
+from fewstep.sampling.residual import Residual
 
 KINDS = ("solver", "plan", "adaptive", "operator")
 
@@ -37,6 +38,7 @@ class RecipeRecord(Record, name="fewstep.recipe", version=1, what="recipe"):
     schedule: dict[str, Any] | None = None
     about: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
+    residual: dict[str, Any] | None = None
 
 
 def _is_number(value: object) -> bool:
@@ -61,6 +63,7 @@ class SamplerRecipe:
         plan: The plan, of kind ``"plan"``.
         guidance: The scale of classifier-free guidance that belongs to it, or ``None``.
         model: The fingerprint of the model that it was made for, or ``None`` if any.
+        residual: A correction of the plan's predictions, in a file of its own beside the recipe; or ``None``.
         about: Its origin: scores, model, objective. For readers.
     """
 
@@ -75,6 +78,7 @@ class SamplerRecipe:
     guidance: float | None = None
     model: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    residual: Residual | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -88,6 +92,10 @@ class SamplerRecipe:
             )
         if (self.plan is not None) != (self.kind == "plan"):
             raise ValueError("a recipe has a plan if and only if its kind is 'plan'")
+        if self.residual is not None:
+            if self.plan is None:
+                raise ValueError("a residual corrects the predictions of a plan; give the plan")
+            self.residual.check(self.plan, None)
         if self.kind == "solver" and self.nfe is None and "times" not in self.options:
             raise ValueError("a recipe of a solver has nfe, the number of network evaluations")
         if self.nfe is not None and (
@@ -112,8 +120,28 @@ class SamplerRecipe:
             force: Whether to use a plan of another schedule with its numbers.
 
         Raises:
-            ValueError: If the recipe is for another schedule, or has no plan beforehand.
+            ValueError: If the recipe is for another schedule, has no plan beforehand, or has a residual,
+                without which its plan is another sampler.
         """
+        self.plan_alone()
+        return self._plan_for(schedule, integer_times=integer_times, force=force)
+
+    def plan_alone(self) -> Plan | None:
+        """Returns the plan of the recipe, or ``None`` if it has none beforehand.
+
+        Raises:
+            ValueError: If a residual belongs to it, without which it is another sampler.
+        """
+        if self.residual is not None:
+            raise ValueError(
+                f"the recipe {self.name!r} has a spatial residual, which is not part of its plan and does not "
+                "run here; use it with fewstep.sample (fewstep sample --recipe) or in PlanScheduler"
+            )
+        return self.plan
+
+    def _plan_for(
+        self, schedule: NoiseSchedule, *, integer_times: bool = False, force: bool = False
+    ) -> Plan:
         if force and self.plan is not None:
             return _for_schedule(self.plan, schedule)
         if self.schedule is not None and schedule_from_record(self.schedule) != schedule:
@@ -166,10 +194,10 @@ class SamplerRecipe:
 
             return AdaptiveSampler(denoiser, **self.options)
         integer = denoiser.integer_times
-        plan = self.plan_for(denoiser.schedule, integer_times=integer, force=force)
-        return PlanSampler(plan, denoiser)
+        plan = self._plan_for(denoiser.schedule, integer_times=integer, force=force)
+        return PlanSampler(plan, denoiser, residual=self.residual)
 
-    def _record(self) -> RecipeRecord:
+    def _record(self, residual: dict[str, Any] | None) -> RecipeRecord:
         return RecipeRecord(
             kind=self.kind,
             name=self.name,
@@ -182,15 +210,22 @@ class SamplerRecipe:
             schedule=None if self.schedule is None else dict(self.schedule),
             about=dict(self.about),
             plan=None if self.plan is None else self.plan.to_record(),
+            residual=residual,
         )
 
     def to_record(self) -> dict[str, Any]:
-        """Returns the recipe as a JSON object."""
-        return self._record().to_record()
+        """Returns the recipe as a JSON object; a residual is a text in it."""
+        return self._record(
+            None if self.residual is None else self.residual.to_record()
+        ).to_record()
 
     @classmethod
-    def from_record(cls, content: Any) -> SamplerRecipe:
+    def from_record(cls, content: Any, *, folder: Path | None = None) -> SamplerRecipe:
         """Returns the recipe of a JSON object; a plan is a recipe of kind ``"plan"``.
+
+        Arguments:
+            content: The object.
+            folder: The folder of its file, in which that of a residual is.
 
         Raises:
             ValueError: If it is not a recipe; the message has the reason.
@@ -211,6 +246,9 @@ class SamplerRecipe:
             guidance=record.guidance,
             model=record.model,
             about=record.about,
+            residual=None
+            if record.residual is None
+            else Residual.from_record(record.residual, folder),
         )
 
     def to_json(self) -> str:
@@ -223,8 +261,14 @@ class SamplerRecipe:
         return cls.from_record(loads_json(text, what="the recipe"))
 
     def save(self, path: str | Path) -> Path:
-        """Writes the recipe, atomically and with a checksum; returns the path."""
-        return self._record().save(path)
+        """Writes the recipe, atomically and with a checksum; returns the path.
+
+        A residual is written first, beside it: ``tuned.json`` has ``tuned.residual.safetensors``.
+        """
+        residual = None
+        if self.residual is not None:
+            residual = self.residual.save(Path(path).with_suffix(".residual.safetensors"))
+        return self._record(residual).save(path)
 
     @classmethod
     def load(cls, path: str | Path) -> SamplerRecipe:
@@ -235,7 +279,7 @@ class SamplerRecipe:
         """
         content = read_json(path, what="recipe")
         try:
-            return cls.from_record(content)
+            return cls.from_record(content, folder=Path(path).parent)
         except (ValueError, TypeError) as error:
             raise ValueError(f"recipe {str(path)!r}: {error}") from None
 

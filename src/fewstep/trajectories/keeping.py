@@ -63,6 +63,11 @@ def kept(
             "this model has a built-in sampler of one evaluation, which has no trajectory; record "
             "the model that it was distilled from"
         )
+    if sampler.residual is not None:
+        raise ValueError(
+            "a spatial residual is not part of a plan, and a store holds plans; record the plan alone, "
+            "or a recipe without residual"
+        )
     integer = denoiser.integer_times
     plan = sampler.plan
     if _is_spaced(request):

@@ -57,8 +57,13 @@ def read_recipe(recipe: str | Path) -> tuple[SamplerRecipe, str]:
     recipe = str(recipe)
     text = recipe if recipe.lstrip().startswith("{") else None
     if text is None:
-        SamplerRecipe.load(recipe)  # for its message, if it cannot be read
-        text = Path(recipe).read_text(encoding="utf-8")
+        stored = SamplerRecipe.load(recipe)  # for its message, if it cannot be read
+        # A residual is in a file of its own; a configuration holds it as text.
+        text = (
+            Path(recipe).read_text(encoding="utf-8")
+            if stored.residual is None
+            else stored.to_json()
+        )
     made = SamplerRecipe.from_json(text)
     if made.kind == "adaptive":
         raise ValueError("an adaptive recipe has no steps beforehand, which a pipeline needs")

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
+from fewstep.sampling.residual import Correction, Residual
 from fewstep.solvers import Solver
 
 MOST_SETUPS = 32
@@ -33,6 +34,7 @@ class Setup(NamedTuple):
             those are clipped or thresholded; else ``None``.
         alphas: For each evaluation alpha, where clipping leaves the predicted noise as it is
             (DDIM without ``use_clipped_model_output``); else ``None``.
+        residual: The correction of the predictions, or ``None``.
     """
 
     plan: Plan
@@ -41,6 +43,7 @@ class Setup(NamedTuple):
     conditioning: tuple[float, ...]
     to_data: tuple[tuple[float, float], ...] | None
     alphas: tuple[float, ...] | None = None
+    residual: Residual | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Setup:
         return self
@@ -90,6 +93,7 @@ class Run:
         self.dtype = torch.float32
         self.shape = torch.Size()
         self.size, self.plain = 0, False
+        self.correct: Correction | None = None
         self.generator: Any = None
         self.variance_noise: Tensor | None = None
         self.like: Tensor | None = None
@@ -151,6 +155,12 @@ class Run:
         # Computed once for all steps: each attribute access costs a part of a microsecond.
         self.shape, self.size = x.shape, x.numel()
         self.plain = active.to_data is None and not active.plan.n_noise
+        self.correct = None
+        if active.residual is not None:
+            active.residual.check(active.plan, tuple(x.shape[1:]))
+            self.plain = False
+            plan = active.plan
+            self.correct = active.residual.begin(plan.prediction, plan.scales.detach())
         self._own_generator = None
         self.execution = Execution(active.plan, x, draw=self.draw, keep_inputs=True)
         return self.execution

@@ -323,7 +323,13 @@ class Planner:
             plan = plan_for(plan, native)
         for dtype in (torch.float32, torch.float64):  # a compiled step finds them ready
             buffer_schedule(plan, dtype, keep_inputs=True, keep_states=False)
-        return Setup(plan, grid, method, conditioning, to_data, alphas)
+        residual = None if self.recipe is None else self.recipe.residual
+        if residual is not None and to_data is not None:
+            raise ValueError(
+                "the recipe has a spatial residual, which was learned without clipping; switch clip_sample "
+                "and thresholding off"
+            )
+        return Setup(plan, grid, method, conditioning, to_data, alphas, residual)
 
 
 def _is_even(points: list[float]) -> bool:

@@ -348,9 +348,11 @@ class Stepping:
         if output.dtype != run.dtype:
             output = output.to(run.dtype)
         maps = run.active.to_data
+        index = run.step_index - run.offset  # type: ignore[operator]
+        if run.correct is not None:
+            output = run.correct(index, x, output)
         if maps is None:
             return output
-        index = run.step_index - run.offset  # type: ignore[operator]
         shift, factor = maps[index]
         data = torch.mul(output, factor).add_(x, alpha=shift)
         clipped = clip(self.config, data)
