@@ -78,3 +78,17 @@ def test_what_it_refuses(command, tmp_path):
     )
     assert "built-in sampler" in command("fit", "fashion-1step", "--out", out, code=2)
     assert not out.exists()
+
+
+def test_a_late_process_of_a_launch_finds_the_profile(tmp_path, command, monkeypatch):
+    base = ["fit", "mixture-smooth", "--nfe", "4", "-n", "4", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    command(*base)
+    written = (tmp_path / "out.json").read_bytes()
+    monkeypatch.setenv("RANK", "0")
+    command(*base)
+    assert (tmp_path / "out.json").read_bytes() == written
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+    assert "exists" in command(*base, "--seed", "1", code=2)
+    assert "remove the file first" in command(*base, "--overwrite", code=2)

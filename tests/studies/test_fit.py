@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.base import sharing
 from fewstep.diffusion.grids import explicit
 from fewstep.models import exact
 from fewstep.plans.checks import table_difference
@@ -249,3 +250,27 @@ def test_step_costs_of_fitted_weights_are_what_least_squares_leaves():
     for a in range(len(nodes) - 3):
         total += costs.two(nodes[a + 1])[nodes[a], nodes[a + 2], nodes[a + 3]]
     assert grid.cost == pytest.approx(float(total.sqrt()), rel=1e-9)
+
+
+def test_processes_of_a_launch_share_the_parts(tmp_path, monkeypatch):
+    """One process computes a block, another the rest; the profile is that of one process alone."""
+    budgets, more = (4, 5), {"n": 12, "folder": tmp_path / "parts", "out": tmp_path / "out.json"}
+    whole = fewstep.fit(SMOOTH, budgets, n=12)
+    monkeypatch.setattr(sharing, "POLL", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    first = Interrupted(SMOOTH)
+    first.left = 3 * 40 * 4 + 100  # within the first block, after the second
+    with pytest.raises(KeyboardInterrupt):
+        fewstep.fit(first, budgets, **more)
+    assert [p.name for p in (tmp_path / "parts" / "parts").iterdir()] == [
+        "reference-8.safetensors"
+    ]
+    monkeypatch.setenv("RANK", "0")
+    second = Counted(SMOOTH)
+    profile = fewstep.fit(second, budgets, **more)
+    assert (profile.entries, profile.recommended) == (whole.entries, whole.recommended)
+    assert profile.about["evaluations"] == whole.about["evaluations"]
+    assert second.count == whole.about["evaluations"] - 4 * (3 * 40 + 1)
+    assert fewstep.Profile.load(tmp_path / "out.json") == profile
+    assert not (tmp_path / "parts" / "parts").exists()

@@ -297,15 +297,19 @@ class RunFolder:
             return None
         return tensors if self._is_own(metadata, name) else None
 
+    def record_file(self, name: str) -> Path:
+        """Returns the file of a part of JSON."""
+        return self.parts / f"{name}.json"
+
     def write_record(self, name: str, value: Any) -> None:
         """Writes a part of JSON."""
         content = {"inputs": self._digest, "part": name, "value": value}
-        write_json(self.parts / f"{name}.json", content)
+        write_json(self.record_file(name), content)
 
     def read_record(self, name: str) -> Any:
         """Returns a part of JSON, or ``None`` if it is missing, damaged, or of other inputs."""
         try:
-            content = read_json(self.parts / f"{name}.json", what="a part", checksum=True)
+            content = read_json(self.record_file(name), what="a part", checksum=True)
         except ValueError:
             return None
         return content.get("value") if self._is_own(content, name) else None

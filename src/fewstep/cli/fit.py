@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
+from fewstep.base.processes import processes
 from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
@@ -18,7 +20,6 @@ from fewstep.cli._common import (
     exists,
     follows,
     kept_files,
-    left_to_first,
     load_model,
     parse_labels,
     positive,
@@ -27,6 +28,7 @@ from fewstep.cli._common import (
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
+    from fewstep.models.denoiser import Denoiser
     from fewstep.sampling.profile import Profile
 
 
@@ -46,7 +48,8 @@ def fit(
     """Measure which sampler suits a model best at each budget: OUT, a profile.
 
     At most 5,728 evaluations of one image for the seven budgets: a minute for a small model. The same
-    command resumes an interrupted measurement. Nothing is trained and no data is needed. `fewstep
+    command resumes an interrupted measurement; started several times together (torchrun, accelerate launch,
+    srun) the processes share its parts. Nothing is trained and no data is needed. `fewstep
     sample MODEL --profile OUT` uses the profile; a profile in the model's own folder is used by default.
 
     Args:
@@ -62,12 +65,15 @@ def fit(
         device: Where to run: auto, cpu, cuda, mps.
         overwrite: Replace an existing file.
     """
-    if left_to_first("fit"):
-        return
+    team = processes()
+    if overwrite and team.several:
+        raise ValueError(
+            "--overwrite with several processes could replace what another has finished; remove the file first"
+        )
     budgets = budgets_of(nfe)
     positive("-n", n)
     file = _file(model, out)
-    if file.exists() and not overwrite:
+    if file.exists() and not overwrite and not team.several:
         raise exists(file)
     denoiser = load_model(model, device)
     event_shape(denoiser)
@@ -78,6 +84,11 @@ def fit(
 
     from fewstep.studies.fit import fit as measure
 
+    # A process that comes late finds the profile of the others.
+    if file.exists() and not overwrite:
+        if not _is_of(file, denoiser, budgets, n, seed, guidance):
+            raise exists(file)
+        return
     parts = file.with_name(f"{file.name}.parts")
     with (
         progress_of(follows()) as progress,
@@ -90,12 +101,14 @@ def fit(
             seed=seed,
             guidance=guidance,
             folder=parts,
+            out=file,
             overwrite=overwrite,
             progress=progress,
             **cond,
         )
-        profile.save(file)
     shutil.rmtree(parts, ignore_errors=True)
+    if not team.first:
+        return
     _show(profile)
     say(
         f"wrote {file} ({profile.about['evaluations']:,} evaluations, {profile.about['seconds']} s)"
@@ -111,6 +124,23 @@ def fit(
         out="samples",
     )
     say(f"next: {again}")
+
+
+def _is_of(
+    file: Path,
+    denoiser: Denoiser,
+    budgets: Sequence[int],
+    n: int,
+    seed: int,
+    guidance: float | None,
+) -> bool:
+    """Returns whether a profile is the result of this command."""
+    from fewstep.sampling.profile import Profile
+
+    profile = Profile.load(file)
+    same = profile.fingerprint == denoiser.fingerprint() and profile.guidance == (guidance or 1.0)
+    given = (profile.about.get("n"), profile.about.get("seed"), sorted(profile.recommended))
+    return same and given == (n, seed, list(budgets))
 
 
 def _file(model: str, out: Path | None) -> Path:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.base.progress import Progress, progress_of
+from fewstep.base.processes import Processes, processes
+from fewstep.base.progress import SILENT, Progress, progress_of
 from fewstep.base.runs import RunFolder
+from fewstep.base.sharing import Sharing
 from fewstep.models.conditions import Conditions, select
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.splitting import split_evaluations
@@ -26,7 +28,16 @@ from fewstep.solvers import Solver
 from fewstep.solvers import solver as make_solver
 from fewstep.solvers.multistep import Multistep
 from fewstep.studies.dynamic import BestGrid
-from fewstep.studies.local_errors import gain_evaluations, measure_gain, path_of, step_errors
+from fewstep.studies.local_errors import (
+    Path,
+    evaluations_from,
+    gain_evaluations,
+    gain_places,
+    interpolate_gain,
+    log_gain_at,
+    path_of,
+    step_errors,
+)
 from fewstep.studies.multistep import fit_on, fitting_grids
 from fewstep.studies.polishing import robust_mean
 from fewstep.studies.reference import (
@@ -52,6 +63,9 @@ SUBSTEPS = 3
 
 PLACES, GAIN_SAMPLES = 4, 8
 """The number of places, and of samples, at which the gain of errors is measured."""
+
+BLOCK = 8
+"""The trajectories of the reference that are solved together, however many processes share them."""
 
 FITTED_SHARE = 5 / 8
 """The share of the trajectories to fit to; the others are held out for the selection."""
@@ -105,7 +119,8 @@ def fit(
     n: int = 16,
     seed: int = 0,
     guidance: float | None = None,
-    folder: str | Path | None = None,
+    folder: str | FilePath | None = None,
+    out: str | FilePath | None = None,
     overwrite: bool = False,
     progress: Progress | bool | None = False,
     **cond: Any,
@@ -134,7 +149,9 @@ def fit(
         seed: The seed of their noise.
         guidance: The scale of classifier-free guidance; 1 is none.
         folder: Where finished parts are kept, so that an interrupted measurement is resumed by the
-            same call; it is empty again when the measurement is done.
+            same call; it is empty again when the measurement is done. With it and ``out`` the processes
+            of one launch (``torchrun``, ``srun``) share the parts, and each returns the same profile.
+        out: The file of the profile; left out, it is only returned.
         overwrite: Whether parts of another measurement in the folder are thrown away.
         progress: ``True`` for a bar, or a :class:`fewstep.base.progress.Progress`.
         cond: The conditions, e.g. ``class_labels``, one for all or n. A class-conditional model
@@ -161,47 +178,64 @@ def fit(
     began, total = time.monotonic(), evaluations(budgets, n)
     base = denoiser.inner if isinstance(denoiser, Guided) else denoiser
     scale = denoiser.scale if isinstance(denoiser, Guided) else 1.0
-    with progress_of(progress) as shown, ExitStack() as stack:
-        run = None
-        if folder is not None:
-            run = RunFolder(folder, "measurement of a model", outputs=())
-            inputs = {
-                "model": base.fingerprint(),
-                "schedule": denoiser.schedule.to_record(),
-                "guidance": scale,
-                "conditions": {k: digest_input(v) for k, v in sorted(conditions.values.items())},
-                "trajectories": n,
-                "seed": seed,
-                "intervals": _intervals(budgets),
-            }
-            stack.enter_context(run.running(inputs, overwrite=overwrite, progress=shown))
+
+    def profile(run: RunFolder | None, shown: Progress) -> Profile:
         meter = _Meter(shown, total)
-        stack.enter_context(split_evaluations(denoiser))
-        work = _Work(denoiser, noise, conditions, _split(n), meter, run)
-        entries, recommended = work.entries(budgets)
-        if run is not None:
-            run.finish()
-    return Profile(
-        denoiser.schedule,
-        base.fingerprint(),
-        tuple(entries),
-        recommended,
-        scale,
-        about={
-            "evaluations": meter.count,
-            "seconds": round(time.monotonic() - began, 1),
-            "n": n,
+        work = _Work(denoiser, noise, conditions, budgets, meter, run)
+        entries, recommended = work.entries()
+        made = Profile(
+            denoiser.schedule,
+            base.fingerprint(),
+            tuple(entries),
+            recommended,
+            scale,
+            about={
+                "evaluations": meter.count,
+                "seconds": round(time.monotonic() - began, 1),
+                "n": n,
+                "seed": seed,
+                "conditions": {name: _described(value) for name, value in cond.items()},
+            },
+        )
+        if out is not None:
+            made.save(out)
+        return made
+
+    with progress_of(progress) as shown, split_evaluations(denoiser):
+        if folder is None:
+            return profile(None, shown)
+        run, team = RunFolder(folder, "measurement of a model", outputs=()), processes()
+        inputs = {
+            "model": base.fingerprint(),
+            "schedule": denoiser.schedule.to_record(),
+            "guidance": scale,
+            "conditions": {k: digest_input(v) for k, v in sorted(conditions.values.items())},
+            "trajectories": n,
             "seed": seed,
-            "conditions": {name: _described(value) for name, value in cond.items()},
-        },
-    )
+            "intervals": _intervals(budgets),
+            "block": BLOCK,
+        }
+        if out is None or not team.several:
+            with run.running(inputs, overwrite=overwrite, progress=shown):
+                made = profile(run, shown)
+                run.finish()
+            return made
+        run.join(inputs, finished=lambda _: False, progress=shown)
+        meter = _Meter(shown, total, resumes=False)
+        _Work(denoiser, noise, conditions, budgets, meter, run).share(team)
+        with run.finishing(progress=shown) as left:
+            made = profile(run, SILENT) if left else Profile.load(out)
+            if left:
+                run.finish()
+        return made
 
 
 class _Meter:
     """Counts evaluations of one image, and logs after the first how long all will take."""
 
-    def __init__(self, shown: Progress, total: int) -> None:
+    def __init__(self, shown: Progress, total: int, *, resumes: bool = True) -> None:
         self.shown, self.total, self.count = shown, total, 0
+        self._resumes = resumes
         self._began = time.monotonic()
         shown.stage("measuring: evaluations of one image", total)
 
@@ -219,7 +253,9 @@ class _Meter:
         self.shown.tick(evaluations * images)
 
     def resume(self, count: int) -> None:
-        """Counts evaluations that an interrupted run has made."""
+        """Counts evaluations that an interrupted run has made, unless they are those of other processes."""
+        if not self._resumes:
+            return
         self.count += count
         self.shown.tick(count)
 
@@ -250,38 +286,65 @@ class _Work:
         denoiser: Denoiser,
         noise: Tensor,
         conditions: Conditions,
-        fitted: int,
+        budgets: Sequence[int],
         meter: _Meter,
         run: RunFolder | None,
     ) -> None:
         self.denoiser, self.noise, self.meter, self.run = denoiser, noise, meter, run
+        self.budgets, self.intervals = budgets, _intervals(budgets)
+        fitted = _split(len(noise))
         self.fitted, self.held_out = range(fitted), range(fitted, len(noise))
         self.cond = conditions.at(range(len(noise)))
+        starts = range(0, len(noise), BLOCK)
+        self.blocks = [range(start, min(start + BLOCK, len(noise))) for start in starts]
+        self._whole: Reference | None = None
+        self._path: Path | None = None
+        self._grids: list[dict[int, BestGrid]] = []
 
-    def entries(self, budgets: Sequence[int]) -> tuple[list[ProfileEntry], dict[int, str]]:
+    def share(self, team: Processes) -> None:
+        """Computes parts together with the other processes of a launch, until all are in the folder."""
+        run = self.run
+        assert run is not None
+        blocks = {f"reference-{rows.start}": partial(self._block, rows) for rows in self.blocks}
+        gains = {f"gain-{k}": partial(self._gain_at, k) for k in range(PLACES)}
+        budgets = {f"budget-{nfe}": partial(self._records, nfe) for nfe in self.budgets}
+        stages = [blocks, gains, budgets]
+        tasks: dict[str, Callable[[], object]] = {**blocks, **gains, **budgets}
+
+        def file(name: str) -> FilePath:
+            return run.tensors_file(name) if name in blocks else run.record_file(name)
+
+        def ready(name: str) -> bool:
+            before = stages[: next(i for i, stage in enumerate(stages) if name in stage)]
+            return all(file(one).exists() for stage in before for one in stage)
+
+        order = [name for stage in stages for name in team.own_first(list(stage))]
+        shown = self.meter.shown
+        with Sharing(order, file, ready=ready, over=run.is_over, progress=shown) as work:
+            while work.unfinished():
+                for name in work.claimed():
+                    tasks[name]()
+
+    def entries(self) -> tuple[list[ProfileEntry], dict[int, str]]:
         """Returns the entries of all budgets, and the solver that is recommended for each."""
-        whole = self._reference(_intervals(budgets))
-        reference, self.target = self._part(whole), whole.end[self.held_out.start :]
-        if max(budgets) >= len(reference.times):
-            raise ValueError(
-                f"the model has {len(reference.times)} timesteps, too few for {max(budgets)} "
-                "evaluations"
-            )
-        self.path = path_of(reference, self.denoiser, self._gain(reference))
-        grids: list[dict[int, BestGrid]] = []
         entries, recommended = list[ProfileEntry](), dict[int, str]()
-        for nfe in budgets:
-
-            def measured(nfe: int = nfe) -> Any:
-                if not grids:
-                    grids.extend(fitting_grids(self.path, max(budgets)))
-                return [entry.to_record() for entry in self._budget(nfe, reference, grids)]
-
-            records = self._record(f"budget-{nfe}", measured)
-            found = [ProfileEntry.from_record(record) for record in records]
+        for nfe in self.budgets:
+            found = [ProfileEntry.from_record(record) for record in self._records(nfe)]
             recommended[nfe] = found[0].solver
             entries += found
         return entries, recommended
+
+    def _records(self, nfe: int) -> Any:
+        """Returns the entries of a budget as records, the recommended one first."""
+        reference, path = self._reference(), self._measured_path()
+
+        def measure() -> Any:
+            if not self._grids:
+                self._grids.extend(fitting_grids(path, max(self.budgets)))
+            found = self._budget(nfe, reference, self._grids)
+            return [entry.to_record() for entry in found]
+
+        return self._record(f"budget-{nfe}", measure)
 
     def _budget(
         self, nfe: int, reference: Reference, grids: list[dict[int, BestGrid]]
@@ -311,38 +374,18 @@ class _Work:
             self.meter.resume(cached["evaluations"])
         return cached["value"]
 
-    def _reference(self, intervals: int) -> Reference:
-        """Returns the reference trajectories of all samples."""
-        cached = None if self.run is None else self.run.read_tensors("reference")
-        rows = len(self.noise)
-        if cached is None:
-            whole = follow(
-                self.denoiser,
-                self.noise,
-                self.cond,
-                intervals=intervals,
-                substeps=SUBSTEPS,
-                progress=self.meter.of(rows),
-            )
-            self.meter.add(1, rows)  # the last node's
-            if self.run is not None:
-                self.run.write_tensors("reference", whole.tensors())
-            return whole
-        device = self.noise.device
-        nfe = SUBSTEPS * intervals + 1
-        self.meter.resume(nfe * rows)
-        return Reference(
-            self.denoiser.schedule,
-            cached["times"],
-            cached["x"].to(device),
-            cached["eps"].to(device),
-            self.noise,
-            self.cond,
-            nfe,
-        )
-
-    def _part(self, whole: Reference) -> Reference:
-        rows = len(self.fitted)
+    def _reference(self) -> Reference:
+        """Returns the reference trajectories to fit to; :attr:`target` has the ends of the others."""
+        if self._whole is None:
+            parts = [self._block(rows) for rows in self.blocks]
+            x, eps = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("x", "eps"))
+            self._whole = replace(parts[0], x=x, eps=eps, noise=self.noise, cond=self.cond)
+            if max(self.budgets) >= len(parts[0].times):
+                raise ValueError(
+                    f"the model has {len(parts[0].times)} timesteps, too few for "
+                    f"{max(self.budgets)} evaluations"
+                )
+        whole, rows = self._whole, len(self.fitted)
         return replace(
             whole,
             x=whole.x[:, :rows],
@@ -351,16 +394,61 @@ class _Work:
             cond=select(whole.cond, self.fitted),
         )
 
-    def _gain(self, reference: Reference) -> Tensor:
-        """Returns how much of an error at each node remains at the end."""
+    def _target(self) -> Tensor:
+        """Returns the ends of the held-out trajectories."""
+        assert self._whole is not None
+        return self._whole.end[self.held_out.start :]
 
-        def measure() -> list[float]:
-            few = min(GAIN_SAMPLES, len(self.fitted))
-            gain = measure_gain(self.denoiser, reference, places=PLACES, samples=few)
-            self.meter.add(gain_evaluations(len(reference.times), PLACES), 2 * few)
-            return gain.tolist()
+    def _block(self, rows: range) -> Reference:
+        """Returns the reference trajectories of a block of samples."""
+        name, device = f"reference-{rows.start}", self.noise.device
+        noise = self.noise[rows.start : rows.stop]
+        cond = select(self.cond, rows)
+        cached = None if self.run is None else self.run.read_tensors(name)
+        if cached is not None:
+            nfe = SUBSTEPS * self.intervals + 1
+            self.meter.resume(nfe * len(rows))
+            x, eps = (cached[key].to(device) for key in ("x", "eps"))
+            return Reference(self.denoiser.schedule, cached["times"], x, eps, noise, cond, nfe)
+        part = follow(
+            self.denoiser,
+            noise,
+            cond,
+            intervals=self.intervals,
+            substeps=SUBSTEPS,
+            progress=self.meter.of(len(rows)),
+        )
+        self.meter.add(1, len(rows))  # the last node's
+        if self.run is not None:
+            self.run.write_tensors(name, part.tensors())
+        return part
 
-        return torch.tensor(self._record("gain", measure), dtype=torch.float64)
+    def _measured_path(self) -> Path:
+        """Returns the reference, with how much of an error at each node remains at the end."""
+        if self._path is None:
+            reference = self._reference()
+            nodes = len(reference.times)
+            picked = gain_places(nodes, PLACES)
+            logs = [self._gain_at(number) for number in range(len(picked))]
+            gain = interpolate_gain(nodes, picked, logs)
+            self._path = path_of(reference, self.denoiser, gain)
+        return self._path
+
+    def _gain_at(self, number: int) -> float:
+        """Returns the logarithm of the gain at one of the places; 0 if there are fewer."""
+
+        def measure() -> float:
+            reference = self._reference()
+            nodes = len(reference.times)
+            picked = gain_places(nodes, PLACES)
+            if number >= len(picked):
+                return 0.0
+            few, place = min(GAIN_SAMPLES, len(self.fitted)), picked[number]
+            gain = log_gain_at(self.denoiser, reference, place, samples=few)
+            self.meter.add(evaluations_from(nodes, place), 2 * few)
+            return gain
+
+        return self._record(f"gain-{number}", measure)
 
     def _measured(
         self, nfe: int, reference: Reference, grids: list[dict[int, BestGrid]]
@@ -382,7 +470,9 @@ class _Work:
             for name in SOLVERS:
                 solver = make_solver(name)
                 plan = solver.plan(grid_of(reference.schedule, times))
-                predicted.append((step_errors(plan, self.path).predicted, solver, times))
+                predicted.append(
+                    (step_errors(plan, self._measured_path()).predicted, solver, times)
+                )
         _, solver, times = min(predicted, key=lambda item: item[0])
         return self._held_out(solver, times)
 
@@ -403,7 +493,7 @@ class _Work:
         x = run_plan(self.denoiser, plan, self.noise[rows.start :], cond)
         self.meter.add(plan.nfe, len(rows))
         return Candidate(
-            solver, plan.knots.detach(), plan.head, fitted, mean_squares(x - self.target)
+            solver, plan.knots.detach(), plan.head, fitted, mean_squares(x - self._target())
         )
 
 

@@ -3,7 +3,7 @@ r"""Local errors of any plan: the error of each step if all steps before it were
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,36 +108,52 @@ def measure_gain(
 
     Cost: about ``places * S / 4`` evaluations for each of 2 ``samples``, see :func:`gain_evaluations`.
     """
+    picked, logs = gain_places(len(reference.times), places), list[float]()
+    for place in picked:
+        logs.append(log_gain_at(denoiser, reference, place, samples=samples, size=size))
+        progress.tick()
+    return interpolate_gain(len(reference.times), picked, logs)
+
+
+def log_gain_at(
+    denoiser: Denoiser, reference: Reference, place: int, *, samples: int = 16, size: float = 0.05
+) -> float:
+    """Returns the logarithm of :func:`measure_gain` at one node."""
     s, nodes = reference.schedule, reference.times
     b = min(samples, len(reference.noise))
-    picked = _gain_places(len(nodes), places)
     part = select(reference.cond, range(b))
     cond = joined(part, part)
-    logs = []
-    for i in picked:
-        x, before = reference.x[i, :b], max(0, i - 4)
-        alpha, sigma = (f(nodes[[before, i]]) for f in (s.alpha, s.sigma))
-        ratio = alpha[1] / alpha[0]
-        step = ratio * reference.x[before, :b]
-        step = step + (sigma[1] - ratio * sigma[0]) * reference.eps[before, :b]
-        defect = step - x
-        scale = size / float(defect.cpu().double().square().mean().sqrt().clamp_min(1e-12))
-        both = torch.cat([x, x + scale * defect.to(x)])
-        end = _run_on(denoiser, nodes[i:], both, cond)
-        progress.tick()
-        left = (end[b:] - end[:b]).cpu().double().square().mean().sqrt() / size
-        logs.append(float(left.clamp_min(1e-6).log()))
-    places_at = torch.tensor([*picked, len(nodes) - 1]).double()
+    x, before = reference.x[place, :b], max(0, place - 4)
+    alpha, sigma = (f(nodes[[before, place]]) for f in (s.alpha, s.sigma))
+    ratio = alpha[1] / alpha[0]
+    step = ratio * reference.x[before, :b]
+    step = step + (sigma[1] - ratio * sigma[0]) * reference.eps[before, :b]
+    defect = step - x
+    scale = size / float(defect.cpu().double().square().mean().sqrt().clamp_min(1e-12))
+    both = torch.cat([x, x + scale * defect.to(x)])
+    end = _run_on(denoiser, nodes[place:], both, cond)
+    left = (end[b:] - end[:b]).cpu().double().square().mean().sqrt() / size
+    return float(left.clamp_min(1e-6).log())
+
+
+def interpolate_gain(nodes: int, picked: Sequence[int], logs: Sequence[float]) -> Tensor:
+    """Returns the gain at all nodes from its logarithms at some."""
+    places_at = torch.tensor([*picked, nodes - 1]).double()
     values = torch.tensor([*logs, 0.0], dtype=torch.float64)
-    return _linear(places_at, values, torch.arange(len(nodes), dtype=torch.float64)).exp()
+    return _linear(places_at, values, torch.arange(nodes, dtype=torch.float64)).exp()
 
 
 def gain_evaluations(nodes: int, places: int) -> int:
     """Returns the evaluations of :func:`measure_gain` for each of 2 ``samples``."""
-    return sum(math.ceil((nodes - 1 - i) / 2) for i in _gain_places(nodes, places))
+    return sum(evaluations_from(nodes, place) for place in gain_places(nodes, places))
 
 
-def _gain_places(nodes: int, places: int) -> list[int]:
+def evaluations_from(nodes: int, place: int) -> int:
+    """Returns the evaluations of a run from a node to the end, on every other node."""
+    return math.ceil((nodes - 1 - place) / 2)
+
+
+def gain_places(nodes: int, places: int) -> list[int]:
     """Returns the nodes at which the gain is measured."""
     return torch.linspace(1, nodes - 1, places + 1).round().long()[:-1].unique().tolist()
 

@@ -124,7 +124,11 @@ def fit_on(
 def _ridge(terms: list[Tensor], target: Tensor, ridge: float) -> list[float]:
     """Returns the weights of the terms that fit the target, in float64 on the CPU."""
     columns = torch.stack([term.flatten() for term in terms]).cpu().double()
-    gram = columns @ columns.T
-    gram = gram + ridge * torch.diag(gram.diagonal())
+    # Scaled to unit size: positive definite by the ridge, and solved to the same bits each time, which
+    # least squares of LAPACK are not. A term that is zero gets no weight.
+    size = columns.square().sum(1).sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    columns = columns / size[:, None]
+    gram = columns @ columns.T + ridge * torch.eye(len(columns), dtype=torch.float64)
     right = columns @ target.flatten().cpu().double()
-    return torch.linalg.lstsq(gram, right[:, None]).solution[:, 0].tolist()
+    return (torch.linalg.solve(gram, right) / size).tolist()
