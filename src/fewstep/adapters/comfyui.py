@@ -99,10 +99,10 @@ def sigmas(model_sampling: Any, grid: str, steps: int, **options: Any) -> Tensor
     schedule = schedule_of(model_sampling)
     ours, meant = GRIDS.own(grid)
     GRIDS[ours]
-    made = make_grid(ours, schedule, steps, **{"to_zero": True, **meant, **options})
+    time_grid = make_grid(ours, schedule, steps, **{"to_zero": True, **meant, **options})
     if not isinstance(schedule, Flow):
-        return made.rho.float()
-    levels = made.sigma
+        return time_grid.rho.float()
+    levels = time_grid.sigma
     # A flow may begin at pure noise there.
     top = float(model_sampling.sigmas[-1])
     if top > float(levels[0]):
@@ -176,7 +176,7 @@ def file_function(path: str | Path) -> Callable[..., Tensor]:
     Raises:
         ValueError: If the file is neither.
     """
-    made = load(path)
+    content = load(path)
 
     def sample(
         model: Any,
@@ -195,8 +195,8 @@ def file_function(path: str | Path) -> Callable[..., Tensor]:
             callback,
             flow=is_flow(model_sampling_of(model)),
             seed=_seed(extra_args),
-            profile=made if isinstance(made, Profile) else None,
-            recipe=made if isinstance(made, SamplerRecipe) else None,
+            profile=content if isinstance(content, Profile) else None,
+            recipe=content if isinstance(content, SamplerRecipe) else None,
         )
 
     return sample
@@ -215,13 +215,13 @@ def model_sampling_of(model: Any) -> Any:
     patcher = getattr(guider, "model_patcher", None)
     if patcher is not None:
         return patcher.get_model_object("model_sampling")
-    found = getattr(getattr(guider, "inner_model", None), "model_sampling", None)
-    if found is None:
+    sampling = getattr(getattr(guider, "inner_model", None), "model_sampling", None)
+    if sampling is None:
         raise TypeError(
             f"{type(model).__name__} has no model sampling; use a sampler node of ComfyUI, or "
             "fewstep.adapters.kdiffusion.sampler"
         )
-    return found
+    return sampling
 
 
 def _seed(extra_args: Mapping[str, Any] | None) -> int | None:
@@ -288,17 +288,17 @@ def measure_function(
     return measure
 
 
-def sigmas_of(made: Profile | SamplerRecipe, model_sampling: Any, steps: int) -> Tensor:
+def sigmas_of(content: Profile | SamplerRecipe, model_sampling: Any, steps: int) -> Tensor:
     """Returns the noise levels of a profile for a number of steps, or of a recipe.
 
     Raises:
         ValueError: If it was made for another schedule than the model's.
     """
     schedule, flow = schedule_of(model_sampling), is_flow(model_sampling)
-    if isinstance(made, Profile):
-        plan = resolve_plan(made.schedule, SamplerRequest(profile=made, nfe=steps)).plan
+    if isinstance(content, Profile):
+        plan = resolve_plan(content.schedule, SamplerRequest(profile=content, nfe=steps)).plan
     else:
-        plan = made.plan_for(schedule)
+        plan = content.plan_for(schedule)
     first = float(plan.grid.rho[0])
     top = float(schedule.rho(torch.tensor(schedule.t_max, dtype=torch.float64)))
     if abs(first - top) > 1e-3 * top and not plan.head:

@@ -124,14 +124,14 @@ def sampler(
         return _adaptive(model, x, levels, extra, callback, solver, grid, flow, options)
     # Plans are kept: made of tensors of inference mode they could be used nowhere else.
     with torch.inference_mode(False):
-        made = _planned(levels, solver, recipe, profile, plan, grid, schedule, flow, options)
-        native = plan_for(made, Prediction.X0)
+        resolved = _planned(levels, solver, recipe, profile, plan, grid, schedule, flow, options)
+        native = plan_for(resolved, Prediction.X0)
         view = _View.of(native, flow)
-    if seed is None and noise_sampler is None and made.n_noise:
+    if seed is None and noise_sampler is None and resolved.n_noise:
         seed = int(torch.randint(2**62, ()))
     _check_ends(view, levels, sources or (["schedule"] if schedule else []))
     state = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    draw = _draws(made, flow, state, noise_sampler, seed)
+    draw = _draws(resolved, flow, state, noise_sampler, seed)
     steps = _steps(native)
     ones = x.new_ones([len(x)])
     like = sigmas if sigmas.is_floating_point() else sigmas.float()
@@ -142,13 +142,13 @@ def sampler(
         execution = Execution(native, state * view.scale, draw=draw, keep_inputs=True)
         while (request := execution.request) is not None:
             k = request.at
-            seen = (request.x / view.scales[k]).to(x.dtype)
-            denoised = model(seen, (places[k] * ones).to(x.dtype), **extra)
+            state_seen = (request.x / view.scales[k]).to(x.dtype)
+            denoised = model(state_seen, (places[k] * ones).to(x.dtype), **extra)
             _check_output(denoised, x)
             if callback is not None:
                 callback(
                     {
-                        "x": seen,
+                        "x": state_seen,
                         "i": steps[k],
                         "sigma": starts[steps[k]],
                         "sigma_hat": places[k],
@@ -169,10 +169,10 @@ def named(solver: str, **options: Any) -> Callable[..., Tensor]:
     """
     if solver != "auto":
         SOLVERS[solver]
-    made = functools.partial(sampler, solver=solver, **options)
-    functools.update_wrapper(made, sampler)
-    made.__name__ = f"sample_{_own(solver).replace('-', '_')}"  # type: ignore[attr-defined]
-    return made
+    function = functools.partial(sampler, solver=solver, **options)
+    functools.update_wrapper(function, sampler)
+    function.__name__ = f"sample_{_own(solver).replace('-', '_')}"  # type: ignore[attr-defined]
+    return function
 
 
 def _own(solver: str) -> str:
@@ -277,8 +277,8 @@ def _planned(
         return resolve_plan(schedule, request).plan
     if to_zero:
         times.append(schedule.t_zero)
-    made = TimeGrid(schedule, torch.tensor(times, dtype=torch.float64), to_zero)
-    return resolve_plan(schedule, SamplerRequest(solver, grid=made, options=options)).plan
+    time_grid = TimeGrid(schedule, torch.tensor(times, dtype=torch.float64), to_zero)
+    return resolve_plan(schedule, SamplerRequest(solver, grid=time_grid, options=options)).plan
 
 
 def _time(schedule: NoiseSchedule, level: float, flow: bool) -> float:
@@ -358,13 +358,13 @@ def _check_arguments(extra_args: Any, callback: Any, noise_sampler: Any, seed: A
 
 def _steps(plan: Plan) -> list[int]:
     """Returns in which step each evaluation is."""
-    found, step = list[int](), 0
+    steps, step = list[int](), 0
     for row in plan.structure.rows:
         if isinstance(row, Eval):
-            found.append(min(step, len(plan.knots) - 2))
+            steps.append(min(step, len(plan.knots) - 2))
         elif isinstance(row, Lin) and row.state is not None:
             step = row.state
-    return found
+    return steps
 
 
 def _draws(
@@ -432,9 +432,9 @@ def _adaptive(
         network, schedule=schedule, prediction=Prediction.X0, event_shape=tuple(x.shape[1:])
     )
     span = {"t_start": high, "t_end": low}
-    made = resolve(denoiser, SamplerRequest(solver, options={**span, **options})).sampler
+    adaptive = resolve(denoiser, SamplerRequest(solver, options={**span, **options})).sampler
     state = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    end = made.run(state, Run(NoiseSource(0, range(len(x))))).x
+    end = adaptive.run(state, Run(NoiseSource(0, range(len(x))))).x
     if levels[-1] == 0:
         with torch.no_grad():
             end = network(end, end.new_full([len(x)], low))

@@ -23,7 +23,7 @@ from fewstep.cli._common import Flag, fail, is_verbose, set_verbosity
 
 def app() -> App:
     """Returns the application."""
-    made = App(
+    application = App(
         name="fewstep",
         help="Sample from any pretrained diffusion model in few network evaluations.",
         version=__version__,
@@ -61,12 +61,12 @@ def app() -> App:
         ("grids", "listing", "grids", "List the time grids, or describe one."),
         ("models", "listing", "models", "List the embedded models."),
     ):
-        made.command(f"fewstep.cli.{module}:{function}", name=name, help=text)
-    made.meta.suppress_keyboard_interrupt = False
-    made.register_install_completion_command()
-    made.meta.group_parameters = Group("Every command", sort_key=9)
+        application.command(f"fewstep.cli.{module}:{function}", name=name, help=text)
+    application.meta.suppress_keyboard_interrupt = False
+    application.register_install_completion_command()
+    application.meta.group_parameters = Group("Every command", sort_key=9)
 
-    @made.meta.default
+    @application.meta.default
     def launch(  # pyright: ignore[reportUnusedFunction]
         *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
         quiet: Flag = False,
@@ -80,9 +80,9 @@ def app() -> App:
             verbose: Print the log too, and tracebacks of errors.
         """
         set_verbosity(quiet=quiet, verbose=verbose)
-        return made(list(tokens), exit_on_error=False, print_error=False)
+        return application(list(tokens), exit_on_error=False, print_error=False)
 
-    return made
+    return application
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -97,8 +97,10 @@ def run(arguments: Sequence[str]) -> int:
         result = app().meta(list(arguments), exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        command, kept = shlex.join(["fewstep", *arguments]), getattr(stop, "kept", None)
-        hint = f"{kept}; to resume: {command}" if kept else f"nothing was saved; again: {command}"
+        command, saved = shlex.join(["fewstep", *arguments]), getattr(stop, "kept", None)
+        hint = (
+            f"{saved}; to resume: {command}" if saved else f"nothing was saved; again: {command}"
+        )
         fail(f"interrupted: {hint}", kind="stopped")
         return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:

@@ -105,19 +105,19 @@ def fail(text: str, *, kind: str = "error") -> None:
 
 def parse_options(pairs: Sequence[str] | None) -> dict[str, Any]:
     """Returns ``["eta=0.5", "times=[1, 0.5]"]`` as a dictionary; values are JSON, or else texts."""
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for pair in pairs or ():
         key, sign, text = pair.partition("=")
         key = key.strip().replace("-", "_")
         if not sign or not key.isidentifier():
             raise ValueError(f"--option is key=value, for example eta=0.5, got {pair!r:.60}")
-        if key in found:
+        if key in options:
             raise ValueError(f"--option {key} is given twice")
         try:
-            found[key] = loads_json(text, what="the value")
+            options[key] = loads_json(text, what="the value")
         except ValueError:
-            found[key] = text
-    return found
+            options[key] = text
+    return options
 
 
 def check_device(name: str) -> str:
@@ -188,7 +188,7 @@ def _label(text: str, names: Sequence[str]) -> int:
 
 
 def draw(
-    made: Sampler,
+    sampler: Sampler,
     numbers: Sequence[int],
     *,
     seed: int,
@@ -203,11 +203,15 @@ def draw(
     from fewstep.diffusion.noise import NoiseSource
     from fewstep.sampling.batches import run_batch
 
-    model = made.denoiser
+    model = sampler.denoiser
     event_shape(model)
-    ready = model.prepare(len(numbers), cond)
+    conditions = model.prepare(len(numbers), cond)
     source = NoiseSource(seed, numbers)
-    return run_batch(made, source, ready, image=image, on_evaluation=progress.tick).x.float().cpu()
+    return (
+        run_batch(sampler, source, conditions, image=image, on_evaluation=progress.tick)
+        .x.float()
+        .cpu()
+    )
 
 
 def event_shape(denoiser: Denoiser) -> tuple[int, ...]:
@@ -238,8 +242,8 @@ def budgets_of(text: str) -> list[int]:
 
 def kept_files(folder: Path, pattern: str, what: str) -> str | None:
     """Returns in words the number of saved files of an interrupted run, for :func:`keeping`."""
-    found = len(list(folder.glob(pattern)))
-    return f"{found} {what} {'is' if found == 1 else 'are'} saved" if found else None
+    count = len(list(folder.glob(pattern)))
+    return f"{count} {what} {'is' if count == 1 else 'are'} saved" if count else None
 
 
 def output_folder(out: Path) -> Path:
@@ -251,8 +255,8 @@ def output_folder(out: Path) -> Path:
 
 def refuse_existing(out: Path, names: Iterable[str], *, overwrite: bool) -> None:
     """Raises if one of the files that a command will write exists already."""
-    found = next((name for name in names if (out / name).exists()), None)
-    if found is not None and not overwrite:
+    existing = next((name for name in names if (out / name).exists()), None)
+    if existing is not None and not overwrite:
         raise exists(out)
 
 

@@ -193,12 +193,12 @@ def _data(source: str, features: str, denoiser: Denoiser) -> Reference:
             event_shape=drawn.event_shape,
         )
     check_data_range(denoiser)
-    found = Reference.load(source, features)
-    if found.event_shape is not None and tuple(found.event_shape) != tuple(shape):
+    reference = Reference.load(source, features)
+    if reference.event_shape is not None and tuple(reference.event_shape) != tuple(shape):
         raise ValueError(
-            f"the data have shape {tuple(found.event_shape)}, the model's samples {tuple(shape)}"
+            f"the data have shape {tuple(reference.event_shape)}, the model's samples {tuple(shape)}"
         )
-    return found
+    return reference
 
 
 def _command(given: dict[str, Any]) -> str:

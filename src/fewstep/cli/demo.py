@@ -87,10 +87,10 @@ def demo(
         progress.stage("sampling", evaluations)
         target, spent = _timed(reference, seed, cond, progress)
         results = []
-        for name, nfe, made in rows:
-            samples, seconds = _timed(made, seed, cond, progress)
+        for name, nfe, sampler in rows:
+            samples, seconds = _timed(sampler, seed, cond, progress)
             distance = float((samples - target).double().square().mean().sqrt())
-            stochastic = made.plan.stochastic  # type: ignore[attr-defined]
+            stochastic = sampler.plan.stochastic  # type: ignore[attr-defined]
             results.append(Row(name, nfe, stochastic, distance, seconds, samples))
     results.insert(0, Row(REFERENCE, REFERENCE_NFE, False, 0.0, spent, target))
 
@@ -112,10 +112,10 @@ def _sampler(denoiser: Denoiser, solver: str, nfe: int, grid: str | None = None)
 
 
 def _timed(
-    made: Sampler, seed: int, cond: dict[str, Any], progress: Progress
+    sampler: Sampler, seed: int, cond: dict[str, Any], progress: Progress
 ) -> tuple[Tensor, float]:
     begin = time.perf_counter()
-    samples = draw(made, range(SAMPLES), seed=seed, cond=cond, progress=progress)
+    samples = draw(sampler, range(SAMPLES), seed=seed, cond=cond, progress=progress)
     return samples, time.perf_counter() - begin
 
 

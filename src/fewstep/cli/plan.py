@@ -193,10 +193,10 @@ def make(
         profile=profile,
     )
     on = make_schedule(schedule, **parse_options(schedule_option))
-    made = resolve_plan(on, request, integer_times=integer_times)
-    if made.chosen is not None:
-        say(f"auto chose {made.chosen}")
-    plan = made.plan
+    planned = resolve_plan(on, request, integer_times=integer_times)
+    if planned.chosen is not None:
+        say(f"auto chose {planned.chosen}")
+    plan = planned.plan
     plan.save(out)
     say(f"wrote {out}: {plan.nfe} evaluations, {plan.n_noise} noise draws")
     say(f"next: {command('plan show', out)}")

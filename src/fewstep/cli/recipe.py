@@ -46,15 +46,15 @@ def check(
     from fewstep.sampling.tables import check_plan, check_table, read_table
 
     if schedule is None:
-        found = check_plan(read_plan(Path(table)))
+        findings = check_plan(read_plan(Path(table)))
     else:
         on = _schedule(schedule, schedule_option)
-        found = check_table(read_table(table, _kind(timesteps)), on)
-    for finding in found:
+        findings = check_table(read_table(table, _kind(timesteps)), on)
+    for finding in findings:
         say_result(finding.text)
-    if not found:
+    if not findings:
         say_result("nothing wrong was found")
-    return 1 if found else 0
+    return 1 if findings else 0
 
 
 @recipe_app.command(name="import")

@@ -172,23 +172,23 @@ def _verify(model: str | None, folder: Path, device: str) -> int:
     from fewstep.trajectories import verify
 
     denoiser, why = _model_of(model, folder, device)
-    found = verify(folder, denoiser)
+    report = verify(folder, denoiser)
     if denoiser is None:
         say_result(f"nothing was integrated again: {why}")
-    for shard in found.missing:
+    for shard in report.missing:
         say_result(f"shard {shard} is missing")
-    for shard, problem in found.damaged.items():
+    for shard, problem in report.damaged.items():
         say_result(f"shard {shard} is damaged: {problem}")
-    if found.error is not None:
-        wrong = "" if found.error <= found.allowed else ": above the tolerance"
+    if report.error is not None:
+        wrong = "" if report.error <= report.allowed else ": above the tolerance"
         say_result(
-            f"trajectories {', '.join(map(str, found.integrated))} integrated again: relative "
-            f"difference {found.error:.1e}, allowed {found.allowed:.1e}{wrong}"
+            f"trajectories {', '.join(map(str, report.integrated))} integrated again: relative "
+            f"difference {report.error:.1e}, allowed {report.allowed:.1e}{wrong}"
         )
-    if found.sound:
-        say_result(f"{folder} is intact: {found.shards} shards, all checksums match")
+    if report.sound:
+        say_result(f"{folder} is intact: {report.shards} shards, all checksums match")
         return 0
-    if found.missing or found.damaged:
+    if report.missing or report.damaged:
         name = model or _about(folder) or "MODEL"
         say_result(f"to record them again: {command('record', name, out=folder)}")
     return 1
@@ -221,31 +221,31 @@ def _stats(model: str | None, folder: Path, device: str) -> int:
     console(result=True).print(table)
     denoiser, why = _model_of(model, folder, device)
     try:
-        found = spectrum(store, denoiser, n=FEW)
+        result = spectrum(store, denoiser, n=FEW)
     except ValueError as error:
         say_result(f"no spectrum: {error if denoiser is not None else why or error}")
         return 0
-    _say_spectrum(store, found)
+    _say_spectrum(store, result)
     return 0
 
 
-def _say_spectrum(store: TrajectoryStore, found: Any) -> None:
-    place = "t" if found.variable == "t" else "the square root of t"
+def _say_spectrum(store: TrajectoryStore, result: Any) -> None:
+    place = "t" if result.variable == "t" else "the square root of t"
     say_result(
-        f"spectrum over {place}, {found.trajectories} trajectories of "
-        f"{len(found.dct.energy)} states; the share of the energy outside the kept modes:"
+        f"spectrum over {place}, {result.trajectories} trajectories of "
+        f"{len(result.dct.energy)} states; the share of the energy outside the kept modes:"
     )
-    for basis in (found.dct, found.dft):
+    for basis in (result.dct, result.dft):
         left = (1 - basis.energy.cumsum(0)).clamp_min(0)
         shown = ", ".join(f"J = {j}: {left[j - 1]:.1e}" for j in (1, 2, 3, 4) if j <= len(left))
         say_result(f"  {basis.name}: {shown}; 99.9 % in {basis.modes}")
-    best = found.dct if found.dct.modes <= found.dft.modes else found.dft
+    best = result.dct if result.dct.modes <= result.dft.modes else result.dft
     frames = len(store.times) - 1
     say_result(
         f"suggested: --basis {best.name} --modes {best.modes}, with {best.frames} frames or more"
     )
     if frames < best.frames:
-        grid = "uniform" if found.variable == "t" else "quadratic"
+        grid = "uniform" if result.variable == "t" else "quadratic"
         say_result(f"the store has {frames}; record with --keep {grid}:{best.frames} for that")
 
 

@@ -150,13 +150,13 @@ def sample(
         raise ValueError("--mask keeps a part of an image; give --image too")
     begins = image is not None and (mask is None or "strength" in options or "t_start" in options)
     resolved = resolve(denoiser, request, guidance=guidance, image=begins, force=force)
-    chosen, made = resolved.recipe, resolved.sampler
+    chosen, sampler = resolved.recipe, resolved.sampler
     decode = getattr(denoiser, "decode", None)
     pictures = None
     if image is not None:
         pictures = _image(image, event_shape(denoiser), denoiser, n)
     if mask is not None:
-        made = inpainting(made, pictures, _mask(mask, denoiser))
+        sampler = inpainting(sampler, pictures, _mask(mask, denoiser))
     if resolved.chosen is not None:
         say(f"auto chose {resolved.chosen}")
     labels = parse_labels(class_labels, denoiser, n)
@@ -169,7 +169,7 @@ def sample(
             texts if labels is None else {"class_labels": labels[rows.start : rows.stop], **texts}
         )
 
-    denoiser = made.denoiser  # with its guidance
+    denoiser = sampler.denoiser  # with its guidance
     shape = event_shape(denoiser)
     if singles and decode is None and not (len(shape) == 3 and shape[0] in (1, 3)):
         raise ValueError(f"--singles are images, {model!r} has samples of shape {shape}")
@@ -211,7 +211,7 @@ def sample(
         with ThreadPoolExecutor(1, thread_name_prefix="fewstep writer") as writer:
             written: Future[None] | None = None
             for rows, part in run_each(
-                made,
+                sampler,
                 chosen,
                 seed=seed,
                 conditions=ConditionsAt(conditions),
@@ -246,12 +246,12 @@ def sample(
         return f"{done} of {len(batches)} batches are saved" if done else None
 
     with keeping(kept), progress_of(follows()) as progress, compiled(denoiser, mode):
-        evaluations = made.nfe or 0
+        evaluations = sampler.nfe or 0
         if team.several:
             if run.join(inputs, finished=_finished(out), progress=progress):
                 # Of the parts that exist each process checks those that it reads.
                 progress.stage(
-                    "sampling", None if made.nfe is None else evaluations * len(batches)
+                    "sampling", None if sampler.nfe is None else evaluations * len(batches)
                 )
                 with Sharing(
                     team.own_first(batches),
@@ -268,7 +268,7 @@ def sample(
             with run.running(inputs, overwrite=overwrite, progress=progress):
                 missing = [rows for rows in batches if run.read_tensors(_name(rows)) is None]
                 done = evaluations * (len(batches) - len(missing))
-                total = None if made.nfe is None else evaluations * len(batches)
+                total = None if sampler.nfe is None else evaluations * len(batches)
                 progress.stage("sampling", total, done=done)
                 draw(missing)
                 write()
@@ -302,8 +302,8 @@ def _image(file: Path, shape: tuple[int, ...], denoiser: Denoiser, n: int) -> Te
     if not file.is_file():
         raise ValueError(f"--image {str(file)!r} is not a file")
     if file.suffix == ".safetensors":
-        found = _tensor(file, "samples")
-        found = found[None] if tuple(found.shape) == shape else found
+        tensor = _tensor(file, "samples")
+        tensor = tensor[None] if tuple(tensor.shape) == shape else tensor
     elif file.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(
             f"--image is a picture ({', '.join(IMAGE_SUFFIXES)}) or .safetensors, got {str(file)!r}"
@@ -315,17 +315,17 @@ def _image(file: Path, shape: tuple[int, ...], denoiser: Denoiser, n: int) -> Te
     else:
         square = len(shape) == 3 and shape[1] == shape[2]
         images = read_images(file, size=shape[1] if square else None)
-        found = images.floats(data_range=getattr(denoiser, "data_range", (-1.0, 1.0)))
-        if len(shape) == 3 and (found.shape[1], shape[0]) == (3, 1):
-            found = (found * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
-        elif len(shape) == 3 and (found.shape[1], shape[0]) == (1, 3):
-            found = found.expand(-1, 3, -1, -1)
-    if tuple(found.shape[1:]) != shape or len(found) not in (1, n):
+        tensor = images.floats(data_range=getattr(denoiser, "data_range", (-1.0, 1.0)))
+        if len(shape) == 3 and (tensor.shape[1], shape[0]) == (3, 1):
+            tensor = (tensor * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+        elif len(shape) == 3 and (tensor.shape[1], shape[0]) == (1, 3):
+            tensor = tensor.expand(-1, 3, -1, -1)
+    if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n):
         raise ValueError(
-            f"{str(file)!r} has shape {tuple(found.shape)}; the model's samples are {shape}, and "
+            f"{str(file)!r} has shape {tuple(tensor.shape)}; the model's samples are {shape}, and "
             f"there must be one of them or {n}"
         )
-    return found.expand(n, *shape)
+    return tensor.expand(n, *shape)
 
 
 def _tensor(file: Path, name: str) -> Tensor:
@@ -333,10 +333,10 @@ def _tensor(file: Path, name: str) -> Tensor:
     from fewstep.base.files import read_tensors
 
     tensors = read_tensors(file)
-    found = tensors.get(name, next(iter(tensors.values())) if len(tensors) == 1 else None)
-    if found is None:
+    tensor = tensors.get(name, next(iter(tensors.values())) if len(tensors) == 1 else None)
+    if tensor is None:
         raise ValueError(f"{str(file)!r} has no tensor {name!r}: {', '.join(tensors)}")
-    return found.float()
+    return tensor.float()
 
 
 def _mask(file: Path, denoiser: Denoiser) -> Tensor:

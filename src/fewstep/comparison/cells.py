@@ -171,8 +171,8 @@ class Runner:
 
     def _is_ready(self, task: Task) -> bool:
         if task.number is None:
-            each = [replace(task, number=n) for n in range(len(self.setting.batches()))]
-            return all(self._is_done(one) for one in each)
+            tasks = [replace(task, number=n) for n in range(len(self.setting.batches()))]
+            return all(self._is_done(one) for one in tasks)
         return task.is_reference or self._is_done(Task(self.target, REFERENCE, task.number))
 
     def _do(self, task: Task) -> None:
@@ -207,13 +207,13 @@ class Runner:
             {k: v for k, v in self._part(task, number).items() if k not in ("x", "zero")}
             for number in range(len(batches))
         ]
-        every = joined(parts)
-        seconds, draws = every.pop("seconds").tolist(), every.pop("draws")
+        tensors = joined(parts)
+        seconds, draws = tensors.pop("seconds").tolist(), tensors.pop("draws")
         end = 0
         if not task.is_reference:
-            end = int(every["squares"].mean(0).argmin())
-            every["squares"] = every["squares"][:, end].contiguous()
-        every["shown"] = every["shown"][: self._shown_count()].contiguous()
+            end = int(tensors["squares"].mean(0).argmin())
+            tensors["squares"] = tensors["squares"][:, end].contiguous()
+        tensors["shown"] = tensors["shown"][: self._shown_count()].contiguous()
         times = [seconds[rows.start] for rows in batches]
         cell = Cell(
             name=task.name,
@@ -226,7 +226,7 @@ class Runner:
             scores={},
             about=_about(job),
         )
-        return cell, every
+        return cell, tensors
 
     def _batch(self, task: Task, number: int) -> dict[str, Tensor]:
         """Draws one batch; returns the tensors to store."""
@@ -238,10 +238,10 @@ class Runner:
         noise = initial_noise(model, source)
         source.drawn = False
         _wait(model.device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         x = run_batch(job.sampler, source, cond, noise=noise, on_evaluation=self.progress.tick).x
         _wait(model.device)
-        spent = (time.perf_counter() - begun) / len(rows)
+        spent = (time.perf_counter() - start) / len(rows)
         part = {
             "seconds": torch.full((len(rows),), spent, dtype=torch.float64),
             "draws": torch.full((len(rows),), source.drawn),
@@ -255,8 +255,8 @@ class Runner:
             )
             return {**part, "x": x.cpu(), "zero": zero.cpu()}
         reference = self._part(Task(self.target, REFERENCE), number)
-        both = [same_place(x, reference[key].to(x.dtype)) for key in ("x", "zero")]
-        return {**part, "squares": torch.stack(both, 1)}
+        distances = [same_place(x, reference[key].to(x.dtype)) for key in ("x", "zero")]
+        return {**part, "squares": torch.stack(distances, 1)}
 
     def _shown_count(self) -> int:
         shape = self.setting.denoiser.event_shape or ()
@@ -264,10 +264,10 @@ class Runner:
 
     def _shown(self, x: Tensor, rows: range) -> Tensor:
         """Returns the samples of a batch for pictures, decoded if the model is of latents."""
-        some = x[: max(0, self._shown_count() - rows.start)]
+        first = x[: max(0, self._shown_count() - rows.start)]
         inner = getattr(self.setting.denoiser, "inner", self.setting.denoiser)
         decode = getattr(inner, "decode", None)
-        images = decode(some) if decode is not None and len(some) else some
+        images = decode(first) if decode is not None and len(first) else first
         return images.float().cpu().clone()  # safetensors does not write tensors that share memory
 
     def _measured(self, cell: Cell, tensors: Mapping[str, Tensor]) -> Cell:

@@ -58,16 +58,16 @@ def read_entries(samplers: str | Sequence[str] | Mapping[str, Build]) -> list[En
         ValueError: If there is none, one is named twice, or a text cannot be read.
     """
     if isinstance(samplers, Mapping):
-        found = [_prepared(name, build) for name, build in samplers.items()]
+        entries = [_prepared(name, build) for name, build in samplers.items()]
     else:
         texts = _split(samplers) if isinstance(samplers, str) else list(samplers)
-        found = [read_entry(text) for text in texts]
-    if not found:
+        entries = [read_entry(text) for text in texts]
+    if not entries:
         raise ValueError("give at least one sampler to compare, for example tab3,ddim")
-    names = [one.name for one in found]
+    names = [one.name for one in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"the sampler {twice[0]!r} is named twice")
-    return found
+    return entries
 
 
 def read_entry(text: str) -> Entry:
@@ -106,24 +106,24 @@ def read_entry(text: str) -> Entry:
     return _solver(text, name, *_grid(grid, options))
 
 
-def identity(made: Sampler) -> str:
+def identity(sampler: Sampler) -> str:
     """Returns a checksum of a sampler's settings, without running it."""
-    if isinstance(made, PlanSampler):
-        about: Any = json.loads(made.plan.to_json())
-        if made.residual is not None:
-            about["residual"] = made.residual.digest()
+    if isinstance(sampler, PlanSampler):
+        about: Any = json.loads(sampler.plan.to_json())
+        if sampler.residual is not None:
+            about["residual"] = sampler.residual.digest()
     else:
-        about = {"kind": type(made).__qualname__, "nfe": made.nfe}
-        config = getattr(getattr(made, "scheduler", None), "config", None)
+        about = {"kind": type(sampler).__qualname__, "nfe": sampler.nfe}
+        config = getattr(getattr(sampler, "scheduler", None), "config", None)
         for key, value in (config or {}).items():
             if not key.startswith("_"):  # such as options, in any order
                 about[f"config.{key}"] = str(value)
         for key in ("steps", "stepping", "setting", "options", "rtol", "atol"):
-            if hasattr(made, key):
-                about[key] = str(getattr(made, key))
-        if getattr(made, "scheduler", None) is None:
-            about["model"] = made.denoiser.fingerprint()
-    about = {"sampler": about, "guidance": getattr(made.denoiser, "scale", None)}
+            if hasattr(sampler, key):
+                about[key] = str(getattr(sampler, key))
+        if getattr(sampler, "scheduler", None) is None:
+            about["model"] = sampler.denoiser.fingerprint()
+    about = {"sampler": about, "guidance": getattr(sampler.denoiser, "scale", None)}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,19 +134,19 @@ def _split(text: str) -> list[str]:
 
 def _options(text: str, whole: str) -> tuple[str, dict[str, Any]]:
     head, *pairs = text.split("+")
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         key = key.strip().replace("-", "_")
-        if not sign or not key.isidentifier() or key in found:
+        if not sign or not key.isidentifier() or key in options:
             raise ValueError(
                 f"an option is +KEY=VALUE, once each; got {pair!r:.40} in {whole!r:.80}"
             )
         try:
-            found[key] = loads_json(value, what="the value")
+            options[key] = loads_json(value, what="the value")
         except ValueError:
-            found[key] = value
-    return head.strip(), found
+            options[key] = value
+    return head.strip(), options
 
 
 def _grid(text: str, options: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -179,17 +179,17 @@ def _solver(name: str, solver: str, grid: str | None, options: dict[str, Any]) -
 
 
 def _file(path: Path) -> Entry:
-    found = SamplerRecipe.load(path)
-    if found.kind == "adaptive":
+    recipe = SamplerRecipe.load(path)
+    if recipe.kind == "adaptive":
         raise ValueError(
             f"{str(path)!r} is adaptive, so it has no number of evaluations beforehand"
         )
-    nfe = found.plan.nfe if found.plan is not None else found.nfe
+    nfe = recipe.plan.nfe if recipe.plan is not None else recipe.nfe
 
     def build(denoiser: Denoiser, _: int) -> Sampler:
-        return resolve(denoiser, SamplerRequest(recipe=found)).sampler
+        return resolve(denoiser, SamplerRequest(recipe=recipe)).sampler
 
-    return Entry(path.stem, build, lambda _, __: found, nfe)
+    return Entry(path.stem, build, lambda _, __: recipe, nfe)
 
 
 def _recipes(folder: Path) -> dict[int, Path]:
@@ -246,11 +246,13 @@ def _peer_recipe(build: Build) -> Callable[[Denoiser, int], SamplerRecipe | None
         """The plan that is equal to the scheduler, if there is one."""
         from fewstep.adapters.diffusers import plan_from_scheduler
 
-        made: Any = build(denoiser, nfe)
+        sampler: Any = build(denoiser, nfe)
         if not denoiser.schedule.discrete:
             return None  # its plan would be for its noise levels, not for the model's own times
         try:
-            plan = plan_from_scheduler(made.scheduler, made.steps, **made.setting, **made.stepping)
+            plan = plan_from_scheduler(
+                sampler.scheduler, sampler.steps, **sampler.setting, **sampler.stepping
+            )
         except (ValueError, TypeError):
             return None
         # The same levels up to the rounding of float32.
@@ -261,10 +263,10 @@ def _peer_recipe(build: Build) -> Callable[[Denoiser, int], SamplerRecipe | None
 
 def _prepared(name: str, build: Build) -> Entry:
     def recipe(denoiser: Denoiser, nfe: int) -> SamplerRecipe | None:
-        made = build(denoiser, nfe)
+        sampler = build(denoiser, nfe)
         return (
-            SamplerRecipe("plan", name, plan=made.plan, residual=made.residual)
-            if isinstance(made, PlanSampler)
+            SamplerRecipe("plan", name, plan=sampler.plan, residual=sampler.residual)
+            if isinstance(sampler, PlanSampler)
             else None
         )
 

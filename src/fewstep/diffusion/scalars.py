@@ -187,9 +187,9 @@ def column(values: Tensor) -> Tensor:
     """Returns a vector whose elements are numbers, unless gradients with respect to it are wanted."""
     if values.requires_grad or isinstance(values, Column):
         return values
-    made = torch.Tensor._make_subclass(Column, values)
-    made._numbers = values.tolist()
-    return made
+    result = torch.Tensor._make_subclass(Column, values)
+    result._numbers = values.tolist()
+    return result
 
 
 def vector(values: list[Any]) -> Tensor:

@@ -76,19 +76,19 @@ def read_script(
     options = {"return_features": True} if "return_features" in str(schema) else {}
 
     def extract(images: Tensor) -> Tensor:
-        ready = convert(images)
-        if channels is not None and ready.shape[1] != channels:
-            if ready.shape[1] != 1:
+        converted = convert(images)
+        if channels is not None and converted.shape[1] != channels:
+            if converted.shape[1] != 1:
                 raise ValueError(
-                    f"{path.name} takes {channels} channels, the images have {ready.shape[1]}"
+                    f"{path.name} takes {channels} channels, the images have {converted.shape[1]}"
                 )
-            ready = ready.expand(-1, channels, -1, -1)
+            converted = converted.expand(-1, channels, -1, -1)
         try:
-            features = module(ready, **options)
+            features = module(converted, **options)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(
-                f"{path.name} failed on images of shape {tuple(ready.shape)}, {ready.dtype} "
+                f"{path.name} failed on images of shape {tuple(converted.shape)}, {converted.dtype} "
                 f"(input={takes!r}, channels={channels}): {reason}"
             ) from None
         if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(images):

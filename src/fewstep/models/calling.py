@@ -185,11 +185,11 @@ class NetworkCaller:
         first: Exception | None = None
         for place in range(self._taken.get(x.dtype, 0), len(types)):
             dtype, times = types[place]
-            ready = cond
+            conditions = cond
             if dtype != x.dtype or self.device is not None:
-                ready = {k: _cast(v, self.device, dtype) for k, v in cond.items()}
+                conditions = {k: _cast(v, self.device, dtype) for k, v in cond.items()}
             try:
-                value = network(x.to(self.device, dtype), t.to(self.device, times), **ready)
+                value = network(x.to(self.device, dtype), t.to(self.device, times), **conditions)
             except (RuntimeError, IndexError, TypeError) as error:
                 first = first or error
                 if is_type_error(error) and place + 1 < len(types):

@@ -68,11 +68,11 @@ def check_mode(mode: bool | str | None) -> str | None:
 
 def networks_of(denoiser: Denoiser) -> list[nn.Module]:
     """Returns the modules that a model evaluates, without what only adapts their arguments."""
-    found: dict[int, nn.Module] = {}
+    modules: dict[int, nn.Module] = {}
     for part in denoiser.modules():
         if isinstance(part, WrappedNetwork):
-            found |= {id(module): module for module in part.networks()}
-    return list(found.values())
+            modules |= {id(module): module for module in part.networks()}
+    return list(modules.values())
 
 
 def _compiled_call(network: nn.Module, mode: str) -> Callable[..., Any]:

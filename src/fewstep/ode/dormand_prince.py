@@ -340,14 +340,14 @@ class Integration:
         self, index: Tensor, slopes: Sequence[Slope], places: Sequence[Place]
     ) -> None:
         """Raises if the network gave NaN or infinity at one of the last evaluations."""
-        fine = torch.stack([finite_rows(slope) for slope in slopes]).cpu()
-        if bool(fine.all()):
+        finite = torch.stack([finite_rows(slope) for slope in slopes]).cpu()
+        if bool(finite.all()):
             return
-        stage = int((~fine).any(1).nonzero()[0])
-        row = int((~fine[stage]).nonzero()[0])
+        stage = int((~finite).any(1).nonzero()[0])
+        row = int((~finite[stage]).nonzero()[0])
         evaluation = self.evaluations[int(index[row])] - len(slopes) + stage + 1
         samples = [self.samples[i] for i in index.tolist()]
-        raise ValueError(not_finite(fine[stage], evaluation, samples, places[stage]))
+        raise ValueError(not_finite(finite[stage], evaluation, samples, places[stage]))
 
     def _give_up(self, rows: _Rows, row: int, problem: str, hint: str) -> None:
         """Raises; the message has sample, time, and a hint."""

@@ -184,16 +184,16 @@ def volume_change(
 
 def finite_rows(slope: Slope) -> Tensor:
     """Returns which samples have no NaN or infinity, with shape (B)."""
-    fine = slope.eps.isfinite().all(1)
-    return fine if slope.divergence is None else fine & slope.divergence.isfinite()
+    finite = slope.eps.isfinite().all(1)
+    return finite if slope.divergence is None else finite & slope.divergence.isfinite()
 
 
-def not_finite(fine: Tensor, evaluation: int, samples: Sequence[int], place: Place) -> str:
+def not_finite(finite: Tensor, evaluation: int, samples: Sequence[int], place: Place) -> str:
     """Returns the message about non-finite samples: the first of them, its time, the evaluation."""
-    row = int((~fine).nonzero()[0])
+    row = int((~finite).nonzero()[0])
     return (
         f"the network returned NaN or infinity at evaluation {evaluation} of sample {samples[row]}, "
-        f"t = {float(place.t[row]):.6g}, and for {int((~fine).sum()) - 1} others of the batch"
+        f"t = {float(place.t[row]):.6g}, and for {int((~finite).sum()) - 1} others of the batch"
     )
 
 

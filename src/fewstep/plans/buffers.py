@@ -95,7 +95,7 @@ def _schedule(
     ops: list[Op] = []
     own: set[int] = set()  # results of linear rows: memory that we allocated
     held: set[int] = set()  # of these, those that the caller holds
-    seen: set[int] = set()  # those whose memory a network saw
+    exposed: set[int] = set()  # those whose memory a network saw
     foreign: set[int] = set()  # still needed, with memory that we did not allocate
     for i, (row, last) in enumerate(
         zip(structure.rows, structure.last_reads, strict=True), start=1
@@ -111,16 +111,16 @@ def _schedule(
             scale = None if unit else scales[row.offset + row.terms.index(first)]
             if spare in held:
                 spare = NOTHING
-            suspects = tuple(sorted(foreign)) if spare in seen else ()
+            suspects = tuple(sorted(foreign)) if spare in exposed else ()
             others = tuple(pairs.items())
             ops.append(LinearOp(first, scale, others, spare, suspects, row.state, last))
             own.add(i)
             if row.state is not None and keep_states:
                 held.add(i)
-            if spare in seen:
-                seen.add(i)
+            if spare in exposed:
+                exposed.add(i)
         elif isinstance(row, Eval):
-            seen.add(row.of)
+            exposed.add(row.of)
             if keep_inputs:
                 held.add(row.of)
             foreign.add(i)

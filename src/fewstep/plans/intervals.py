@@ -30,10 +30,10 @@ def draw_intervals(plan: Plan) -> list[tuple[float, float] | None]:
             ends += [(begin, min(knots[row.state], last))] * waiting
             waiting, begin = 0, knots[row.state]
     ends += [(begin, last)] * waiting
-    found: list[tuple[float, float] | None] = []
+    intervals: list[tuple[float, float] | None] = []
     reached = knots[0]
     for start, end in ends:
         start = max(start, reached)
-        found.append((start, end) if end > start else None)
+        intervals.append((start, end) if end > start else None)
         reached = max(reached, end)
-    return found
+    return intervals

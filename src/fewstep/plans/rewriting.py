@@ -55,8 +55,8 @@ def convert_plan(plan: Plan, prediction: Prediction | str, *, shared: bool = Fal
                 registers.append(tape.state(y * (a[k] / b[k]) + f) * b[k])
         else:
             registers.append(tape.noise())
-    made = tape.finish(registers[plan.structure.result], plan.name)
-    return replace(made, head=plan.head)
+    converted = tape.finish(registers[plan.structure.result], plan.name)
+    return replace(converted, head=plan.head)
 
 
 def plan_for(plan: Plan, prediction: Prediction) -> Plan:

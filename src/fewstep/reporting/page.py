@@ -80,8 +80,8 @@ class Page:
         if level not in (2, 3):
             raise ValueError(f"the level of a heading is 2 or 3, got {level!r}")
         slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "section"
-        taken = sum(f'id="{slug}' in part for part in self._parts)
-        slug = f"{slug}-{taken + 1}" if taken else slug
+        count = sum(f'id="{slug}' in part for part in self._parts)
+        slug = f"{slug}-{count + 1}" if count else slug
         if level == 2:
             self._sections.append((slug, text.replace("`", "")))
         self._add("heading", text, level, slug)

@@ -103,7 +103,7 @@ class AdaptiveSampler:
                 returns NaN or infinity; or if a sample needs more steps than allowed, or smaller
                 ones than its type can resolve.
         """
-        done = self._integrate(
+        solution = self._integrate(
             x,
             run.cond,
             run.noise.samples,
@@ -111,11 +111,14 @@ class AdaptiveSampler:
             on_evaluation=run.on_evaluation,
             keep=run.times,
         )
-        times = done.times if run.save else done.times[-1:]
-        sigma = float(self.denoiser.schedule.sigma(done.times[-1]))
-        warn_if_absurd(self.denoiser, peak(done.x), sigma)
+        times = solution.times if run.save else solution.times[-1:]
+        sigma = float(self.denoiser.schedule.sigma(solution.times[-1]))
+        warn_if_absurd(self.denoiser, peak(solution.x), sigma)
         return Trajectory(
-            done.x, times, done.states, sum(done.evaluations) / len(done.evaluations)
+            solution.x,
+            times,
+            solution.states,
+            sum(solution.evaluations) / len(solution.evaluations),
         )
 
     def _integrate(
@@ -130,13 +133,13 @@ class AdaptiveSampler:
     ) -> Solution:
         times = time_span(self.denoiser.schedule, self.t_start, self.t_end).times
         if keep is not None:
-            kept = grid("explicit", self.denoiser.schedule, None, times=keep).times
-            if not torch.equal(kept[[0, -1]], times[[0, -1]]):
+            given = grid("explicit", self.denoiser.schedule, None, times=keep).times
+            if not torch.equal(given[[0, -1]], times[[0, -1]]):
                 raise ValueError(
                     f"the times of the states must go from {times[0]:g} to {times[-1]:g}, got "
-                    f"{kept[0]:g} to {kept[-1]:g}"
+                    f"{given[0]:g} to {given[-1]:g}"
                 )
-            times = kept
+            times = given
         network = Field(self.denoiser, x, cond, on_evaluation)
         return Integration(network, times, self.rtol, self.atol, self.max_steps, samples).run(
             x, save=save
@@ -161,8 +164,8 @@ def freeze(sampler: AdaptiveSampler, x: Tensor, *, row: int | None = None, **con
     """
     if row is not None and not 0 <= row < len(x):
         raise ValueError(f"row must be from 0 to {len(x) - 1}, got {row!r}")
-    ready = sampler.denoiser.prepare(len(x), cond)
-    knots = sampler._integrate(x, ready, range(len(x))).knots
+    conditions = sampler.denoiser.prepare(len(x), cond)
+    knots = sampler._integrate(x, conditions, range(len(x))).knots
     points = max(knots, key=len) if row is None else knots[row]
     schedule = sampler.denoiser.schedule
     ends = time_span(schedule, sampler.t_start, sampler.t_end).times

@@ -174,12 +174,12 @@ def run_each(
 
 def _in_order(rows: Tensor) -> Callable[[Sequence[int]], Tensor]:
     """Returns what hands out the rows of a tensor, batch after batch."""
-    taken = 0
+    position = 0
 
     def part(batch: Sequence[int]) -> Tensor:
-        nonlocal taken
-        taken += len(batch)
-        return rows[taken - len(batch) : taken]
+        nonlocal position
+        position += len(batch)
+        return rows[position - len(batch) : position]
 
     return part
 

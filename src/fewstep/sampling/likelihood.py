@@ -167,12 +167,14 @@ def log_likelihood(
         network = Field(denoiser, part, conditions.at(rows.tolist(), part.device), divergence=True)
         network.probes = probed
         if method is None:
-            done = Integration(network, times[[0, -1]], rtol, atol, max_steps, samples).run(part)
+            solution = Integration(network, times[[0, -1]], rtol, atol, max_steps, samples).run(
+                part
+            )
         else:
-            done = _fixed(network, method, times, part, samples)
-        evaluations += done.evaluations
-        assert done.volume is not None
-        nats.append(_log_prior(schedule, times, done.x) + done.volume)
+            solution = _fixed(network, method, times, part, samples)
+        evaluations += solution.evaluations
+        assert solution.volume is not None
+        nats.append(_log_prior(schedule, times, solution.x) + solution.volume)
     total = torch.cat(nats)
     dimensions = x[0].numel()
     return LogLikelihood(
@@ -247,9 +249,9 @@ def _fixed(
             stages.append(place)
             slopes.append(network(state, place.t))
             evaluations += 1
-            fine = finite_rows(slopes[-1])
-            if not bool(fine.all()):
-                raise ValueError(not_finite(fine, evaluations, samples, place))
+            finite = finite_rows(slopes[-1])
+            if not bool(finite.all()):
+                raise ValueError(not_finite(finite, evaluations, samples, place))
         volume = volume + volume_change(method._weights, h, stages, slopes)
         weights = stage_weights(method._weights, h, start, stages, end)
         flat = weights.apply(flat, [slope.eps for slope in slopes])

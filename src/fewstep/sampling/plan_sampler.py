@@ -82,13 +82,13 @@ class PlanSampler:
 
     def run(self, x: Tensor, run: Run) -> Trajectory:
         """Returns the samples that start at a state."""
-        kept: dict[int, Tensor] = {0: x}
+        states_at: dict[int, Tensor] = {0: x}
         knots = self.plan.knots.tolist()
         wanted = None if run.times is None else set(run.times)
 
         def keep(knot: int, state: Tensor) -> None:
             if wanted is None or knots[knot] in wanted:
-                kept[knot] = state
+                states_at[knot] = state
 
         with torch.no_grad():
             execution, evaluate = self._begin(x, run, keep if run.save else None)
@@ -100,11 +100,11 @@ class PlanSampler:
         x = execution.result
         size = peak(x)
         if not math.isfinite(size):
-            self._find_nan(kept[0], run)
+            self._find_nan(states_at[0], run)
         warn_if_absurd(self.denoiser, size, _end_scales(self.plan)[1][1])
-        states = torch.stack([kept[k] for k in sorted(kept)]) if run.save else None
+        states = torch.stack([states_at[k] for k in sorted(states_at)]) if run.save else None
         times = self.plan.knots.detach()
-        times = times[sorted(kept)] if run.save else times[-1:]
+        times = times[sorted(states_at)] if run.save else times[-1:]
         return Trajectory(x, times, states, self.nfe)
 
     def _begin(
@@ -155,6 +155,7 @@ def _end_scales(plan: Plan) -> tuple[tuple[float, float], tuple[float, float]]:
     if scales is None:
         with torch.no_grad():
             alpha, sigma = plan.schedule.scales(plan.knots[[0, -1]].detach())
-        scales = tuple(zip(alpha.tolist(), sigma.tolist(), strict=True))
+        first, last = zip(alpha.tolist(), sigma.tolist(), strict=True)
+        scales = first, last
         plan.derived["end scales"] = scales
     return scales

@@ -145,12 +145,12 @@ def _planned(
         named = grid
         if steps is not None and named != EXPLICIT and _steps_of(method, plan, knots) != steps:
             named, options = EXPLICIT, {**_solver_options(method, options), "times": _times(knots)}
-    said = None
+    description = None
     if chosen:
         label = "given" if isinstance(grid, TimeGrid) else grid
-        said = describe(method.name, label, options, plan.nfe)
+        description = describe(method.name, label, options, plan.nfe)
     plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in options.items()}
-    return Planned(plan, method, knots, name, named, plain, head_start, said)
+    return Planned(plan, method, knots, name, named, plain, head_start, description)
 
 
 def check_adaptive(request: SamplerRequest, *, plan: bool = True) -> None:
@@ -202,10 +202,10 @@ def _method(
     """Returns the solver, and the options of the grid."""
     if isinstance(grid, TimeGrid):
         of_grid = frozenset[str]()
-        if taken := sorted(GRID_OPTIONS & set(options)):
+        if conflicting := sorted(GRID_OPTIONS & set(options)):
             raise Contradiction(
-                f"a grid object already has its times, got {as_text(taken)} as well; leave "
-                f"{'it' if len(taken) == 1 else 'them'} out"
+                f"a grid object already has its times, got {as_text(conflicting)} as well; leave "
+                f"{'it' if len(conflicting) == 1 else 'them'} out"
             )
     else:
         if grid is None and not isinstance(solver, Solver):
@@ -327,7 +327,7 @@ def _grid(
             raise ValueError(
                 f"the grid was made for schedule {grid.schedule.name!r}, the plan is for {schedule.name!r}"
             )
-        found = grid
+        time_grid = grid
     else:
         count = steps
         if nfe is not None:
@@ -335,15 +335,15 @@ def _grid(
             count = method.steps_for(nfe, ends_at_zero=_to_zero(schedule, {**own, **options}))
         if grid == EXPLICIT:
             count = None
-        found = method.make_grid(schedule, count, grid, **options)  # type: ignore[arg-type]
-    cost = method.nfe(found.steps, ends_at_zero=found.ends_at_zero)
+        time_grid = method.make_grid(schedule, count, grid, **options)  # type: ignore[arg-type]
+    cost = method.nfe(time_grid.steps, ends_at_zero=time_grid.ends_at_zero)
     if nfe is not None and cost != nfe:
         raise ValueError(
-            f"{method.name} makes {cost} evaluations on this grid of {found.steps} steps, not {nfe}"
+            f"{method.name} makes {cost} evaluations on this grid of {time_grid.steps} steps, not {nfe}"
         )
-    if steps is not None and found.steps != steps:
-        raise ValueError(f"the grid has {found.steps} steps, not {steps}")
-    return found
+    if steps is not None and time_grid.steps != steps:
+        raise ValueError(f"the grid has {time_grid.steps} steps, not {steps}")
+    return time_grid
 
 
 def _defaults(grid: str) -> Mapping[str, Any]:

@@ -179,9 +179,9 @@ class Profile:
         Raises:
             ValueError: If the solver cannot meet the budget (with the nearest ones).
         """
-        made = recipe_of(self.schedule, planned(self.schedule, self.request(nfe=nfe)))
+        stored = recipe_of(self.schedule, planned(self.schedule, self.request(nfe=nfe)))
         return replace(
-            made,
+            stored,
             guidance=None if self.guidance == 1 else self.guidance,
             model=self.fingerprint or None,
         )
@@ -384,9 +384,9 @@ def _stretch(entry: ProfileEntry, steps: int) -> Tensor:
     below = where.floor().long().clamp(max=entry.steps - 1)
     # In this root of time good grids are nearly evenly spaced, so linear interpolation is accurate.
     root = times.clamp_min(0).pow(2 / 3)
-    made = torch.lerp(root[below], root[below + 1], where - below).pow(1.5)
-    made[0], made[-1] = times[0], times[-1]
-    return made
+    result = torch.lerp(root[below], root[below + 1], where - below).pow(1.5)
+    result[0], result[-1] = times[0], times[-1]
+    return result
 
 
 def _weights(value: Any) -> Sequence[Sequence[float]]:
@@ -419,15 +419,15 @@ def read_profile(source: Profile | str | Path, schedule: NoiseSchedule) -> Profi
             f"profile must be a Profile or the path of one, got {type(source).__name__}"
         )
     where = "" if isinstance(source, Profile) else f" {str(source).removeprefix(PREFIX)!r}"
-    found = (
+    profile = (
         source if isinstance(source, Profile) else Profile.load(str(source).removeprefix(PREFIX))
     )
-    if not _alike(found.schedule, schedule):
+    if not _alike(profile.schedule, schedule):
         raise ValueError(
-            f"the profile{where} was measured for the schedule {found.schedule.name!r}, the model has "
+            f"the profile{where} was measured for the schedule {profile.schedule.name!r}, the model has "
             f"{schedule.name!r}; measure this model (fewstep analyze)"
         )
-    return found if found.schedule is schedule else replace(found, schedule=schedule)
+    return profile if profile.schedule is schedule else replace(profile, schedule=schedule)
 
 
 def _alike(one: NoiseSchedule, two: NoiseSchedule) -> bool:

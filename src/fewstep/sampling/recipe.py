@@ -284,16 +284,16 @@ class SamplerRecipe:
             raise ValueError(f"recipe {str(path)!r}: {error}") from None
 
 
-def recipe_of(schedule: NoiseSchedule, made: Planned) -> SamplerRecipe:
+def recipe_of(schedule: NoiseSchedule, planned: Planned) -> SamplerRecipe:
     """Returns the recipe of a plan: by names if they determine it, else with its coefficients."""
-    if made.name is None:
-        return SamplerRecipe(kind="plan", name=made.plan.name, plan=made.plan)
+    if planned.name is None:
+        return SamplerRecipe(kind="plan", name=planned.plan.name, plan=planned.plan)
     return SamplerRecipe(
-        name=made.name,
-        nfe=made.plan.nfe,
-        options=made.options,
-        grid=made.grid_name,
-        head_start=made.head_start,
+        name=planned.name,
+        nfe=planned.plan.nfe,
+        options=planned.options,
+        grid=planned.grid_name,
+        head_start=planned.head_start,
         schedule=schedule.to_record(),
     )
 

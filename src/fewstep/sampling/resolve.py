@@ -135,8 +135,8 @@ def resolve(
         return _of_solver(denoiser, inner, guidance, image=image, chose=True)
     recipe = request.recipe
     if recipe is not UNSET:
-        made = recipe if isinstance(recipe, SamplerRecipe) else _loaded(recipe)
-        return _of_recipe(denoiser, request, made, guidance, image=image, force=force)
+        loaded = recipe if isinstance(recipe, SamplerRecipe) else _loaded(recipe)
+        return _of_recipe(denoiser, request, loaded, guidance, image=image, force=force)
     _check_operator(denoiser, request, guidance, image=image)
     if (own := denoiser.built_in_sampler()) is not None:
         return Resolved(
@@ -204,13 +204,13 @@ def resolve_plan(
         )
         if recipe.kind != "solver":
             raise TypeError(f"a recipe of kind {recipe.kind!r} is not of a solver")
-        made = planned(schedule, recipe.request(), integer_times=integer_times)
-        _check_budget(request, "recipe", made.plan)
-        return made
+        resolved = planned(schedule, recipe.request(), integer_times=integer_times)
+        _check_budget(request, "recipe", resolved.plan)
+        return resolved
     chose = chose or (names_profile(request.grid) and request.solver in (UNSET, AUTO))
     request = _unfolded(schedule, request, default_nfe)
-    made = planned(schedule, request, integer_times=integer_times, default_nfe=default_nfe)
-    return replace(made, chosen=_measured(made)) if chose else made
+    resolved = planned(schedule, request, integer_times=integer_times, default_nfe=default_nfe)
+    return replace(resolved, chosen=_measured(resolved)) if chose else resolved
 
 
 def plan(
@@ -424,19 +424,21 @@ def _of_solver(
     chose = chose or (names_profile(request.grid) and request.solver in (UNSET, AUTO))
     request = _unfolded(schedule, request, default_nfe)
     integer = denoiser.integer_times
-    made = planned(schedule, request, integer_times=integer, default_nfe=default_nfe)
+    resolved = planned(schedule, request, integer_times=integer, default_nfe=default_nfe)
     # A first time that auto chose by itself is no start for an image.
-    own = made.chosen is not None and "t_start" not in request.options
-    options = {k: v for k, v in made.options.items() if not (own and k == "t_start")}
-    _check_image(made.plan, {**options, **request.options}, image=image, whole=own)
-    chosen = _measured(made) if chose else made.chosen
+    own = resolved.chosen is not None and "t_start" not in request.options
+    options = {k: v for k, v in resolved.options.items() if not (own and k == "t_start")}
+    _check_image(resolved.plan, {**options, **request.options}, image=image, whole=own)
+    chosen = _measured(resolved) if chose else resolved.chosen
     if chosen is not None:
         logger.info("auto chose %s", chosen)
 
     def recipe() -> SamplerRecipe:
-        return replace(recipe_of(schedule, made), guidance=_stored(guidance))
+        return replace(recipe_of(schedule, resolved), guidance=_stored(guidance))
 
-    return Resolved(PlanSampler(made.plan, _guided(denoiser, guidance)), chosen, _recipe=recipe)
+    return Resolved(
+        PlanSampler(resolved.plan, _guided(denoiser, guidance)), chosen, _recipe=recipe
+    )
 
 
 def _of_adaptive(
@@ -521,16 +523,18 @@ def _unfolded(
         )
     profile = read_profile(request.grid, schedule)
     solver = request.solver if request.solver not in (UNSET, AUTO) else None
-    found = profile.request(
+    unfolded = profile.request(
         nfe=request.nfe or (None if request.steps else default_nfe),
         steps=request.steps,
         solver=solver,  # type: ignore[arg-type]
     )
-    return replace(found, options=request.options)
+    return replace(unfolded, options=request.options)
 
 
-def _measured(made: Planned) -> str:
-    return f"{made.solver.name} at the times of the profile with {made.plan.nfe} evaluations"
+def _measured(resolved: Planned) -> str:
+    return (
+        f"{resolved.solver.name} at the times of the profile with {resolved.plan.nfe} evaluations"
+    )
 
 
 def _loaded(recipe: Any) -> SamplerRecipe:

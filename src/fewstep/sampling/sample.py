@@ -194,16 +194,16 @@ def sample(
     if mask is not None and image is None and "mask" in (denoiser.accepts.names or ()):
         cond, mask = {**cond, "mask": mask}, None  # the network's own condition
     begins = image is not None and (mask is None or _starts(request))
-    made = resolve(denoiser, request, guidance=guidance, image=begins, force=force).sampler
+    chosen = resolve(denoiser, request, guidance=guidance, image=begins, force=force).sampler
     if mask is not None:
-        made = inpainting(made, image, mask)
+        chosen = inpainting(chosen, image, mask)
     if brownian:
-        if not isinstance(made, PlanSampler) or not made.plan.n_noise:
+        if not isinstance(chosen, PlanSampler) or not chosen.plan.n_noise:
             raise ValueError(
                 "brownian=True is for solvers that draw noise in their steps; this one draws none, leave it out"
             )
-        made = replace(made, brownian=True)
-    denoiser = made.denoiser
+        chosen = replace(chosen, brownian=True)
+    denoiser = chosen.denoiser
     if mask is not None:
         n = len(noise) if n is None and isinstance(noise, Tensor) else n
         count = n if isinstance(n, int) else 1
@@ -220,9 +220,9 @@ def sample(
     parts: list[Trajectory] = []
     batches = -(-n // size)
     with compiled(denoiser, compile), progress_of(progress) as shown:
-        shown.stage("sampling", None if made.nfe is None else made.nfe * batches)
+        shown.stage("sampling", None if chosen.nfe is None else chosen.nfe * batches)
         for _, part in run_batches(
-            made,
+            chosen,
             range(first, first + n),
             seed=seed,
             conditions=conditions,
@@ -287,31 +287,31 @@ def steps(
         head_start=head_start,
         options=_options(options, strength),
     )
-    made = resolve(
+    chosen = resolve(
         denoiser, request, guidance=guidance, image=image is not None, force=force
     ).sampler
-    denoiser = made.denoiser
+    denoiser = chosen.denoiser
     n, noise, conditions = _checked(denoiser, n, noise, cond)
     image = _image(image, n, denoiser, noise)
-    if not isinstance(made, PlanSampler):
+    if not isinstance(chosen, PlanSampler):
         raise ValueError("only samplers with a plan can be run step by step")
     source = NoiseSource(seed, range(n))
     z = initial_noise(denoiser, source, noise)
-    x = made.start(z) if image is None else made.start(z, image)
+    x = chosen.start(z) if image is None else chosen.start(z, image)
     run = Run(source, conditions.at(range(n), x.device))
-    return _follow(made, x, run)
+    return _follow(chosen, x, run)
 
 
-def _follow(made: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
-    plan, reached = made.plan, list[tuple[int, Tensor]]()
+def _follow(sampler: PlanSampler, x: Tensor, run: Run) -> Iterator[Step]:
+    plan, reached = sampler.plan, list[tuple[int, Tensor]]()
     knots = plan.knots.tolist()
     with torch.no_grad():
-        execution, evaluate = made._begin(x, run, lambda k, state: reached.append((k, state)))
+        execution, evaluate = sampler._begin(x, run, lambda k, state: reached.append((k, state)))
     while (request := execution.request) is not None:
         with torch.no_grad():
             # The state may be overwritten when the run continues, so predictions come first.
             output = evaluate(request.x, request.at)
-            x0, eps = _predictions(made.native, request, output)
+            x0, eps = _predictions(sampler.native, request, output)
             execution.advance(output)
         for knot, state in reached:
             yield Step(knot - 1, knots[knot], state, x0, eps)
@@ -328,7 +328,7 @@ def _predictions(plan: Plan, request: Evaluation, output: Tensor) -> tuple[Tenso
     return x0, eps
 
 
-def inpainting(made: Sampler, image: Tensor | None, mask: Tensor) -> Sampler:
+def inpainting(sampler: Sampler, image: Tensor | None, mask: Tensor) -> Sampler:
     """Returns a sampler whose model keeps the images given as the condition ``inpainting`` where the mask is 0.
 
     Raises:
@@ -336,9 +336,9 @@ def inpainting(made: Sampler, image: Tensor | None, mask: Tensor) -> Sampler:
     """
     if image is None:
         raise ValueError("a mask keeps a part of an image; give image= too")
-    if not isinstance(made, (PlanSampler, AdaptiveSampler)):
+    if not isinstance(sampler, (PlanSampler, AdaptiveSampler)):
         raise ValueError("a model with a built-in sampler cannot inpaint; leave mask out")
-    return replace(made, denoiser=Inpainted(made.denoiser, None, mask))
+    return replace(sampler, denoiser=Inpainted(sampler.denoiser, None, mask))
 
 
 def _starts(request: SamplerRequest) -> bool:

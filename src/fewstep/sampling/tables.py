@@ -84,12 +84,12 @@ def read_table(source: str | Path, kind: Kind | None = None) -> Table:
         except ValueError:
             raise ValueError(f"a table is a list of numbers, got {text!r:.80}") from None
     if isinstance(content, dict):
-        found: list[Kind] = [name for name in KINDS if name in content]
-        if len(found) != 1 and kind not in found:
+        kinds: list[Kind] = [name for name in KINDS if name in content]
+        if len(kinds) != 1 and kind not in kinds:
             raise ValueError(
                 f"a table in JSON has 'sigmas' or 'timesteps', got the keys {', '.join(map(str, content))!r:.80}"
             )
-        kind = kind if kind in found else found[0]
+        kind = kind if kind in kinds else kinds[0]
         content = content[kind]
     if isinstance(content, (int, float)) and not isinstance(content, bool):
         content = [content]
@@ -109,52 +109,54 @@ def read_table(source: str | Path, kind: Kind | None = None) -> Table:
 
 def check_table(table: Table, schedule: NoiseSchedule) -> list[Finding]:
     """Returns what is wrong with a table for a schedule; an empty list if nothing is."""
-    values, found = list(table.values), list[Finding]()
+    values, findings = list(table.values), list[Finding]()
     sigmas = table.kind == "sigmas"
     for k, (one, two) in enumerate(itertools.pairwise(values)):
         if two > one:
             text = f"levels out of order: number {k} is {one:g}, number {k + 1} is {two:g}, which is noisier"
-            found.append(Finding("order", text, fatal=True))
+            findings.append(Finding("order", text, fatal=True))
         elif two == one or (two > 0 and one / two < 1 + 1e-6):
             text = (
                 f"a wasted evaluation: step {k} goes from {one:g} to {two:g} and changes nothing"
             )
-            found.append(Finding("wasted", text, fatal=True))
+            findings.append(Finding("wasted", text, fatal=True))
     top, bottom = _ends(schedule, sigmas)
     name = "sigma" if sigmas else "timestep"
     for k, value in enumerate(values):
         below = value < 0 if sigmas else value < schedule.t_min
         if below or value > top * (1 + NEAR):
             text = f"out of range: {name} {k} is {value:g}; {schedule.name!r} has {bottom:g} to {top:g}"
-            found.append(Finding("range", text, fatal=True))
+            findings.append(Finding("range", text, fatal=True))
             break
     if values[0] < top * (1 - NEAR):
         text = (
             f"a start for another schedule: the table begins at {name} {values[0]:g}, {schedule.name!r} at "
             f"{top:g}; samples would begin with too much noise"
         )
-        found.append(Finding("start", text))
+        findings.append(Finding("start", text))
     if sigmas and len(values) == 1:
-        found.append(Finding("order", "one level makes no step; the end is missing", fatal=True))
+        findings.append(
+            Finding("order", "one level makes no step; the end is missing", fatal=True)
+        )
     elif sigmas and values[-1] > bottom * (1 + NEAR):
         text = (
             f"noise left at the end: the last sigma is {values[-1]:g}, {schedule.name!r} goes down to {bottom:g}; "
             "end with 0"
         )
-        found.append(Finding("end", text))
-    return found
+        findings.append(Finding("end", text))
+    return findings
 
 
 def check_plan(plan: Plan) -> list[Finding]:
     """Returns what is wrong with a plan: a start or an end elsewhere than its schedule's, wasted evaluations."""
     kinds = ("end",) if plan.head else ("start", "end")  # a head start begins where it is meant to
     table = Table("sigmas", tuple(_levels(plan)))
-    found = [f for f in check_table(table, plan.schedule) if f.kind in kinds]
+    findings = [f for f in check_table(table, plan.schedule) if f.kind in kinds]
     unused = (plan.flat().B == 0).all(dim=0).nonzero().flatten().tolist()
     for k in unused:
         text = f"a wasted evaluation: the output of evaluation {k} has no weight anywhere"
-        found.append(Finding("wasted", text))
-    return found
+        findings.append(Finding("wasted", text))
+    return findings
 
 
 def recipe_of_table(
@@ -177,11 +179,11 @@ def recipe_of_table(
     Raises:
         ValueError: With the findings, if it is no table for this schedule.
     """
-    found = check_table(table, schedule)
-    fatal = [f for f in found if f.fatal]
-    if fatal or (found and not force):
+    findings = check_table(table, schedule)
+    fatal = [f for f in findings if f.fatal]
+    if fatal or (findings and not force):
         hint = "" if fatal else "; to take it all the same: force=True (--force)"
-        raise ValueError("; ".join(f.text for f in fatal or found) + hint)
+        raise ValueError("; ".join(f.text for f in fatal or findings) + hint)
     values = list(table.values)
     if table.kind == "timesteps":
         times, to_zero = values, True
@@ -190,14 +192,14 @@ def recipe_of_table(
         times = [_time(schedule, value) for value in (values[:-1] if to_zero else values)]
     knots = [*times, schedule.t_zero] if to_zero else times
     grid = TimeGrid(schedule, torch.tensor(knots, dtype=torch.float64), to_zero)
-    made = resolve_plan(schedule, SamplerRequest(solver, grid=grid, options=options or {}))
-    if made.name is None:
+    planned = resolve_plan(schedule, SamplerRequest(solver, grid=grid, options=options or {}))
+    if planned.name is None:
         raise ValueError(f"a recipe has the name of a solver, got {solver!r}")
     return SamplerRecipe(
-        name=made.name,
-        nfe=made.plan.nfe,
+        name=planned.name,
+        nfe=planned.plan.nfe,
         grid="explicit",
-        options={**made.options, "times": knots},
+        options={**planned.options, "times": knots},
         schedule=schedule.to_record(),
     )
 

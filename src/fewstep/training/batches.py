@@ -132,8 +132,12 @@ class Batches:
 
     def preconditioning_record(self) -> dict[str, Any] | None:
         """Returns the preconditioning as stored in a model folder, or ``None``."""
-        made = self.preconditioning
-        return None if made is None else {"kind": "edm", "sigma_data": made.sigma_data}
+        preconditioning = self.preconditioning
+        return (
+            None
+            if preconditioning is None
+            else {"kind": "edm", "sigma_data": preconditioning.sigma_data}
+        )
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Returns mean and deviation of each coordinate, (C, H, W), float64, for head starts."""

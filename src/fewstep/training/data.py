@@ -165,11 +165,11 @@ def _read_npz(path: Path) -> ImageData:
         Exception
     ) as error:  # a damaged archive raises almost anything: zip, zlib, header parser
         raise ValueError(f"{str(path)!r} is not an npz file of arrays: {error}") from None
-    found = [a for a in arrays.values() if a.ndim in (3, 4) and a.dtype == numpy.uint8]
-    if not found:
+    candidates = [a for a in arrays.values() if a.ndim in (3, 4) and a.dtype == numpy.uint8]
+    if not candidates:
         kinds = {name: (str(a.dtype), a.shape) for name, a in arrays.items()}
         raise ValueError(f"{str(path)!r} has no uint8 array of images; it has {kinds}")
-    images = found[0]
+    images = candidates[0]
     if images.ndim == 3:
         images = images[:, None]
     elif images.shape[-1] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):

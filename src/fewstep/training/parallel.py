@@ -64,11 +64,11 @@ class Team:
         """Raises if the processes start at different steps: they do not see the same folder."""
         if not self.own.several:
             return
-        seen = torch.tensor([step, -step], device=device)
-        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
-        if int(seen[0]) != step or -int(seen[1]) != step:
+        steps = torch.tensor([step, -step], device=device)
+        torch.distributed.all_reduce(steps, op=torch.distributed.ReduceOp.MAX)
+        if int(steps[0]) != step or -int(steps[1]) != step:
             raise ValueError(
-                f"the processes start at different steps, {-int(seen[1])} to {int(seen[0])}; all of them "
+                f"the processes start at different steps, {-int(steps[1])} to {int(steps[0])}; all of them "
                 "must see the same folder of the run"
             )
 
@@ -90,8 +90,8 @@ def team(batch_size: int, device: torch.device) -> Iterator[Team]:
         return
     if batch_size < own.count:
         raise ValueError(f"a batch of {batch_size} cannot be split among {own.count} processes")
-    begun = not torch.distributed.is_initialized()
-    if begun:
+    starts = not torch.distributed.is_initialized()
+    if starts:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ValueError(
@@ -103,5 +103,5 @@ def team(batch_size: int, device: torch.device) -> Iterator[Team]:
     try:
         yield Team(own, batch_size)
     finally:
-        if begun:
+        if starts:
             torch.distributed.destroy_process_group()

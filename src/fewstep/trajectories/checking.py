@@ -77,8 +77,8 @@ def verify(
     error = None
     if writer is not None and rows:
         stored = TrajectoryStore(folder, manifest).read(rows)
-        again = writer.follow(rows, stored.conditions).float()
-        error = _largest(again, stored.states)
+        integrated = writer.follow(rows, stored.conditions).float()
+        error = _largest(integrated, stored.states)
     return Verification(
         shard_count(manifest), tuple(missing), damaged, tuple(rows), error, allowed
     )

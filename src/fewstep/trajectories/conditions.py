@@ -195,18 +195,18 @@ def check_condition(name: str, content: Any) -> None:
             f"the condition {name!r} has an impossible type {content['dtype']!r:.40} or shape "
             f"{shape!r:.60}"
         )
-    made = None if rule == "given" else from_record(content)
-    if made is not None and made.to_record() != content:
+    parsed = None if rule == "given" else from_record(content)
+    if parsed is not None and parsed.to_record() != content:
         raise ValueError(f"the condition {name!r} is inconsistent: {content!r:.100}")
 
 
 def _labels(values: Any) -> tuple[int, ...]:
-    found = tuple(values)
-    if not found or len(found) > MOST_VALUES:
-        raise ValueError(f"a rule needs from 1 to {MOST_VALUES} values, got {len(found)}")
-    if not all(isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**63 for v in found):
+    labels = tuple(values)
+    if not labels or len(labels) > MOST_VALUES:
+        raise ValueError(f"a rule needs from 1 to {MOST_VALUES} values, got {len(labels)}")
+    if not all(isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**63 for v in labels):
         raise ValueError(f"the values of a rule are integers, got {values!r:.60}")
-    return found
+    return labels
 
 
 def _name(dtype: torch.dtype) -> str:

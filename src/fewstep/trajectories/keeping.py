@@ -32,7 +32,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Kept:
+class RecordedStates:
     """A sampler as a recipe, and the states of it to record.
 
     Attributes:
@@ -46,9 +46,9 @@ class Kept:
     knots: list[int] | None
 
 
-def kept(
+def recorded_states(
     denoiser: Denoiser, keep: Keep, request: SamplerRequest, *, guidance: float | None
-) -> Kept:
+) -> RecordedStates:
     """Returns the sampler that the arguments of :func:`fewstep.record` describe, and the states to record.
 
     Raises:
@@ -86,10 +86,10 @@ def kept(
     recipe = SamplerRecipe(
         kind="plan", name=plan.name, plan=plan, guidance=resolved.recipe.guidance
     )
-    return Kept(recipe, [float(plan.knots[k]) for k in knots], knots)
+    return RecordedStates(recipe, [float(plan.knots[k]) for k in knots], knots)
 
 
-def _adaptive(keep: Keep, sampler: AdaptiveSampler, recipe: SamplerRecipe) -> Kept:
+def _adaptive(keep: Keep, sampler: AdaptiveSampler, recipe: SamplerRecipe) -> RecordedStates:
     if isinstance(keep, (list, tuple)) and keep and all(isinstance(k, int) for k in keep):
         raise ValueError(
             f"dopri5 has no knots to number, got keep = {keep}; give times as "
@@ -97,7 +97,7 @@ def _adaptive(keep: Keep, sampler: AdaptiveSampler, recipe: SamplerRecipe) -> Ke
         )
     schedule = sampler.denoiser.schedule
     ends = make_grid("log-rho", schedule, 32, t_start=sampler.t_start, t_end=sampler.t_end)
-    return Kept(recipe, [float(t) for t in _wanted(keep, ends, False)], None)
+    return RecordedStates(recipe, [float(t) for t in _wanted(keep, ends, False)], None)
 
 
 def _is_spaced(request: SamplerRequest) -> bool:
@@ -148,12 +148,12 @@ def _wanted(keep: Keep, grid: TimeGrid, integer: bool) -> list[int] | list[float
         times = [float(round(t)) for t in times]
     start, end = knots[0], knots[-1]
     inner = [t for t in times if not _same(t, start, knots) and not _same(t, end, knots)]
-    found = [start, *inner, end]
-    if any(b >= a for a, b in itertools.pairwise(found)):
+    ordered = [start, *inner, end]
+    if any(b >= a for a, b in itertools.pairwise(ordered)):
         raise ValueError(
             f"the times in keep must decrease and lie between {start:g} and {end:g}, got {times}"
         )
-    return found
+    return ordered
 
 
 def _grid_of(keep: int | str | Any, schedule: NoiseSchedule) -> tuple[str, int | None]:
@@ -177,10 +177,10 @@ def _grid_of(keep: int | str | Any, schedule: NoiseSchedule) -> tuple[str, int |
 
 
 def _numbers(keep: list[int], knots: int) -> list[int]:
-    found = sorted({k + knots if k < 0 else k for k in keep} | {0, knots - 1})
-    if found[0] < 0 or found[-1] >= knots:
+    numbers = sorted({k + knots if k < 0 else k for k in keep} | {0, knots - 1})
+    if numbers[0] < 0 or numbers[-1] >= knots:
         raise ValueError(f"keep must be knots from 0 to {knots - 1}, got {keep}")
-    return found
+    return numbers
 
 
 def _same(a: float, b: float, knots: Sequence[float]) -> bool:
@@ -192,7 +192,7 @@ def _knots(plan: Plan, wanted: list[int] | list[float]) -> list[int]:
     knots = plan.knots.tolist()
     rows = plan.structure.rows
     there = {0, *(r.state for r in rows if isinstance(r, Lin) and r.state is not None)}
-    found = []
+    indices = []
     for item in wanted:
         if isinstance(item, int):
             k = item
@@ -206,8 +206,8 @@ def _knots(plan: Plan, wanted: list[int] | list[float]) -> list[int]:
                 )
         if k not in there:
             raise ValueError(f"the plan has no state at knot {k}; it has {sorted(there)!r:.200}")
-        found.append(k)
-    return found
+        indices.append(k)
+    return indices
 
 
 def _bent(grid: TimeGrid, times: Sequence[float], integer: bool) -> Tensor:

@@ -20,7 +20,7 @@ from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.sampling.request import SamplerRequest
 from fewstep.solvers import Solver
 from fewstep.trajectories.conditions import Condition, condition
-from fewstep.trajectories.keeping import Keep, kept
+from fewstep.trajectories.keeping import Keep, recorded_states
 from fewstep.trajectories.manifest import (
     DTYPES,
     MANIFEST,
@@ -135,10 +135,10 @@ def record(
         grid=grid,
         options=options or {},
     )
-    chosen = kept(denoiser, keep, request, guidance=guidance)
+    chosen = recorded_states(denoiser, keep, request, guidance=guidance)
     rules = {name: condition(name, value, n) for name, value in sorted(cond.items())}
-    made = chosen.recipe.build(denoiser)
-    _check_conditions(made, rules)
+    sampler = chosen.recipe.build(denoiser)
+    _check_conditions(sampler, rules)
     times = torch.tensor(chosen.times, dtype=torch.float64)
     alpha, sigma = (scale.tolist() for scale in denoiser.schedule.scales(times))
     manifest = Manifest(
@@ -163,7 +163,7 @@ def record(
     )
     folder = Path(folder)
     _begin(folder, overwrite=overwrite)
-    writer = Writer(folder, write_manifest(folder, manifest), made, rules)
+    writer = Writer(folder, write_manifest(folder, manifest), sampler, rules)
     with progress_of(progress) as shown:
         writer.run(shown)
     return TrajectoryStore.open(folder)
@@ -218,8 +218,8 @@ def _is_ours(path: Path) -> bool:
     return isinstance(content, dict) and content.get("format") == Manifest.FORMAT
 
 
-def _check_conditions(made: Sampler, rules: Mapping[str, Condition]) -> None:
+def _check_conditions(sampler: Sampler, rules: Mapping[str, Condition]) -> None:
     examples = {name: rule.examples() for name, rule in rules.items()}
     most = max((len(values) for values in examples.values()), default=1)
     rows = torch.arange(most)
-    made.denoiser.prepare(most, {k: v[rows % len(v)] for k, v in examples.items()})
+    sampler.denoiser.prepare(most, {k: v[rows % len(v)] for k, v in examples.items()})

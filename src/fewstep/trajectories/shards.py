@@ -71,27 +71,27 @@ def parts(manifest: Manifest, shard: int) -> dict[str, Part]:
     """Returns the tensors of a shard, in order of the names."""
     n = len(shard_rows(manifest, shard))
     states = (n, len(manifest.times), *manifest.event_shape)
-    found = {"states": Part(DTYPES[manifest.dtype], states), "index": Part(torch.int64, (n,))}
+    result = {"states": Part(DTYPES[manifest.dtype], states), "index": Part(torch.int64, (n,))}
     for name, about in manifest.conditions.items():
-        found[f"condition.{name}"] = Part(TYPES[about["dtype"]], (n, *about["shape"]))
-    return dict(sorted(found.items()))
+        result[f"condition.{name}"] = Part(TYPES[about["dtype"]], (n, *about["shape"]))
+    return dict(sorted(result.items()))
 
 
 def write_shard(
     folder: Path, manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]
 ) -> Path:
     """Writes a shard atomically; the bytes depend on the tensors and the settings alone."""
-    ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    contiguous = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     for name, part in parts(manifest, shard).items():
-        if (ready[name].dtype, tuple(ready[name].shape)) != part:
+        if (contiguous[name].dtype, tuple(contiguous[name].shape)) != part:
             raise ValueError(
-                f"{name} must be {part}, got {ready[name].dtype}, {ready[name].shape}"
+                f"{name} must be {part}, got {contiguous[name].dtype}, {contiguous[name].shape}"
             )
     digest = hashlib.sha256()
-    for tensor in ready.values():
+    for tensor in contiguous.values():
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     about = json.dumps(_about(manifest, shard, digest.hexdigest()), sort_keys=True)
-    return write_tensors(shard_file(folder, shard), ready, {METADATA: about}, checksum=False)
+    return write_tensors(shard_file(folder, shard), contiguous, {METADATA: about}, checksum=False)
 
 
 def open_shard(folder: Path, manifest: Manifest, shard: int) -> Shard:

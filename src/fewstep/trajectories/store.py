@@ -108,14 +108,14 @@ class TrajectoryStore:
         per_shard = self.manifest.shard_size
         buffer = torch.empty(len(numbers) * len(chosen) * size, dtype=torch.uint8)
         states = buffer.numpy().reshape(len(numbers), len(chosen) * size)
-        found = [(self._shard(i // per_shard), i % per_shard) for i in numbers]
-        for place, (shard, row) in enumerate(found):
+        rows = [(self._shard(i // per_shard), i % per_shard) for i in numbers]
+        for place, (shard, row) in enumerate(rows):
             if frames is None:
                 states[place] = shard.states[row]
             else:
                 states[place] = shard.states[row].reshape(places, size)[chosen].reshape(-1)
         conditions = {
-            name: _gather(found, name, about) for name, about in self.manifest.conditions.items()
+            name: _gather(rows, name, about) for name, about in self.manifest.conditions.items()
         }
         shape = (len(numbers), len(chosen), *self.event_shape)
         return Batch(buffer.view(dtype).reshape(shape).float(), conditions)
@@ -161,11 +161,11 @@ def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
     return [s for s in range(shard_count(manifest)) if shard_file(folder, s).name not in names]
 
 
-def _gather(found: Sequence[tuple[Shard, int]], name: str, about: Mapping[str, Any]) -> Tensor:
+def _gather(rows: Sequence[tuple[Shard, int]], name: str, about: Mapping[str, Any]) -> Tensor:
     dtype, shape = TYPES[about["dtype"]], tuple(about["shape"])
     size = int(numpy.prod(shape, dtype=numpy.int64)) * dtype.itemsize
-    buffer = torch.empty(len(found) * size, dtype=torch.uint8)
-    values = buffer.numpy().reshape(len(found), size)
-    for place, (shard, row) in enumerate(found):
+    buffer = torch.empty(len(rows) * size, dtype=torch.uint8)
+    values = buffer.numpy().reshape(len(rows), size)
+    for place, (shard, row) in enumerate(rows):
         values[place] = shard.conditions[name][row]
-    return buffer.view(dtype).reshape(len(found), *shape)
+    return buffer.view(dtype).reshape(len(rows), *shape)

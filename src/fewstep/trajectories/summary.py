@@ -84,14 +84,14 @@ def spectrum(
     variable = _variable(store.times)
     rows = range(min(n, len(store)))
     if len(store.times) >= DENSE:
-        found = store.read(rows).states
-        return time_spectrum(found, store.times, variable=variable, schedule=schedule)
+        integrated = store.read(rows).states
+        return time_spectrum(integrated, store.times, variable=variable, schedule=schedule)
     if denoiser is None:
         raise ValueError(
             f"the store has {len(store.times)} states of a trajectory, a spectrum needs {DENSE}; "
             "give the model, which then integrates some again, or record with keep='all'"
         )
-    kept = store.times
+    stored = store.times
     integer = denoiser.integer_times
     dense = make_plan(
         "tab2",
@@ -99,8 +99,8 @@ def spectrum(
         steps=states - 1,
         # Integer timesteps are too far apart for the end of a dense quadratic grid.
         grid="quadratic" if variable == "sqrt" and not integer else "uniform",
-        t_start=float(kept[0]),
-        t_end=max(float(kept[-1]), schedule.t_min),
+        t_start=float(stored[0]),
+        t_end=max(float(stored[-1]), schedule.t_min),
         integer_times=integer,
     )
     before = SamplerRecipe.from_record(store.manifest.sampler)
@@ -117,8 +117,8 @@ def spectrum(
         dtype="float32",
     )
     writer = writer_of(denoiser, store.folder, manifest)
-    found = writer.follow(list(rows), store.read(rows).conditions)
-    return time_spectrum(found, dense.knots, variable=variable, schedule=schedule)
+    integrated = writer.follow(list(rows), store.read(rows).conditions)
+    return time_spectrum(integrated, dense.knots, variable=variable, schedule=schedule)
 
 
 def _variable(times: Tensor) -> str:

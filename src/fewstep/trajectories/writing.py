@@ -190,7 +190,7 @@ class Writer:
             return start
 
         parts: list[Tensor] = []
-        for batch, done in run_batches(
+        for batch, trajectory in run_batches(
             self.sampler,
             rows,
             seed=self.manifest.seed,
@@ -200,17 +200,17 @@ class Writer:
             save=True,
             times=self.manifest.times,
         ):
-            assert done.states is not None
-            states = done.states.to(dtype)
+            assert trajectory.states is not None
+            states = trajectory.states.to(dtype)
             self._check(states, batch)
             parts.append(states.transpose(0, 1).cpu().contiguous())
             on_batch(sum(map(len, parts)))
         return torch.cat(parts)
 
     def _check(self, states: Tensor, rows: Sequence[int]) -> None:
-        fine = states.isfinite().flatten(2).all(2)
-        if not bool(fine.all()):
-            frame, place = (~fine).nonzero()[0].tolist()
+        finite = states.isfinite().flatten(2).all(2)
+        if not bool(finite.all()):
+            frame, place = (~finite).nonzero()[0].tolist()
             dtype = self.manifest.dtype
             most = torch.finfo(DTYPES[dtype]).max
             raise ValueError(
@@ -275,13 +275,13 @@ def unguided(denoiser: Denoiser, guidance: float | None) -> tuple[Denoiser, floa
 
 def wrappers(denoiser: Denoiser) -> list[dict[str, Any]]:
     """Returns the wrappers around the model, from the outside in: they are not in its fingerprint."""
-    found: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = []
     while isinstance(denoiser, (Clipped, Thresholded, Guided)):
         options = {
             key: value
             for key in ("scale", "low", "high", "quantile", "limit")
             if (value := getattr(denoiser, key, None)) is not None
         }
-        found.append({"kind": type(denoiser).__name__.lower(), **options})
+        result.append({"kind": type(denoiser).__name__.lower(), **options})
         denoiser = denoiser.inner
-    return found
+    return result

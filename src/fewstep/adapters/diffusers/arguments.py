@@ -47,9 +47,9 @@ def number(name: str, value: Any) -> float:
         ValueError: If it is none, or not finite.
     """
     try:
-        found = float(value)
+        converted = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, got {value!r:.80}") from None
-    if not math.isfinite(found):
-        raise ValueError(f"{name} must be finite, got {found!r}")
-    return found
+    if not math.isfinite(converted):
+        raise ValueError(f"{name} must be finite, got {converted!r}")
+    return converted

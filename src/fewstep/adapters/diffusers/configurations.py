@@ -64,13 +64,13 @@ def class_of(config: Mapping[str, Any]) -> str | None:
         return name
     keys = frozenset(k for k in config if not k.startswith("_"))
     modules = [m for n, m in sys.modules.items() if n.startswith("diffusers.schedulers.") and m]
-    found = [
+    names = [
         name
         for module in modules
         for name in CLASSES
         if isinstance(kind := vars(module).get(name), type) and _keys_of(kind) == keys
     ]
-    return min(found, key=lambda n: CLASSES[n].family == "refused", default=None)
+    return min(names, key=lambda n: CLASSES[n].family == "refused", default=None)
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,8 +93,8 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     # A class that was made from a configuration of latent consistency models keeps this key, but has all times.
     stale = {"original_inference_steps"} - set(parameters)
-    kept = {key: value for key, value in config.items() if key not in stale}
-    return {**missing, **kept, **meaning.fixed}
+    result = {key: value for key, value in config.items() if key not in stale}
+    return {**missing, **result, **meaning.fixed}
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -184,36 +184,36 @@ def betas(config: Mapping[str, Any]) -> Tensor:
     trained, kind = config.get("trained_betas"), config["beta_schedule"]
     start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if trained is not None:
-        found = _trained(trained)
+        table = _trained(trained)
     elif kind == "linear":
-        found = torch.linspace(start, end, count, dtype=torch.float32)
+        table = torch.linspace(start, end, count, dtype=torch.float32)
     elif kind == "scaled_linear":
-        found = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
+        table = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
     elif kind == "squaredcos_cap_v2":
         edge = torch.arange(count + 1, dtype=torch.float64) / count
         curve = torch.cos((edge + 0.008) / 1.008 * math.pi / 2).square()
-        found = (1 - curve[1:] / curve[:-1]).clamp(max=0.999).float()
+        table = (1 - curve[1:] / curve[:-1]).clamp(max=0.999).float()
     else:
         raise ValueError(
             f"beta_schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2', got {kind!r}"
         )
     if not config["rescale_betas_zero_snr"] or _snr_scale(config) != 1:
-        return found
-    root = _zero_terminal(torch.cumprod(1 - found, 0).sqrt())
+        return table
+    root = _zero_terminal(torch.cumprod(1 - table, 0).sqrt())
     rescaled = root.square()
     return 1 - torch.cat([rescaled[:1], rescaled[1:] / rescaled[:-1]])
 
 
-def _trained(given: Any) -> Tensor:
+def _trained(values: Any) -> Tensor:
     try:
-        found = torch.tensor([float(b) for b in given], dtype=torch.float32)
+        table = torch.tensor([float(b) for b in values], dtype=torch.float32)
     except (TypeError, ValueError):
-        found = torch.zeros(0)
-    if len(found) < 2 or not bool(((found >= 0) & (found <= 1)).all()):
+        table = torch.zeros(0)
+    if len(table) < 2 or not bool(((table >= 0) & (table <= 1)).all()):
         raise ValueError(
-            f"trained_betas must be a list of at least two numbers from 0 to 1, got {given!r:.60}"
+            f"trained_betas must be a list of at least two numbers from 0 to 1, got {values!r:.60}"
         )
-    return found
+    return table
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:

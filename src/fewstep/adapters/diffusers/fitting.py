@@ -37,8 +37,8 @@ def scheduler_class(name: str) -> Any:
             "samplers of diffusers need it installed: pip install fewstep[diffusers]"
         ) from None
     names = [n for n in dir(home) if n.endswith("Scheduler")]
-    found = {n.lower(): n for n in names}
-    full = next((n for end in ENDINGS if (n := found.get(f"{name}{end}".lower()))), None)
+    by_lower = {n.lower(): n for n in names}
+    full = next((n for end in ENDINGS if (n := by_lower.get(f"{name}{end}".lower()))), None)
     if full is None:
         short = sorted({_shortened(n) for n in names})
         raise ValueError(unknown("scheduler of diffusers", name, short))
@@ -65,34 +65,34 @@ def conventions(kind: Any, known: Mapping[str, Any], denoiser: Denoiser) -> dict
         ValueError: If none does.
     """
     schedule, name = denoiser.schedule, kind.__name__
-    made: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for option in ("clip_sample", "thresholding"):
         if option in known:
-            made[option] = False
+            settings[option] = False
     if name.startswith("FlowMatch"):
         if not isinstance(schedule, Flow):
             raise ValueError(
                 f"{name} needs a flow model; this model's schedule is {schedule.name!r}"
             )
-        return made
+        return settings
     if isinstance(schedule, Flow) and hasattr(kind, "precondition_outputs") is False:
         if "use_flow_sigmas" not in known:
             raise ValueError(f"{name} does not know flow models (it has no use_flow_sigmas)")
-        return {**made, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        return {**settings, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     if hasattr(kind, "precondition_outputs"):
         ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
         low, high = schedule.rho(ends).tolist()
-        return {**made, "sigma_min": low, "sigma_max": high}
+        return {**settings, "sigma_min": low, "sigma_max": high}
     if "trained_betas" not in known:
         raise ValueError(f"{name} cannot be made for the noise schedule of another model")
     table = trained_levels(schedule)
     betas = 1 - table / torch.cat([torch.ones(1, dtype=torch.float64), table[:-1]])
-    made["trained_betas"] = betas.tolist()
-    made["num_train_timesteps"] = len(betas)
+    settings["trained_betas"] = betas.tolist()
+    settings["num_train_timesteps"] = len(betas)
     if "prediction_type" in known and isinstance(schedule, Tabulated):
         v = denoiser.native is Prediction.V
-        made["prediction_type"] = "v_prediction" if v else "epsilon"
-    return made
+        settings["prediction_type"] = "v_prediction" if v else "epsilon"
+    return settings
 
 
 def check_levels(scheduler: Any, configuration: Mapping[str, Any]) -> None:
@@ -136,15 +136,15 @@ def steps_for(evaluations: Callable[[int], int], nfe: int, name: str) -> int:
     usual = [nfe, (nfe + 1) // 2, nfe - 9, nfe - 1, nfe + 1]
     for steps in [n for n in usual if n > 0] + list(range(nfe + 1, 0, -1)):
         try:
-            made = evaluations(steps)
+            count = evaluations(steps)
         except (ValueError, KeyError, IndexError, RuntimeError, ZeroDivisionError):
             continue
-        if made == nfe:
+        if count == nfe:
             return steps
-        if made > nfe:
-            above = min(made, above or made)
+        if count > nfe:
+            above = min(count, above or count)
         else:
-            below = max(made, below or made)
+            below = max(count, below or count)
     near = " or ".join(str(n) for n in (below, above) if n is not None)
     raise ValueError(
         f"{name} cannot make {nfe} network evaluations; the nearest numbers are {near or 'unknown'}"

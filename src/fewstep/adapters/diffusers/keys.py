@@ -461,6 +461,6 @@ def table() -> str:
         lines.append(f"| `{name}` | {meaning.family} | {meaning.why or fixed} |")
     lines += ["", "| key | status | what becomes of it |", "|---|---|---|"]
     for key, meaning in KEYS.items():
-        fine = f" (changes nothing: `{meaning.neutral[0]}`)" if meaning.neutral else ""
-        lines.append(f"| `{key}` | {meaning.status} | {meaning.why}{fine} |")
+        neutral = f" (changes nothing: `{meaning.neutral[0]}`)" if meaning.neutral else ""
+        lines.append(f"| `{key}` | {meaning.status} | {meaning.why}{neutral} |")
     return "\n".join(lines)

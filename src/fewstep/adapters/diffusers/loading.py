@@ -321,13 +321,13 @@ def _how_to_wrap(scheduler: Mapping[str, Any] | None) -> str:
     """Returns the call that makes a denoiser of a network that is not known, as far as its scheduler says."""
     schedule, prediction, times = "...", "...", ""
     if scheduler is not None:
-        found, native, to_model_time = _conventions(scheduler, False)
+        on, native, to_model_time = _conventions(scheduler, False)
         prediction = repr(native.value)
-        schedule = f"fewstep.schedule({found.name!r})"
-        if not isinstance(found, (Flow, VPSigma)):
+        schedule = f"fewstep.schedule({on.name!r})"
+        if not isinstance(on, (Flow, VPSigma)):
             schedule = "PlanScheduler.from_config(pipe.scheduler.config).schedule"
         if to_model_time is not None:
-            flow = isinstance(found, Flow)
+            flow = isinstance(on, Flow)
             times = ", to_model_time=" + (
                 f"lambda t: {scheduler.get('num_train_timesteps', 1000)} * t"
                 if flow

@@ -58,8 +58,8 @@ class ImageCall(DiffusersCall):
         self, x: Tensor, t: Tensor, *, class_labels: Any = None, extra_channels: Any = None
     ) -> Tensor:
         labels = None if class_labels is None else torch.as_tensor(class_labels, device=x.device)
-        seen = self._state(x, extra_channels)
-        return self._like(self.network(seen, t, class_labels=labels, return_dict=False)[0], x)
+        state = self._state(x, extra_channels)
+        return self._like(self.network(state, t, class_labels=labels, return_dict=False)[0], x)
 
 
 class ClassesCall(DiffusersCall):
@@ -138,8 +138,8 @@ class TextCall(DiffusersCall):
             )
         if image_embeds is not None:
             width = None if not from_image else config.encoder_hid_dim
-            found = check_shape("image_embeds", image_embeds, (width,), n)
-            added["image_embeds"] = self._ready(found, x)
+            embeds = check_shape("image_embeds", image_embeds, (width,), n)
+            added["image_embeds"] = self._ready(embeds, x)
         if hint is not None:
             added["hint"] = self._ready(check_shape("hint", hint, (None, None, None), n), x)
         options: dict[str, Any] = {"encoder_hidden_states": encoder_hidden_states}
@@ -153,10 +153,10 @@ class TextCall(DiffusersCall):
         if class_labels is not None:
             labels = torch.as_tensor(class_labels, device=x.device)
             options["class_labels"] = self._ready(labels.expand(n, *labels.shape[1:]), x)
-        seen = self._state(x, extra_channels)
+        state = self._state(x, extra_channels)
         if self.controlnet is not None:
             options |= self._control(x, t, options, controlnet_cond, conditioning_scale)
-        return self._like(self.network(seen, t, return_dict=False, **options)[0], x)
+        return self._like(self.network(state, t, return_dict=False, **options)[0], x)
 
     def _sizes(self, x: Tensor, prompts: list[Any]) -> Tensor:
         """Returns SDXL's sizes for uncropped pictures of the state's size, (B, 6) or (B, 5)."""
@@ -320,8 +320,8 @@ def guidance_embedding(scale: Tensor, size: int) -> Tensor:
     places = torch.arange(half, dtype=torch.float32, device=scale.device)
     frequencies = torch.exp(places * -torch.log(torch.tensor(10000.0)) / max(half - 1, 1))
     angles = 1000 * scale.float()[:, None] * frequencies
-    found = torch.cat([angles.sin(), angles.cos()], 1)
-    return torch.nn.functional.pad(found, (0, size % 2))
+    features = torch.cat([angles.sin(), angles.cos()], 1)
+    return torch.nn.functional.pad(features, (0, size % 2))
 
 
 def _each(name: str, value: Any, x: Tensor) -> Tensor:

@@ -64,14 +64,14 @@ class DiffusersSampler:
         """Returns the samples; saved states are the inputs of the evaluations, in the model's scale."""
         scheduler = self._ready()
         evaluations = _Evaluations(scheduler, self.denoiser)
-        first, kept = x, list[Tensor]()
+        first, between = x, list[Tensor]()
         shape = tuple(x.shape[1:])
         draws = Draws(lambda k, _: run.noise.draw(k, shape, dtype=x.dtype, device=x.device))
         with torch.no_grad():
             for k, t in enumerate(scheduler.timesteps):
                 state, time = evaluations.state(x, t, k)
                 if run.save:
-                    kept.append(state)
+                    between.append(state)
                 output = evaluations.output(x, state, time, k, run.cond)
                 with draws:  # around the step alone: the mode would slow the network down
                     x = scheduler.step(output, t, x, return_dict=False, **self.stepping)[0]
@@ -85,13 +85,13 @@ class DiffusersSampler:
         times = torch.tensor(
             [*evaluations.times, self.denoiser.schedule.t_min], dtype=torch.float64
         )
-        states = torch.stack([*kept, x]) if run.save else None
+        states = torch.stack([*between, x]) if run.save else None
         return Trajectory(x, times if run.save else times[-1:], states, self.nfe)
 
     def _ready(self) -> Any:
-        made = copy.deepcopy(self.scheduler)
-        made.set_timesteps(self.steps, **self.setting)
-        return made
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(self.steps, **self.setting)
+        return scheduler
 
 
 class _Evaluations:
@@ -184,8 +184,8 @@ def diffusers_sampler(denoiser: Denoiser, name: str, nfe: int, **options: Any) -
     for key, value in options.items():
         place = own if key in known else stepping if key in steps else setting
         if place is setting and key not in sets:
-            taken = sorted({*known, *stepping, "eta"} - {"self", "kwargs"})
-            raise TypeError(f"{kind.__name__} has no option {key!r}; it has {', '.join(taken)}")
+            accepted = sorted({*known, *stepping, "eta"} - {"self", "kwargs"})
+            raise TypeError(f"{kind.__name__} has no option {key!r}; it has {', '.join(accepted)}")
         place[key] = value
     configuration = {**conventions(kind, known, denoiser), **own}
     try:

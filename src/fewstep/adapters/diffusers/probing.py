@@ -136,11 +136,11 @@ def _refusals(scheduler: Any, steps: int | None) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        said = (
+        reasons = (
             f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
         )
         raise ValueError(
-            f"{type(scheduler).__name__} cannot be run with num_inference_steps={steps}: {said}"
+            f"{type(scheduler).__name__} cannot be run with num_inference_steps={steps}: {reasons}"
         ) from error
 
 

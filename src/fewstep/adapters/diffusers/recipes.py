@@ -64,10 +64,10 @@ def read_recipe(recipe: str | Path) -> tuple[SamplerRecipe, str]:
             if stored.residual is None
             else stored.to_json()
         )
-    made = SamplerRecipe.from_json(text)
-    if made.kind == "adaptive":
+    result = SamplerRecipe.from_json(text)
+    if result.kind == "adaptive":
         raise ValueError("an adaptive recipe has no steps beforehand, which a pipeline needs")
-    return made, json.dumps(json.loads(text))
+    return result, json.dumps(json.loads(text))
 
 
 def without_scaling(plan: Plan) -> tuple[Plan, float]:

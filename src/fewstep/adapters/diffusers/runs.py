@@ -57,13 +57,13 @@ class Setups:
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
         """Returns what is stored under a key, made first if it is not there."""
-        found = self._found.get(key)
-        if found is None:
-            found = make()
+        value = self._found.get(key)
+        if value is None:
+            value = make()
             if len(self._found) >= MOST_SETUPS:
                 self._found = {}
-            self._found[key] = found
-        return found
+            self._found[key] = value
+        return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Setups:
         return self
@@ -100,8 +100,8 @@ class Run:
         self.rewind()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
-        twin = object.__new__(Run)
-        memo[id(self)] = twin
+        clone = object.__new__(Run)
+        memo[id(self)] = clone
         for name, value in vars(self).items():
             if isinstance(value, torch.Generator):
                 # A caller's generator is passed again to the next step; our own continues from here.
@@ -112,8 +112,8 @@ class Run:
                 value = None
             else:
                 value = copy.deepcopy(value, memo)
-            setattr(twin, name, value)
-        return twin
+            setattr(clone, name, value)
+        return clone
 
     def keep(self, timesteps: Tensor) -> None:
         """Takes the tensor whose entries a pipeline will hand to ``step``."""
@@ -206,9 +206,9 @@ class PerThread(threading.local):
     run: Run | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PerThread:
-        twin = PerThread()
-        twin.run = copy.deepcopy(self.run, memo)
-        return twin
+        clone = PerThread()
+        clone.run = copy.deepcopy(self.run, memo)
+        return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PerThread, ()

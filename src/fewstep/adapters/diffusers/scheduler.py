@@ -304,8 +304,8 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         used = self.config.get("_use_default_values")
         if used is not None:
             # Schedulers made from this one get the model's values, not their own defaults for them.
-            kept = [k for k in used if k not in MODEL_KEYS or self.config[k] is None]
-            self.register_to_config(_use_default_values=sorted(kept))
+            defaults = [k for k in used if k not in MODEL_KEYS or self.config[k] is None]
+            self.register_to_config(_use_default_values=sorted(defaults))
 
     def _initial_tensors(self) -> tuple[Tensor, Tensor]:
         count = self.config["num_train_timesteps"]
@@ -351,8 +351,10 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         config = {k: v for k, v in completed(config).items() if k not in _replaced(kwargs)}
         used = config.get("_use_default_values")
         if used is not None:
-            kept = [k for k in used if edm or k not in MODEL_KEYS or config[k] == known[k].default]
-            config = {**config, "_use_default_values": kept}
+            defaults = [
+                k for k in used if edm or k not in MODEL_KEYS or config[k] == known[k].default
+            ]
+            config = {**config, "_use_default_values": defaults}
         if family_of(config) == "flow" and "prediction_type" not in config:
             kwargs.setdefault("prediction_type", "flow_prediction")
         return super().from_config(dict(config), return_unused_kwargs, **kwargs)

@@ -82,51 +82,55 @@ class Planner:
     def _flow(self) -> bool:
         return isinstance(self.schedule, Flow)
 
-    def setup(self, asked: Request) -> Setup:
+    def setup(self, arguments: Request) -> Setup:
         """Returns the setup of a whole run."""
         recipe = self.recipe
         if recipe is not None and recipe.plan is not None:
             plan, _ = without_scaling(recipe.plan)
             own = f"the recipe is a plan of {plan.nfe} network evaluations at its own levels"
             ends = plan.knots[-1:][plan.ends_at_zero :]  # none, where the end is zero noise
-            asked = self._own_levels(asked, own, plan.nfe, torch.cat([plan.times, ends]))
-            if asked.steps != plan.nfe:
+            arguments = self._own_levels(arguments, own, plan.nfe, torch.cat([plan.times, ends]))
+            if arguments.steps != plan.nfe:
                 raise ValueError(f"{own}; call it with num_inference_steps={plan.nfe}")
             return self._finish(plan, None, None, self._conditioning(plan.times, None))
         if recipe is not None:
             own = f"the recipe is for {recipe.nfe} network evaluations on its own grid"
-            asked = self._own_levels(asked, own, recipe.nfe, None)
+            arguments = self._own_levels(arguments, own, recipe.nfe, None)
         elif self.config["profile"] is not None:
-            asked = self._own_levels(asked, "the profile has its own levels")
+            arguments = self._own_levels(arguments, "the profile has its own levels")
         elif self.config["grid"] is not None:
-            asked = self._own_levels(asked, f"grid={self.config['grid']!r} has its own levels")
-        made = self._planned(asked)
-        plan, grid, method = made.plan, made.grid, made.solver
-        both = asked.times is not None and asked.levels is not None
-        conditioning = self._conditioning(plan.times, asked.times if both else None)
+            arguments = self._own_levels(
+                arguments, f"grid={self.config['grid']!r} has its own levels"
+            )
+        planned = self._planned(arguments)
+        plan, grid, method = planned.plan, planned.grid, planned.solver
+        both = arguments.times is not None and arguments.levels is not None
+        conditioning = self._conditioning(plan.times, arguments.times if both else None)
         return self._finish(plan, grid, method, conditioning)
 
     def _own_levels(
-        self, asked: Request, own: str, count: int | None = None, times: Tensor | None = None
+        self, arguments: Request, own: str, count: int | None = None, times: Tensor | None = None
     ) -> Request:
         """Returns the request as one for a count, where levels of our own are meant.
 
         Pipelines of flow models always pass the levels 1, 1 - 1/N, ..., 1/N, which say the count and
         nothing else; and the own levels may be given back.
         """
-        if asked.times is None and asked.levels is None:
-            return asked
-        points = [s for s in asked.levels or asked.times or () if s != 0]
-        if self._flow and asked.levels is not None and _is_even(points):
-            return Request(len(points), mu=asked.mu)
+        if arguments.times is None and arguments.levels is None:
+            return arguments
+        points = [s for s in arguments.levels or arguments.times or () if s != 0]
+        if self._flow and arguments.levels is not None and _is_even(points):
+            return Request(len(points), mu=arguments.mu)
         if times is not None and count is not None and count <= len(points) <= len(times):
             rho = times if self._flow else self.schedule.rho(times)
-            want = rho.tolist() if asked.levels is not None else self._conditioning(times, None)
+            want = (
+                rho.tolist() if arguments.levels is not None else self._conditioning(times, None)
+            )
             if all(
                 abs(a - b) <= 1e-3 * max(abs(b), 1e-3) for a, b in zip(points, want, strict=False)
             ):
-                return Request(count, mu=asked.mu)
-        name = "sigmas" if asked.levels is not None else "timesteps"
+                return Request(count, mu=arguments.mu)
+        name = "sigmas" if arguments.levels is not None else "timesteps"
         number = "" if count is None else f" with num_inference_steps={count}"
         raise ValueError(
             f"{own}, got other {name} as well; leave {name} out{number}, or take a solver without them: "
@@ -176,31 +180,35 @@ class Planner:
             )
         return rest
 
-    def _planned(self, asked: Request) -> Planned:
+    def _planned(self, arguments: Request) -> Planned:
         """Returns the plan, made by the one resolver: from the recipe, or from the configuration."""
         config, schedule, recipe = self.config, self.schedule, self.recipe
         if recipe is not None:
-            if asked.steps != recipe.nfe:
+            if arguments.steps != recipe.nfe:
                 raise ValueError(
                     f"the recipe is for {recipe.nfe} network evaluations; call it with "
                     f"num_inference_steps={recipe.nfe}"
                 )
             request, what = recipe.request(), "a recipe"
         else:
-            request, what = self._request(asked), "a profile"
-        made = resolve_plan(schedule, request, integer_times=config["integer_times"])
-        if made.head_start is not None:
+            request, what = self._request(arguments), "a profile"
+        planned = resolve_plan(schedule, request, integer_times=config["integer_times"])
+        if planned.head_start is not None:
             raise ValueError(NO_HEAD.format(what))
-        check_jump(made.solver, made.grid)
-        return made
+        check_jump(planned.solver, planned.grid)
+        return planned
 
-    def _request(self, asked: Request) -> SamplerRequest:
+    def _request(self, arguments: Request) -> SamplerRequest:
         """Returns the configuration as a request: a solver on a grid of diffusers, or on one of ours."""
         config = self.config
         name = solver_name(config["solver"], config["solver_order"])
         options = dict(config["solver_options"] or {})
-        points = [s for s in asked.levels or asked.times or () if s != 0 or asked.levels is None]
-        count = len(points) or asked.steps
+        points = [
+            s
+            for s in arguments.levels or arguments.times or ()
+            if s != 0 or arguments.levels is None
+        ]
+        count = len(points) or arguments.steps
         if count is None:
             raise ValueError("sigmas must have a level above zero")
         to_zero = config["final_sigmas_type"] == "zero" or self._flow
@@ -217,19 +225,19 @@ class Planner:
                 options.setdefault("lower_final", bool(config["lower_order_final"] and few))
         if config["profile"] is not None:
             return SamplerRequest(AUTO, steps=count, profile=config["profile"])
-        no_grid = asked.distilled is None and method is None
+        no_grid = arguments.distilled is None and method is None
         if not points and (no_grid or config["grid"] is not None):
             grid = None if config["grid"] == AUTO else config["grid"]
             options |= config["grid_options"] or {}
             if method is None and grid is None and self._flow:
                 # A shift of flow levels moves every half log-SNR by the same.
-                factor = spacing.shift_factor(config, asked.mu)
+                factor = spacing.shift_factor(config, arguments.mu)
                 options.setdefault("center", math.log(1 / factor))
             return SamplerRequest(name, steps=count, grid=grid, options=options)
-        if not points and asked.distilled is not None:
-            asked = replace(asked, times=spacing.chosen_times(asked.distilled, count))
-        twin = None if method is None else make_solver(spacing_name(config["solver"], name))
-        grid = self._diffusers_grid(asked, twin, count, to_zero)
+        if not points and arguments.distilled is not None:
+            arguments = replace(arguments, times=spacing.chosen_times(arguments.distilled, count))
+        peer = None if method is None else make_solver(spacing_name(config["solver"], name))
+        grid = self._diffusers_grid(arguments, peer, count, to_zero)
         if grid.ends_at_zero and self.schedule.discrete and name in IN_TIME:
             raise ValueError(
                 f"{name} steps in time, and training timesteps have no time with sigma = 0. Set "
@@ -239,10 +247,15 @@ class Planner:
         return SamplerRequest(name, grid=grid, options=options)
 
     def _diffusers_grid(
-        self, asked: Request, method: Solver | None, count: int, to_zero: bool
+        self, arguments: Request, method: Solver | None, count: int, to_zero: bool
     ) -> TimeGrid:
         """Returns the grid that the configuration describes, by count or by given points."""
-        config, schedule, times, levels = self.config, self.schedule, asked.times, asked.levels
+        config, schedule, times, levels = (
+            self.config,
+            self.schedule,
+            arguments.times,
+            arguments.levels,
+        )
         if times is not None and levels is not None and len(times) != len(levels):
             raise ValueError(
                 f"timesteps and sigmas must have the same length, got {len(times)} and {len(levels)}"
@@ -253,7 +266,7 @@ class Planner:
                 points = tuple(self._time_of(t) for t in times)
             steps = None if points is not None else count
             return spacing.flow_grid(
-                schedule, config, method, steps=steps, points=points, mu=asked.mu
+                schedule, config, method, steps=steps, points=points, mu=arguments.mu
             )
         if times is None and levels is None:
             assert method is not None  # auto without given points has a grid of its own

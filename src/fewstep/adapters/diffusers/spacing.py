@@ -121,12 +121,14 @@ def flow_grid(
     if points is None:
         assert steps is not None
         assert solver is not None
-        begun = flow_points(config, solver, steps, factor)
+        at_starts = flow_points(config, solver, steps, factor)
     else:
-        begun = _levels_of(points)
-        if float(begun[0]) > 1 + 1e-6:
-            raise ValueError(f"sigmas of a flow model are at most 1, got {float(begun[0]):.6g}")
-    return from_sigmas(schedule, flow_levels(config, begun, factor), to_zero=True)
+        at_starts = _levels_of(points)
+        if float(at_starts[0]) > 1 + 1e-6:
+            raise ValueError(
+                f"sigmas of a flow model are at most 1, got {float(at_starts[0]):.6g}"
+            )
+    return from_sigmas(schedule, flow_levels(config, at_starts, factor), to_zero=True)
 
 
 # Models of other schedules.
@@ -180,8 +182,8 @@ def given(
         levels = grid.rho[: len(times or ())]
     else:
         levels, to_zero = _levels_of(sigmas), to_zero or float(sigmas[-1]) == 0
-    made = between(config, levels[0], levels[-1], len(levels))
-    return from_sigmas(schedule, made, to_zero=to_zero)
+    spread = between(config, levels[0], levels[-1], len(levels))
+    return from_sigmas(schedule, spread, to_zero=to_zero)
 
 
 def _range(

@@ -32,11 +32,11 @@ class StagedTimesteps(Tensor):
     @staticmethod
     def of(timesteps: Tensor, setup: Setup) -> Tensor:
         """Returns the timesteps; as they are, where every evaluation begins a step."""
-        found = begins(setup)
-        if setup.solver is None or len(found) == len(timesteps):
+        starts = begins(setup)
+        if setup.solver is None or len(starts) == len(timesteps):
             return timesteps
         staged = timesteps.as_subclass(StagedTimesteps)
-        staged.begins = frozenset(found)
+        staged.begins = frozenset(starts)
         return staged
 
     def __getitem__(self, key: Any) -> Tensor:
@@ -85,18 +85,18 @@ def step_at(setup: Setup, index: int) -> int:
     Raises:
         ValueError: If it is inside of a step.
     """
-    found = begins(setup)
+    starts = begins(setup)
     if index >= setup.plan.nfe:
         raise ValueError(
             f"index {index} is past the last of the {setup.plan.nfe} timesteps: there is nothing left to run. Begin "
             "earlier (a smaller denoising_start, a larger strength), or make more steps"
         )
-    if index not in found:
+    if index not in starts:
         raise ValueError(
             f"index {index} of the timesteps is inside of a step of {setup.plan.name}; begin where a step "
             "does, or take a solver of one evaluation a step, e.g. 'tab3'"
         )
-    return found.index(index)
+    return starts.index(index)
 
 
 def last_start(setup: Setup) -> int:

@@ -59,10 +59,10 @@ class Stepping:
         return run
 
     def __copy__(self) -> Any:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin._runs = copy.deepcopy(self._runs)
-        return twin
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        clone._runs = copy.deepcopy(self._runs)
+        return clone
 
     # Planning.
 
@@ -105,7 +105,7 @@ class Stepping:
             num_inference_steps = int(n)
         asks_data = original_inference_steps is not NOT_GIVEN
         original_inference_steps = original_inference_steps if asks_data else None
-        asked = Request(
+        arguments = Request(
             num_inference_steps,
             numbers("timesteps", timesteps),
             numbers("sigmas", sigmas),
@@ -114,8 +114,8 @@ class Stepping:
         )
         # Pipelines may change these in the configuration after the making.
         now = tuple(self.config[k] for k in ("steps_offset", "clip_sample", "thresholding"))
-        key = (asked, now, str(device))
-        latest = self._setups.get(key, lambda: self._tensors(asked, now, device))
+        key = (arguments, now, str(device))
+        latest = self._setups.get(key, lambda: self._tensors(arguments, now, device))
         self._latest = latest
         self._runs.run = Run(*latest, noise_seed=self.config["noise_seed"])
         # Pipelines of latent consistency models, which always say the first, and of one step read the
@@ -123,9 +123,9 @@ class Stepping:
         self._runs.run.returns_data = asks_data or len(latest[1]) == 1
         self._begun = self._begun - {threading.get_ident()}
 
-    def _tensors(self, asked: Request, now: Any, device: Any) -> tuple[Setup, Tensor, Tensor]:
+    def _tensors(self, arguments: Request, now: Any, device: Any) -> tuple[Setup, Tensor, Tensor]:
         """Returns a setup, its conditioning timesteps on a device, and its levels."""
-        setup = self._setups.get((asked, now), lambda: self._planner().setup(asked))
+        setup = self._setups.get((arguments, now), lambda: self._planner().setup(arguments))
         values = torch.tensor(setup.conditioning, dtype=torch.float64)
         whole = self.schedule.discrete and bool((values == values.round()).all())
         conditioning = values.to(torch.int64 if whole else torch.float32).to(device)
@@ -362,36 +362,39 @@ class Stepping:
         return clipped
 
     def _begin(self, run: Run, timestep: Tensor | float, sample: Tensor, eta: float) -> Execution:
-        whole = run.setup
-        if whole is None:
+        full = run.setup
+        if full is None:
             raise ValueError("the scheduler has no timesteps yet: call set_timesteps first")
         conditioning = None
         index = run.begin_index
         if index is None or run.step_index is not None:  # a run after a finished one finds its own
-            index, conditioning = self._find(run, whole, timestep)
+            index, conditioning = self._find(run, full, timestep)
         if not 0 <= index < len(run.timesteps):
             raise ValueError(
                 f"a run begins at an index from 0 to {len(run.timesteps) - 1}, got {index}"
             )
-        setup = whole
+        setup = full
         if index or conditioning is not None or eta:
-            setup = self._rest(whole, index, conditioning, eta)
+            setup = self._rest(full, index, conditioning, eta)
         if torch.compiler.is_compiling():
             run.compiled = True
         else:
             self._begun = self._begun | {threading.get_ident()}
         return run.begin(setup, sample)
 
-    def _rest(self, whole: Setup, index: int, conditioning: float | None, eta: float) -> Setup:
+    def _rest(self, full: Setup, index: int, conditioning: float | None, eta: float) -> Setup:
         """Returns the setup from an index on, or from a time between two; planned once."""
-        key = (whole.plan, index, conditioning, float(eta))
-        return self._setups.get(key, lambda: self._planner().rest(whole, index, conditioning, eta))
+        key = (full.plan, index, conditioning, float(eta))
+        return self._setups.get(key, lambda: self._planner().rest(full, index, conditioning, eta))
 
     @staticmethod
     def _find(run: Run, setup: Setup, timestep: Tensor | float) -> tuple[int, float | None]:
         """Returns the index of a first timestep, or the first index below it and the time itself."""
-        if isinstance(timestep, Tensor) and (found := place(timestep, run.timesteps)) is not None:
-            return found, None
+        if (
+            isinstance(timestep, Tensor)
+            and (position := place(timestep, run.timesteps)) is not None
+        ):
+            return position, None
         value = float(timestep)
         for index, conditioning in enumerate(setup.conditioning):
             if abs(conditioning - value) < 1e-3 and starts(setup, index):
@@ -403,8 +406,8 @@ class Stepping:
         if torch.compiler.is_compiling():
             return
         if isinstance(timestep, Tensor):
-            found = place(timestep, run.timesteps)
-            if found == run.step_index or (found is None and timestep.device.type != "cpu"):
+            index = place(timestep, run.timesteps)
+            if index == run.step_index or (index is None and timestep.device.type != "cpu"):
                 return
         conditioning = run.conditioning()
         if abs(float(timestep) - conditioning) > 1e-3 * max(1.0, abs(conditioning)):

@@ -58,7 +58,7 @@ class TextEncoders(nn.Module):
         if text not in self._known:
             self._known[text] = self._encoded(text, device)
         states, pooled = (
-            None if found is None else found.to(device) for found in self._known[text]
+            None if embedding is None else embedding.to(device) for embedding in self._known[text]
         )
         assert states is not None
         if prompt is None and self.zeros_for_none:
@@ -122,7 +122,7 @@ def read_text_encoders(
         return None, "the last text encoder has no projection, whose output is needed"
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    made: list[nn.Module] = []
+    encoders: list[nn.Module] = []
     for name, kind in zip(names, kinds, strict=True):
         model = CLIPTextModel if kind == "CLIPTextModel" else CLIPTextModelWithProjection
         try:
@@ -137,14 +137,14 @@ def read_text_encoders(
             raise ValueError(
                 f"the text encoder {str(folder / name)!r} cannot be loaded: {error}"
             ) from None
-        made.append(encoder.eval().requires_grad_(False))
+        encoders.append(encoder.eval().requires_grad_(False))
     read = [
         CLIPTokenizer.from_pretrained(folder / name, local_files_only=True) for name in tokenizers
     ]
-    return TextEncoders(made, read, pooled=pooled, zeros_for_none=zeros_for_none), ""
+    return TextEncoders(encoders, read, pooled=pooled, zeros_for_none=zeros_for_none), ""
 
 
 def _architecture(folder: Path) -> str:
     config = read_json(folder / "config.json", what="text encoder", foreign=True)
-    found = config.get("architectures") if isinstance(config, dict) else None
-    return str(found[0]) if found else "model of unknown class"
+    names = config.get("architectures") if isinstance(config, dict) else None
+    return str(names[0]) if names else "model of unknown class"

@@ -18,8 +18,8 @@ def variant_of(folder: Path) -> str | None:
         ValueError: If there are no safetensors, or only several variants.
     """
     files = sorted(path.name for path in folder.glob("*.safetensors"))
-    found = [match for name in files if (match := WEIGHTS.fullmatch(name))]
-    variants = {match["variant"] for match in found}
+    matches = [match for name in files if (match := WEIGHTS.fullmatch(name))]
+    variants = {match["variant"] for match in matches}
     if None in variants:
         return None
     if len(variants) == 1:
