@@ -23,7 +23,7 @@ def folder_at(path):
 def begin(path, inputs=INPUTS, **options):
     folder = folder_at(path)
     with folder.running(inputs, **options):
-        pass
+        folder.write_record("begun", 1)
     return folder
 
 
@@ -139,7 +139,7 @@ def test_results_are_not_overwritten_unless_asked_for(tmp_path):
     with pytest.raises(ValueError, match="exists; give --overwrite or another --out"):
         begin(tmp_path / "out")
     begin(tmp_path / "out", overwrite=True)
-    assert os.listdir(tmp_path / "out") == ["unfinished.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["parts", "unfinished.json"]
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         begin(tmp_path / "file")
@@ -183,13 +183,49 @@ def test_parts_are_read_again_unless_damaged_or_of_other_inputs(tmp_path):
 
 def test_litter_of_killed_runs_is_swept(tmp_path):
     folder = begin(tmp_path)
-    folder.parts.mkdir()
     for place in (tmp_path, folder.parts):
         (place / ".x.json.0123456789abcdef.tmp").write_text("")
     (tmp_path / ".mine.tmp").write_text("")
     begin(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".mine.tmp", "parts", "unfinished.json"]
-    assert os.listdir(folder.parts) == []
+    assert os.listdir(folder.parts) == ["begun.json"]
+
+
+def test_a_run_that_has_nothing_yet_may_be_begun_anew(tmp_path):
+    folder = RunFolder(tmp_path, "test run", outputs=["result.json"], forgets_empty=True)
+    with folder.running(INPUTS):
+        pass
+    with pytest.raises(ValueError, match="seed 0, now 1"):
+        begin(tmp_path, INPUTS | {"seed": 1})
+    with folder.running(INPUTS | {"seed": 1}):
+        folder.write_record("begun", 1)
+    with pytest.raises(ValueError, match="seed 1, now 0"), folder.running(INPUTS):
+        pass
+
+
+def test_a_finished_run_may_be_resumed_if_its_folder_says_of_what(tmp_path):
+    folder = folder_at(tmp_path)
+    write_json(tmp_path / "result.json", {})
+    with pytest.raises(ValueError, match="has a run with other settings"):
+        with folder.running(INPUTS, earlier=lambda: INPUTS | {"seed": 1}):
+            pass
+    with folder.running(INPUTS, earlier=lambda: INPUTS):
+        assert folder.state.exists()
+        assert (tmp_path / "result.json").exists()
+        folder.finish()
+    with folder.running(INPUTS, earlier=lambda: INPUTS, overwrite=True):
+        assert not (tmp_path / "result.json").exists()
+
+
+def test_a_digest_decides_and_its_files_are_named():
+    before = {"images": {"sha256": "a" * 64, "files": {"1.png": {"sha256": "1"}}}}
+    renamed = {"images": {"sha256": "a" * 64, "files": {"2.png": {"sha256": "1"}}}}
+    other = {"images": {"sha256": "b" * 64, "files": {"1.png": {"sha256": "2"}}}}
+    assert difference(before, renamed) is None
+    assert difference(before, other) == "images: the file '1.png' has changed"
+    # Earlier versions wrote the digest alone.
+    assert difference({"images": "a" * 64}, before) is None
+    assert difference({"images": "b" * 64}, before) == "another images"
 
 
 # --- locks --------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_a_run_is_resumed_and_nothing_is_overwritten(folders, tmp_path, capsys):
     capsys.readouterr()
     assert distill(folders, whole) == 2
     assert "exists; give --overwrite" in " ".join(capsys.readouterr().err.split())
-    # A run that was stopped after the checkpoint of step 3.
+    # A run that was stopped after a checkpoint: it has the step that was done since.
     import fewstep.operators.distillation as trainer
 
     class Stop:
@@ -108,7 +108,7 @@ def test_a_run_is_resumed_and_nothing_is_overwritten(folders, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         trainer.distill(model, folders / "paths", parts, recipe=recipe, checkpoint_every=3, progress=Stop())  # fmt: skip
     assert distill(folders, parts) == 0
-    assert "resumed at step 3" in capsys.readouterr().out
+    assert "resumed at step 4" in capsys.readouterr().out
     for name in ("operator.safetensors", "operator.json", "log.jsonl"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     assert distill(folders, parts, "--mode", "folded", "--overwrite") == 0

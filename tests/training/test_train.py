@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import fewstep
 from fewstep.base.files import (
@@ -21,9 +24,9 @@ from fewstep.base.runs import locked
 from fewstep.diffusion.schedules import schedule_from_record
 from fewstep.models.preconditioning import Preconditioned
 from fewstep.training.batches import Batches
-from fewstep.training.data import ImageData
+from fewstep.training.data import ImageData, read_images
 from fewstep.training.recipe import TrainRecipe, default_recipe, with_schedule
-from fewstep.training.train import export_checkpoint, train
+from fewstep.training.train import build_network, export_checkpoint, train
 from tiny_training import RECIPE, images
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -442,3 +445,67 @@ def test_every_committed_training_recipe_is_valid():
     for file in (RECIPES / "fashion.json", *RECIPES.glob("zoo-*.json")):
         recipe = TrainRecipe.from_record(read_json(file))
         recipe.noise_schedule()
+
+
+def test_a_live_run_is_not_deleted_by_another(tmp_path):
+    interrupted(images(), tmp_path, RECIPE, 3)
+    before = read_json(tmp_path / "checkpoint.json")
+    with locked(tmp_path), pytest.raises(ValueError, match="is being written by another run"):
+        train(images(), tmp_path, replace(RECIPE, seed=1), overwrite=True)
+    assert read_json(tmp_path / "checkpoint.json") == before
+    train(images(), tmp_path, replace(RECIPE, seed=1), overwrite=True)
+    assert read_json(tmp_path / "checkpoint.json")["recipe"]["seed"] == 1
+
+
+def test_a_run_that_another_finished_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    """Its folder is looked at when it is locked, not before."""
+
+    def other_first(*arguments):
+        monkeypatch.undo()
+        train(images(), tmp_path, replace(RECIPE, seed=1))
+        return build_network(*arguments)
+
+    monkeypatch.setattr("fewstep.training.train.build_network", other_first)
+    with pytest.raises(ValueError, match=r"another recipe, at step 6 \(seed 1, now 0\)"):
+        train(images(), tmp_path, RECIPE)
+
+
+def test_the_image_that_changed_is_named(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, pixels in enumerate(images().images):
+        Image.fromarray(pixels[0].numpy()).save(folder / f"{i}.bmp")
+    interrupted(read_images(folder), tmp_path / "run", RECIPE, 3)
+    about = (folder / "3.bmp").stat()
+    Image.new("L", (8, 8)).save(folder / "3.bmp")
+    os.utime(folder / "3.bmp", ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert (folder / "3.bmp").stat().st_size == about.st_size
+    with pytest.raises(ValueError, match=r"\(images: the file '3.bmp' has changed\), at step 2"):
+        train(folder, tmp_path / "run", RECIPE)
+
+
+def test_a_second_signal_does_not_stop_the_last_checkpoint(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        write = os.replace
+
+        def disturbed(*names):
+            os.kill(os.getpid(), signal.SIGTERM)
+            write(*names)
+
+        class Stopped(Follow):
+            def tick(self, amount=1, note=""):
+                super().tick(amount, note)
+                if len(self.steps) == 3:
+                    monkeypatch.setattr(os, "replace", disturbed)
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(images(), tmp_path, RECIPE, checkpoint_every=100, progress=Stopped())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    assert read_json(tmp_path / "checkpoint.json")["step"] == 3
+    follow = Follow()
+    train(images(), tmp_path, RECIPE, progress=follow)
+    assert follow.steps == [4, 5, 6]

@@ -101,19 +101,41 @@ def difference(before: Any, after: Mapping[str, Any]) -> str | None:
     plain = json.loads(json.dumps(after))
     if not isinstance(before, dict):
         return "settings that cannot be read"
+    before, plain = _digests(before, plain)
     simple = [k for k in plain if not _is_large(before.get(k)) and not _is_large(plain[k])]
     for key in [*simple, *(k for k in plain if k not in simple), *before]:
         old, new = before.get(key), plain.get(key)
-        if old == new:
+        if old == new or _same_digest(old, new):
             continue
         name = key.replace("_", " ")
         files = _files(old), _files(new)
-        if files[0] is not None and files[1] is not None:
+        if files[0] is not None and files[1] is not None and files[0] != files[1]:
             return f"{name}: {_file_difference(files[0], files[1])}"
         if key in simple:
             return f"{name} {_short(old)}, now {_short(new)}"
         return f"another {name}"
     return None
+
+
+def _same_digest(old: Any, new: Any) -> bool:
+    """Returns whether two inputs have one digest: their files may be others, but not what is read."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return False
+    return "sha256" in old and old["sha256"] == new.get("sha256")
+
+
+def _digests(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Returns inputs in which a digest is an object on both sides; earlier versions had it alone."""
+    both = {key for key in before if isinstance(after.get(key), dict) and _is_large(before[key])}
+    both |= {key for key in before if isinstance(before[key], dict) and _is_large(after.get(key))}
+
+    def objects(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: {"sha256": value} if key in both and isinstance(value, str) else value
+            for key, value in values.items()
+        }
+
+    return objects(before), objects(after)
 
 
 def _is_large(value: Any) -> bool:
@@ -138,6 +160,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+Changed = Callable[[Any, Mapping[str, Any]], str | None]
+"""Takes the inputs of an unfinished run and those of now, and returns what has changed, or ``None``."""
+
+
 class RunRecord(Record, name="fewstep.run", version=1, what="unfinished run"):
     """The file with the inputs of a run."""
 
@@ -154,6 +180,8 @@ class RunFolder:
         outputs: The names of the result files, or patterns ("recipe-*.json").
         state: The name of the file with the inputs.
         parts: The name of the folder of parts.
+        forgets_empty: Whether a run that has neither parts nor outputs yet gives way to one with other
+            inputs.
     """
 
     def __init__(
@@ -164,21 +192,33 @@ class RunFolder:
         outputs: Sequence[str],
         state: str = STATE,
         parts: str = PARTS,
+        forgets_empty: bool = False,
     ) -> None:
         self.folder, self.what = Path(folder), what
         self.outputs = list(outputs)
         self.state, self.parts = self.folder / state, self.folder / parts
+        self._forgets_empty = forgets_empty
         self._digest = ""
 
     @contextmanager
     def running(
-        self, inputs: Mapping[str, Any], *, overwrite: bool = False, progress: Progress = SILENT
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        changed: Changed = difference,
+        earlier: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        progress: Progress = SILENT,
     ) -> Iterator[None]:
         """Locks the folder and begins the run, or resumes it if its inputs are these.
 
         Arguments:
             inputs: Everything that determines the result, as a JSON object.
             overwrite: Whether to delete results, or a run with other inputs.
+            changed: Returns in words the first input that has changed, ``None`` if the run may be
+                resumed; or raises ``ValueError`` with a message of its own.
+            earlier: Returns the inputs of a run that may be resumed without ``unfinished.json``, since it was
+                finished or is of an earlier version; ``None`` if there is none.
             progress: Shows the process that the run waits for.
 
         Raises:
@@ -187,7 +227,7 @@ class RunFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{str(self.folder)!r} is a file; it must be a folder")
         with locked(self.folder, progress=progress):
-            self._begin(inputs, overwrite=overwrite)
+            self._begin(inputs, overwrite=overwrite, changed=changed, earlier=earlier)
             yield
 
     def join(
@@ -233,35 +273,57 @@ class RunFolder:
         with locked(self.folder, progress=progress, wait=True):
             yield not self.is_over()
 
-    def _begin(self, inputs: Mapping[str, Any], *, overwrite: bool) -> None:
-        from fewstep.base.sharing import live_claims
-
+    def _begin(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        changed: Changed = difference,
+        earlier: Callable[[], Mapping[str, Any] | None] = lambda: None,
+    ) -> None:
         self._digest = digest_of(inputs)
-        if self.state.exists():
-            try:
+        before = what = None
+        try:
+            if self.state.exists() or not overwrite:
+                before = earlier()
+            if before is None and self.state.exists():
                 before = self._read_state()
-                changed = difference(before, inputs)
-            except ValueError as error:
-                if not overwrite:
-                    raise ValueError(f"{error}; give --overwrite or another --out") from None
-                changed = "damaged"
-            if changed is None:
-                if not live_claims(self.parts):  # another process may be writing there
-                    sweep(self.folder)
-                    sweep(self.parts)
-                return
+                if self._forgets_empty and not (self._results() or self._part_files()):
+                    before = None
+            what = None if before is None else changed(before, inputs)
+        except ValueError as error:
             if not overwrite:
-                raise ValueError(
-                    f"{str(self.folder)!r} has an unfinished run with other settings ({changed}); "
-                    f"{PLEASE_OVERWRITE}"
-                )
-        elif not overwrite and (self._results() or self.parts.exists()):
+                raise ValueError(f"{error}; give --overwrite or another --out") from None
+            what = "damaged"
+        if before is not None and what is None:
+            self._resume(before, inputs)
+            return
+        if not overwrite and what is not None:
+            unfinished = "an unfinished run" if self.state.exists() else "a run"
+            raise ValueError(
+                f"{str(self.folder)!r} has {unfinished} with other settings ({what}); "
+                f"{PLEASE_OVERWRITE}"
+            )
+        if not overwrite and (self._results() or self._part_files()):
             raise ValueError(f"{str(self.folder)!r} exists; give --overwrite or another --out")
         sweep(self.folder)
         shutil.rmtree(self.parts, ignore_errors=True)
         for path in self._results():
             path.unlink(missing_ok=True)
         RunRecord(what=self.what, inputs=dict(inputs)).save(self.state)
+
+    def _part_files(self) -> list[Path]:
+        found = self.parts.iterdir() if self.parts.is_dir() else ()
+        return [path for path in found if path != self.state and not LITTER.fullmatch(path.name)]
+
+    def _resume(self, before: Any, inputs: Mapping[str, Any]) -> None:
+        from fewstep.base.sharing import live_claims
+
+        if not live_claims(self.parts):  # another process may be writing there
+            sweep(self.folder)
+            sweep(self.parts)
+        if not self.state.exists() or before != json.loads(json.dumps(inputs)):
+            RunRecord(what=self.what, inputs=dict(inputs)).save(self.state)
 
     def _read_state(self) -> Any:
         record = RunRecord.load(self.state)

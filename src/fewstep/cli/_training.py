@@ -3,47 +3,38 @@
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fewstep.base.files import read_json
-from fewstep.base.runs import difference
+from fewstep.base.progress import Progress
 from fewstep.cli._common import draw
 
 PICTURE = "samples.png"
 SHOWN = 40
 
 
-def begin(
-    out: Path,
-    recipe: Any,
-    inputs: Mapping[str, Any],
-    names: Sequence[str],
-    *,
-    finished: bool,
-    overwrite: bool,
-) -> int:
-    """Returns the step at which a run is resumed, 0 if it is new.
+class Resumed:
+    """A progress that says first at which step a run is resumed.
 
-    With ``overwrite`` the files of a finished run, or of one that is damaged or has another recipe or other
-    inputs, are deleted first.
+    Arguments:
+        inner: The progress.
+        report: Writes a line.
     """
-    from fewstep.training.checkpoints import is_intact
 
-    damaged = overwrite and not is_intact(out)
-    state = None if damaged else _checkpoint(out)
-    other = state is not None and state.get("recipe") != json.loads(json.dumps(asdict(recipe)))
-    if state is not None and "inputs" in state:
-        other = other or difference(state["inputs"], inputs) is not None
-    if overwrite and (finished or other or damaged):
-        for name in names:
-            (out / name).unlink(missing_ok=True)
-        return 0
-    step = (state or {}).get("step")
-    return step if isinstance(step, int) else 0
+    def __init__(self, inner: Progress, report: Callable[[str], None]) -> None:
+        self._inner, self._report = inner, report
+
+    def stage(self, name: str, total: int | None = None, *, done: int = 0) -> None:
+        """Begins a stage."""
+        if done:
+            self._report(f"resumed at step {done}")
+        self._inner.stage(name, total, done=done)
+
+    def tick(self, amount: int = 1, note: str = "") -> None:
+        """Counts steps."""
+        self._inner.tick(amount, note)
 
 
 def _checkpoint(out: Path) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.base.files import loads_json, read_json, write_atomic
 from fewstep.base.interrupts import keeping
+from fewstep.base.processes import processes
+from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
     check_device,
@@ -19,20 +21,11 @@ from fewstep.cli._common import (
     positive,
     say,
 )
-from fewstep.cli._training import PICTURE, begin, kept_step, picture_of
+from fewstep.cli._training import PICTURE, Resumed, kept_step, picture_of
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from fewstep.operators.model import OperatorModel
-
-OURS = (
-    "operator.json",
-    "operator.safetensors",
-    "checkpoint.json",
-    "checkpoint.safetensors",
-    "log.jsonl",
-    PICTURE,
-)
 
 
 def distill(
@@ -97,7 +90,6 @@ def distill(
     """
     from fewstep.operators.distillation import distill as run
     from fewstep.operators.students import DistillRecipe
-    from fewstep.operators.trainer import distill_inputs
     from fewstep.trajectories import TrajectoryStore
 
     positive("--checkpoint-every", checkpoint_every)
@@ -106,6 +98,12 @@ def distill(
     finished = (out / "operator.json").exists() and (out / PICTURE).exists()
     if finished and not overwrite:
         raise exists(out)
+    team = processes()
+    if team.several and overwrite:
+        raise ValueError(
+            f"--overwrite with {team.count} processes could delete what another has begun; remove the "
+            "folder first"
+        )
     settings = DistillRecipe()
     if recipe is not None:
         settings = DistillRecipe.from_json(read_json(recipe, what="the recipe"))
@@ -129,14 +127,10 @@ def distill(
     changes = {key: value for key, value in given.items() if value is not None}
     settings = replace(settings, **changes, **_times(times))
     teacher, store = load_model(model, device), TrajectoryStore.open(trajectories)
-    inputs = distill_inputs(teacher, store, settings)
-    before = begin(out, settings, inputs, OURS, finished=finished, overwrite=overwrite)
     first = os.environ.get("RANK", "0") == "0"  # one of the processes that accelerate launched
     report = say if first else lambda _: None
     report(f"{len(store)} trajectories; {settings.mode}, {settings.steps} steps on {device}")
-    if before:
-        report(f"resumed at step {before}")
-    with keeping(lambda: kept_step(out)):
+    with keeping(lambda: kept_step(out)), progress_of(follows()) as progress:
         student = run(
             teacher,
             store,
@@ -145,7 +139,8 @@ def distill(
             device=device,
             checkpoint_every=checkpoint_every,
             tensorboard=tensorboard,
-            progress=follows(),
+            overwrite=overwrite,
+            progress=Resumed(progress, report),
         )
     if first:
         title = f"{settings.mode} after {settings.steps} steps · 1 evaluation"

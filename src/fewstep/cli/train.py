@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from fewstep.base.files import read_json, write_atomic
 from fewstep.base.interrupts import keeping
+from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
     Options,
@@ -20,13 +21,11 @@ from fewstep.cli._common import (
     positive,
     say,
 )
-from fewstep.cli._training import PICTURE, begin, kept_step, picture_of
+from fewstep.cli._training import PICTURE, Resumed, kept_step, picture_of
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from fewstep.training.recipe import TrainRecipe
-
-OURS = ("model.json", "model.safetensors", "checkpoint.json", "checkpoint.safetensors", PICTURE)
 
 
 def train(
@@ -123,7 +122,6 @@ def train(
     elif prediction is not None:
         chosen = replace(chosen, prediction=prediction)
 
-    before = begin(out, chosen, images.inputs(), OURS, finished=finished, overwrite=overwrite)
     classes = images.num_classes
     if "num_classes" in chosen.network and chosen.network["num_classes"] is None:
         classes = None
@@ -132,16 +130,15 @@ def train(
         f"{len(images)} images of {shape}, {'no' if classes is None else classes} classes; "
         f"{chosen.prediction}, {chosen.schedule['name']}; {chosen.steps} steps on {device}"
     )
-    if before:
-        report(f"resumed at step {before}")
-    with keeping(lambda: kept_step(out)):
+    with keeping(lambda: kept_step(out)), progress_of(follows()) as progress:
         run(
             images,
             out,
             chosen,
             device=device,
             checkpoint_every=checkpoint_every,
-            progress=follows(),
+            overwrite=overwrite,
+            progress=Resumed(progress, report),
         )
         if team.first:
             _draw(out, chosen, classes, device=device)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewstep.base.progress import Progress, progress_of
-from fewstep.base.runs import locked
+from fewstep.base.runs import RunFolder
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.losses import CUSTOM, Distance, loss_of
 from fewstep.operators.model import OperatorModel
 from fewstep.operators.students import DistillRecipe
-from fewstep.operators.trainer import Trainer, Trajectories
+from fewstep.operators.trainer import (
+    OUTPUTS,
+    Trainer,
+    Trajectories,
+    changed_recipe,
+    distill_inputs,
+)
+from fewstep.training.checkpoints import changed_input, earlier_inputs
 
 
 def distill(
@@ -30,6 +38,7 @@ def distill(
     device: str | torch.device = "cpu",
     checkpoint_every: int = 250,
     tensorboard: bool = False,
+    overwrite: bool = False,
     progress: Progress | bool | None = None,
     **changes: Any,
 ) -> OperatorModel:
@@ -65,6 +74,7 @@ def distill(
         device: The device. Under ``accelerate launch`` each process takes its own.
         checkpoint_every: The steps between two checkpoints, and two measurements.
         tensorboard: Whether to write losses for TensorBoard as well.
+        overwrite: Whether to replace a finished run, or one with another recipe, teacher or trajectories.
         progress: ``True`` for a bar, or an object with ``stage`` and ``tick``: the stage
             ``distilling``, whose units are steps.
         changes: Fields of the recipe, e.g. ``mode="endpoint"``, ``steps=2000``.
@@ -95,12 +105,27 @@ def distill(
     store = _opened(folder)
     _check(denoiser, store)
     loss = loss_of(recipe.loss, distance, denoiser, recipe.features)
-    trainer = Trainer(denoiser, store, Path(out), recipe, loss, sites, device)
-    first = trainer.accelerator.is_main_process
-    with locked(Path(out)) if first else contextlib.nullcontext():
-        with progress_of(progress) as shown:
-            trainer.train(checkpoint_every, tensorboard, shown)
-        return trainer.finish()
+    inputs = distill_inputs(denoiser, store, recipe, distance, sites)
+    out = Path(out)
+    trainer = Trainer(denoiser, store, out, recipe, loss, sites, device, inputs)
+    run = RunFolder(out, "run of fewstep distill", outputs=OUTPUTS, forgets_empty=True)
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(progress_of(progress))
+        if trainer.accelerator.is_main_process:
+            running = run.running(
+                {"recipe": asdict(recipe), **inputs},
+                overwrite=overwrite,
+                changed=changed_input(out, partial(changed_recipe, recipe)),
+                earlier=lambda: earlier_inputs(out, inputs, whole=overwrite),
+                progress=shown,
+            )
+            stack.enter_context(running)
+        trainer.accelerator.wait_for_everyone()  # the first may have to delete files
+        trainer.train(checkpoint_every, tensorboard, shown)
+        student = trainer.finish()
+        if trainer.accelerator.is_main_process:
+            run.finish()
+        return student
 
 
 def _known(changes: Mapping[str, Any]) -> Mapping[str, Any]:

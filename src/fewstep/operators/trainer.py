@@ -3,6 +3,7 @@ r"""The training loop of a student, and its files."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fewstep.base.interrupts import unbroken
 from fewstep.base.progress import SILENT, Progress
-from fewstep.base.runs import digest_of, hash_inputs
+from fewstep.base.runs import difference, digest_of, hash_inputs
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.folder import read_operator, write_operator
 from fewstep.operators.log import LossLog
@@ -22,7 +24,6 @@ from fewstep.operators.losses import Distance, loss_weights
 from fewstep.operators.model import OperatorModel
 from fewstep.operators.students import DistillRecipe, make_student, select_frames
 from fewstep.training.checkpoints import (
-    check_inputs,
     generator,
     load_checkpoint,
     new_average,
@@ -55,18 +56,47 @@ class Trajectories(Protocol):
         ...
 
 
+OUTPUTS = (
+    "operator.json",
+    "operator.safetensors",
+    "checkpoint.json",
+    "checkpoint.safetensors",
+    "log.jsonl",
+    "samples.png",
+)
+"""The files of a run, with the picture of the command."""
+
+
 def distill_inputs(
-    denoiser: Denoiser, store: Trajectories, recipe: DistillRecipe
+    denoiser: Denoiser,
+    store: Trajectories,
+    recipe: DistillRecipe,
+    distance: Distance | None = None,
+    sites: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Returns the inputs of a run other than the recipe: teacher, trajectories, features."""
-    stored = dict(store.settings)
-    about = [stored, len(store), store.times.tolist()]
-    features = hash_inputs(recipe.features) if isinstance(recipe.features, str) else None
-    return {
-        "teacher": denoiser.fingerprint(),
-        "trajectories": digest_of(about),
-        "features": None if features is None else features["sha256"],
-    }
+    """Returns the inputs of a run other than the recipe: teacher, trajectories, features, sites.
+
+    Trajectories are known by their settings, and by the first and the last of them: a store's settings determine
+    the rest. A custom distance is known by its weights; its code is not hashed.
+    """
+    ends = store.read([0, len(store) - 1])
+    about = [dict(store.settings), len(store), store.times.tolist(), _digest({"x": ends.states})]
+    inputs: dict[str, Any] = {"teacher": denoiser.fingerprint(), "trajectories": digest_of(about)}
+    inputs["features"] = hash_inputs(recipe.features) if isinstance(recipe.features, str) else None
+    if isinstance(distance, nn.Module):
+        inputs["distance"] = _digest(distance.state_dict())
+    if sites is not None:
+        inputs["sites"] = list(sites)
+    return inputs
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Trainer:
@@ -80,6 +110,7 @@ class Trainer:
         loss: The loss, (N, \*), (N, \*) to (N).
         sites: The modules after which temporal blocks are inserted; left out, the known sites.
         device: The device.
+        inputs: What determines the run besides the recipe, for its checkpoints.
     """
 
     def __init__(
@@ -91,8 +122,9 @@ class Trainer:
         loss: Distance,
         sites: Sequence[str] | None,
         device: str | torch.device,
+        inputs: Mapping[str, Any],
     ) -> None:
-        self.inputs = distill_inputs(denoiser, store, recipe)
+        self.inputs = inputs
         self.store, self.out, self.recipe, self.state_loss = store, out, recipe, loss
         stored = store.times.tolist()
         self.frames = select_frames(stored, recipe)
@@ -122,6 +154,7 @@ class Trainer:
         self.heldout: float | None = None
         self.loss: float | None = None
         self.rows: list[dict[str, Any]] | None = None
+        self.pending: list[Tensor] = []  # losses of the frames since the last row of the log
 
     def train(
         self,
@@ -131,8 +164,10 @@ class Trainer:
     ) -> None:
         """Runs the remaining steps, with checkpoints, log and progress.
 
+        Interrupted, it saves the last completed step.
+
         Raises:
-            ValueError: If the folder has a run of another recipe, or the loss is not finite.
+            ValueError: If the checkpoint is damaged, or the loss is not finite.
         """
         recipe, start = self.recipe, self._restore()
         progress.stage("distilling", recipe.steps, done=start)
@@ -142,39 +177,65 @@ class Trainer:
         log = None
         if self.accelerator.is_main_process:
             log = LossLog(self.out, start, tensorboard, self.rows)
-        pending: list[Tensor] = []
-        for step in range(start, recipe.steps):
-            pending.append(self._step(call, step))
-            last = step + 1 == recipe.steps
-            saving = (step + 1) % checkpoint_every == 0 or last
-            if (step + 1) % LOG_EVERY == 0 or saving:
-                each = torch.stack(pending).mean(0)
-                pending.clear()
-                row = self._log_row(each, step)
-                if saving:
-                    row["heldout"] = self.evaluate()
-                    self.heldout = row["heldout"][-1]
-                if log is not None:
-                    log.write(row)
-            if saving and self.accelerator.is_main_process:
+        done = saved = start
+
+        def save() -> None:
+            if self.accelerator.is_main_process:
+                more = {"losses": torch.stack(self.pending)} if self.pending else {}
                 save_checkpoint(
                     self.out,
                     {
                         "recipe": asdict(recipe),
-                        "inputs": self.inputs,
+                        "inputs": dict(self.inputs),
                         "heldout": self.heldout,
                         "log": [json.loads(line) for line in log.rows] if log is not None else [],
                     },
-                    step=step + 1,
+                    step=done,
                     loss=self.loss if self.loss is not None else math.nan,
                     network=self.network,
                     average=self.average,
                     optimizer=self.optimizer,
+                    more=more,
                 )
-            progress.tick(1, self._note())
+
+        try:
+            if self.pending and self._is_logged(start, checkpoint_every):
+                self._log(start, checkpoint_every, log)  # it was interrupted just before
+            for step in range(start, recipe.steps):
+                self._step(call, step)
+                done = step + 1
+                if self._is_logged(done, checkpoint_every):
+                    self._log(done, checkpoint_every, log)
+                if self._is_saved(done, checkpoint_every):
+                    save()
+                    saved = done
+                progress.tick(1, self._note())
+        except KeyboardInterrupt:
+            if done > saved:
+                with unbroken():  # schedulers send SIGTERM more than once
+                    save()
+            raise
         if log is not None:
             log.close()
         self.accelerator.wait_for_everyone()
+
+    def _is_saved(self, done: int, checkpoint_every: int) -> bool:
+        return done % checkpoint_every == 0 or done == self.recipe.steps
+
+    def _is_logged(self, done: int, checkpoint_every: int) -> bool:
+        return done % LOG_EVERY == 0 or self._is_saved(done, checkpoint_every)
+
+    def _log(self, done: int, checkpoint_every: int, log: LossLog | None) -> None:
+        """Writes the row of the log after a step, with the measurement of a checkpoint."""
+        row = self._log_row(torch.stack(self.pending).mean(0), done - 1)
+        if self._is_saved(done, checkpoint_every):
+            row["heldout"] = self.evaluate()
+        with unbroken():
+            self.pending.clear()
+            self.loss = row["loss"] if self.loss is None else 0.9 * self.loss + 0.1 * row["loss"]
+            self.heldout = row["heldout"][-1] if "heldout" in row else self.heldout
+            if log is not None:
+                log.write(row)
 
     def _note(self) -> str:
         if self.loss is None:
@@ -182,8 +243,8 @@ class Trainer:
         heldout = "" if self.heldout is None else f", held out {self.heldout:.4f}"
         return f"loss {self.loss:.4f}{heldout}"
 
-    def _step(self, call: Any, step: int) -> Tensor:
-        """Does one update; returns the loss of each frame, on the device."""
+    def _step(self, call: Any, step: int) -> None:
+        """Does one update, and notes the loss of each frame, on the device."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(step)
@@ -202,9 +263,10 @@ class Trainer:
             total += each.detach() / recipe.accumulate
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
-        self.optimizer.step()
-        update_average(self.average, self.network, step, recipe.ema)
-        return total
+        with unbroken():
+            self.optimizer.step()
+            update_average(self.average, self.network, step, recipe.ema)
+            self.pending.append(total)
 
     def _distances(self, states: Tensor, target: Tensor) -> Tensor:
         """Returns the mean distance of each frame, with shape (M)."""
@@ -265,12 +327,11 @@ class Trainer:
             self.network.load_state_dict(present)
 
     def _log_row(self, each: Tensor, step: int) -> dict[str, Any]:
-        """Returns the row of the log, and updates the smoothed loss."""
+        """Returns the row of the log."""
         whole: Any = self.accelerator.reduce(each, reduction="mean")
         loss = float((self.weights * whole).mean())
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {step}; lower learning_rate")
-        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
         return {
             "step": step + 1,
             "loss": loss,
@@ -282,27 +343,20 @@ class Trainer:
         state = read_checkpoint(self.out, steps=self.recipe.steps)
         if state is None:
             return 0
-        stored, recipe = DistillRecipe.from_json(state["recipe"]), self.recipe
-        varies = {"steps": 1, "compile": False}
-        if (asdict(stored) | varies) != (json.loads(json.dumps(asdict(recipe))) | varies) or any(
-            not math.isclose(stored.rate(k), recipe.rate(k)) for k in range(state["step"])
-        ):
-            raise ValueError(
-                f"the folder {str(self.out)!r} has a run of another recipe, at step "
-                f"{state['step']}; give the same recipe to resume it, or another folder"
-            )
-        check_inputs(self.out, state, self.inputs)
-        step, self.loss = load_checkpoint(
+        step, loss, more = load_checkpoint(
             self.out,
             state,
-            steps=recipe.steps,
+            steps=self.recipe.steps,
             network=self.network,
             average=self.average,
             optimizer=self.optimizer,
         )
+        self.loss = None if math.isnan(loss) else loss
         self.heldout = state.get("heldout")
         # If the process died between the two writes the tensors are newer: then the file's rows are used.
         self.rows = state.get("log") if step == state["step"] else None
+        if "losses" in more:
+            self.pending = list(more["losses"].to(self.accelerator.device).unbind())
         return step
 
     def finish(self) -> OperatorModel:
@@ -319,6 +373,18 @@ class Trainer:
             write_operator(self.out, self.student, weights=self.average, training=about)
         self.accelerator.wait_for_everyone()
         return read_operator(self.out, teacher=self.student.teacher())
+
+
+def changed_recipe(recipe: DistillRecipe, before: Any, step: int) -> str | None:
+    """Returns in words why a run up to a step is not one of the recipe, or ``None``: the length may differ."""
+    stored = DistillRecipe.from_json(before)
+    varies = {"steps": 1, "compile": False}
+    changed = difference(asdict(stored) | varies, json.loads(json.dumps(asdict(recipe))) | varies)
+    if changed is None and any(
+        not math.isclose(stored.rate(k), recipe.rate(k)) for k in range(step)
+    ):
+        changed = "other learning rates in the steps that are done"
+    return changed
 
 
 def _accelerator(device: str | torch.device) -> Any:

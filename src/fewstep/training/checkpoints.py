@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fewstep.base.files import (
     read_json,
     read_tensors_and_metadata,
-    sweep,
     write_json,
     write_tensors,
 )
@@ -67,13 +66,17 @@ def save_checkpoint(
     network: nn.Module,
     average: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    more: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes the state of a run after a step: the tensors, and a description with the recipe."""
-    sweep(out)
+    """Writes the state of a run after a step: the tensors, and a description with the recipe.
+
+    ``more`` are further tensors of the run, which :func:`load_checkpoint` returns.
+    """
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    tensors |= {f"more.{k}": v for k, v in (more or {}).items()}
     metadata = {"step": str(step), "loss": repr(loss), "run": _run_digest(about)}
     write_tensors(out / f"{CHECKPOINT}.safetensors", tensors, metadata)
     write_json(out / f"{CHECKPOINT}.json", {"step": step, "loss": loss, **about})
@@ -134,20 +137,64 @@ def is_intact(out: Path) -> bool:
     return True
 
 
-def check_inputs(out: Path, state: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-    """Checks that a checkpoint is of a run with these inputs: data, teacher, trajectories.
+def earlier_inputs(
+    out: Path, inputs: Mapping[str, Any], *, whole: bool = False
+) -> dict[str, Any] | None:
+    """Returns the inputs of the run whose checkpoint is in a folder, ``None`` if there is none.
 
-    Checkpoints of early versions, which lack them, are accepted.
+    For a finished run, which may be made longer, and for one of an early version. Checkpoints without data,
+    teacher and trajectories are of the earliest versions and taken to be of these.
+
+    Arguments:
+        out: The folder.
+        inputs: The inputs of now, other than the recipe.
+        whole: Whether to read the tensors too, since a damaged checkpoint is to be replaced.
 
     Raises:
-        ValueError: If it has other inputs; the message names the first that changed.
+        ValueError: If the checkpoint is damaged.
     """
-    changed = difference(state["inputs"], inputs) if "inputs" in state else None
-    if changed is not None:
-        raise ValueError(
-            f"the folder {str(out)!r} has a run with other inputs ({changed}), at step "
-            f"{state['step']}; give those to resume it, --overwrite, or another folder"
+    state = read_checkpoint(out)
+    if state is None:
+        return None
+    if whole and not is_intact(out):
+        raise ValueError(f"the checkpoint in {str(out)!r} is damaged")
+    if "inputs" not in state:
+        logger.warning(
+            "the checkpoint in %s is of an early version and does not say what it was made from: make "
+            "sure that data and models are the same",
+            out,
         )
+    return {**state.get("inputs", inputs), "recipe": state["recipe"]}
+
+
+def changed_input(
+    out: Path, changed_recipe: Callable[[Any, int], str | None]
+) -> Callable[[Any, Mapping[str, Any]], None]:
+    """Returns what compares the inputs of two runs: their recipes by a function, the others as they are.
+
+    Arguments:
+        out: The folder of the run.
+        changed_recipe: Takes the earlier recipe and the step of its checkpoint; returns what has changed in words,
+            or ``None``.
+    """
+
+    def check(before: Any, now: Mapping[str, Any]) -> None:
+        step = (read_checkpoint(out) or {}).get("step", 0)
+        changed = changed_recipe(before.get("recipe"), step)
+        if changed is not None:
+            raise ValueError(
+                f"the folder {str(out)!r} has a run of another recipe, at step {step} ({changed}); give the "
+                "same recipe to resume it"
+            )
+        rest = ({k: v for k, v in each.items() if k != "recipe"} for each in (before, now))
+        changed = difference(*rest)
+        if changed is not None:
+            raise ValueError(
+                f"the folder {str(out)!r} has a run with other inputs ({changed}), at step {step}; give "
+                "those to resume it"
+            )
+
+    return check
 
 
 def load_checkpoint(
@@ -158,8 +205,8 @@ def load_checkpoint(
     network: nn.Module,
     average: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None = None,
-) -> tuple[int, float]:
-    """Loads the tensors of a run from its checkpoint; returns its step and loss.
+) -> tuple[int, float, dict[str, Tensor]]:
+    """Loads the tensors of a run from its checkpoint; returns its step, its loss and further tensors.
 
     Arguments:
         out: The folder.
@@ -189,7 +236,7 @@ def _load(
     network: nn.Module,
     average: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None,
-) -> tuple[int, float]:
+) -> tuple[int, float, dict[str, Tensor]]:
     tensors, metadata = read_tensors_and_metadata(file)
     # If the process died between the two writes the tensors are newer: they hold their own step.
     step, loss = int(metadata.get("step", -1)), float(metadata.get("loss", "nan"))
@@ -210,7 +257,7 @@ def _load(
         average[key].copy_(value)
     if optimizer is not None:
         _load_moments(optimizer, part("optimizer."))
-    return step, loss
+    return step, loss, part("more.")
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]) -> None:

@@ -8,12 +8,15 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
+
+from fewstep.base.runs import hash_inputs
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
@@ -29,11 +32,13 @@ class ImageData:
         images: The images, uint8, with shape (N, C, H, W).
         labels: The classes, int64, with shape (N,), or ``None``.
         names: The names of the classes, or ``None``.
+        source: The folder or file that they were read from, or ``None``.
     """
 
     images: Tensor
     labels: Tensor | None = None
     names: tuple[str, ...] | None = None
+    source: Path | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8 or not self.images.numel():
@@ -62,10 +67,12 @@ class ImageData:
         """The shape (C, H, W) of one image."""
         return tuple(self.images.shape[1:])
 
-    def inputs(self) -> dict[str, str | None]:
-        """Returns the SHA-256 of images and labels, which identifies the data set."""
+    def inputs(self) -> dict[str, Any]:
+        """Returns the SHA-256 of images and labels, which identifies the data set, and of its files."""
         labels = None if self.labels is None else _sha256(self.labels)
-        return {"images": _sha256(self.images), "labels": labels}
+        files = (hash_inputs(self.source) or {}).get("files")
+        images = {"sha256": _sha256(self.images)} | ({} if files is None else {"files": files})
+        return {"images": images, "labels": labels}
 
     @property
     def num_classes(self) -> int | None:
@@ -108,6 +115,11 @@ def read_images(source: str | Path, *, size: int | None = None) -> ImageData:
     Raises:
         ValueError: If there is nothing readable; the message says what was expected.
     """
+    data = _read(source, size)
+    return replace(data, source=Path(source))
+
+
+def _read(source: str | Path, size: int | None) -> ImageData:
     path = Path(source)
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ValueError(f"size must be a positive integer, got {size!r}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from fewstep.base.interrupts import unbroken
 from fewstep.base.progress import Progress, progress_of
-from fewstep.base.runs import locked
+from fewstep.base.runs import RunFolder, difference
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.folder import write_model
 from fewstep.models.networks.unet import SmallUNet, lay_out
 from fewstep.training.batches import Batch, Batches
 from fewstep.training.checkpoints import (
-    check_inputs,
+    changed_input,
+    earlier_inputs,
     load_checkpoint,
     new_average,
     read_checkpoint,
@@ -35,6 +37,15 @@ from fewstep.training.recipe import TrainRecipe, default_recipe
 AHEAD = 4
 """The number of batches that are prepared ahead."""
 
+OUTPUTS = (
+    "model.json",
+    "model.safetensors",
+    "checkpoint.json",
+    "checkpoint.safetensors",
+    "samples.png",
+)
+"""The files of a run, with the picture of the command."""
+
 READ_EVERY = 20
 """The steps between two reads of the loss on an accelerator: each read waits for the device."""
 
@@ -46,6 +57,7 @@ def train(
     *,
     device: str | torch.device = "cpu",
     checkpoint_every: int = 250,
+    overwrite: bool = False,
     progress: Progress | bool | None = None,
 ) -> Path:
     r"""Trains a small diffusion model and writes it as a folder that :func:`fewstep.load` reads.
@@ -88,10 +100,11 @@ def train(
         data: The images, and labels if the network has classes; or a folder or file for
             :func:`read_images`.
         out: The folder to write; if it holds a checkpoint of the same recipe, the run is resumed. On
-            Ctrl-C the last completed step is saved.
+            Ctrl-C the last completed step is saved. A finished run may be made longer.
         recipe: What to train, how long, with which seed; left out, :func:`default_recipe`.
         device: The device to train on.
         checkpoint_every: The steps between two checkpoints.
+        overwrite: Whether to replace a finished run, or one of another recipe or other images.
         progress: ``True`` for a bar, or an object that is notified of each step, after its checkpoint
             if it has one; the note is the smoothed loss.
 
@@ -114,11 +127,11 @@ def train(
         betas=(0.9, 0.99),
         weight_decay=recipe.weight_decay,
     )
+    run = RunFolder(out, "run of fewstep train", outputs=OUTPUTS, forgets_empty=True)
     inputs = data.inputs()
-    start, loss_mean = _restore(out, recipe, inputs, network, average, optimizer)
+    identity = {"recipe": recipe.to_record(), **inputs}
 
     since: list[Tensor] = []  # losses that are still on the device
-    done = saved = start
 
     def save() -> None:
         if not processes.own.first:
@@ -134,12 +147,23 @@ def train(
             optimizer=optimizer,
         )
 
-    with (
-        progress_of(progress) as shown,
-        team(recipe.batch_size, device) as processes,
-        locked(out, progress=shown) if processes.own.first else nullcontext(),
-        _ahead(batches, range(start, recipe.steps), device, processes) as prepared,
-    ):
+    with ExitStack() as stack:
+        shown = stack.enter_context(progress_of(progress))
+        processes = stack.enter_context(team(recipe.batch_size, device))
+        if processes.own.first:
+            running = run.running(
+                identity,
+                overwrite=overwrite,
+                changed=changed_input(out, partial(_changed_recipe, recipe)),
+                earlier=lambda: earlier_inputs(out, inputs, whole=overwrite),
+                progress=shown,
+            )
+            stack.enter_context(running)
+        start, loss_mean = _restore(out, recipe, network, average, optimizer)
+        done = saved = start
+        prepared = stack.enter_context(
+            _ahead(batches, range(start, recipe.steps), device, processes)
+        )
         processes.check_step(start, device)
         parallel = processes.parallel(network, device)
         evaluate = torch.compile(parallel) if recipe.compile else parallel
@@ -177,11 +201,12 @@ def train(
             if since:
                 loss_mean = _smoothed(loss_mean, torch.stack(since).tolist(), done - 1)
             if done > saved:
-                save()
+                with unbroken():  # schedulers send SIGTERM more than once
+                    save()
             raise
-
-    if processes.own.first:
-        _export(out, recipe, batches, network, average, loss_mean)
+        if processes.own.first:
+            _export(out, recipe, batches, network, average, loss_mean)
+            run.finish()
     return out
 
 
@@ -212,7 +237,9 @@ def export_checkpoint(data: ImageData | str | Path, run: str | Path, out: str | 
     batches = Batches(data, recipe)
     network = build_network(data, recipe, batches)
     average = new_average(network)
-    step, loss = load_checkpoint(run, state, steps=recipe.steps, network=network, average=average)
+    step, loss, _ = load_checkpoint(
+        run, state, steps=recipe.steps, network=network, average=average
+    )
     return _export(out, recipe, batches, network, average, loss, step=step)
 
 
@@ -300,10 +327,19 @@ def _smoothed(mean: float | None, losses: list[float], step: int) -> float:
     return mean
 
 
+def _changed_recipe(recipe: TrainRecipe, before: Any, step: int) -> str | None:
+    """Returns in words why a run up to a step is not one of the recipe, or ``None``."""
+    stored = TrainRecipe.from_record(before)
+    if stored.continues_as(recipe, step):
+        return None
+    varies = dict.fromkeys(("steps", "cycles", "later_peak", "compile"))
+    changed = difference(stored.to_record() | varies, recipe.to_record() | varies)
+    return changed or "other learning rates in the steps that are done"
+
+
 def _restore(
     out: Path,
     recipe: TrainRecipe,
-    inputs: Mapping[str, Any],
     network: nn.Module,
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
@@ -311,16 +347,9 @@ def _restore(
     state = read_checkpoint(out, steps=recipe.steps)
     if state is None:
         return 0, None
-    stored = TrainRecipe.from_record(state["recipe"])
-    if not stored.continues_as(recipe, state["step"]):
-        raise ValueError(
-            f"the folder {str(out)!r} has a run of another recipe, at step {state['step']}; "
-            "give the same recipe to resume it, or another folder"
-        )
-    check_inputs(out, state, inputs)
     return load_checkpoint(
         out, state, steps=recipe.steps, network=network, average=average, optimizer=optimizer
-    )
+    )[:2]
 
 
 def _export(
