@@ -43,6 +43,7 @@ MOST_USED = (
     "trajectories.recording:record",
     "operators.distillation:distill",
     "comparison.running:compare",
+    "workflows.comparing:compare",
     "adapters.diffusers.scheduler:PlanScheduler",
     "adapters.diffusers.scheduler_plans:plan_from_scheduler",
 )

@@ -49,12 +49,14 @@ if TYPE_CHECKING:
     from fewstep.training.train import train as train
     from fewstep.trajectories import TrajectoryStore as TrajectoryStore
     from fewstep.trajectories import record as record
+    from fewstep.workflows.comparing import compare as compare
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": "adapters",
     "Clipped": "models.wrappers",
+    "compare": "workflows.comparing",
     "comparison": "comparison",
     "Denoiser": "models.denoiser",
     "distill": "operators.distillation",

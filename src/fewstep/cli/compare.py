@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
 from fewstep.base.processes import processes
-from fewstep.base.runs import locked
 from fewstep.cli._common import (
     Flag,
-    console,
     follows,
     kept_files,
     load_model,
-    output_folder,
     parse_labels,
     positive,
     say,
 )
 from fewstep.reporting.commands import command
 
-if TYPE_CHECKING:
-    from fewstep.comparison import Comparison
-    from fewstep.comparison.verdicts import Verdict
-    from fewstep.metrics import Reference
-    from fewstep.models.denoiser import Denoiser
-
 SOLVERS = "auto,tab3,ddim,dpmpp-2m,unipc3"
 """The default samplers."""
-
-EXACT = ("mixture-smooth", "mixture-sharp")
-"""The models that are their own data."""
-
-EXACT_DRAWS, KEPT = 100_000, 2000
-"""The numbers of draws for the statistics of an exact model's data, and of stored draws."""
 
 
 def compare(
@@ -97,38 +80,16 @@ def compare(
     positive("--batch-size", batch_size)
     positive("--reference-nfe", reference_nfe)
     budgets = _numbers(nfe)
-    output_folder(out)
-    _check_report()
+
+    from fewstep.comparison.results import Invocation
+    from fewstep.workflows.comparing import compare as run
+    from fewstep.workflows.files import check_report, prepared_folder
+
+    prepared_folder(out)
+    check_report()
     denoiser = load_model(model, device)
     labels = parse_labels(class_labels, denoiser, n)
-    cond = {} if labels is None else {"class_labels": labels}
-
-    from fewstep.comparison import compare as run
-    from fewstep.comparison.page import write_report
-    from fewstep.comparison.results import Invocation
-    from fewstep.comparison.store import REPORT, RESULTS
-    from fewstep.comparison.verdicts import judge
-
-    chosen = None if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
-    real = None if data is None else _data(data, features, denoiser)
-    with keeping(lambda: kept_files(out, "cells/*.json", "finished cells")):
-        comparison = run(
-            denoiser,
-            solvers,
-            nfe=budgets,
-            folder=out,
-            n=n,
-            seed=seed,
-            data=real,
-            metrics=chosen,
-            reference_nfe=reference_nfe,
-            guidance=guidance,
-            cond=cond,
-            batch_size=min(n, batch_size),
-            extend=extend,
-            overwrite=overwrite,
-            progress=follows(),
-        )
+    conditions = {} if labels is None else {"class_labels": labels}
     invocation = Invocation(
         model=model,
         data=data or "",
@@ -136,19 +97,34 @@ def compare(
         class_labels=class_labels,
         device=None if device == "auto" else device,
     )
-    team = processes()
-    with locked(out, wait=True) if team.several else nullcontext():
-        # Whoever is ready first writes the report, so that nobody waits for a lost process.
-        written = team.several and comparison.store.is_finished()
-        if written and not team.first:
-            return
-        verdicts = judge(comparison)
-        paths = [out / REPORT, out / RESULTS, *sorted(out.glob("best-*.json"))]
-        if not written:
-            paths = write_report(comparison, invocation, verdicts)
-    if not team.first:
+    with keeping(lambda: kept_files(out, "cells/*.json", "finished cells")):
+        result = run(
+            denoiser,
+            solvers,
+            nfe=budgets,
+            data=data,
+            n=n,
+            seed=seed,
+            features=features,
+            metrics=None
+            if metrics is None
+            else [m for m in map(str.strip, metrics.split(",")) if m],
+            reference_nfe=reference_nfe,
+            guidance=guidance,
+            batch_size=batch_size,
+            out=out,
+            extend=extend,
+            overwrite=overwrite,
+            invocation=invocation,
+            progress=follows(),
+            **conditions,
+        )
+    if not processes().first:
         return
-    _table(comparison, verdicts)
+    say(str(result.table()))
+    for name, budget, reason in result.refused:
+        say(f"left out: {name} with {budget}: {reason}")
+    paths = result.paths
     say(f"\nwrote {', '.join(str(path) for path in paths[:2])}")
     recipes = [path for path in paths if path.name.startswith("best-")]
     if recipes:
@@ -168,39 +144,6 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _check_report() -> None:
-    """Raises early if the report could not be written at the end."""
-    from importlib.util import find_spec
-
-    if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
-        raise ValueError(f"the report needs {missing[0]}: pip install fewstep[report]")
-
-
-def _data(source: str, features: str, denoiser: Denoiser) -> Reference:
-    """Returns the real data; of an exact model by its name, draws from it."""
-    from dataclasses import replace
-
-    from fewstep.metrics import Reference
-    from fewstep.metrics.reference import check_data_range
-
-    shape = denoiser.event_shape or ()
-    if source in EXACT:
-        drawn: Any = load_model(source, "cpu")
-        points = drawn.draw(EXACT_DRAWS, seed=1).float()
-        return replace(
-            Reference.of(points, points[-KEPT:], name=source),
-            features=points[:KEPT],
-            event_shape=drawn.event_shape,
-        )
-    check_data_range(denoiser)
-    reference = Reference.load(source, features)
-    if reference.event_shape is not None and tuple(reference.event_shape) != tuple(shape):
-        raise ValueError(
-            f"the data have shape {tuple(reference.event_shape)}, the model's samples {tuple(shape)}"
-        )
-    return reference
-
-
 def _command(given: dict[str, Any]) -> str:
     """Returns the given command, without defaults."""
     defaults = {
@@ -216,31 +159,3 @@ def _command(given: dict[str, Any]) -> str:
     always = {name: given[name] for name in ("solvers", "nfe", "n", "seed")}
     more = {name: given[name] for name, value in defaults.items() if given[name] != value}
     return command("compare", given["model"], **always, **more, out=given["out"])
-
-
-def _table(comparison: Comparison, verdicts: Sequence[Verdict]) -> None:
-    """Prints the order at each budget."""
-    from rich.table import Table
-
-    from fewstep.comparison.scores import RMS, TITLES
-    from fewstep.comparison.verdicts import measure_of
-
-    measure = measure_of(comparison)
-    names = [measure, *([RMS] if measure != RMS else [])]
-    table = Table(box=None, pad_edge=False)
-    for title in ("NFE", "sampler", *(TITLES[name] for name in names), "ms/sample", ""):
-        table.add_column(title, justify="left" if title in ("sampler", "") else "right")
-    for verdict in verdicts:
-        for cell in verdict.order:
-            word = "best" if cell is verdict.best else "tie" if cell in verdict.ties else ""
-            scores = [cell.scores[name] for name in names]
-            table.add_row(
-                str(cell.nfe),
-                cell.name,
-                *(f"{s.value:.4g} ({s.low:.4g} to {s.high:.4g})" for s in scores),
-                f"{1e3 * cell.seconds[0]:.3g}",
-                word,
-            )
-    console().print(table)
-    for name, nfe, reason in comparison.refused:
-        say(f"left out: {name} with {nfe}: {reason}")

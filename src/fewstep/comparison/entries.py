@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.base.files import loads_json
+from fewstep.diffusion.grids import GRIDS, TimeGrid
 from fewstep.models.denoiser import Denoiser
+from fewstep.plans.plan import Plan
 from fewstep.sampling.plan_sampler import PlanSampler
+from fewstep.sampling.profile import PREFIX, Profile, is_profile
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.sampling.request import SamplerRequest
 from fewstep.sampling.resolve import Resolved, resolve
+from fewstep.solvers import Solver
 
 SYNTAX = "NAME[@GRID[:VALUE]][+OPTION=VALUE]..."
 """The syntax of a sampler; it may also be the path of a file or of an operator's folder."""
@@ -47,27 +51,165 @@ class Entry:
     nfe: int | None = None
 
 
-def read_entries(samplers: str | Sequence[str] | Mapping[str, Build]) -> list[Entry]:
+def read_entries(samplers: Any) -> list[Entry]:
     """Returns the samplers of a comparison.
 
     Arguments:
-        samplers: Texts as :func:`read_entry` reads them, in a list or with commas between; or a
-            mapping from names to functions (denoiser, nfe) -> sampler.
+        samplers: One as :func:`entry_of` takes it, texts with commas between, several in a list, or a mapping
+            from names to them or to functions (denoiser, nfe) -> sampler.
 
     Raises:
         ValueError: If there is none, one is named twice, or a text cannot be read.
+        TypeError: If one is of another kind.
     """
     if isinstance(samplers, Mapping):
-        entries = [_prepared(name, build) for name, build in samplers.items()]
+        entries = [_named(name, one) for name, one in samplers.items()]
+    elif isinstance(samplers, str):
+        entries = [read_entry(text) for text in _split(samplers)]
+    elif isinstance(samplers, Sequence) and not _is_pair(samplers):
+        entries = _told_apart([entry_of(one) for one in samplers])
     else:
-        texts = _split(samplers) if isinstance(samplers, str) else list(samplers)
-        entries = [read_entry(text) for text in texts]
+        entries = [entry_of(samplers)]
     if not entries:
         raise ValueError("give at least one sampler to compare, for example tab3,ddim")
     names = [one.name for one in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"the sampler {twice[0]!r} is named twice")
+        raise ValueError(
+            f"the sampler {twice[0]!r} is named twice; from Python a mapping gives samplers names"
+        )
     return entries
+
+
+def entry_of(thing: Any) -> Entry:
+    """Returns the entry of one sampler.
+
+    Arguments:
+        thing: A text for :func:`read_entry`; a pair (solver, grid); a solver, a request, a profile, a recipe,
+            a plan or a tuned sampler; or a sampler, which makes its own number of evaluations.
+
+    Raises:
+        ValueError: If a text cannot be read.
+        TypeError: If it is something else.
+    """
+    if isinstance(thing, str):
+        return read_entry(thing)
+    if isinstance(thing, Path):
+        return read_entry(str(thing))
+    if _is_pair(thing):
+        request = SamplerRequest(solver=thing[0], grid=thing[1])
+    elif isinstance(thing, Solver):
+        request = SamplerRequest(solver=thing)
+    elif isinstance(thing, Profile):
+        request = SamplerRequest(profile=thing)
+    elif isinstance(thing, Plan):
+        request = SamplerRequest(plan=thing)
+    elif isinstance(thing, SamplerRecipe):
+        request = SamplerRequest(recipe=thing)
+    elif isinstance(thing, SamplerRequest):
+        request = thing
+    elif isinstance(getattr(thing, "recipe", None), SamplerRecipe):  # of fewstep.tune
+        request = SamplerRequest(recipe=thing.recipe)
+    elif all(hasattr(thing, name) for name in ("denoiser", "nfe", "start", "run")):
+        return _sampler(thing)
+    else:
+        raise TypeError(
+            "a sampler of a comparison is a text, a pair (solver, grid), a Solver, SamplerRequest, Profile, "
+            f"SamplerRecipe, Plan, TunedSampler or a sampler, got {type(thing).__name__}"
+        )
+    return _request(request)
+
+
+def _told_apart(entries: list[Entry]) -> list[Entry]:
+    """Returns entries of which those with a budget of their own have it in their names if others are named so."""
+    names = [one.name for one in entries]
+    return [
+        replace(one, name=f"{one.name} ({one.nfe})")
+        if one.nfe is not None and names.count(one.name) > 1
+        else one
+        for one in entries
+    ]
+
+
+def _is_pair(thing: object) -> bool:
+    """Whether it is a solver and a grid in a tuple; two texts in a list are two samplers."""
+    return (
+        isinstance(thing, tuple)
+        and len(thing) == 2
+        and isinstance(thing[0], (str, Solver))
+        and (isinstance(thing[1], TimeGrid) or (isinstance(thing[1], str) and _is_grid(thing[1])))
+    )
+
+
+def _is_grid(name: str) -> bool:
+    return name.startswith(PREFIX) or GRIDS.own(name)[0] in GRIDS
+
+
+def _named(name: str, thing: Any) -> Entry:
+    if callable(thing) and not isinstance(thing, Denoiser) and not hasattr(thing, "run"):
+        return _prepared(name, thing)
+    return replace(entry_of(thing), name=name)
+
+
+def _request(request: SamplerRequest) -> Entry:
+    """Returns the entry of a request; its budget is its own, or each of the comparison."""
+    own = request.nfe
+    if request.plan is not None:
+        own = request.plan.nfe if own is None else own
+    elif isinstance(request.recipe, SamplerRecipe):
+        made = request.recipe
+        if made.kind == "adaptive":
+            raise ValueError(
+                f"the recipe of {made.name!r} is adaptive, so it has no number of evaluations beforehand"
+            )
+        own = (made.plan.nfe if made.plan is not None else made.nfe) if own is None else own
+
+    def resolved(denoiser: Denoiser, nfe: int) -> Resolved:
+        whole = request.nfe is not None or request.steps is not None
+        return resolve(denoiser, request if whole else replace(request, nfe=nfe))
+
+    return Entry(
+        _name_of(request),
+        lambda denoiser, nfe: resolved(denoiser, nfe).sampler,
+        lambda denoiser, nfe: resolved(denoiser, nfe).recipe,
+        own,
+    )
+
+
+def _name_of(request: SamplerRequest) -> str:
+    """Returns a name for tables, in the syntax of texts where there is one."""
+    if request.plan is not None:
+        return request.plan.name
+    if request.recipe is not None:
+        return getattr(request.recipe, "name", None) or Path(request.recipe).stem
+    if request.profile is not None:
+        return (
+            Path(request.profile).stem if isinstance(request.profile, (str, Path)) else "profile"
+        )
+    solver, grid = request.solver, request.grid
+    name = "auto" if solver is None else solver if isinstance(solver, str) else solver.name
+    if grid is not None:
+        name += f"@{grid if isinstance(grid, str) else grid.name}"
+    given = {**request.options, "head_start": request.head_start, "steps": request.steps}
+    for key, value in given.items():
+        if value is not None:
+            name += f"+{key}={value}" if isinstance(value, (str, int, float)) else f"+{key}"
+    return name
+
+
+def _sampler(made: Sampler) -> Entry:
+    def build(denoiser: Denoiser, _: int) -> Sampler:
+        shapes = made.denoiser.event_shape, denoiser.event_shape
+        if None not in shapes and shapes[0] != shapes[1]:
+            raise ValueError(f"it makes samples of shape {shapes[0]}, the model {shapes[1]}")
+        return made
+
+    if made.nfe is None:
+        raise ValueError(
+            "a sampler of a comparison needs a number of evaluations beforehand; freeze one of its runs with "
+            "fewstep.sampling.adaptive.freeze"
+        )
+    name = made.plan.name if isinstance(made, PlanSampler) else type(made).__name__
+    return replace(_prepared(name, build), nfe=made.nfe)
 
 
 def read_entry(text: str) -> Entry:
@@ -78,7 +220,7 @@ def read_entry(text: str) -> Entry:
     - the name of a solver, or ``auto``, optionally with a grid and options: ``tab3``,
       ``tab3@power:1.5``, ``unipc3@karras``, ``ddim+eta=0.5``, ``tab3@auto:grid.json``;
     - a scheduler of diffusers with options: ``diffusers:UniPC+solver_order=3``;
-    - the path of a recipe, a plan or a tuned sampler (``.json``), of a folder with a recipe for
+    - the path of a recipe, a plan, a tuned sampler or a profile (``.json``), of a folder with a recipe for
       each budget (``recipe-5.json``, as ``fewstep analyze`` writes them, or ``best-5.json``), or
       of an operator's folder.
 
@@ -179,6 +321,8 @@ def _solver(name: str, solver: str, grid: str | None, options: dict[str, Any]) -
 
 
 def _file(path: Path) -> Entry:
+    if is_profile(path):
+        return replace(_request(SamplerRequest(profile=Profile.load(path))), name=path.stem)
     recipe = SamplerRecipe.load(path)
     if recipe.kind == "adaptive":
         raise ValueError(

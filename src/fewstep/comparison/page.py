@@ -294,8 +294,9 @@ def _next(
     recipes: dict[int, tuple[Cell, Path]],
     invocation: Invocation,
 ) -> None:
-    page.heading("Next")
     commands = next_commands(comparison, verdicts, recipes, invocation)
+    if commands:
+        page.heading("Next")
     for text, command in commands:
         page.paragraph(text)
         page.code(command)

@@ -95,6 +95,8 @@ def next_commands(
 ) -> list[tuple[str, str]]:
     """Returns commands for next steps, each with a sentence."""
     model, guidance = invocation.model, comparison.question["guidance"]
+    if not invocation.command:
+        return []  # from Python: there is no name of the model for a command
     conditions = {"class_labels": invocation.class_labels, "device": invocation.device}
     commands = []
     for nfe, (_, path) in sorted(recipes.items())[:1]:

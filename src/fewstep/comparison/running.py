@@ -15,7 +15,7 @@ from fewstep.base.processes import processes
 from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import locked
 from fewstep.comparison.cells import Job, Runner, Setting
-from fewstep.comparison.entries import Build, Entry, identity, read_entries, read_entry
+from fewstep.comparison.entries import Entry, identity, read_entries, read_entry
 from fewstep.comparison.scores import METRICS, check_metrics
 from fewstep.comparison.store import REFERENCE, Cell, Store
 from fewstep.diffusion.noise import NoiseSource
@@ -51,7 +51,7 @@ class Comparison:
 
 def compare(
     denoiser: Denoiser,
-    samplers: str | Sequence[str] | Mapping[str, Build],
+    samplers: Any,
     *,
     nfe: Sequence[int],
     folder: str | Path,
@@ -83,8 +83,7 @@ def compare(
 
     Arguments:
         denoiser: The model.
-        samplers: Texts that :func:`fewstep.comparison.read_entry` reads, or a mapping from names to
-            functions (denoiser, nfe) -> sampler.
+        samplers: As :func:`fewstep.compare` takes them.
         nfe: The budgets: numbers of network evaluations. A sampler that cannot meet one of them
             has no cell there, and one with its own number runs at that.
         folder: The folder for the results.

@@ -109,6 +109,12 @@ class Store:
         self.folder = Path(folder)
         self._cells = ""
 
+    def moved(self, folder: str | Path) -> Store:
+        """Returns the same comparison in a folder to which its files were copied."""
+        other = Store(folder)
+        other._cells = self._cells
+        return other
+
     def open(
         self,
         question: Mapping[str, Any],

@@ -407,6 +407,15 @@ def names_profile(grid: object) -> TypeGuard[str]:
     return isinstance(grid, str) and grid.startswith(PREFIX)
 
 
+def is_profile(path: str | Path) -> bool:
+    """Returns whether a file says that it is a profile; its content is not checked."""
+    try:
+        content = read_json(path, what="profile")
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.get("format") in (FORMAT, GRIDS_FORMAT)
+
+
 def read_profile(source: Profile | str | Path, schedule: NoiseSchedule) -> Profile:
     """Returns a profile for a model with this schedule: itself, or that of a path or an ``auto:`` name.
 
