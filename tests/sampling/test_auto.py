@@ -60,7 +60,7 @@ def test_it_is_near_the_exact_solution_on_every_schedule(name):
     error, first_order = (
         float((sampled(solver, 20) - fine).square().mean().sqrt()) for solver in ("auto", "ddim")
     )
-    assert error < 0.2 * first_order
+    assert error < 0.25 * first_order
 
 
 def test_a_start_of_the_caller_replaces_its_own():

@@ -103,7 +103,7 @@ def test_a_recipe_keeps_the_share_and_asks_for_the_image():
 
 
 DDPM = fewstep.schedule("ddpm-linear")
-WHOLE = fewstep.plan("ddim", VP, nfe=4)
+WHOLE = fewstep.plan("ddim", VP, nfe=4, grid="uniform")
 
 
 @pytest.mark.parametrize("door", [fewstep.sample, fewstep.steps])

@@ -55,6 +55,12 @@ def useful_start(schedule: NoiseSchedule) -> float | None:
     return float(schedule.time(torch.tensor(NOISE, dtype=torch.float64)))
 
 
+def late_start(schedule: NoiseSchedule, steps: int) -> float | None:
+    """Returns the time T (1 - 1 / K) of K steps for a schedule as in :func:`useful_start`, else ``None``."""
+    last = float(schedule.lam(torch.tensor(schedule.t_min, dtype=torch.float64)))
+    return None if steps == 1 or last > DATA else schedule.t_max * (1 - 1 / steps)
+
+
 def over_default(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a grid's default options with the given ones over them; a given start replaces a default one."""
     start = {"t_start"} if {"t_start", "strength"} & set(given) else set[str]()

@@ -69,7 +69,7 @@ class Plan:
     Example:
         >>> plan = fewstep.plan("ddim", fewstep.schedule("vp-linear"), nfe=2)
         >>> plan
-        Plan(ddim: 2 evaluations, 0 draws, t 1 -> 0.001, eps, vp-linear)
+        Plan(ddim: 2 evaluations, 0 draws, t 0.5 -> 0.001, eps, vp-linear)
         >>> same = fewstep.Plan.from_json(plan.to_json())
         >>> torch.equal(same.values, plan.values)
         True

@@ -37,6 +37,9 @@ class Choice:
         return describe(self.solver, self.grid, self.options, self.nfe)
 
 
+FEW = 8
+"""Below this number of evaluations more of them are spent near pure noise."""
+
 MANY = 20
 """Above this number of evaluations the ends of the grid matter more than its middle."""
 
@@ -44,19 +47,20 @@ MANY = 20
 def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
     r"""Returns the choice of ``auto`` at a budget, by the range of noise levels of a schedule.
 
-    UniPC-2 on the grid ``logistic``, for three kinds of schedules, by their range
+    UniPC-2 on the grid ``logistic``, for four kinds of schedules, by their range
     :math:`[\lambda_T, \lambda_0]` of the half log-SNR:
 
-    - :math:`\lambda_0 \le 5.5` (VP, VE): center -1, scale 1.5;
+    - :math:`\lambda_0 \le 5.5`, :math:`\lambda_T \ge -6` (VP with a linear table, VE): center -1, scale 1.8; below 8
+      evaluations center -1.25, scale 2.2, since a rough network loses most in long steps near pure noise;
+    - :math:`\lambda_0 \le 5.5`, :math:`\lambda_T < -6` (VP with a cosine table): center -1, scale 1.5;
     - :math:`\lambda_0 > 5.5`, :math:`\lambda_T \ge -6` (EDM): center 0, scale 1.3;
     - :math:`\lambda_0 > 5.5`, :math:`\lambda_T < -6` (rectified flow): center 0, scale 1.15, nearly even in
       the time of the flow.
 
     Above 20 evaluations the grid has its default center -0.55 and scale 2.2, which leave no long step at
-    the ends. A schedule of the first kind that reaches below -6 (a cosine table of few levels starts at -9)
-    begins at -6 instead, with :math:`x = \sigma z`: before, the state is noise to a part in 400, a step
-    of such a width multiplies the error of an :math:`\varepsilon` network by :math:`e^{\Delta\lambda}`, and no
-    evaluation is worth spending.
+    the ends. A schedule of the second kind (a cosine table of few levels starts at -9) begins at -6 instead,
+    with :math:`x = \sigma z`: before, the state is noise to a part in 400, a step of such a width multiplies
+    the error of an :math:`\varepsilon` network by :math:`e^{\Delta\lambda}`, and no evaluation is worth spending.
 
     Chosen by the least regret over the networks of ``benchmarks/zoo.py``, see ``docs/choosing.md``; a
     profile of the model (:func:`fewstep.fit`) does better.
@@ -65,12 +69,17 @@ def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
         raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
     ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
     first, last = schedule.lam(ends).tolist()
-    options: dict[str, Any] = {"center": -1.0, "scale": 1.5}
-    if last > DATA:
-        options = {"center": 0.0, "scale": 1.15 if first < NOISE else 1.3}
+    below = first < NOISE
     if nfe > MANY:
-        options = {"center": CENTER, "scale": SCALE}
-    if last > DATA and first < NOISE:
+        center, scale = CENTER, SCALE
+    elif last > DATA:
+        center, scale = 0.0, 1.15 if below else 1.3
+    elif below:
+        center, scale = -1.0, 1.5
+    else:
+        center, scale = (-1.25, 2.2) if nfe < FEW else (-1.0, 1.8)
+    options: dict[str, Any] = {"center": center, "scale": scale}
+    if last > DATA and below:
         options["floor"] = -5.5
     if (start := useful_start(schedule)) is not None:
         options["t_start"] = start

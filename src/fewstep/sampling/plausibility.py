@@ -15,7 +15,7 @@ logger = logging.getLogger("fewstep")
 USUAL = 10.0
 """The expected magnitude of data whose statistics are not known."""
 
-ABSURD = 100.0
+ABSURD = 30.0
 """Samples that exceed the data by this factor are not plausible."""
 
 _warned: weakref.WeakSet[Denoiser] = weakref.WeakSet()

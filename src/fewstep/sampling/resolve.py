@@ -425,8 +425,9 @@ def _of_solver(
     request = _unfolded(schedule, request, default_nfe)
     integer = denoiser.integer_times
     resolved = planned(schedule, request, integer_times=integer, default_nfe=default_nfe)
-    # A first time that auto chose by itself is no start for an image.
-    own = resolved.chosen is not None and "t_start" not in request.options
+    # A first time that auto or the solver's own grid chose is no start for an image.
+    chosen_start = resolved.chosen is not None or resolved.grid_name is None
+    own = chosen_start and "t_start" not in request.options
     options = {k: v for k, v in resolved.options.items() if not (own and k == "t_start")}
     _check_image(resolved.plan, {**options, **request.options}, image=image, whole=own)
     chosen = _measured(resolved) if chose else resolved.chosen
@@ -501,7 +502,8 @@ def _of_recipe(
         _check_operator(denoiser, replace(request, recipe=UNSET), guidance, image=image)
     if isinstance(sampler, PlanSampler):
         _check_budget(request, "recipe", sampler.plan)
-        _check_image(sampler.plan, recipe.options, image=image)
+        own = recipe.kind == "solver" and recipe.grid is None and "t_start" not in recipe.options
+        _check_image(sampler.plan, recipe.options, image=image, whole=own)
     elif isinstance(sampler, AdaptiveSampler):
         first = sampler.t_start or denoiser.schedule.t_max
         _check_start(denoiser.schedule, first, recipe.options, image=image)

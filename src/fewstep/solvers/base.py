@@ -10,7 +10,14 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, grid, over_default, useful_start
+from fewstep.diffusion.grids import (
+    MOST_STEPS,
+    TimeGrid,
+    grid,
+    late_start,
+    over_default,
+    useful_start,
+)
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.plans.checks import point_mass_defect
@@ -52,6 +59,8 @@ class Solver(ABC):
             it does not suit, another; see :meth:`default_grid_on`.
         grid_on_flows: The default grid on schedules with a flow coordinate, if it is another than the
             schedule would take.
+        starts_late: Whether its default grid of K steps starts at the time :math:`T (1 - 1 / K)`; see
+            :func:`~fewstep.diffusion.grids.late_start`.
         twin: The scheduler of diffusers that has the same table, if there is one; what follows
             describe how that scheduler, or the family that it belongs to, behaves there.
         spacing: Its ``timestep_spacing``.
@@ -76,6 +85,7 @@ class Solver(ABC):
     adaptive: ClassVar[bool] = False
     default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = ("uniform", {})
     grid_on_flows: ClassVar[str | None] = None
+    starts_late: ClassVar[bool] = False
     twin: ClassVar[str | None] = None
     spacing: ClassVar[str] = "linspace"
     spaces_points: ClassVar[bool] = False
@@ -90,8 +100,10 @@ class Solver(ABC):
         return self.prediction
 
     @final
-    def default_grid_on(self, schedule: NoiseSchedule) -> tuple[str, Mapping[str, Any]]:
-        """Returns the default grid on a schedule: its name and options."""
+    def default_grid_on(
+        self, schedule: NoiseSchedule, steps: int = 1
+    ) -> tuple[str, Mapping[str, Any]]:
+        """Returns the default grid of this number of steps on a schedule: its name and options."""
         name, options = self.default_grid
         other = schedule.suits.get(name)
         if schedule.flow_coordinate and self.grid_on_flows is not None:
@@ -99,8 +111,12 @@ class Solver(ABC):
         if other is not None:
             ends = {key: value for key, value in options.items() if key == "to_zero"}
             name, options = other[0], {**other[1], **ends}
-        start = useful_start(schedule)
-        return name, options if start is None else {**options, "t_start": start}
+        starts = [
+            useful_start(schedule),
+            late_start(schedule, steps) if self.starts_late else None,
+        ]
+        given = [start for start in starts if start is not None]
+        return name, {**options, "t_start": min(given)} if given else options
 
     @property
     @abstractmethod
@@ -122,7 +138,7 @@ class Solver(ABC):
     ) -> TimeGrid:
         """Returns the grid of that name, or the solver's own; ``options`` override its options."""
         if name is None:
-            name, own = self.default_grid_on(schedule)
+            name, own = self.default_grid_on(schedule, steps)
             options = over_default(own, options)
         return grid(name, schedule, steps, **options)
 

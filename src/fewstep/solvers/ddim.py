@@ -2,9 +2,9 @@ r"""First-order methods: DDIM and its stochastic relatives, Euler, and the expon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class DDIM(EtaSolver):
 
     Order: 1.
 
+    Its default grid of K steps starts at :math:`T (1 - 1 / K)` with :math:`x = \sigma z`, as DDIM does in
+    diffusers ("leading"). The state before is nearly all noise, where small networks err most, and one
+    long step carries that error to the end.
+
     Arguments:
         eta: The share :math:`\eta` of the noise of DDPM; 0 is the probability-flow ODE. It may
             exceed 1 as long as :math:`s \le \sigma_s`.
@@ -45,6 +49,12 @@ class DDIM(EtaSolver):
     eta: float = 0.0
 
     name = "ddim"
+    default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = (
+        "logistic",
+        {"center": -1.0, "scale": 1.5},
+    )
+    grid_on_flows: ClassVar[str | None] = "uniform"
+    starts_late: ClassVar[bool] = True
     spacing: ClassVar[str] = "leading"
     spaces_points: ClassVar[bool] = True
 

@@ -3,6 +3,7 @@ r"""UniPC: a predictor and a corrector that share their network evaluations."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.quadrature import phi
 from fewstep.plans.tape import Form, Tape
-from fewstep.solvers.base import NEARLY_UNIFORM, Solver, check_order
+from fewstep.solvers.base import Solver, check_order
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class UniPC(Solver):
     lower_final: bool = True
 
     prediction: ClassVar[Prediction] = Prediction.X0
-    default_grid = NEARLY_UNIFORM
+    default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = ("power", {"power": 1.05})
     twin = "diffusers:UniPCMultistepScheduler"
     lowers_final: ClassVar[bool] = True
     always_lowers_final: ClassVar[bool] = True
