@@ -20,25 +20,30 @@ class Fork:
 
     Arguments:
         work: The function; it imports what it needs of fewstep itself.
+        fresh: Whether it forgets; without it is a worker of this process.
         environment: Variables of the environment.
     """
 
-    def __init__(self, work: Callable[[], object], **environment: str) -> None:
+    def __init__(
+        self, work: Callable[[], object], *, fresh: bool = True, **environment: str
+    ) -> None:
         if not hasattr(os, "fork"):
             pytest.skip("no fork on this system")
         read, write = os.pipe()
         self.pid = os.fork()
         self._code: int | None = None
         if self.pid == 0:
-            self._run(work, environment, write)
+            self._run(work, fresh, environment, write)
         os.close(write)
         self._said = os.fdopen(read)
 
     @staticmethod
-    def _run(work: Callable[[], object], environment: dict[str, str], write: int) -> None:
+    def _run(
+        work: Callable[[], object], fresh: bool, environment: dict[str, str], write: int
+    ) -> None:
         code = 1
         try:
-            for name in list(sys.modules):
+            for name in list(sys.modules) if fresh else ():
                 if name.partition(".")[0] == "fewstep" or name.startswith("tiny_"):
                     del sys.modules[name]
             os.environ.update(environment)
@@ -48,6 +53,11 @@ class Fork:
             os.write(write, traceback.format_exc().encode()[-4096:])
         finally:
             os._exit(code)
+
+    def has_ended(self) -> bool:
+        """Returns whether the process has ended, and leaves it to :meth:`wait`."""
+        how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return self._code is not None or os.waitid(os.P_PID, self.pid, how) is not None
 
     def wait(self) -> int:
         """Returns the exit code once the process has ended; what was raised there is raised here."""

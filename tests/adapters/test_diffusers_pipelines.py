@@ -112,7 +112,7 @@ PIPELINES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
 }
 
 
-def draw(pipe: Any, arguments: dict[str, Any], steps: int = 8, seed: int = 0) -> numpy.ndarray:
+def draw(pipe: Any, arguments: dict[str, Any], steps: int = 6, seed: int = 0) -> numpy.ndarray:
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(seed)  # DiT and SD3 pass no generator to the scheduler
     made = pipe(num_inference_steps=steps, generator=seeded(seed), output_type="np", **arguments)
@@ -206,7 +206,7 @@ def test_heun_in_text_to_image():
 def _fine(name: str, **base: Any) -> numpy.ndarray:
     build, arguments = PIPELINES[name]
     ddim = PlanScheduler(solver="ddim", final_sigmas_type="zero", **base)
-    return draw(build(ddim), arguments, 40)
+    return draw(build(ddim), arguments, 24)
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))
@@ -216,7 +216,7 @@ def test_other_solvers_run_and_agree_with_ddim_on_many_steps(name, solver):
     build, arguments = PIPELINES[name]
     if solver == "edm-stochastic" and name in ("img2img", "inpaint"):
         pytest.skip("it would add noise before the first call")
-    steps = 8
+    steps = 4 if solver == "edm-stochastic" else 8
     base = {} if name == "sd3" else {"steps_offset": 0, "timestep_spacing": "linspace"}
     if name == "sd3":
         base["prediction_type"] = "flow_prediction"
@@ -233,7 +233,7 @@ def test_other_solvers_run_and_agree_with_ddim_on_many_steps(name, solver):
 def test_eight_threads_share_one_pipeline():
     build, arguments = PIPELINES["text"]
     pipe = build(PlanScheduler(solver="tab3", **LATENT))
-    steps = [4, 5, 6, 7, 8, 9, 10, 11]
+    steps = [2, 3, 4, 5, 6, 7, 8, 9]
     alone = [draw(pipe, arguments, n, seed) for seed, n in enumerate(steps)]
     together: dict[int, numpy.ndarray] = {}
     errors: list[BaseException] = []

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from fewstep.base.runs import locked
 from fewstep.cli import run
 from fewstep.sampling import batches
 from fewstep.training.batches import Batches
+from forks import FORKS, Fork
 from next_lines import carry_out, proposed
 from tiny_models import write_tiny
 
@@ -393,22 +395,23 @@ def test_a_process_of_several_makes_the_bytes_of_one_also_alone(
     assert "exists" in command(*subcommand, tmp_path / "two", code=2)
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings(FORKS)
 def test_two_processes_share_a_run_and_one_is_killed(command, tiny, tmp_path):
     subcommand = ["sample", str(tiny), "--nfe", "3", "-n", "40", "--class-labels", "0"]
     subcommand += ["--batch-size", "1", "--out"]
     command(*subcommand, tmp_path / "one")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "fewstep.cli", *subcommand, str(tmp_path / "two")],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
+
+    def share() -> None:
+        from fewstep.cli import run
+
+        assert run([*subcommand, str(tmp_path / "two")]) == 0
+
+    started = [Fork(share, RANK=rank, WORLD_SIZE="2") for rank in "01"]
     parts = tmp_path / "two" / "parts"
-    while not list(parts.glob("*.safetensors")) and started[1].poll() is None:
-        time.sleep(0.01)
-    started[1].kill()
+    while not list(parts.glob("*.safetensors")):
+        assert not started[1].has_ended()
+        time.sleep(0.001)
+    os.kill(started[1].pid, signal.SIGKILL)
     # Reaped first: an unreaped process counts as alive, and its claim as held.
     assert (started[1].wait(), started[0].wait()) == (-9, 0)
     for name in ("samples.safetensors", "recipe.json"):

@@ -9,6 +9,7 @@ import torch
 
 from fewstep.diffusion import noise
 from fewstep.diffusion.noise import INITIAL, NoiseSource
+from forks import FORKS, in_fork
 
 
 def test_a_sample_does_not_know_its_batch():
@@ -56,6 +57,19 @@ def test_scalar_events():
     drawn = NoiseSource(0, range(3)).draw(0, ())
     assert drawn.shape == (3,)
     assert len(set(drawn.tolist())) == 3
+
+
+@pytest.mark.filterwarnings(FORKS)
+def test_the_same_in_another_process():
+    here = NoiseSource(3, [4]).draw(1, (5,))
+
+    def there() -> None:
+        from fewstep.diffusion.noise import NoiseSource
+
+        torch.manual_seed(99)
+        assert torch.equal(NoiseSource(3, [4]).draw(1, (5,)), here)
+
+    in_fork(there)
 
 
 @pytest.mark.parametrize("seed", [0.0, "0", True, None])

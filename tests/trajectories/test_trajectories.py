@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
@@ -33,6 +32,7 @@ from fewstep.trajectories import Cycle, TrajectoryStore, Uniform, shards, verify
 from fewstep.trajectories.claims import Claim
 from fewstep.trajectories.conditions import condition
 from fewstep.trajectories.manifest import read_manifest
+from forks import FORKS, Fork
 
 MODEL = fewstep.load("mixture-smooth")
 SMALL = {"n": 20, "nfe": 8, "shard_size": 8, "batch_size": 4}
@@ -690,57 +690,32 @@ def test_the_manifest_of_something_else_is_not_deleted(tmp_path):
 
 # Many writers
 
-WRITERS = """
-import os, sys, time
-import torch
-torch.set_num_threads(1)
-import fewstep
-from fewstep.trajectories import writing
-plain = writing.Writer.follow
-def slow(self, *arguments, **options):
-    time.sleep(0.2)
-    return plain(self, *arguments, **options)
-writing.Writer.follow = slow
-model, pids = fewstep.load("mixture-smooth"), []
-for _ in range(3):
-    pid = os.fork()
-    if pid == 0:
-        fewstep.record(model, sys.argv[1], n=96, nfe=8, shard_size=8, batch_size=4)
-        os._exit(0)
-    pids.append(pid)
-print(*pids, flush=True)
-print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
-"""
 
+@pytest.mark.filterwarnings(FORKS)
+def test_three_writers_of_which_one_is_killed(tmp_path, monkeypatch):
+    plain = writing.Writer.follow
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.slow
-def test_three_writers_of_which_one_is_killed(tmp_path):
-    """Three forks of one process, which imports torch once for all of them."""
-    alone = fewstep.record(MODEL, tmp_path / "alone", n=96, nfe=8, shard_size=8, batch_size=4)
+    def slow(self, *arguments, **options):
+        time.sleep(0.1)  # the others wait their turn while this one holds its shard
+        return plain(self, *arguments, **options)
+
+    def write(folder):
+        return fewstep.record(MODEL, folder, n=96, nfe=8, shard_size=8, batch_size=4)
+
+    alone = write(tmp_path / "alone")
     folder = tmp_path / "many"
-    source = str(Path(fewstep.__file__).parents[1])
-    with subprocess.Popen(
-        [sys.executable, "-c", WRITERS, str(folder)],
-        env={**os.environ, "PYTHONPATH": source},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as parent:
-        assert parent.stdout is not None
-        try:
-            first = int(parent.stdout.readline().split()[0])
-            held: list[Path] = []
-            while not held:  # until the first of them is at a shard
-                os.kill(first, 0)  # raises if it ended before it was killed
-                time.sleep(0.02)
-                held = [p for p in folder.glob("claims/[0-9]*") if str(first) in p.read_text()]
-            os.kill(first, signal.SIGKILL)
-            assert parent.stdout.readline().split() == [str(-signal.SIGKILL), "0", "0"]
-            assert parent.wait() == 0
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(parent.pid, signal.SIGKILL)
+    monkeypatch.setattr(writing.Writer, "follow", slow)
+    writers = [Fork(lambda: write(folder), fresh=False) for _ in range(3)]
+    try:
+        held: list[Path] = []
+        while not held:  # until the first of them is at a shard
+            assert not writers[0].has_ended()
+            time.sleep(0.005)
+            claims = folder.glob("claims/[0-9]*")
+            held = [p for p in claims if str(writers[0].pid) in p.read_text()]
+    finally:
+        os.kill(writers[0].pid, signal.SIGKILL)
+    assert [writer.wait() for writer in writers] == [-signal.SIGKILL, 0, 0]
     assert files(folder) == files(alone.folder)
 
 

@@ -90,6 +90,10 @@ class NoiseSchedule(ABC):
         r"""Returns the times at which :math:`\lambda(t)` has a kink, or ``None``."""
         return None
 
+    def log_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns :math:`\log \alpha(t)` and :math:`\log \sigma(t)`, which may share work."""
+        return self.log_alpha(t), self.log_sigma(t)
+
     @final
     def alpha(self, t: Tensor) -> Tensor:
         r"""Returns :math:`\alpha(t)`."""
@@ -103,7 +107,8 @@ class NoiseSchedule(ABC):
     @final
     def lam(self, t: Tensor) -> Tensor:
         r"""Returns :math:`\lambda(t) = \log(\alpha / \sigma)`, half the log-SNR."""
-        return self.log_alpha(t) - self.log_sigma(t)
+        log_alpha, log_sigma = self.log_scales(t)
+        return log_alpha - log_sigma
 
     @final
     def rho(self, t: Tensor) -> Tensor:
@@ -212,6 +217,10 @@ class VPLinear(_LinearBeta):
 
     def log_sigma(self, t: Tensor) -> Tensor:
         return _log_sigma_vp(self.log_alpha(t))
+
+    def log_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha = self.log_alpha(t)
+        return log_alpha, _log_sigma_vp(log_alpha)
 
     def time(self, lam: Tensor) -> Tensor:
         return self._time_of(softplus(-2 * lam))
@@ -509,6 +518,10 @@ class Tabulated(NoiseSchedule):
 
     def log_sigma(self, t: Tensor) -> Tensor:
         return 0.5 * logsigmoid(-2 * self._lam_at(t))
+
+    def log_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        twice = 2 * self._lam_at(t)
+        return 0.5 * logsigmoid(twice), 0.5 * logsigmoid(-twice)
 
     def time(self, lam: Tensor) -> Tensor:
         if isinstance(lam, float):

@@ -39,8 +39,8 @@ def scales(widest: float, finest: float, count: int = 5) -> Kernel:
         squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
         squares = squares.clamp(min=0)
         total = torch.zeros_like(squares)
-        for w in widths:
-            total = total + (squares * (-0.5 / w**2)).exp()
+        for w in widths:  # in place: large matrices cost more to allocate than to compute
+            total += (squares * (-0.5 / w**2)).exp_()
         return total / count
 
     return kernel

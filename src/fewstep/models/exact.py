@@ -68,7 +68,7 @@ class GaussianMixture(Denoiser):
     def _parts(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns sigma (B, 1), variances (B, K), offsets (B, K, D), log joint densities (B, K)."""
         t = t.to(torch.float64)
-        alpha, sigma = (f(t).to(x)[:, None] for f in (self.schedule.alpha, self.schedule.sigma))
+        alpha, sigma = (f.exp().to(x)[:, None] for f in self.schedule.log_scales(t))
         variance = alpha.square() * self.stds.to(x).square() + sigma.square()
         offset = x[:, None, :] - alpha[:, :, None] * self.means.to(x)
         log_joint = (
@@ -135,7 +135,7 @@ class DataSet(Denoiser):
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         del cond
         t = t.to(torch.float64)
-        alpha, sigma = (f(t).to(x)[:, None] for f in (self.schedule.alpha, self.schedule.sigma))
+        alpha, sigma = (f.exp().to(x)[:, None] for f in self.schedule.log_scales(t))
         flat = x.flatten(1)
         # Softmax over chunks: running maximum, total and weighted sum.
         top = torch.full_like(sigma, -torch.inf)

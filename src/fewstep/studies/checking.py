@@ -3,7 +3,6 @@ r"""Checks the description of a model by its denoising error, compared with that
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -43,6 +42,9 @@ MOST = 4.0
 
 NUMBERS = 8192
 """The least number of coordinates of a batch, all samples together."""
+
+TOGETHER = 1 << 22
+"""The most numbers in a tensor of the errors of several predictions."""
 
 SHOWN = 3
 """The most undecided hypotheses that the verdict names."""
@@ -258,6 +260,8 @@ class _Bench:
         self.data = None if data is None else data.to(device=device, dtype=dtype)
         self.claim = Hypothesis(self.probe.claimed.native, self.probe.claimed.schedule)
         self.measured = set[tuple[Any, ...]]()
+        self._of_schedule: dict[NoiseSchedule, tuple[list[float], list[float], list[float]]] = {}
+        self._grids: dict[NoiseSchedule, tuple[list[float], list[float], list[float]]] = {}
         self.tested: list[Tested] = []
 
     def check(self) -> ModelCheck:
@@ -365,11 +369,10 @@ class _Bench:
     ) -> Iterable[Tested]:
         mean, var = _moments(x0)
         every = [replace(hypothesis, prediction=p, negated=negated) for p, negated in kinds]
-        errors: list[list[Tensor]] = [[] for _ in every]
+        levels: list[Tensor] = []
         baseline = 0.0
-        for lam, z in zip(LEVELS, self.noise, strict=True):
-            t = float(hypothesis.schedule.time(torch.tensor(lam, dtype=torch.float64)))
-            alpha, sigma = _scales(hypothesis.schedule, t)
+        times, alphas, sigmas = self._levels(hypothesis.schedule)
+        for t, alpha, sigma, z in zip(times, alphas, sigmas, self.noise, strict=True):
             size = math.hypot(alpha, sigma)
             x = alpha * x0 + sigma * z
             # v depends on x and x0 alone, so all errors are those of x0 in these units.
@@ -377,19 +380,38 @@ class _Bench:
             shrunk = mean + alpha * var / (alpha**2 * var + sigma**2) * (x - alpha * mean)
             baseline += float(((shrunk - x0) * unit).square().mean())
             output = self.probe.output(hypothesis, x, t)
-            for own, parts in zip(every, errors, strict=True):
-                if output is None:
-                    parts.append(torch.full((len(x),), math.inf, dtype=torch.float64))
-                    continue
-                a, b = _factors(own.prediction, Prediction.X0, alpha, sigma)
-                difference = (a * x + own.sign * b * output - x0) * unit
-                parts.append(difference.square().flatten(1).mean(1).cpu().double())
+            if output is None:
+                levels.append(torch.full((len(kinds), len(x)), math.inf, dtype=torch.float64))
+                continue
+            factors = [
+                (a, own.sign * b)
+                for own in every
+                for a, b in (_factors(own.prediction, Prediction.X0, alpha, sigma),)
+            ]
+            a, b = x.new_tensor(factors).T.reshape(2, len(kinds), *[1] * x.ndim)
+            together = max(1, TOGETHER // x.numel())
+            squares = [
+                ((one * x + two * output - x0) * unit).square().flatten(2).mean(2)
+                for one, two in zip(a.split(together), b.split(together), strict=True)
+            ]
+            levels.append(torch.cat(squares).cpu().double())
         if not baseline > 0:  # all samples are equal: nothing to compare with
             return
-        for own, parts in zip(every, errors, strict=True):
-            relative = torch.stack(parts, 1) * len(LEVELS) / baseline
-            relative = relative.nan_to_num(math.inf).clamp(max=MOST)
-            yield Tested(own, float(relative.mean()), relative)
+        relative = torch.stack(levels, 2) * len(LEVELS) / baseline
+        relative = relative.nan_to_num(math.inf).clamp(max=MOST)
+        for own, errors in zip(every, relative, strict=True):
+            yield Tested(own, float(errors.mean()), errors)
+
+    def _levels(self, s: NoiseSchedule) -> tuple[list[float], list[float], list[float]]:
+        """Returns times, alpha and sigma of the levels in a schedule."""
+        if s not in self._of_schedule:
+            times = s.time(torch.tensor(LEVELS, dtype=torch.float64))
+            self._of_schedule[s] = (
+                times.tolist(),
+                s.alpha(times).tolist(),
+                s.sigma(times).tolist(),
+            )
+        return self._of_schedule[s]
 
     def _samples(self, hypothesis: Hypothesis) -> Tensor:
         """Returns samples that the network draws under a hypothesis: 10 steps of DDIM.
@@ -398,18 +420,20 @@ class _Bench:
         leave noise.
         """
         s = hypothesis.schedule
-        steps = grid("logistic", s, 10).times.tolist()
-        alpha, sigma = _scales(s, steps[0])
+        if s not in self._grids:
+            times = grid("logistic", s, 10).times
+            self._grids[s] = (times.tolist(), s.alpha(times).tolist(), s.sigma(times).tolist())
+        steps = zip(*self._grids[s], strict=True)
+        now, alpha, sigma = next(steps)
         x = sigma * self.noise[0]
-        for now, then in itertools.pairwise(steps):
+        for then, next_alpha, next_sigma in steps:
             output = self.probe.output(hypothesis, x, now)
             if output is None:
                 return torch.full_like(x, math.nan)
             a, b = _factors(hypothesis.prediction, Prediction.EPS, alpha, sigma)
             eps = a * x + hypothesis.sign * b * output
-            next_alpha, next_sigma = _scales(s, then)
             x = next_alpha / alpha * x + (next_sigma - next_alpha / alpha * sigma) * eps
-            alpha, sigma = next_alpha, next_sigma
+            now, alpha, sigma = then, next_alpha, next_sigma
         return x / alpha
 
 
@@ -460,11 +484,6 @@ def _same(one: tuple[Any, Tensor, Tensor], two: tuple[Any, Tensor, Tensor]) -> b
     span = float(one[1].max() - one[1].min())
     times = float((one[1] - two[1]).abs().max()) <= NEAR * max(span, 1e-12)
     return times and bool(torch.allclose(one[2], two[2], rtol=NEAR, atol=1e-6))
-
-
-def _scales(s: NoiseSchedule, t: float) -> tuple[float, float]:
-    time = torch.tensor(t, dtype=torch.float64)
-    return float(s.alpha(time)), float(s.sigma(time))
 
 
 @functools.lru_cache(4096)

@@ -2,11 +2,13 @@ r"""The best grid by dynamic programming on measured local errors."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -99,20 +101,21 @@ class StepCosts:
 
     def two(self, h: int) -> Tensor:
         """Returns the costs of steps of degree 2 with nodes g, h before, by (g, i, j)."""
-        m1, m2 = self.moments[..., 1], self.moments[..., 2]
-        lost = self.base - m1[..., None] * self.first[:, h][:, None]
-        gaps = self.t[:, None] - self.t[None]
-        gaps = torch.where(gaps == 0, torch.ones_like(gaps), gaps)
+        cost = torch.full((self.size,) * 3, math.inf, dtype=torch.float64)
+        # Only g < h < i < j are steps: a twelfth of the cube, over all h.
+        later = slice(h + 1, None)
+        m1, m2 = self.moments[later, later, 1], self.moments[later, later, 2]
+        lost = self.base[later, later] - m1[..., None] * self.first[later, h][:, None]
+        gaps = self.t[later, None] - self.t[None, :h]
         # Newton's second difference over (i, h, g), by (i, g).
-        second = (self.first[:, h][:, None] - self.first[h][None]) / gaps[..., None]
-        factor = m2 + (self.t - self.t[h])[:, None] * m1
+        second = (self.first[later, h][:, None] - self.first[h, :h][None]) / gaps[..., None]
+        factor = m2 + (self.t[later] - self.t[h])[:, None] * m1
         # |lost - factor * second|^2, multiplied out: one product of matrices for all g.
         crossed = torch.bmm(lost, second.transpose(1, 2)).permute(2, 0, 1)
         sizes = second.square().sum(-1).T[..., None]
         square = lost.square().sum(-1) - 2 * factor * crossed + factor.square() * sizes
-        cost = self._masked(square.clamp_min(0) * self.weight, h)
-        cost[torch.arange(self.size) >= h] = math.inf
-        return cost
+        cost[:h, later, later] = square.clamp_min(0) * self.weight[later]
+        return self._masked(cost, h)
 
     def _masked(self, cost: Tensor, h: int) -> Tensor:
         order = torch.arange(self.size)
@@ -174,7 +177,8 @@ class FittedStepCosts:
 
     def _table(self, nodes: int) -> Tensor:
         """Returns the costs by ``nodes`` increasing nodes, infinite for all others."""
-        places = torch.combinations(torch.arange(self.size), nodes)
+        # torch.combinations walks all tuples, which are 24 times as many for four nodes.
+        places = torch.tensor(list(itertools.combinations(range(self.size), nodes)))
         table = torch.full((self.size,) * nodes, math.inf, dtype=torch.float64)
         table[places.unbind(1)] = torch.cat([self._costs(part) for part in places.split(1 << 15)])
         return table
@@ -277,7 +281,8 @@ class _Tables:
         if costs.degree >= 1:
             self.one = torch.stack([costs.one(h) for h in range(size)])
         if costs.degree == 2:
-            self.two = torch.stack([costs.two(h) for h in range(size)], 1)
+            # Nodes increase, so of the cube for h only what is before and after it is kept.
+            self.two = [costs.two(h)[:h, h + 1 :, h + 1 :].clone() for h in range(size)]
 
     def begin(self, starts: Tensor) -> _Layer:
         cost = starts[:, None] + self.zero
@@ -296,14 +301,20 @@ class _Tables:
             return _Layer(best.values, best.indices)
         if cost.ndim == 2:  # the second step: degree 1, and the history becomes full
             return _Layer(cost[:, :, None] + self.one, torch.zeros(0))
-        best = (cost[..., None] + self.two).min(0)
-        return _Layer(best.values, best.indices)
+        values = torch.full_like(self.one, math.inf)
+        before = torch.zeros(self.one.shape, dtype=torch.int64)
+        for h, two in enumerate(self.two):
+            if two.numel():
+                best = (cost[:h, h, h + 1 :, None] + two).min(0)
+                values[h, h + 1 :, h + 1 :] = best.values
+                before[h, h + 1 :, h + 1 :] = best.indices
+        return _Layer(values, before)
 
     def read(self, layers: list[_Layer], ends: Tensor) -> tuple[list[int], float]:
         """Returns the best grid's nodes, and its cost."""
         total = layers[-1].cost + ends
         flat = int(total.argmin())
-        history = [int(k) for k in torch.unravel_index(torch.tensor(flat), total.shape)]
+        history = [int(k) for k in numpy.unravel_index(flat, total.shape)]
         cost, nodes = float(total.flatten()[flat]), list(history)
         for layer in reversed(layers):
             if not layer.before.numel():

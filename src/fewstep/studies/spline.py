@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def spline_matrix(knots: Tensor, points: Tensor) -> Tensor:
     n = len(knots)
     if n <= 3:
         return lagrange(list(knots.unbind()), points).T
-    slopes = _slopes(knots)
+    slopes = _slopes(tuple(knots.tolist()))
     place = torch.searchsorted(knots, points.contiguous(), right=True).clamp(1, n - 1) - 1
     h = knots.diff()[place]
     u = (points - knots[place]) / h
@@ -48,16 +50,20 @@ def spline_matrix(knots: Tensor, points: Tensor) -> Tensor:
     )
 
 
-def _slopes(knots: Tensor) -> Tensor:
+@functools.lru_cache(16)
+def _slopes(places: tuple[float, ...]) -> Tensor:
     """Returns the matrix that maps values at knots to the spline's slopes there, (n, n)."""
+    knots = torch.tensor(places, dtype=torch.float64)
     n, h = len(knots), knots.diff()
     eye = torch.eye(n, dtype=torch.float64)
     chord = (eye[1:] - eye[:-1]) / h[:, None]
     left = torch.zeros((n, n), dtype=torch.float64)
     right = torch.zeros((n, n), dtype=torch.float64)
-    for i in range(1, n - 1):
-        left[i, i - 1], left[i, i], left[i, i + 1] = h[i], 2 * (h[i - 1] + h[i]), h[i - 1]
-        right[i] = 3 * (h[i] * chord[i - 1] + h[i - 1] * chord[i])
+    inner = torch.arange(1, n - 1)
+    left[inner, inner - 1] = h[1:]
+    left[inner, inner] = 2 * (h[:-1] + h[1:])
+    left[inner, inner + 1] = h[:-1]
+    right[1:-1] = 3 * (h[1:, None] * chord[:-1] + h[:-1, None] * chord[1:])
     for row, near, far, a, b in ((0, 0, 1, 0, 1), (n - 1, n - 1, n - 2, n - 2, n - 3)):
         d = h[a] + h[b]
         left[row, near], left[row, far] = h[b], d
