@@ -42,6 +42,7 @@ def tune(
     family_option: list[str] | None = None,
     setting: list[str] | None = None,
     steps: int | None = None,
+    optimizer: str = "adam",
     class_labels: str | None = None,
     guidance: float | None = None,
     seed: int = 0,
@@ -75,6 +76,8 @@ def tune(
         family_option: An option of the family as key=value (coordinate=lambda); can be repeated.
         setting: A setting of the search as key=value (batch_size=32); can be repeated.
         steps: The steps of each stage.
+        optimizer: adam, with gradients; or cmaes, an evolution strategy without (pip install
+            'fewstep[search]'), for models that have none.
         class_labels: The classes to draw from: 3, or 0,1,2, or all; all if left out.
         guidance: The scale of classifier-free guidance; it becomes part of the recipe.
         seed: The seed of all random draws.
@@ -92,6 +95,7 @@ def tune(
     if out.is_dir():
         raise ValueError(f"{str(out)!r} is a folder; --out must be a file, for example tuned.json")
     settings = parse_options(setting)
+    settings.setdefault("optimizer", optimizer)
     if steps is not None:
         settings["steps"] = steps
     denoiser = load_model(model, device)

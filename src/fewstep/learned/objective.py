@@ -78,6 +78,7 @@ class Objective(ABC):
             objective is paired judges candidates by :meth:`distances` on held-out pairs, else by
             their discrepancy from the reference.
         wants_pairs: Whether it needs a teacher's samples without being paired.
+        scored: Whether it judges candidates itself, by :meth:`score` of held-out samples.
         wants_states: Whether it also compares intermediate states.
         needs_data: Whether it compares with real data.
         features: Whether it uses the features of the loss, so that they are no judge of the result.
@@ -88,6 +89,7 @@ class Objective(ABC):
 
     paired: ClassVar[bool] = False
     wants_pairs: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
     wants_states: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
     features: bool = False
@@ -111,6 +113,14 @@ class Objective(ABC):
     def learn(self, outcome: Outcome, batch: Batch) -> None:
         """Updates what the objective itself learns, before the loss of each step; by default nothing."""
         del outcome, batch
+
+    def score(self, x: Tensor) -> Tensor:
+        r"""Returns how bad each sample x (B, \*) is, shape (B), if the objective is ``scored``.
+
+        Raises:
+            NotImplementedError: If it is not.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not score samples")
 
     def state(self) -> dict[str, Tensor]:
         """Returns what it has learned, for the checkpoint."""

@@ -155,6 +155,44 @@ class MMD(Objective):
         return mmd2(self.kernel(x, x), yy, self.kernel(x, y))
 
 
+class Reward(Objective):
+    r"""The negative mean of a reward of the user's.
+
+    .. math:: L = - \frac1B \sum_b r(x^b)
+
+    Candidates are selected by it on held-out noise, as long as they do not lose recall or get further from
+    the reference (real data, or the teacher's samples): a reward alone is lowered by what it does not see.
+
+    Arguments:
+        reward: Takes samples (B, \*), returns how good each is, (B); with a gradient, unless the
+            optimizer needs none.
+    """
+
+    scored = True
+
+    def __init__(self, reward: Callable[[Tensor], Tensor]) -> None:
+        self.reward = reward
+
+    @classmethod
+    def build(cls, given: Given) -> Reward:
+        if given.settings.reward is None:
+            raise ValueError(
+                "the objective reward needs a callable of samples: search={'reward': ...}, from Python"
+            )
+        return cls(given.settings.reward)
+
+    def score(self, x: Tensor) -> Tensor:
+        value = self.reward(x)
+        if not isinstance(value, Tensor) or value.shape != (len(x),):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"a reward returns a tensor of shape ({len(x)},), got {got}")
+        return -value
+
+    def loss(self, outcome: Outcome, batch: Batch) -> Tensor:
+        del batch
+        return self.score(outcome.x).mean()
+
+
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective",
     {
@@ -163,6 +201,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "mmd": MMD,
         "adversarial": Adversarial,
         "adversarial-data": AdversarialData,
+        "reward": Reward,
     },
 )
 """The search objectives by name. A new one is a subclass of :class:`Objective` and a line here."""

@@ -17,6 +17,7 @@ from fewstep import __version__
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.learned.condition_pool import ConditionPool
+from fewstep.learned.evolution import check_evolution
 from fewstep.learned.families import FAMILIES, family
 from fewstep.learned.judges import IMAGE, Judge, random_features
 from fewstep.learned.learned_plan import Base, LearnedPlan
@@ -198,6 +199,19 @@ class Problem:
         more = [extractor(f) for f in unseen]
         given = Given(learned, search, reference, source.dtype, seed)
         objectives = {name: kinds[name].build(given) for name in sorted(kinds)}
+        if search.optimizer == "cmaes":
+            check_evolution(learned.count)
+            if learns := [
+                n for n, o in objectives.items() if type(o).learn is not Objective.learn
+            ]:
+                raise ValueError(
+                    f"{learns[0]} learns from step to step, and the optimizer cmaes compares candidates of one "
+                    "step; use adam"
+                )
+            if search.radius is not None:
+                raise ValueError(
+                    "radius moves noises along gradients; the optimizer cmaes has none"
+                )
         names = {
             "family": family_name,
             "family_options": dict(family_options),
@@ -283,7 +297,10 @@ class Problem:
         verdict = Verdict(START)
         if moved:
             verdict = verdict_of(
-                before, after, data=self.real is not None, recall_drop=settings.recall_drop
+                before,
+                after,
+                data=self.real is not None or "reward" in self.objectives,
+                recall_drop=settings.recall_drop,
             )
         return self._result(plan, residual, state, {"before": before, "after": after}, verdict)
 
@@ -337,7 +354,7 @@ class Problem:
         keep = self.base.grid.times.detach().tolist()[1:evaluations] if through else []
         train, heldout, test = sizes
         wanted = [("train", TRAIN, train)]
-        if self._paired:
+        if self._paired or self.real is None:
             wanted += [("heldout", HELDOUT, heldout), ("test", TEST, min(heldout, test))]
         progress.stage("teacher", plan.nfe * sum(n for _, _, n in wanted))
         pairs = list[Pairs | None]()
@@ -400,6 +417,7 @@ class Problem:
                     target_role=role,
                     spaces=spaces,
                     groups=self.source.conditions.groups(n),
+                    reward=self.settings.reward if "reward" in self.objectives else None,
                 )
             )
             start = x if start is None else start

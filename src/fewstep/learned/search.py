@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import generator_at
+from fewstep.learned.evolution import Evolution
 from fewstep.learned.judges import Judge
 from fewstep.learned.learned_plan import LearnedPlan
 from fewstep.learned.objectives import Batch, Objective, Outcome
@@ -24,7 +25,7 @@ from fewstep.learned.settings import Search
 from fewstep.learned.stages import Stage
 from fewstep.learned.teachers import Pairs, Source
 from fewstep.learned.unrolled import Unrolled, backpropagate
-from fewstep.models.conditions import joined
+from fewstep.models.conditions import joined, select
 from fewstep.sampling.residual import Residual
 
 MOST_WORSE, LEAST_WORSE = 0.1, 2e-4
@@ -91,6 +92,7 @@ class Searcher:
         vector = learned.vector()
         self.state = State({"average": vector, "best": vector.clone()})
         self.optimizer = torch.optim.Adam(learned.parameters())
+        self._evolution: Evolution | None = None
 
     def run(self) -> State:
         """Runs the remaining steps of all stages; the plan has the best parameters afterwards.
@@ -155,6 +157,8 @@ class Searcher:
         self.learned.load_vector(state.tensors["best"])
         state.tensors["average"] = state.tensors["best"].clone()
         self.optimizer = torch.optim.Adam(self.learned.parameters())
+        state.tensors.pop("told", None)
+        self._evolution = None
         state.stage, state.step, state.updates, state.stale = state.stage + 1, 0, 0, 0
         state.start, state.best_score = None, math.inf
         self._save()
@@ -166,6 +170,7 @@ class Searcher:
         more = f" {state.stage + 1} of {len(self.stages)}" if len(self.stages) > 1 else ""
         self.progress.stage(f"search{more}", stage.steps, done=state.step)
         if state.start is None:
+            state.tensors["first"] = state.tensors["best"].clone()
             judgement = self._judgement(stage, state.tensors["best"])
             state.start, state.best_score = judgement, judgement["score"]
             if not state.norms:
@@ -196,7 +201,7 @@ class Searcher:
         better = (
             judgement["score"] < state.best_score
             and judgement["recall"] >= least
-            and (judgement["law"] <= most or not stage.paired)
+            and (judgement["law"] <= most or not (stage.paired or stage.scored))
         )
         if better:
             state.best_score, state.stale = judgement["score"], 0
@@ -222,8 +227,8 @@ class Searcher:
     def _judgement(self, stage: Stage, vector: Tensor) -> dict[str, float]:
         """Returns score, law, precision and recall of parameters on the held-out noise.
 
-        ``score`` is the distance from the teacher in a paired stage and else ``law``, the
-        discrepancy from the judge's reference.
+        ``score`` is the distance from the teacher in a paired stage, the objective's own score if it has
+        one, and else ``law``, the discrepancy from the judge's reference.
         """
         present = self.learned.vector()
         self.learned.load_vector(vector)
@@ -243,7 +248,14 @@ class Searcher:
             self.learned.load_vector(present)
         precision, recall = self.judge.diversity(x)
         law = 0.0 if stage.paired and not self.real else self.judge.score(x)
-        score = self._distance(stage, x) if stage.paired else law
+        score = law
+        if stage.paired:
+            score = self._distance(stage, x)
+        elif stage.scored:
+            objective = self.objectives[stage.names[0]]
+            with torch.no_grad():
+                parts = x.to(self.source.device).split(self.settings.sampling_batch)
+                score = float(torch.cat([objective.score(part) for part in parts]).double().mean())
         return {"score": score, "law": law, "precision": precision, "recall": recall}
 
     @torch.no_grad()
@@ -328,13 +340,57 @@ class Searcher:
     def _loss(self, stage: Stage, outcome: Outcome, batch: Batch) -> Tensor:
         total = outcome.x.new_zeros(())
         for name, weight in stage.terms:
-            self.objectives[name].learn(outcome, batch)
+            if self.settings.optimizer == "adam":
+                self.objectives[name].learn(outcome, batch)
             scale = weight / self.state.norms[name]
             total = total + scale * self.objectives[name].loss(outcome, batch)
         return total
 
+    @torch.no_grad()
+    def _generation(self, stage: Stage) -> float:
+        """Does one generation without gradients; returns the mean loss of its candidates."""
+        state = self.state
+        if self._evolution is None:
+            seed = generator_at("search", "evolution", self.seed, state.stage).initial_seed()
+            self._evolution = Evolution(
+                state.tensors["first"],
+                spread=self.settings.spread,
+                seed=seed,
+                told=state.tensors.get("told"),
+            )
+        rows, fresh = self._rows(stage)
+        x, cond, draws, batch = self._batch(rows, fresh, step=state.step)
+        size = self.settings.microbatch or len(x)
+        values = list[float]()
+        for candidate in self._evolution.candidates():
+            self.learned.load_vector(candidate)
+            numbers = self.learned()
+            outcomes = [
+                self.run_plan(
+                    numbers,
+                    x[first : first + size],
+                    [z[first : first + size] for z in draws],
+                    select(cond, range(first, min(first + size, len(x)))),
+                )
+                for first in range(0, len(x), size)
+            ]
+            states = zip(*(o.states for o in outcomes), strict=True)
+            whole = Outcome(
+                torch.cat([o.x for o in outcomes]), tuple(torch.cat(parts) for parts in states)
+            )
+            values.append(float(self._loss(stage, whole, batch)))
+        self._evolution.tell(values)
+        state.tensors["told"] = self._evolution.told
+        state.tensors["average"] = self._evolution.mean
+        self.learned.load_vector(self._evolution.mean)
+        finite = [v for v in values if math.isfinite(v)]
+        state.skipped += not finite
+        return sum(finite) / len(finite) if finite else math.inf
+
     def _step(self, stage: Stage) -> float:
         """Does one step; returns its loss. A step that is not finite changes nothing."""
+        if self.settings.optimizer == "cmaes":
+            return self._generation(stage)
         state, settings = self.state, self.settings
         rows, fresh = self._rows(stage)
         x, cond, draws, batch = self._batch(rows, fresh, step=state.step)

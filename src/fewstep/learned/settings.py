@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import Tensor
+
+from fewstep.base.registry import unknown
 from fewstep.learned.distances import Distance
 from fewstep.metrics.kernel import Kernel
 
 GRADIENTS = ("full", "cut")
+OPTIMIZERS = ("adam", "cmaes")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,11 @@ class Search:
         teacher_nfe: The evaluations of the teacher.
         steps: The steps of each stage.
         batch_size: The samples of a step.
+        optimizer: ``"adam"``, with gradients through all evaluations; or ``"cmaes"``, an evolution strategy
+            that only compares candidates: for models without a gradient, or a reward that has none. A step is a
+            generation, of 4 + 3 log(parameters) candidates.
+        spread: The standard deviation of the first candidates of ``"cmaes"``, in each parameter.
+        reward: For the objective ``reward``: a callable of samples (B, \*) that returns how good each is, (B).
         learning_rate: The largest rate of Adam, reached after the warm-up, then a cosine to 0.
         warmup: The share of the steps during which the rate rises.
         clip: The largest norm of a gradient.
@@ -54,6 +63,9 @@ class Search:
     teacher_nfe: int | None = None
     steps: int | None = None
     batch_size: int | None = None
+    optimizer: str = "adam"
+    spread: float = 0.05
+    reward: Callable[[Tensor], Tensor] | None = None
     learning_rate: float = 5e-3
     warmup: float = 0.02
     clip: float = 1.0
@@ -77,7 +89,7 @@ class Search:
         for name in ("evaluate_every", "patience", "real_batch", "sampling_batch"):
             _positive(name, getattr(self, name), none=False)
         _positive("microbatch", self.microbatch, none=True)
-        for name in ("learning_rate", "clip", "penalty"):
+        for name in ("learning_rate", "clip", "penalty", "spread"):
             value = getattr(self, name)
             if not (_number(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
@@ -87,6 +99,12 @@ class Search:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
         if self.radius is not None and not (_number(self.radius) and self.radius > 0):
             raise ValueError(f"radius must be a positive number or None, got {self.radius!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(unknown("optimizer", self.optimizer, list(OPTIMIZERS)))
+        if self.reward is not None and not callable(self.reward):
+            raise TypeError(
+                f"reward must be a callable of samples, got {type(self.reward).__name__}; it is given in Python"
+            )
         if self.gradient not in GRADIENTS:
             raise ValueError(f"gradient must be 'full' or 'cut', got {self.gradient!r}")
 

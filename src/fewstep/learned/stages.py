@@ -36,6 +36,11 @@ class Stage:
         return OBJECTIVES[self.names[0]].paired
 
     @property
+    def scored(self) -> bool:
+        """Whether candidates are judged by its first objective itself."""
+        return OBJECTIVES[self.names[0]].scored
+
+    @property
     def needs_pairs(self) -> bool:
         """Whether any of its objectives compares with a teacher."""
         kinds = [OBJECTIVES[name] for name in self.names]

@@ -3,6 +3,7 @@ r"""Final scores: in features that the search never looked at, on noise and real
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,8 +16,10 @@ from fewstep.learned.verdict import (
     DISTANCE,
     PRECISION,
     RECALL,
+    REWARD,
     SPREAD,
     TEACHER,
+    TRAINED,
     UNSEEN,
     Score,
 )
@@ -160,6 +163,7 @@ def final_scores(
     target_role: str,
     spaces: Sequence[Space],
     groups: Tensor | None = None,
+    reward: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Score]:
     """Returns the scores of samples from seeds that were not used before, each with its interval.
 
@@ -170,8 +174,11 @@ def final_scores(
         target_role: What the search did with the distance to the teacher.
         spaces: The feature spaces.
         groups: The class of each sample, or ``None``.
+        reward: The user's reward, if it was an objective.
     """
     scores = list[Score]()
+    if reward is not None:
+        scores.append(_reward(reward, x, start))
     if target is not None and len(target) > 1:
         n = len(target)
         estimate = rms(x[:n].flatten(1), target.flatten(1))
@@ -230,6 +237,21 @@ def discrepancy_change(judge: Judge, features: Tensor, before: Tensor) -> Estima
         return (within / (n * (n - 1)) - 2 * between / (n * m))[None]
 
     return jackknife(statistic, (len(a), len(real)), level=LEVEL)[0]
+
+
+def _reward(reward: Callable[[Tensor], Tensor], x: Tensor, start: Tensor | None) -> Score:
+    """Returns the mean reward of samples, and its change from the start's."""
+    with torch.no_grad():
+        value = reward(x).cpu().double()
+        change = None if start is None else _mean(value - reward(start).cpu().double())
+    return Score(f"reward ({TRAINED})", REWARD, _mean(value), TRAINED, change)
+
+
+def _mean(values: Tensor) -> Estimate:
+    n = len(values)
+    width = student(LEVEL, n - 1) * float(values.std()) / n**0.5 if n > 1 else math.inf
+    value = float(values.mean())
+    return Estimate(value, value - width, value + width, LEVEL, "Student", (n, n))
 
 
 def _rms_change(x: Tensor, start: Tensor, target: Tensor) -> Estimate:

@@ -9,7 +9,7 @@ from typing import Any
 from fewstep.metrics.intervals import Estimate
 
 TEACHER, DISTANCE = "distance to the teacher", "distance to the data"
-PRECISION, RECALL, SPREAD = "precision", "recall", "spread"
+PRECISION, RECALL, SPREAD, REWARD = "precision", "recall", "spread", "reward"
 """The kinds of scores."""
 
 TRAINED, SELECTED, UNSEEN = "trained on", "selected with", "unseen"
@@ -29,7 +29,7 @@ class Score:
         name: Its name, with that of the features and what the search did with them.
         kind: ``TEACHER`` (the RMS distance from the teacher's samples), ``DISTANCE`` (from real samples
             that the search did not use; without data from the teacher's), ``PRECISION``, ``RECALL``,
-            or ``SPREAD`` (of the class that lost most of it, relative to the start).
+            ``REWARD`` (the user's, higher is better), or ``SPREAD`` (of the class that lost most of it, relative to the start).
         estimate: The value with its interval.
         role: ``TRAINED``, ``SELECTED`` or ``UNSEEN``.
         change: The difference to the start's score from the same noise, with its interval, or ``None``.
@@ -88,7 +88,8 @@ def verdict_of(
     fall by more than ``recall_drop`` and its standard error; without data the distance to the teacher counts as well.
     Else *unclear*.
 
-    Statistics that were trained on can show harm, never success. A distance to the teacher does not
+    Statistics that were trained on can show harm, never success, but for a reward of the user's, which on
+    unused noise counts as a distance in unseen features does. A distance to the teacher does not
     count where there are data: a result may be nearer to a teacher that is itself wrong.
 
     Arguments:
@@ -103,7 +104,9 @@ def verdict_of(
         a, b = old.estimate, new.estimate
         up = b.low > a.high if new.change is None else new.change.low > 0
         down = b.high < a.low if new.change is None else new.change.high < 0
-        if new.kind == DISTANCE or (new.kind == TEACHER and not data):
+        if new.kind == REWARD:
+            (better if up and b.value > a.value else equal).append(text)
+        elif new.kind == DISTANCE or (new.kind == TEACHER and not data):
             if up and b.value > a.value:
                 worse.append(text)
             elif new.role == UNSEEN or new.kind == TEACHER:
