@@ -29,13 +29,13 @@ def test_it_finds_a_minimum_and_continues_to_the_same_bits():
     for generation in range(60):
         whole.tell([bowl(c) for c in whole.candidates()])
         if generation == 20:
-            stored = whole.told.clone()
+            stored = whole.given.clone()
     assert bowl(whole.mean) < 1e-3 < bowl(start)
-    again = Evolution(start, spread=0.5, seed=4, told=stored)
+    again = Evolution(start, spread=0.5, seed=4, given=stored)
     for _ in range(60 - 21):
         again.tell([bowl(c) for c in again.candidates()])
     assert torch.equal(again.mean, whole.mean)
-    assert torch.equal(again.told, whole.told)
+    assert torch.equal(again.given, whole.given)
 
 
 def test_values_that_are_not_finite_are_the_worst():

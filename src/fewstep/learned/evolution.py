@@ -16,7 +16,7 @@ MOST_PARAMETERS = 500
 class Evolution:
     r"""Candidates of an evolution strategy, generation by generation.
 
-    Its state is what it was told: the library's own generator is seeded, so that told the same values
+    Its state is the list of values that it was given: the library's own generator is seeded, so that with the same values
     again it continues to the same bits, and nothing of its inside needs to be stored.
 
     References:
@@ -27,7 +27,7 @@ class Evolution:
         start: The mean of the first generation, shape (P).
         spread: Its standard deviation in each parameter.
         seed: The seed.
-        told: The values told so far, shape (G, population).
+        given: The values so far, shape (G, population).
 
     Raises:
         ImportError: If the library is not installed.
@@ -35,15 +35,15 @@ class Evolution:
     """
 
     def __init__(
-        self, start: Tensor, *, spread: float, seed: int, told: Tensor | None = None
+        self, start: Tensor, *, spread: float, seed: int, given: Tensor | None = None
     ) -> None:
         check_evolution(len(start))
         from cmaes import CMA
 
         self._cma = CMA(mean=start.double().numpy().copy(), sigma=spread, seed=seed % 2**32)
-        self._told: list[list[float]] = []
+        self._given: list[list[float]] = []
         self._asked: list[np.ndarray] = []
-        for values in [] if told is None else told.tolist():
+        for values in [] if given is None else given.tolist():
             self.candidates()
             self.tell(values)
 
@@ -55,7 +55,7 @@ class Evolution:
     def tell(self, values: list[float]) -> None:
         """Takes the values of the candidates, smaller is better; what is not finite is the worst."""
         values = [v if math.isfinite(v) else math.inf for v in values]
-        self._told.append(values)
+        self._given.append(values)
         if not all(math.isinf(v) for v in values):  # a generation that says nothing is left out
             self._cma.tell(list(zip(self._asked, values, strict=True)))
 
@@ -65,9 +65,9 @@ class Evolution:
         return torch.from_numpy(np.array(self._cma.mean, dtype=np.float64))
 
     @property
-    def told(self) -> Tensor:
-        """The values told so far, shape (G, population)."""
-        return torch.tensor(self._told, dtype=torch.float64)
+    def given(self) -> Tensor:
+        """The values so far, shape (G, population)."""
+        return torch.tensor(self._given, dtype=torch.float64)
 
 
 def check_evolution(parameters: int) -> None:

@@ -157,7 +157,7 @@ class Searcher:
         self.learned.load_vector(state.tensors["best"])
         state.tensors["average"] = state.tensors["best"].clone()
         self.optimizer = torch.optim.Adam(self.learned.parameters())
-        state.tensors.pop("told", None)
+        state.tensors.pop("values", None)
         self._evolution = None
         state.stage, state.step, state.updates, state.stale = state.stage + 1, 0, 0, 0
         state.start, state.best_score = None, math.inf
@@ -356,7 +356,7 @@ class Searcher:
                 state.tensors["first"],
                 spread=self.settings.spread,
                 seed=seed,
-                told=state.tensors.get("told"),
+                given=state.tensors.get("values"),
             )
         rows, fresh = self._rows(stage)
         x, cond, draws, batch = self._batch(rows, fresh, step=state.step)
@@ -380,7 +380,7 @@ class Searcher:
             )
             values.append(float(self._loss(stage, whole, batch)))
         self._evolution.tell(values)
-        state.tensors["told"] = self._evolution.told
+        state.tensors["values"] = self._evolution.given
         state.tensors["average"] = self._evolution.mean
         self.learned.load_vector(self._evolution.mean)
         finite = [v for v in values if math.isfinite(v)]

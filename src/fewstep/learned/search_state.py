@@ -22,7 +22,7 @@ class State:
     Attributes:
         tensors: ``vector`` (the parameters), ``average`` (their moving average), ``best``, those of
             the optimizer (``adam.INDEX.NAME``), of what an objective learns (``objective.NAME...``), ``moved`` (offsets of the training noises), ``first`` (the parameters at the
-            start of the stage) and ``told`` (the values of all candidates of an evolution strategy).
+            start of the stage) and ``values`` (the values of all candidates of an evolution strategy).
         stage: The index of the stage.
         step: The number of steps done in it.
         updates: The number of updates of the optimizer in it.
