@@ -262,3 +262,23 @@ def test_file_systems_that_cannot_sync_folders_are_no_error(tmp_path, monkeypatc
     else:
         with pytest.raises(OSError, match="Input/output"):
             write_atomic(tmp_path / "file", "content")
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_temporary_file_that_another_process_swept_is_written_again(tmp_path, monkeypatch, new):
+    replace, link, swept = os.replace, os.link, []
+
+    def after_a_sweep(original):
+        def rename(temporary, path):
+            if not swept:
+                swept.append(temporary)
+                os.unlink(temporary)
+            original(temporary, path)
+
+        return rename
+
+    monkeypatch.setattr(os, "replace", after_a_sweep(replace))
+    monkeypatch.setattr(os, "link", after_a_sweep(link))
+    assert write_atomic(tmp_path / "file", "content", new=new).read_text() == "content"
+    assert len(swept) == 1
+    assert os.listdir(tmp_path) == ["file"]

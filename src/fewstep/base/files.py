@@ -75,12 +75,24 @@ def write_atomic(
         OSError: If there is no space left; the message names the file and the number of bytes.
     """
     path = Path(path)
-    # Not the process id: on a shared folder another machine may have the same.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     data = content.encode() if isinstance(content, str) else content
     pieces = [data] if isinstance(data, bytes) else data
-    if size is None and isinstance(pieces, Sequence):
-        size = sum(map(len, pieces))
+    if not isinstance(pieces, Sequence):
+        return _write_once(path, pieces, new, size)
+    size = sum(map(len, pieces)) if size is None else size
+    for _ in range(2):
+        try:
+            return _write_once(path, pieces, new, size)
+        except FileNotFoundError:
+            pass  # another process removed the temporary file, or the folder, as leftovers
+    return _write_once(path, pieces, new, size)
+
+
+def _write_once(
+    path: Path, pieces: Iterable[bytes | memoryview], new: bool, size: int | None
+) -> Path:
+    # Not the process id: on a shared folder another machine may have the same.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         make_folder(path.parent)
         with open(temporary, "wb") as stream:

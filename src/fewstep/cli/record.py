@@ -161,11 +161,12 @@ def _kept(out: Path) -> str | None:
     """Returns in words the number of complete files of an interrupted store."""
     from fewstep.trajectories.manifest import read_manifest
 
-    done = len(list(out.glob("shard-*.safetensors")))
-    if not done:
+    done, begun = (len(list(out.glob(f"{name}-*.safetensors"))) for name in ("shard", "partial"))
+    if not done and not begun:
         return None
     manifest = read_manifest(out)
-    return f"{done} of {-(-manifest.n // manifest.shard_size)} files are saved"
+    more = f", and a part of {begun} more" if begun else ""
+    return f"{done} of {-(-manifest.n // manifest.shard_size)} files are saved{more}"
 
 
 def _verify(model: str | None, folder: Path, device: str) -> int:

@@ -232,6 +232,7 @@ def _question(setting: Setting, target: Job, guidance: float | None) -> dict[str
         "data": None if data is None else data.sha256,
         "features": None if data is None else data.features_sha256,
         "reference": target.entry.name,
+        "reference_identity": target.identity,
         "reference_nfe": target.nfe,
         "batch_size": setting.batch_size,
         "device": setting.denoiser.device.type,

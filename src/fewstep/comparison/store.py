@@ -174,7 +174,10 @@ class Store:
         self._write(question, finished=False)
 
     def _check(self, before: Any, question: Mapping[str, Any], extend: bool) -> None:
-        changed = difference(before["question"], question)
+        asked = before["question"]
+        # Early versions did not store what the reference's name stands for.
+        now = {k: v for k, v in question.items() if k in asked or k != "reference_identity"}
+        changed = difference(asked, now)
         if changed is not None:
             raise ValueError(
                 f"{str(self.folder)!r} holds a comparison with other settings ({changed}); give "

@@ -34,3 +34,15 @@ class Claim(Lock):
         super().drop()
         with contextlib.suppress(OSError):
             self.path.parent.rmdir()
+
+
+def live_writer(folder: Path) -> str | None:
+    """Returns in words a writer that has a claim in a store and may be alive, or ``None``."""
+    for path in sorted((folder / FOLDER).glob("*")):
+        if path.name.isdigit():
+            claim = Claim(folder, int(path.name))
+            claim.sweep()
+            if path.exists():
+                owner = claim.owner()
+                return f"process {owner.get('pid')} on {owner.get('host')}"
+    return None

@@ -19,6 +19,7 @@ from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.sampling.request import SamplerRequest
 from fewstep.solvers import Solver
+from fewstep.trajectories.claims import live_writer
 from fewstep.trajectories.conditions import Condition, condition
 from fewstep.trajectories.keeping import Keep, recorded_states
 from fewstep.trajectories.manifest import (
@@ -194,13 +195,18 @@ def _begin(folder: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{str(folder)!r} is a file; a store of trajectories is a folder")
     shards = list(folder.glob("shard-*.safetensors"))
     if overwrite:
+        if (writer := live_writer(folder)) is not None:
+            raise ValueError(
+                f"{str(folder)!r} is being recorded by {writer}; wait until it has finished, or use another "
+                "folder"
+            )
         if not shards and not _is_ours(folder / MANIFEST):
             raise ValueError(
                 f"{str(folder / MANIFEST)!r} is not the manifest of a store and is not deleted; "
                 "use another folder"
             )
         # The manifest last: without it the rest is not a store.
-        for path in [*shards, folder / MANIFEST]:
+        for path in [*folder.glob("partial-*.safetensors"), *shards, folder / MANIFEST]:
             path.unlink(missing_ok=True)
     elif shards and not (folder / MANIFEST).exists():
         raise ValueError(

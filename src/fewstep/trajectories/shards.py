@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fewstep.base.files import loads_json, write_tensors
+from fewstep.base.files import loads_json, read_tensors_and_metadata, write_tensors
 from fewstep.trajectories.conditions import TYPES
 from fewstep.trajectories.manifest import DTYPES, Manifest, settings_hash, shard_rows
 
@@ -92,6 +92,32 @@ def write_shard(
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     about = json.dumps(_about(manifest, shard, digest.hexdigest()), sort_keys=True)
     return write_tensors(shard_file(folder, shard), contiguous, {METADATA: about}, checksum=False)
+
+
+def partial_file(folder: Path, shard: int) -> Path:
+    """Returns the path of the first trajectories of a shard whose writer was interrupted."""
+    return folder / f"partial-{shard:05d}.safetensors"
+
+
+def write_partial(folder: Path, manifest: Manifest, shard: int, states: Tensor) -> Path:
+    """Writes the states of the first trajectories of a shard, with a checksum."""
+    about = {"settings": settings_hash(manifest), "shard": str(shard)}
+    return write_tensors(partial_file(folder, shard), {"states": states}, about)
+
+
+def read_partial(folder: Path, manifest: Manifest, shard: int) -> list[Tensor]:
+    """Returns the states of the first trajectories of a shard; none if they are missing or do not fit."""
+    if not partial_file(folder, shard).exists():
+        return []
+    try:
+        tensors, about = read_tensors_and_metadata(partial_file(folder, shard), checksum=True)
+    except ValueError:
+        return []
+    states, whole = tensors.get("states"), parts(manifest, shard)["states"]
+    if about != {"settings": settings_hash(manifest), "shard": str(shard)} or states is None:
+        return []
+    fits = states.dtype == whole.dtype and tuple(states.shape[1:]) == whole.shape[1:]
+    return [states] if fits and 0 < len(states) <= whole.shape[0] else []
 
 
 def open_shard(folder: Path, manifest: Manifest, shard: int) -> Shard:

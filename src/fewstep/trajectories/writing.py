@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import LITTER
+from fewstep.base.interrupts import unbroken
 from fewstep.base.locks import PATIENCE, Lock
 from fewstep.base.processes import processes
 from fewstep.base.progress import SILENT, Progress
@@ -27,8 +28,15 @@ from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.trajectories.claims import FOLDER as CLAIMS
 from fewstep.trajectories.claims import Claim
 from fewstep.trajectories.conditions import Condition, from_record
-from fewstep.trajectories.manifest import DTYPES, Manifest, shard_count, shard_rows
-from fewstep.trajectories.shards import check_shard, shard_file, write_shard
+from fewstep.trajectories.manifest import DTYPES, MANIFEST, Manifest, shard_count, shard_rows
+from fewstep.trajectories.shards import (
+    check_shard,
+    partial_file,
+    read_partial,
+    shard_file,
+    write_partial,
+    write_shard,
+)
 from fewstep.trajectories.store import missing_shards
 
 POLL = 0.2
@@ -73,6 +81,9 @@ class Writer:
     manifest: Manifest
     sampler: Sampler
     rules: Mapping[str, Condition | None]
+    _seen: dict[Path, tuple[object, float]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def run(self, progress: Progress = SILENT) -> None:
         """Computes all missing or damaged shards, concurrently with other writers."""
@@ -137,6 +148,8 @@ class Writer:
     def make(self, shard: int, on_batch: Callable[[int], object] = lambda rows: None) -> Path:
         """Integrates the trajectories of a shard and writes it, also over an existing one.
 
+        Interrupted, it writes the batches that are complete beside the shards, and begins there the next time.
+
         Arguments:
             shard: Its number.
             on_batch: Called after each batch, with the number of trajectories so far.
@@ -144,10 +157,19 @@ class Writer:
         rows = shard_rows(self.manifest, shard)
         values = self.conditions(rows)
         size = self.manifest.batch_size
-        states = self.follow(rows, values, batch_size=size, on_batch=on_batch)
+        parts = read_partial(self.folder, self.manifest, shard)
+        try:
+            states = self.follow(rows, values, batch_size=size, on_batch=on_batch, parts=parts)
+        except KeyboardInterrupt:
+            if parts:
+                with unbroken():  # schedulers send SIGTERM more than once
+                    write_partial(self.folder, self.manifest, shard, torch.cat(parts))
+            raise
         tensors = {"states": states, "index": torch.tensor(rows, dtype=torch.int64)}
         tensors |= {f"condition.{name}": value for name, value in values.items()}
-        return write_shard(self.folder, self.manifest, shard, tensors)
+        written = write_shard(self.folder, self.manifest, shard, tensors)
+        partial_file(self.folder, shard).unlink(missing_ok=True)
+        return written
 
     def conditions(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Returns the conditions of some trajectories, by their rules."""
@@ -168,6 +190,7 @@ class Writer:
         *,
         batch_size: int | None = None,
         on_batch: Callable[[int], object] = lambda rows: None,
+        parts: list[Tensor] | None = None,
     ) -> Tensor:
         r"""Integrates some trajectories under given conditions.
 
@@ -176,6 +199,7 @@ class Writer:
             values: Their conditions, a row for each.
             batch_size: The trajectories in one network evaluation; left out, all.
             on_batch: Called after each batch, with the number of trajectories so far.
+            parts: The states of the first of them, which are known; the others are added, batch by batch.
 
         Returns:
             The states, (B, S, \*), in the store's type, on the CPU.
@@ -189,13 +213,14 @@ class Writer:
             self._check(start[None], batch)
             return start
 
-        parts: list[Tensor] = []
+        parts = [] if parts is None else parts
+        left = rows[sum(map(len, parts)) :]
         for batch, trajectory in run_batches(
             self.sampler,
-            rows,
+            left,
             seed=self.manifest.seed,
             conditions=ConditionsAt(lambda batch: select(values, [place[row] for row in batch])),
-            batch_size=batch_size or len(rows),
+            batch_size=batch_size or max(1, len(left)),
             adjust=rounded,
             save=True,
             times=self.manifest.times,
@@ -221,20 +246,35 @@ class Writer:
     def _sweep(self) -> None:
         """Removes leftovers of killed writers; others may be writing now."""
         claims = self.folder / CLAIMS
-        for path in [*self.folder.glob(".*.tmp"), *claims.glob(".*.tmp")]:
-            if not LITTER.fullmatch(path.name):
-                continue
-            try:
-                old = time.time() - path.stat().st_mtime > PATIENCE
-                if old or (path.parent == claims and Lock(path).is_alive() is False):
-                    path.unlink()
-            except OSError:
-                continue  # another writer was faster
         for path in claims.glob("*"):
             if path.name.isdigit():
                 Claim(self.folder, int(path.name)).sweep()
+        # Without a claim nobody writes a shard; a manifest may be written by one who begins.
+        alone = not any(path.name.isdigit() for path in claims.glob("*"))
+        for path in [*self.folder.glob(".*.tmp"), *claims.glob(".*.tmp")]:
+            if not LITTER.fullmatch(path.name):
+                continue
+            dead = path.parent == claims and Lock(path).is_alive() is False
+            safe = path.parent == self.folder and not path.name.startswith(f".{MANIFEST}.")
+            if dead or (alone and safe) or self._is_old(path):
+                path.unlink(missing_ok=True)
+        for shard in self._complete():
+            partial_file(self.folder, shard).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             claims.rmdir()  # if there are no claims
+
+    def _is_old(self, path: Path) -> bool:
+        """Returns whether a file has not changed for long, by this machine's monotonic clock."""
+        try:
+            about = path.stat()
+        except OSError:
+            return False  # another writer was faster
+        state = about.st_mtime_ns, about.st_size
+        before, since = self._seen.get(path, (None, 0.0))
+        if before != state:
+            self._seen[path] = state, time.monotonic()
+            return False
+        return time.monotonic() - since > PATIENCE
 
 
 def writer_of(denoiser: Denoiser, folder: Path, manifest: Manifest) -> Writer:

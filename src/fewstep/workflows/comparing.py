@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -250,7 +249,7 @@ def compare(
 def _reported(comparison: Comparison, invocation: Invocation) -> ComparisonResult:
     """Writes the report; of several processes whoever is ready first, so that nobody waits for a lost one."""
     team, folder = processes(), comparison.store.folder
-    with locked(folder, wait=True) if team.several else nullcontext():
+    with locked(folder, wait=True):
         written = team.several and comparison.store.is_finished()
         result = ComparisonResult(comparison, judge(comparison), invocation)
         paths = [folder / REPORT, folder / RESULTS, *sorted(folder.glob("best-*.json"))]
