@@ -224,7 +224,8 @@ def test_networks_of_integer_timesteps_cannot_learn_times():
     assert torch.equal(base.grid.times, base.grid.times.round())
     for name in FAMILIES:
         own = start_of(name, levels, 5, integer_times=True)
-        if "time" in name or name in ("gs", "gs+noise", "ld3", "schedule", "free"):
+        entry = FAMILIES[name]
+        if issubclass(entry.kind, SolverFamily) or entry.options.get("time"):
             with pytest.raises(ValueError, match="integer timesteps"):
                 family(name, own)
         else:
@@ -265,7 +266,7 @@ def test_auto_starts_from_the_profile_of_the_model(name):
         return
     base = start_of(name, VP, 4, profile=PROFILE, solver="auto")
     assert base.origin == "profile"
-    measured = name in ("gs", "gs+noise", "ld3", "schedule", "free") or "pred" in name
+    measured = issubclass(FAMILIES[name].kind, SolverFamily) or "pred" in name
     assert base.solver.name == ("multistep" if measured else "tab2")
     if measured:
         assert base.grid.times.tolist() == list(PROFILE.entries[0].times)

@@ -17,7 +17,6 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from fewstep import __version__
 from fewstep.base.interrupts import Terminated, raise_on_sigterm
-from fewstep.base.memory import is_out_of_memory
 from fewstep.cli._common import Flag, fail, is_verbose, set_verbosity
 
 
@@ -115,6 +114,8 @@ def run(arguments: Sequence[str]) -> int:
         fail(_message(error))
         return 2
     except (RuntimeError, MemoryError) as error:
+        from fewstep.base.memory import is_out_of_memory
+
         if raising or not is_out_of_memory(error):
             raise
         if is_verbose():
