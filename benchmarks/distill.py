@@ -30,7 +30,7 @@ from fewstep import metrics
 from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.metrics.features import EMBEDDED
-from fewstep.operators import DistillRecipe, OperatorModel, flops
+from fewstep.operators import DistillRecipe, OperatorModel, TrajectoryOperator, flops
 from fewstep.operators.distillation import distill
 from fewstep.operators.students import make_student
 from fewstep.reporting.plots import image_grid
@@ -76,6 +76,7 @@ def pairs(texts: list[str]) -> dict[str, str]:
 def quality(options: argparse.Namespace) -> None:
     model = fewstep.load("fashion")
     references = [metrics.Reference.load("fashion", look) for look in EMBEDDED]
+    assert model.event_shape is not None
     n, labels = options.n, torch.arange(options.n) % 10
     noise = NoiseSource(options.seed, range(n)).draw(INITIAL, model.event_shape)
     say_what_runs(f"n = {n}, seed {options.seed}, labels in turn, no guidance.")
@@ -92,7 +93,9 @@ def quality(options: argparse.Namespace) -> None:
     for name, folder in pairs(options.student).items():
         student = fewstep.load(folder)
         assert isinstance(student, OperatorModel)
-        operator, trained = student.operator, student.operator.frames
+        operator = student.operator
+        assert isinstance(operator, TrajectoryOperator)
+        trained = operator.frames
         for frames in (trained, *(m for m in (2, 4, 8) if trained > 1 and m != trained)):
             title = f"student {name}" if frames == trained else f"student {name}, run at {frames}"
             if frames != trained:
@@ -288,6 +291,7 @@ def cell(
     )
     student = distill(model, store, run, recipe=recipe, checkpoint_every=200)
     operator = student.operator
+    assert isinstance(operator, TrajectoryOperator)
     read = store.read(list(heldout))
     cond = operator.model.prepare(len(heldout), dict(read.conditions))
     stored = store.times.tolist()

@@ -167,10 +167,13 @@ class Operator(Counted):
 
 
 class Once:
-    nfe = 1
+    nfe, budgets, options = 1, (1,), {}
 
     def __init__(self, denoiser):
         self.denoiser = denoiser
+
+    def configured(self, nfe, **options):
+        return self
 
     def start(self, noise):
         return noise

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from fewstep.base.files import loads_json, read_json, write_atomic
 from fewstep.base.interrupts import keeping
@@ -34,7 +36,9 @@ def distill(
     *,
     out: Path,
     recipe: Path | None = None,
-    mode: str | None = None,
+    mode: Annotated[str | None, Parameter(name=["--mode", "--student"])] = None,
+    budgets: str | None = None,
+    pairs: str | None = None,
     times: str | None = None,
     modes: int | None = None,
     basis: str | None = None,
@@ -65,7 +69,10 @@ def distill(
         out: The folder to write.
         recipe: A recipe of a distillation (JSON); the other arguments replace its fields.
         mode: dsno (the whole trajectory, temporal blocks), folded (without them), endpoint (the sample
-            alone), same-parameters or same-flops (endpoint, as large or as costly as dsno).
+            alone), same-parameters or same-flops (endpoint, as large or as costly as dsno), flow-map (1, 2
+            or 4 evaluations with one network).
+        budgets: The numbers of evaluations of a flow map; 1,2,4 if left out.
+        pairs: The pairs of states that a flow map is trained on: steps (those of its budgets), or all.
         times: The number of frames (4), or their times among the stored ones (0.56,0.25,0).
         modes: The number J of temporal modes; 2 if left out.
         basis: dft, dct or dense.
@@ -109,6 +116,8 @@ def distill(
         settings = DistillRecipe.from_json(read_json(recipe, what="the recipe"))
     given: dict[str, Any] = {
         "mode": mode,
+        "budgets": _budgets(budgets),
+        "pairs": pairs,
         "modes": modes,
         "basis": basis,
         "loss": loss,
@@ -143,8 +152,10 @@ def distill(
             progress=Resumed(progress, report),
         )
     if first:
-        title = f"{settings.mode} after {settings.steps} steps · 1 evaluation"
-        classes, sampler = _classes(student), student.built_in_sampler()
+        classes, own = _classes(student), student.built_in_sampler()
+        sampler = own.configured(own.budgets[-1])  # the best picture
+        made = f"{sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"
+        title = f"{settings.mode} after {settings.steps} steps · {made}"
         picture = picture_of(sampler, classes=classes, seed=settings.seed, title=title)
         write_atomic(out / PICTURE, picture)
     own, added = student.operator.overhead()
@@ -170,6 +181,17 @@ def _weights(text: str | None) -> str | list[float] | None:
     if text is None or text.strip().isalpha():
         return text
     return _numbers("--weights", text)
+
+
+def _budgets(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--budgets takes whole numbers with commas between, got {text!r:.60}"
+        ) from None
 
 
 def _numbers(name: str, text: str) -> list[float]:

@@ -363,17 +363,20 @@ def _operator(folder: Path) -> Entry:
     from fewstep.loading import load
 
     model = load(folder)
+    budgets = model.built_in_sampler().budgets
 
-    def build(denoiser: Denoiser, _: int) -> Sampler:
+    def build(denoiser: Denoiser, nfe: int) -> Sampler:
         if model.event_shape != denoiser.event_shape:
             raise ValueError(
                 f"the operator {str(folder)!r} has samples of shape {model.event_shape}, the "
                 f"model {denoiser.event_shape}"
             )
         device = next((p.device for p in denoiser.parameters()), None)
-        return model.to(device).built_in_sampler()
+        return model.to(device).built_in_sampler().configured(nfe)
 
-    return Entry(folder.name, build, lambda _, __: None, 1)
+    # With one budget it is compared at that; a flow map at those that are asked for.
+    only = budgets[0] if len(budgets) == 1 else None
+    return Entry(folder.name, build, lambda _, __: None, only)
 
 
 def _peer(text: str, name: str, options: dict[str, Any]) -> Entry:

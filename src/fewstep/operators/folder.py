@@ -17,9 +17,10 @@ from fewstep.diffusion.schedules import schedule_from_record
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.folder import FolderModel, PreconditionedUNet, model_shape, precondition
 from fewstep.models.networks.unet import SmallUNet, lay_out
+from fewstep.operators.flow_map import operator_of
 from fewstep.operators.layout import Layout
 from fewstep.operators.model import OperatorModel
-from fewstep.operators.operator import TrajectoryOperator
+from fewstep.operators.operator import Operator, TrajectoryOperator
 
 ABOUT, WEIGHTS = "operator.json", "operator.safetensors"
 ADAPTERS = {
@@ -45,7 +46,7 @@ class OperatorRecord(Record, name="fewstep.operator", version=1, what="operator"
 
 def write_operator(
     folder: str | Path,
-    operator: TrajectoryOperator,
+    operator: Operator,
     *,
     weights: Mapping[str, Tensor] | None = None,
     training: Mapping[str, Any] | None = None,
@@ -123,12 +124,13 @@ def read_operator(
     try:
         layout = _layout(about.layout)
         model = teacher if teacher is not None else _rebuild(about)
-        operator = TrajectoryOperator(model, layout)
+        operator = operator_of(model, layout)
         operator.network.load_state_dict(read_tensors(file, foreign=True), assign=True)
         operator = operator.to(dtype)
         if isinstance(operator.network, (SmallUNet, PreconditionedUNet)):
             lay_out(operator.network)
-        operator.set_times(layout.times)
+        if isinstance(operator, TrajectoryOperator):
+            operator.set_times(layout.times)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the operator {str(folder)!r} cannot be read: {error}") from None
     return OperatorModel(operator.eval().requires_grad_(False), about=about.to_record())
@@ -192,6 +194,8 @@ def _diffusers(
 def _layout(value: Mapping[str, Any]) -> Layout:
     content = dict(value)
     content["times"] = tuple(content["times"])
+    if "budgets" in content:
+        content["budgets"] = tuple(content["budgets"])
     if content.get("sites") is not None:
         content["sites"] = tuple(map(str, content["sites"]))
     return Layout(**content)

@@ -81,6 +81,7 @@ def attach(
     *,
     sites: Sites = None,
     example: Callable[[nn.Module], Any] | None = None,
+    known: Callable[[nn.Module], list[Site]] | None = None,
 ) -> list[Site]:
     r"""Inserts a block after each site of a network; returns the sites.
 
@@ -91,11 +92,15 @@ def attach(
             the network: after every unit of the levels of U-Nets (:class:`SmallUNet`,
             ``UNet2DModel``, ``UNet2DConditionModel``), after every block of ``DiT``.
         example: Evaluates the network once, to infer the channels of the caller's sites.
+        known: Returns the sites if they are left out, instead of those above.
 
     Raises:
         ValueError: If the sites are not known, do not exist, or have a block already.
     """
-    chosen = known_sites(network) if sites is None else _named(network, sites, example)
+    if sites is None:
+        chosen = (known or known_sites)(network)
+    else:
+        chosen = _named(network, sites, example)
     modules = dict(network.named_modules())
     for site in chosen:
         host = modules[site.name]
@@ -149,10 +154,10 @@ def known_sites(network: nn.Module) -> list[Site]:
     )
 
 
-def is_known(network: nn.Module) -> bool:
-    """Whether :func:`known_sites` knows the network."""
+def is_known(network: nn.Module, sites: Callable[[nn.Module], list[Site]] = known_sites) -> bool:
+    """Whether a function that returns sites, :func:`known_sites` if left out, knows the network."""
     try:
-        known_sites(network)
+        sites(network)
     except ValueError:
         return False
     return True

@@ -14,7 +14,8 @@ from fewstep.diffusion.schedules import NoiseSchedule
 
 OUTPUTS = ("convert", "direct")
 LABELS = ("target", "start")
-EXTRAS = ("none", "temporal", "pointwise", "deeper")
+SECOND_TIME = "second-time"
+EXTRAS = ("none", "temporal", "pointwise", "deeper", SECOND_TIME)
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class Layout:
         output: ``"convert"``: the model output is converted to data with the coefficients of the
             label, so that the start is the teacher; ``"direct"``: the model output is the data.
         extra: The blocks inserted into the network: ``"temporal"``, ``"none"``, or instead
-            ``"pointwise"`` or ``"deeper"`` blocks without time.
+            ``"pointwise"`` or ``"deeper"`` blocks without time; ``"second-time"`` for a flow map, whose
+            times are its knots.
         modes: The modes J of temporal blocks.
         basis: Their basis.
         slope: The slope of their rectifier.
         size: The hidden width (a multiple of the channels) of pointwise blocks, or the number of
             residual blocks of deeper ones.
         sites: The names of the hosts; ``None`` for the known sites.
+        budgets: The numbers of evaluations that it makes; (1,) but for a flow map.
     """
 
     times: tuple[float, ...]
@@ -48,6 +51,7 @@ class Layout:
     slope: float = 0.01
     size: float = 1.0
     sites: tuple[str, ...] | None = None
+    budgets: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -58,6 +62,7 @@ class Layout:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r:.40}")
         check_times(self.times, self.start)
+        check_budgets(self.budgets, len(self.times) if self.extra == SECOND_TIME else 1)
         if isinstance(self.size, bool) or not isinstance(self.size, (int, float)):
             raise ValueError(f"size must be a number, got {self.size!r:.40}")
         if not 0 < self.size <= 1024:
@@ -79,6 +84,21 @@ def check_times(times: Sequence[float], start: float) -> None:
             raise ValueError(f"times must be finite, got {value!r:.40}")
     if any(a <= b for a, b in zip((start, *times), times, strict=False)):
         raise ValueError(f"times must decrease from below the start {start:g}, got {list(times)}")
+
+
+def check_budgets(budgets: Sequence[int], most: int) -> None:
+    """Raises unless budgets are increasing numbers of evaluations, at most one for each interval.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in budgets)
+    if not budgets or not whole or sorted(set(budgets)) != list(budgets) or budgets[0] < 1:
+        raise ValueError(f"budgets are increasing numbers of evaluations, got {budgets!r:.60}")
+    if budgets[-1] > most:
+        raise ValueError(
+            f"{budgets[-1]} evaluations need as many intervals between times, and there are {most}"
+        )
 
 
 def output_map(

@@ -61,6 +61,29 @@ class Loss(ABC):
         r"""Returns the distance of each state a from b, shape (N), differentiable in a."""
 
 
+def mean_slope(x: Tensor, later: Tensor, keep: Tensor, gain: Tensor) -> Tensor:
+    r"""Returns the mean slope of a trajectory between two of its states, (B, \*): the target of a flow map.
+
+    .. math:: F = \frac{y_s - y_t}{\kappa_s - \kappa_t} = \frac{x_s - a x_t}{b}
+
+    in the coordinates :math:`y = x / \sigma`, :math:`\kappa = \alpha / \sigma` of the probability-flow ODE, in which
+    its slope is the predicted data. So a target is in the units of data, and is the sample itself for
+    a last time of zero noise. It comes from recorded states: no derivative of the network and no network in the
+    target. States at neighbouring times in half precision make it noisy, by about :math:`10^{-3} / b`.
+
+    References:
+        | CMT: Mid-Training for Efficient Learning of Consistency, Mean Flow, and Flow Map Models (Hu et al., 2025)
+        | https://arxiv.org/abs/2509.24526
+
+    Arguments:
+        x: The states at the first times t, with shape (B, \*).
+        later: The states at the second times s, with shape (B, \*).
+        keep: The factor a of the first state, :math:`\sigma_s / \sigma_t`.
+        gain: The factor b of the slope, :math:`\alpha_s - \alpha_t \sigma_s / \sigma_t`.
+    """
+    return (later - keep * x) / gain
+
+
 class L1(Loss):
     """The mean absolute difference."""
 

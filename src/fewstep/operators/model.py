@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction
 from fewstep.models.denoiser import Denoiser
-from fewstep.operators.operator import TrajectoryOperator
-from fewstep.sampling.protocol import Run, Trajectory
+from fewstep.operators.flow_map import FlowMap
+from fewstep.operators.operator import Operator, TrajectoryOperator
+from fewstep.sampling.protocol import BuiltInSampler, Run, Trajectory
+
+S = TypeVar("S", bound=BuiltInSampler)
 
 
 class OperatorModel(Denoiser):
-    r"""An operator as a model with a built-in sampler of one evaluation.
+    r"""An operator as a model with a built-in sampler of one evaluation, or of few (a flow map).
 
     :func:`fewstep.sample` runs it with its default arguments; it has no prediction at times
     other than its own, so other solvers are an error.
@@ -28,9 +32,7 @@ class OperatorModel(Denoiser):
         about: A record of its origin and training; informative.
     """
 
-    def __init__(
-        self, operator: TrajectoryOperator, *, about: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, operator: Operator, *, about: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.operator = operator
         inner = operator.model
@@ -46,21 +48,25 @@ class OperatorModel(Denoiser):
         return self.operator.network
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        raise ValueError(ONE_EVALUATION)
+        raise ValueError(NO_PREDICTION)
 
-    def built_in_sampler(self) -> OperatorSampler:
-        """Returns the sampler of one evaluation."""
+    def built_in_sampler(self) -> BuiltInSampler:
+        """Returns the sampler of one evaluation; of a flow map that of its smallest budget."""
+        if isinstance(self.operator, FlowMap):
+            return FlowMapSampler(self, self.operator.layout.budgets[0])
         return OperatorSampler(self)
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 of weights, schedule, shape, and the times and labels of the frames."""
-        about = [super().fingerprint(), self.operator.times, repr(self.operator.layout)]
+        operator = self.operator
+        times = getattr(operator, "times", operator.layout.times)
+        about = [super().fingerprint(), times, repr(operator.layout)]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-ONE_EVALUATION = (
-    "this model is an operator: it maps noise to the sample in one evaluation and has no prediction "
-    "in between; leave the solver out, or use the model that it was distilled from"
+NO_PREDICTION = (
+    "this model is an operator: it maps noise to the sample in one evaluation (or few) and has no "
+    "prediction in between; leave the solver out, or use the model that it was distilled from"
 )
 
 
@@ -79,6 +85,20 @@ class OperatorSampler:
         """The number of network evaluations, 1, although it works on M frames."""
         return 1
 
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """The numbers of evaluations that it makes: 1."""
+        return (1,)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options: none."""
+        return {}
+
+    def configured(self, nfe: int, **options: Any) -> OperatorSampler:
+        """Returns itself, the only one."""
+        return _checked(self, nfe, options)
+
     def start(self, noise: Tensor) -> Tensor:
         r"""Returns :math:`\sigma_T z`."""
         operator = self.denoiser.operator
@@ -87,20 +107,113 @@ class OperatorSampler:
     def run(self, x: Tensor, run: Run) -> Trajectory:
         """Returns the samples; with states the initial one and the M frames."""
         operator = self.denoiser.operator
+        assert isinstance(operator, TrajectoryOperator)
         with torch.no_grad():
             frames = operator(x, **run.cond)
         if run.on_evaluation is not None:
             run.on_evaluation()
         last = frames[:, -1]
-        if not bool(last.isfinite().all()):
-            rows = (~last.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"the operator returned NaN or infinity for sample {run.noise.samples[rows[0]]} "
-                f"and {len(rows) - 1} others"
-            )
+        check_finite(last, run)
         times = torch.tensor(operator.times, dtype=torch.float64)
         if not run.save:
             return Trajectory(last, times[-1:], None, self.nfe)
         start = torch.tensor([operator.layout.start], dtype=torch.float64)
         states = torch.cat([x[None], frames.transpose(0, 1)])
         return Trajectory(last, torch.cat([start, times]), states, self.nfe)
+
+
+@dataclass(frozen=True)
+class FlowMapSampler:
+    r"""Runs a flow map in a few steps between its knots.
+
+    Attributes:
+        denoiser: The model.
+        nfe: The number of network evaluations: a budget of the flow map.
+        fresh: Whether each step goes to the end and adds fresh noise up to the next knot, as consistency models
+            do, instead of going to the next knot along the trajectory.
+    """
+
+    denoiser: OperatorModel
+    nfe: int
+    fresh: bool = False
+
+    @property
+    def operator(self) -> FlowMap:
+        """The flow map."""
+        operator = self.denoiser.operator
+        assert isinstance(operator, FlowMap)
+        return operator
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """The numbers of evaluations that it makes."""
+        return self.operator.layout.budgets
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options: ``fresh``."""
+        return {"fresh": self.fresh}
+
+    def configured(self, nfe: int, **options: Any) -> FlowMapSampler:
+        """Returns the sampler of another budget, or with another option ``fresh``.
+
+        Raises:
+            ValueError, TypeError: If it has no such budget or option.
+        """
+        made = _checked(self, nfe, options)
+        if not isinstance(options.get("fresh", False), bool):
+            raise ValueError(f"fresh is true or false, got {options['fresh']!r:.40}")
+        return replace(made, nfe=nfe, **options)
+
+    def start(self, noise: Tensor) -> Tensor:
+        r"""Returns :math:`\sigma_T z`."""
+        operator = self.operator
+        return operator.schedule.prior_std(operator.layout.start) * noise
+
+    def run(self, x: Tensor, run: Run) -> Trajectory:
+        """Returns the samples; with states the initial one and that after each step."""
+        operator = self.operator
+        path, end = operator.path(self.nfe), len(operator.layout.times)
+        states = [x]
+        for draw, (first, second) in enumerate(pairwise(path)):
+            with torch.no_grad():
+                x = operator.step(x, first, end if self.fresh else second, **run.cond)
+            if run.on_evaluation is not None:
+                run.on_evaluation()
+            if self.fresh and second != end:
+                x = self._noised(x, second, draw, run)
+            states.append(x)
+        check_finite(x, run)
+        knots = torch.tensor([operator.knots[k] for k in path], dtype=torch.float64)
+        if not run.save:
+            return Trajectory(x, knots[-1:], None, self.nfe)
+        return Trajectory(x, knots, torch.stack(states), self.nfe)
+
+    def _noised(self, x: Tensor, knot: int, draw: int, run: Run) -> Tensor:
+        """Returns states of the last knot with fresh noise, up to the noise level of an earlier one."""
+        operator = self.operator
+        knots = torch.tensor([operator.knots[k] for k in (knot, -1)], dtype=torch.float64)
+        (alpha, alpha_end), (sigma, sigma_end) = operator.schedule.scales(knots)
+        ratio = alpha / alpha_end
+        added = float((sigma.square() - (ratio * sigma_end).square()).sqrt())
+        z = run.noise.draw(draw, x.shape[1:], dtype=x.dtype, device=x.device)
+        return float(ratio) * x + added * z
+
+
+def _checked(sampler: S, nfe: int, options: dict[str, Any]) -> S:
+    if nfe not in sampler.budgets:
+        known = " or ".join(map(str, sampler.budgets))
+        raise ValueError(f"this operator makes {known} evaluations, not {nfe}")
+    if extra := sorted(set(options) - set(sampler.options)):
+        raise TypeError(f"this operator has no option {extra[0]!r}")
+    return sampler
+
+
+def check_finite(x: Tensor, run: Run) -> None:
+    """Raises ``ValueError`` with the first sample that has NaN or infinity."""
+    if not bool(x.isfinite().all()):
+        rows = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the operator returned NaN or infinity for sample {run.noise.samples[rows[0]]} "
+            f"and {len(rows) - 1} others"
+        )

@@ -1,4 +1,4 @@
-r"""The operator: a network that maps initial noise to the states of a trajectory in one evaluation."""
+r"""Operators: networks that map a state of a trajectory to others, in one evaluation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,111 @@ from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.conditions import repeat
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.capacity import Deeper, Pointwise
-from fewstep.operators.insertion import Site, Sites, TimeAxis, attach, blocks, detach, is_known
-from fewstep.operators.layout import Layout, check_times, output_map
+from fewstep.operators.insertion import (
+    Site,
+    Sites,
+    TimeAxis,
+    attach,
+    blocks,
+    detach,
+    is_known,
+    known_sites,
+)
+from fewstep.operators.layout import SECOND_TIME, Layout, check_times, output_map
+from fewstep.operators.second_time import SecondTime
 from fewstep.operators.temporal import TemporalConv
 
 
-class TrajectoryOperator(nn.Module):
+class Operator(nn.Module):
+    """A copy of a denoiser whose network has blocks, and its layout; what all operators share.
+
+    Arguments:
+        teacher: The denoiser; it is copied, never changed.
+        layout: Times, labels, blocks.
+        example: Conditions of one sample, for the evaluation that infers the channels of named sites.
+
+    Raises:
+        TypeError: If the teacher is not a denoiser.
+        ValueError: If it has no parameters, or is wrapped (guidance, clipping).
+    """
+
+    def __init__(
+        self, teacher: Denoiser, layout: Layout, *, example: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(teacher, Denoiser):
+            raise TypeError(
+                f"an operator needs a Denoiser as its teacher, got {type(teacher).__name__}"
+            )
+        if not any(True for _ in teacher.parameters()):
+            raise ValueError(
+                "this denoiser has no parameters to train; an operator needs a network"
+            )
+        if getattr(teacher, "inner", None) is not None:
+            raise ValueError(
+                f"an operator needs the model itself, not {type(teacher).__name__}; "
+                "guidance and clipping are part of the recorded trajectories"
+            )
+        self.model = copy.deepcopy(teacher)
+        self.layout = layout
+        self.host = self._find_host(self.model, layout.sites)
+        if layout.extra != "none":
+            with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
+                attach(
+                    self.network,
+                    lambda site: _block(site, layout),
+                    sites=layout.sites,
+                    known=self._known_sites,
+                    example=lambda _: self._example(example or {}),
+                )
+
+    @staticmethod
+    def _known_sites(network: nn.Module) -> list[Site]:
+        """Returns the sites of this kind of operator in a network; raises ``ValueError`` if they are not known."""
+        return known_sites(network)
+
+    def _find_host(self, model: Denoiser, sites: Sites) -> str:
+        """Returns the name of the module with the blocks: the first with known sites, or the whole model."""
+        if sites is not None:
+            return "network" if isinstance(getattr(model, "network", None), nn.Module) else ""
+        named = model.named_modules()
+        return next((name for name, module in named if is_known(module, self._known_sites)), "")
+
+    def teacher(self) -> Denoiser:
+        """Returns a copy of the model without the blocks; its weights are the student's."""
+        model = copy.deepcopy(self.model)
+        detach(model)
+        return model
+
+    @property
+    def network(self) -> nn.Module:
+        """The module with the blocks."""
+        return self.model.get_submodule(self.host)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The teacher's schedule."""
+        return self.model.schedule
+
+    def overhead(self) -> tuple[int, int]:
+        """Returns the parameters of the network and those of its blocks."""
+        own = sum(p.numel() for b in blocks(self.network).values() for p in b.parameters())
+        return sum(p.numel() for p in self.model.parameters()) - own, own
+
+    @torch.no_grad()
+    def _example(self, cond: dict[str, Any]) -> None:
+        like = next(self.parameters())
+        shape = self.model.event_shape
+        if shape is None:
+            raise ValueError(
+                "the shape of a sample is not known; Denoiser.wrap(..., event_shape=)"
+            )
+        x = torch.zeros((1, *shape), device=like.device)
+        t = torch.full((1,), float(self.layout.start), device=like.device)
+        self.model.raw(x, t, **self.model.prepare(1, cond))
+
+
+class TrajectoryOperator(Operator):
     r"""Maps :math:`x_T` to the states at M times, in one evaluation of a network.
 
     The network is a copy of a denoiser's, with the input repeated M times, each with the label of
@@ -51,49 +150,9 @@ class TrajectoryOperator(nn.Module):
     def __init__(
         self, teacher: Denoiser, layout: Layout, *, example: dict[str, Any] | None = None
     ) -> None:
-        super().__init__()
-        if not isinstance(teacher, Denoiser):
-            raise TypeError(
-                f"an operator needs a Denoiser as its teacher, got {type(teacher).__name__}"
-            )
-        if not any(True for _ in teacher.parameters()):
-            raise ValueError(
-                "this denoiser has no parameters to train; an operator needs a network"
-            )
-        if getattr(teacher, "inner", None) is not None:
-            raise ValueError(
-                f"an operator needs the model itself, not {type(teacher).__name__}; "
-                "guidance and clipping are part of the recorded trajectories"
-            )
-        self.model = copy.deepcopy(teacher)
-        self.layout = layout
-        self.host = _host(self.model, layout.sites)
-        if layout.extra != "none":
-            with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
-                attach(
-                    self.network,
-                    lambda site: _block(site, layout),
-                    sites=layout.sites,
-                    example=lambda _: self._example(example or {}),
-                )
+        super().__init__(teacher, layout, example=example)
         self.axis = TimeAxis(self.network, len(layout.times))
         self.set_times(layout.times)
-
-    def teacher(self) -> Denoiser:
-        """Returns a copy of the model without the blocks; its weights are the student's."""
-        model = copy.deepcopy(self.model)
-        detach(model)
-        return model
-
-    @property
-    def network(self) -> nn.Module:
-        """The module with the blocks."""
-        return self.model.get_submodule(self.host)
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """The teacher's schedule."""
-        return self.model.schedule
 
     @property
     def frames(self) -> int:
@@ -139,32 +198,10 @@ class TrajectoryOperator(nn.Module):
         gain = self.gain.to(x.dtype).repeat(batch).reshape(column)
         return (keep * rows + gain * value.to(x.dtype)).unflatten(0, (batch, frames))
 
-    def overhead(self) -> tuple[int, int]:
-        """Returns the parameters of the network and those of its blocks."""
-        own = sum(p.numel() for b in blocks(self.network).values() for p in b.parameters())
-        return sum(p.numel() for p in self.model.parameters()) - own, own
-
-    @torch.no_grad()
-    def _example(self, cond: dict[str, Any]) -> None:
-        like = next(self.parameters())
-        shape = self.model.event_shape
-        if shape is None:
-            raise ValueError(
-                "the shape of a sample is not known; Denoiser.wrap(..., event_shape=)"
-            )
-        x = torch.zeros((1, *shape), device=like.device)
-        t = torch.full((1,), float(self.layout.start), device=like.device)
-        self.model.raw(x, t, **self.model.prepare(1, cond))
-
-
-def _host(model: Denoiser, sites: Sites) -> str:
-    """Returns the name of the module with the blocks: the first with known sites, or the whole model."""
-    if sites is not None:
-        return "network" if isinstance(getattr(model, "network", None), nn.Module) else ""
-    return next((name for name, module in model.named_modules() if is_known(module)), "")
-
 
 def _block(site: Site, layout: Layout) -> nn.Module:
+    if layout.extra == SECOND_TIME:
+        return SecondTime(site.channels)
     if layout.extra == "temporal":
         return TemporalConv(
             site.channels,

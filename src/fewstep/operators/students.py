@@ -12,12 +12,15 @@ import torch
 
 from fewstep.base.registry import Registry, unknown
 from fewstep.models.denoiser import Denoiser
-from fewstep.operators.layout import OUTPUTS, Layout, well_posed_output
+from fewstep.operators.flow_map import FlowMap, operator_of
+from fewstep.operators.layout import OUTPUTS, SECOND_TIME, Layout, check_budgets, well_posed_output
 from fewstep.operators.losses import CUSTOM, LOSSES, WEIGHTS
-from fewstep.operators.operator import TrajectoryOperator
+from fewstep.operators.operator import Operator
 from fewstep.operators.temporal import BASES
 
 DEFAULT_FRAMES = 4
+DEFAULT_BUDGETS = (1, 2, 4)
+PAIRS = ("steps", "all")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ class DistillRecipe:
         times: The times of the frames, among the stored ones; or
         frames: their number M, spread evenly over the stored ones. The last is always the
             sample's. Left out, 4 (or all, if fewer are stored).
+        drawn: The least and the most frames of a forward pass, whose number and times are drawn among
+            the stored ones each time; ``None``: always those of ``times`` or ``frames``, which
+            in any case are those of the finished student. For students of several frames only.
+        budgets: The numbers of evaluations of a flow map. Its knots are the stored times (or ``times``).
+        pairs: The pairs of knots that a flow map is trained on: ``"steps"``, those of its budgets: to the
+            next knot, or, with fresh noise in between, to the last; or ``"all"``.
         modes: The modes J of temporal blocks.
         basis: ``"dft"``, ``"dct"`` or ``"dense"``.
         output: ``"convert"`` or ``"direct"``, see :class:`Layout`; ``"auto"`` is the first
@@ -58,6 +67,9 @@ class DistillRecipe:
     mode: str = "dsno"
     times: list[float] | None = None
     frames: int | None = None
+    drawn: list[int] | None = None
+    budgets: list[int] | None = None
+    pairs: str = "steps"
     modes: int = 2
     basis: str = "dft"
     output: str = "auto"
@@ -87,11 +99,13 @@ class DistillRecipe:
         for name, known in (
             ("basis", BASES),
             ("output", ("auto", *OUTPUTS)),
+            ("pairs", PAIRS),
             ("loss", (*LOSSES, CUSTOM)),
             ("precision", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(unknown(name, getattr(self, name), list(known)))
+        self._check_kind()
         with_features = [name for name, loss in LOSSES.items() if loss.takes_features]
         if self.features is not None and self.loss not in with_features:
             raise ValueError(
@@ -116,6 +130,32 @@ class DistillRecipe:
                 raise ValueError(
                     f"{name} must be a number that is not negative, got {value!r:.40}"
                 )
+
+    def _check_kind(self) -> None:
+        """Raises for settings that this kind of student does not have."""
+        kind = STUDENTS[self.mode]
+        if not kind.two_times:
+            for name, value, default in (
+                ("budgets", self.budgets, None),
+                ("pairs", self.pairs, "steps"),
+            ):
+                if value != default:
+                    raise ValueError(f"{name} are for the student flow-map, not for {self.mode}")
+        elif self.frames is not None:
+            raise ValueError("a flow map has knots, not frames; give times, or leave both out")
+        if self.budgets is not None:
+            check_budgets(self.budgets, 4096)
+        if self.drawn is None:
+            return
+        whole = len(self.drawn) == 2 and all(type(n) is int for n in self.drawn)
+        if not whole or not 1 <= self.drawn[0] <= self.drawn[1]:
+            raise ValueError(f"drawn is the least and the most frames, got {self.drawn!r:.40}")
+        if kind.one_frame or kind.two_times:
+            raise ValueError(f"drawn is for students of several frames, not for {self.mode}")
+        if self.basis == "dense":
+            raise ValueError(
+                "the basis dense has a fixed number of frames; use dft or dct with drawn"
+            )
 
     def rate(self, step: int) -> float:
         """Returns the learning rate at a step."""
@@ -150,6 +190,8 @@ def select_frames(stored: Sequence[float], recipe: DistillRecipe) -> list[int]:
         indices = [_nearest(stored, t) for t in recipe.times]
         if indices != sorted(set(indices)):
             raise ValueError(f"times must decrease, got {recipe.times}")
+    elif STUDENTS[recipe.mode].two_times:
+        indices = list(range(1, most + 1))
     else:
         frames = recipe.frames or min(DEFAULT_FRAMES, most)
         if frames > most:
@@ -173,7 +215,7 @@ def make_student(
     *,
     sites: Sequence[str] | None = None,
     example: Mapping[str, Any] | None = None,
-) -> TrajectoryOperator:
+) -> Operator:
     """Returns the student of a recipe before training.
 
     Arguments:
@@ -187,9 +229,11 @@ def make_student(
     kind = STUDENTS[recipe.mode]
     single = kind.one_frame
     times, start = tuple(float(stored[i]) for i in indices), float(stored[0])
-    labels, output = "start" if single else "target", recipe.output
+    labels, output = "start" if single or kind.two_times else "target", recipe.output
     if output == "auto":
-        output = well_posed_output(teacher.schedule, teacher.native, times, start, labels)
+        # A flow map's labels are the times of its inputs.
+        at, own = ((start, *times[:-1]), "target") if kind.two_times else (times, labels)
+        output = well_posed_output(teacher.schedule, teacher.native, at, start, own)
     base = Layout(
         times=times,
         start=start,
@@ -225,10 +269,10 @@ class Blueprint:
         recipe = self.recipe
         return recipe.frames or (len(recipe.times) if recipe.times else DEFAULT_FRAMES)
 
-    def operator(self, **changes: Any) -> TrajectoryOperator:
+    def operator(self, **changes: Any) -> Operator:
         """Returns the operator of the layout with changes."""
         layout = replace(self.layout, **changes)
-        return TrajectoryOperator(self.teacher, layout, example=dict(self.example))
+        return operator_of(self.teacher, layout, example=dict(self.example))
 
     def cost(self, **changes: Any) -> int:
         """Returns the floating-point operations of one evaluation of that operator."""
@@ -241,14 +285,16 @@ class Student(ABC):
     Attributes:
         about: A sentence about it.
         one_frame: Whether it returns the sample alone, in one frame with the label of its input.
+        two_times: Whether it is a flow map: conditioned on two times, trained on pairs of states.
     """
 
     about: ClassVar[str]
     one_frame: ClassVar[bool] = True
+    two_times: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
-    def build(blueprint: Blueprint) -> TrajectoryOperator:
+    def build(blueprint: Blueprint) -> Operator:
         """Returns the student before training."""
 
 
@@ -259,7 +305,7 @@ class DSNO(Student):
     one_frame = False
 
     @staticmethod
-    def build(blueprint: Blueprint) -> TrajectoryOperator:
+    def build(blueprint: Blueprint) -> Operator:
         return blueprint.operator(extra="temporal")
 
 
@@ -270,7 +316,7 @@ class Folded(Student):
     one_frame = False
 
     @staticmethod
-    def build(blueprint: Blueprint) -> TrajectoryOperator:
+    def build(blueprint: Blueprint) -> Operator:
         return blueprint.operator()
 
 
@@ -280,7 +326,7 @@ class Endpoint(Student):
     about = "the sample alone, in one frame labelled with the noise level of the input"
 
     @staticmethod
-    def build(blueprint: Blueprint) -> TrajectoryOperator:
+    def build(blueprint: Blueprint) -> Operator:
         return blueprint.operator()
 
 
@@ -290,7 +336,7 @@ class SameParameters(Student):
     about = "endpoint, with as many extra parameters as dsno, but without time"
 
     @staticmethod
-    def build(blueprint: Blueprint) -> TrajectoryOperator:
+    def build(blueprint: Blueprint) -> Operator:
         # A matrix of channels squared corresponds to half a hidden channel width.
         size = _matrices(blueprint.recipe, blueprint.frames) / 2
         return blueprint.operator(extra="pointwise", size=size)
@@ -302,13 +348,29 @@ class SameFlops(Student):
     about = "endpoint, deepened until it costs as much as dsno"
 
     @staticmethod
-    def build(blueprint: Blueprint) -> TrajectoryOperator:
+    def build(blueprint: Blueprint) -> Operator:
         frames, start = blueprint.frames, blueprint.layout.start
         times = tuple(start * (1 - k / (frames + 1)) for k in range(1, frames + 1))
         goal = blueprint.cost(extra="temporal", times=times)
         one, two = (blueprint.cost(extra="deeper", size=k) for k in (1, 2))
         size = max(1, 1 + round((goal - one) / (two - one)))
         return blueprint.operator(extra="deeper", size=size)
+
+
+class FlowMapStudent(Student):
+    """A flow map: from any knot to any later one, with one, two, four evaluations."""
+
+    about = "a flow map, conditioned on two times: 1, 2 or 4 evaluations with one network"
+    one_frame = False
+    two_times = True
+
+    @staticmethod
+    def build(blueprint: Blueprint) -> Operator:
+        intervals = len(blueprint.layout.times)
+        budgets = blueprint.recipe.budgets
+        if budgets is None:
+            budgets = [n for n in DEFAULT_BUDGETS if n <= intervals]
+        return blueprint.operator(extra=SECOND_TIME, budgets=tuple(budgets))
 
 
 STUDENTS: Registry[type[Student]] = Registry(
@@ -319,6 +381,7 @@ STUDENTS: Registry[type[Student]] = Registry(
         "endpoint": Endpoint,
         "same-parameters": SameParameters,
         "same-flops": SameFlops,
+        "flow-map": FlowMapStudent,
     },
 )
 """The kinds of students by name. A new one is a subclass of :class:`Student` and a line here."""
@@ -334,8 +397,10 @@ def _matrices(recipe: DistillRecipe, frames: int) -> int:
     return modes + min(modes - 1, (frames - 1) // 2)
 
 
-def flops(operator: TrajectoryOperator, cond: Mapping[str, Any] | None = None) -> int:
+def flops(operator: Operator, cond: Mapping[str, Any] | None = None) -> int:
     """Returns the floating-point operations of one evaluation for one sample (2 a multiplication).
+
+    Of an operator of M frames one evaluation is that of all frames.
 
     Only convolutions, matrix products and attention are counted.
     """
@@ -347,5 +412,9 @@ def flops(operator: TrajectoryOperator, cond: Mapping[str, Any] | None = None) -
     x = torch.zeros((1, *shape), device=next(operator.parameters()).device)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        operator(x, **operator.model.prepare(1, dict(cond or {})))
+        ready = operator.model.prepare(1, dict(cond or {}))
+        if isinstance(operator, FlowMap):
+            operator.step(x, 0, 1, **ready)
+        else:
+            operator(x, **ready)
     return counter.get_total_flops()

@@ -20,8 +20,9 @@ from fewstep.base.runs import difference, digest_of, hash_inputs
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.folder import read_operator, write_operator
 from fewstep.operators.log import LossLog
-from fewstep.operators.losses import Distance, loss_weights
+from fewstep.operators.losses import Distance
 from fewstep.operators.model import OperatorModel
+from fewstep.operators.objectives import objective_of
 from fewstep.operators.students import DistillRecipe, make_student, select_frames
 from fewstep.training.checkpoints import (
     generator,
@@ -125,15 +126,9 @@ class Trainer:
         inputs: Mapping[str, Any],
     ) -> None:
         self.inputs = inputs
-        self.store, self.out, self.recipe, self.state_loss = store, out, recipe, loss
+        self.store, self.out, self.recipe = store, out, recipe
         stored = store.times.tolist()
         self.frames = select_frames(stored, recipe)
-        weights = loss_weights(
-            denoiser.schedule,
-            [stored[i] for i in self.frames],
-            recipe.weights if len(self.frames) > 1 else "uniform",
-            lambda_max=recipe.lambda_max,
-        )
         self.accelerator = _accelerator(device)
         first = store.read([0])
         example = {name: value[:1] for name, value in first.conditions.items()}
@@ -141,12 +136,12 @@ class Trainer:
             torch.manual_seed(recipe.seed)
             self.student = make_student(denoiser, recipe, stored, sites=sites, example=example)
         self.student = self.student.to(self.accelerator.device)
+        self.objective = objective_of(self.student, recipe, loss, stored, self.frames)
         self.network = self.student.network
         self.student.requires_grad_(False)
         self.network.requires_grad_(True)
         if recipe.checkpointing:
             _enable_checkpointing(self.network)
-        self.weights = (weights / weights.mean()).float().to(self.accelerator.device)
         self.average = new_average(self.network)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=recipe.learning_rate)
         heldout = max(1, min(recipe.heldout, len(store) // 10))
@@ -244,40 +239,28 @@ class Trainer:
         return f"loss {self.loss:.4f}{heldout}"
 
     def _step(self, call: Any, step: int) -> None:
-        """Does one update, and notes the loss of each frame, on the device."""
+        """Does one update, and notes the loss and the losses for the log, on the device."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(len(self.frames), device=self.accelerator.device)
-        for part in range(recipe.accumulate):
-            last = part + 1 == recipe.accumulate
+        total = torch.zeros(1 + self.objective.columns, device=self.accelerator.device)
+        for number in range(recipe.accumulate):
+            last = number + 1 == recipe.accumulate
             quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(call)
+            part, rank = step * recipe.accumulate + number, self.accelerator.process_index
             with quiet:
-                x, target, cond = self._batch(self._indices(step * recipe.accumulate + part))
+                states, cond = self._batch(self._indices(part), self.objective.drawn(part))
                 with self._autocast():
-                    states = call(x, **cond)
-                    each = self._distances(states, target)
-                loss = (self.weights * each).mean() / recipe.accumulate
-                self.accelerator.backward(loss)
-            total += each.detach() / recipe.accumulate
+                    loss, each = self.objective.losses(call, states, cond, part, rank)
+                self.accelerator.backward(loss / recipe.accumulate)
+            total += torch.cat([loss.detach()[None], each]) / recipe.accumulate
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
         with unbroken():
             self.optimizer.step()
             update_average(self.average, self.network, step, recipe.ema)
             self.pending.append(total)
-
-    def _distances(self, states: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean distance of each frame, with shape (M)."""
-        batch, frames = states.shape[:2]
-        each = self.state_loss(states.float().flatten(0, 1), target.flatten(0, 1))
-        if each.shape != (batch * frames,):
-            raise ValueError(
-                f"a distance returns one number per state, shape ({batch * frames},), got "
-                f"{tuple(each.shape)}"
-            )
-        return each.unflatten(0, (batch, frames)).mean(0)
 
     def _indices(self, part: int) -> list[int]:
         """Returns the trajectories of a forward pass: a slice of the epoch's permutation."""
@@ -290,13 +273,15 @@ class Trainer:
         )
         return order[place * size : (place + 1) * size][rank::world].tolist()
 
-    def _batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        read = self.store.read(indices, frames=[0, *self.frames])
+    def _batch(
+        self, indices: Sequence[int], frames: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Returns the states of the input and of frames, and the conditions, on the device."""
+        read = self.store.read(indices, frames=[0, *frames])
         device = self.accelerator.device
-        states = read.states.to(device)
         cond = self.student.model.prepare(len(indices), dict(read.conditions))
         ready = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in cond.items()}
-        return states[:, 0], states[:, 1:], ready
+        return read.states.to(device), ready
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         kind = self.accelerator.device.type
@@ -304,18 +289,17 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> list[float]:
-        """Returns the RMS error of each frame of the averaged student, on held-out trajectories."""
+        """Returns the RMS errors of the averaged student on held-out trajectories; see :meth:`Objective.errors`."""
         indices = list(range(self.training, len(self.store)))
-        total = torch.zeros(len(self.frames), dtype=torch.float64)
+        found = []
         with self._averaged():
             for start in range(0, len(indices), self.recipe.batch_size):
                 rows = indices[start : start + self.recipe.batch_size]
-                x, target, cond = self._batch(rows)
+                states, cond = self._batch(rows, self.frames)
                 with self._autocast():
-                    states = self.student(x, **cond)
-                error = (states.float() - target).square().flatten(2).mean(2)
-                total += error.sum(0).double().cpu()
-        return (total / len(indices)).sqrt().tolist()
+                    errors = self.objective.errors(self.student, states, cond)
+                found.append(errors.double().sum(0).cpu())
+        return (torch.stack(found).sum(0) / len(indices)).sqrt().tolist()
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -327,15 +311,15 @@ class Trainer:
             self.network.load_state_dict(present)
 
     def _log_row(self, each: Tensor, step: int) -> dict[str, Any]:
-        """Returns the row of the log."""
+        """Returns the row of the log of a loss and its losses."""
         whole: Any = self.accelerator.reduce(each, reduction="mean")
-        loss = float((self.weights * whole).mean())
+        loss, *losses = whole.tolist()
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {step}; lower learning_rate")
         return {
             "step": step + 1,
             "loss": loss,
-            "losses": whole.tolist(),
+            "losses": losses,
             "rate": self.recipe.rate(step),
         }
 

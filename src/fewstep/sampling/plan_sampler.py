@@ -18,7 +18,7 @@ from fewstep.plans.plan import Plan
 from fewstep.plans.rewriting import plan_for
 from fewstep.sampling.binding import bind
 from fewstep.sampling.plausibility import peak, warn_if_absurd
-from fewstep.sampling.protocol import BUILT_IN_SAMPLER, Run, Trajectory
+from fewstep.sampling.protocol import Run, Trajectory, refusal
 from fewstep.sampling.residual import Residual
 
 
@@ -42,8 +42,8 @@ class PlanSampler:
     def __post_init__(self) -> None:
         if self.residual is not None:
             self.residual.check(self.plan, self.denoiser.event_shape)
-        if self.denoiser.built_in_sampler() is not None:
-            raise ValueError(BUILT_IN_SAMPLER.format("a plan"))
+        if (own := self.denoiser.built_in_sampler()) is not None:
+            raise ValueError(refusal(own, "a plan"))
         self.plan.check_schedule(self.denoiser.schedule)
         if self.plan.head and (self.denoiser.data_mean is None or self.denoiser.data_std is None):
             raise ValueError(

@@ -20,7 +20,7 @@ DEFAULT_BATCH = 256
 
 
 BUILT_IN_SAMPLER = (
-    "this model has a built-in sampler of one evaluation and cannot use another; leave {} out, or "
+    "this model has a built-in sampler of {} and cannot use another; leave {} out, or "
     "use the model that it was distilled from"
 )
 
@@ -88,3 +88,37 @@ class Sampler(Protocol):
     def run(self, x: Tensor, run: Run) -> Trajectory:
         """Returns the samples that start at a state."""
         ...
+
+
+class BuiltInSampler(Sampler, Protocol):
+    """The sampler of an operator, which makes few budgets and has its own options."""
+
+    @property
+    def nfe(self) -> int:
+        """The number of network evaluations."""
+        ...
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """The numbers of evaluations that it makes."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Its options, with their values."""
+        ...
+
+    def configured(self, nfe: int, **options: Any) -> BuiltInSampler:
+        """Returns the sampler of a budget, with these options.
+
+        Raises:
+            ValueError, TypeError: If it has no such budget or option.
+        """
+        ...
+
+
+def refusal(own: BuiltInSampler, given: str) -> str:
+    """Returns the message for a request beside a built-in sampler."""
+    several = own.budgets != (1,)
+    budgets = " or ".join(map(str, own.budgets)) if several else "one"
+    return BUILT_IN_SAMPLER.format(f"{budgets} evaluation{'s' * several}", given)

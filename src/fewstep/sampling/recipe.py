@@ -188,7 +188,7 @@ class SamplerRecipe:
                 raise ValueError(
                     "the recipe is for a model with a built-in sampler; this one has none"
                 )
-            return own
+            return own.configured(own.nfe if self.nfe is None else self.nfe, **self.options)
         if self.kind == "adaptive":
             from fewstep.sampling.adaptive import AdaptiveSampler
 

@@ -22,7 +22,7 @@ strength               needs an image; not with ``t_start``, nor with given time
 auto                   the model's profile (``denoiser.profile``), if it has one, and else the
                        static default; a given grid is used
 dopri5                 its own options, ``t_start``, ``t_end``, ``strength`` only; no plan, nfe, steps, grid, head start
-a built-in sampler     ``auto`` and its own nfe only; no image
+a built-in sampler     ``auto``, its own budgets and options only; no image
 =====================  ================================================================================
 
 Each contradiction is a :class:`~fewstep.sampling.request.Contradiction` with one text at every entry point.
@@ -55,7 +55,7 @@ from fewstep.sampling.planning import (
     solver_options,
 )
 from fewstep.sampling.profile import Profile, names_profile, read_profile
-from fewstep.sampling.protocol import BUILT_IN_SAMPLER, Sampler
+from fewstep.sampling.protocol import BuiltInSampler, Sampler, refusal
 from fewstep.sampling.recipe import SamplerRecipe, recipe_of
 from fewstep.sampling.request import UNSET, Contradiction, SamplerRequest, as_text
 from fewstep.solvers import Solver
@@ -139,9 +139,7 @@ def resolve(
         return _of_recipe(denoiser, request, loaded, guidance, image=image, force=force)
     _check_operator(denoiser, request, guidance, image=image)
     if (own := denoiser.built_in_sampler()) is not None:
-        return Resolved(
-            own, _recipe=lambda: SamplerRecipe(kind="operator", name="operator", nfe=own.nfe)
-        )
+        return _of_operator(own, request)
     if isinstance(request.plan, Plan):
         plan = request.plan
         _check_budget(request, "plan", plan)
@@ -295,20 +293,35 @@ def check_sources(request: SamplerRequest) -> None:
             )
 
 
+def _of_operator(own: BuiltInSampler, request: SamplerRequest) -> Resolved:
+    """Returns the built-in sampler of a budget, whose options the recipe has if they are not the default."""
+    made = own.configured(request.nfe or own.nfe, **request.options)
+    options = {k: v for k, v in made.options.items() if v != own.options[k]}
+    return Resolved(
+        made,
+        _recipe=lambda: SamplerRecipe(
+            kind="operator", name="operator", nfe=made.nfe, options=options
+        ),
+    )
+
+
 def _check_operator(
     denoiser: Denoiser, request: SamplerRequest, guidance: float | None, *, image: bool
 ) -> None:
-    own = denoiser.built_in_sampler()
+    own: BuiltInSampler | None = denoiser.built_in_sampler()
     if own is None:
         return
+    allowed = {"nfe", *own.options}
     given = [
-        n for n in request.given if n != "nfe" and not (n == "solver" and request.solver == AUTO)
+        n
+        for n in request.given
+        if n not in allowed and not (n == "solver" and request.solver == AUTO)
     ]
     given += ["image"] * image + ["guidance"] * (guidance not in (None, 1))
-    if request.nfe is not UNSET and request.nfe != own.nfe:
+    if request.nfe is not UNSET and request.nfe not in own.budgets:
         given.insert(0, f"nfe={request.nfe}")
     if given:
-        raise Contradiction(BUILT_IN_SAMPLER.format(as_text(given)))
+        raise Contradiction(refusal(own, as_text(given)))
 
 
 def _check_budget(request: SamplerRequest, kind: str, plan: Plan) -> None:
@@ -486,8 +499,9 @@ def _of_recipe(
     image: bool,
     force: bool,
 ) -> Resolved:
-    if recipe.kind != "operator" and denoiser.built_in_sampler() is not None:
-        raise Contradiction(BUILT_IN_SAMPLER.format("recipe"))
+    own: BuiltInSampler | None = denoiser.built_in_sampler()
+    if recipe.kind != "operator" and own is not None:
+        raise Contradiction(refusal(own, "recipe"))
     if guidance is not None:
         recipe = replace(recipe, guidance=_stored(guidance))
     elif isinstance(denoiser, Guided) and recipe.guidance not in (None, denoiser.scale):
@@ -500,6 +514,11 @@ def _of_recipe(
     sampler = recipe.build(denoiser, force=force)
     if recipe.kind == "operator":
         _check_operator(denoiser, replace(request, recipe=UNSET), guidance, image=image)
+        if request.nfe is not UNSET and request.nfe != sampler.nfe:
+            raise Contradiction(
+                f"this recipe makes {sampler.nfe} evaluations, not {request.nfe}; leave nfe out, or use "
+                "another recipe"
+            )
     if isinstance(sampler, PlanSampler):
         _check_budget(request, "recipe", sampler.plan)
         own = recipe.kind == "solver" and recipe.grid is None and "t_start" not in recipe.options
