@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.insertion import Site, blocks
