@@ -43,6 +43,7 @@ MOST_USED = (
     "trajectories.recording:record",
     "operators.distillation:distill",
     "comparison.running:compare",
+    "workflows.analyzing:analyze",
     "workflows.comparing:compare",
     "adapters.diffusers.scheduler:PlanScheduler",
     "adapters.diffusers.scheduler_plans:plan_from_scheduler",
@@ -50,7 +51,7 @@ MOST_USED = (
 """Module and name of each; a class has attributes and a function says what it raises."""
 
 RUNS = {"sample", "steps", "sampler", "log_likelihood", "fit", "tune", "record", "distill"}
-RUNS |= {"Denoiser", "Plan", "PlanScheduler", "compare", "study"}
+RUNS |= {"Denoiser", "Plan", "PlanScheduler", "analyze", "compare", "study"}
 """Names whose docstrings have the cost in network evaluations."""
 
 
@@ -74,7 +75,7 @@ def examples() -> list[doctest.DocTest]:
 def cases():
     """The examples; those that search or train are slow."""
     for example in examples():
-        slow = example.name.split(":")[1] in ("study", "tune", "distill")
+        slow = example.name.split(":")[1] in ("analyze", "study", "tune", "distill")
         yield pytest.param(example, id=example.name, marks=[pytest.mark.slow] * slow)
 
 

@@ -46,15 +46,18 @@ if TYPE_CHECKING:
     from fewstep.solvers import SOLVERS as SOLVERS
     from fewstep.solvers import Solver as Solver
     from fewstep.studies.fit import fit as fit
-    from fewstep.training.train import train as train
+    from fewstep.training.recipe import TrainRecipe as TrainRecipe
     from fewstep.trajectories import TrajectoryStore as TrajectoryStore
     from fewstep.trajectories import record as record
+    from fewstep.workflows.analyzing import analyze as analyze
     from fewstep.workflows.comparing import compare as compare
+    from fewstep.workflows.training import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": "adapters",
+    "analyze": "workflows.analyzing",
     "Clipped": "models.wrappers",
     "compare": "workflows.comparing",
     "comparison": "comparison",
@@ -91,7 +94,8 @@ _HOMES = {
     "TimeGrid": "diffusion.grids",
     "Trajectory": "sampling.protocol",
     "TrajectoryStore": "trajectories",
-    "train": "training.train",
+    "train": "workflows.training",
+    "TrainRecipe": "training.recipe",
     "tune": "learned.tuning",
     "TunedSampler": "learned.tuning",
 }

@@ -140,8 +140,6 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
 def test_a_study_is_not_resumed_with_other_images(tmp_path, monkeypatch, capsys):
     from PIL import Image
 
-    from fewstep.cli import analyze as command
-
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     for name in ("one", "two"):
@@ -150,8 +148,10 @@ def test_a_study_is_not_resumed_with_other_images(tmp_path, monkeypatch, capsys)
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewstep.studies.stages.study", stop)
-    monkeypatch.setattr(command, "_data", lambda *_: (torch.zeros(2, 2), None))
+    monkeypatch.setattr("fewstep.workflows.analyzing.study", stop)
+    monkeypatch.setattr(
+        "fewstep.workflows.analyzing.real_samples", lambda *_: (torch.zeros(2, 2), None)
+    )
     assert analyze(out, "--data", str(images)) == 130
     Image.new("L", (4, 4), 255).save(images / "two.png")
     capsys.readouterr()

@@ -40,6 +40,7 @@ class Tuned:
             "tab2+t_end=0.01",
             {"solver": "tab2", "t_end": 0.01},
         ),
+        (("tab2", fewstep.grid("karras", SCHEDULE, 3)), "tab2@times", {"solver": "tab2", "grid": "karras"}),
         (PROFILE, "profile", {"profile": PROFILE}),
         (fewstep.plan("tab1", SCHEDULE, nfe=3), "tab1", {"solver": "tab1"}),
         (fewstep.SamplerRecipe(name="tab1", nfe=3, grid="karras"), "tab1", {"solver": "tab1", "grid": "karras"}),
@@ -189,3 +190,24 @@ def test_a_table_is_rows_and_text():
     assert str(table) == repr(table) == "t & u\na  <b>\n1"
     assert table[0]["a"] == 1
     assert "<caption>t &amp; u</caption>" in table._repr_html_()
+
+
+def test_profiles_and_tuned_samplers_have_tables():
+    from fewstep.learned.problem import TunedSampler
+    from fewstep.learned.verdict import Verdict
+
+    entry = ProfileEntry("tab1", (1.0, 0.6, 0.3, 0.01), error=0.25, default_error=0.5)
+    profile = Profile(SCHEDULE, "", (entry,), {3: "tab1"})
+    assert str(profile.table()).split()[-4:] == ["3", "tab1", "0.2500", "0.50"]
+    assert "tab1" in profile._repr_html_()
+    score = {"value": 0.5, "low": 0.25, "high": 1.0}
+    tuned = TunedSampler(
+        fewstep.SamplerRecipe(name="<gs>", nfe=3),
+        fewstep.plan("tab1", SCHEDULE, nfe=3),
+        [],
+        {"before": {"RMS": score}, "after": {"RMS": score}},
+        Verdict("better"),
+    )
+    assert "RMS" in str(tuned)
+    assert "0.5 (0.25 to 1)" in str(tuned)
+    assert "<caption>&lt;gs&gt;</caption>" in tuned._repr_html_()

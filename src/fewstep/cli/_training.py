@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fewstep.base.files import read_json
 from fewstep.base.progress import Progress
-from fewstep.cli._common import draw
-
-PICTURE = "samples.png"
-SHOWN = 40
 
 
 class Resumed:
@@ -48,16 +43,3 @@ def kept_step(out: Path) -> str | None:
     """Returns in words the step of an interrupted run's checkpoint."""
     step = (_checkpoint(out) or {}).get("step")
     return f"the checkpoint of step {step} is saved" if step else None
-
-
-def picture_of(sampler: Any, *, classes: int | None, seed: int, title: str) -> bytes:
-    """Returns a PNG of samples, with the classes in turn."""
-    from fewstep.reporting.plots import picture
-
-    cond = {"class_labels": [i % classes for i in range(SHOWN)]} if classes else {}
-    buffer = io.BytesIO()
-    samples = draw(sampler, range(SHOWN), seed=seed, cond=cond)
-    decode = getattr(sampler.denoiser, "decode", None)
-    shown = samples if decode is None else decode(samples)
-    picture(shown, title=title).save(buffer, "PNG")
-    return buffer.getvalue()

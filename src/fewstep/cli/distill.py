@@ -23,7 +23,7 @@ from fewstep.cli._common import (
     positive,
     say,
 )
-from fewstep.cli._training import PICTURE, Resumed, kept_step, picture_of
+from fewstep.cli._training import Resumed, kept_step
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def distill(
     from fewstep.operators.distillation import distill as run
     from fewstep.operators.students import DistillRecipe
     from fewstep.trajectories import TrajectoryStore
+    from fewstep.workflows.pictures import PICTURE, picture_of
 
     positive("--checkpoint-every", checkpoint_every)
     device = check_device(device)

@@ -15,7 +15,6 @@ from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
     budgets_of,
-    console,
     event_shape,
     exists,
     follows,
@@ -29,7 +28,6 @@ from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
     from fewstep.models.denoiser import Denoiser
-    from fewstep.sampling.profile import Profile
 
 
 def fit(
@@ -109,7 +107,7 @@ def fit(
     shutil.rmtree(parts, ignore_errors=True)
     if not team.first:
         return
-    _show(profile)
+    say(str(profile.table()))
     say(
         f"wrote {file} ({profile.about['evaluations']:,} evaluations, {profile.about['seconds']} s)"
     )
@@ -153,17 +151,3 @@ def _file(model: str, out: Path | None) -> Path:
     from fewstep.sampling.profile import PROFILE
 
     return Path(model) / PROFILE
-
-
-def _show(profile: Profile) -> None:
-    from rich.table import Table
-
-    table = Table("nfe", "solver", "distance", "of the static default")
-    for row in profile.table():
-        table.add_row(
-            str(row["nfe"]),
-            row["solver"],
-            f"{row['error']:.4f}",
-            f"{row['error'] / row['default_error']:.2f}" if row["default_error"] else "",
-        )
-    console().print(table)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from fewstep.base.files import read_json, write_atomic
 from fewstep.base.interrupts import keeping
 from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
@@ -16,15 +15,15 @@ from fewstep.cli._common import (
     check_device,
     exists,
     follows,
-    output_folder,
     parse_options,
     positive,
     say,
 )
-from fewstep.cli._training import PICTURE, Resumed, kept_step, picture_of
+from fewstep.cli._training import Resumed, kept_step
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
+    from fewstep.training.data import ImageData
     from fewstep.training.recipe import TrainRecipe
 
 
@@ -69,12 +68,10 @@ def train(
         device: Where to run: auto, cpu, cuda, mps.
         overwrite: Replace an existing model.
     """
-    from dataclasses import replace
-
     from fewstep.base.processes import processes
-    from fewstep.training.data import read_images
-    from fewstep.training.recipe import TrainRecipe, default_recipe, with_schedule
-    from fewstep.training.train import train as run
+    from fewstep.workflows.files import prepared_folder
+    from fewstep.workflows.pictures import PICTURE
+    from fewstep.workflows.training import train as run
 
     for name, value in (
         ("--size", size),
@@ -86,7 +83,7 @@ def train(
     if options and schedule is None:
         raise ValueError("--option is an option of the schedule; give --schedule too")
     device = check_device(device)
-    output_folder(out)
+    prepared_folder(out)
     finished = (out / "model.json").exists() and (
         (out / PICTURE).exists() or not (out / "checkpoint.json").exists()
     )
@@ -99,67 +96,35 @@ def train(
             "folder first"
         )
     report = say if team.first else lambda _: None
-    given = None
-    if recipe is not None:
-        given = TrainRecipe.from_record(read_json(recipe, what="the training recipe"))
-        size = size or given.size
-    images = read_images(data, size=size)
-    chosen = given or default_recipe(images, device=device)
-    changes: dict[str, Any] = {"size": size}
-    if unconditional:
-        changes["network"] = {**chosen.network, "num_classes": None}
-    if flip:
-        changes["flip"] = True
-    if data_range is not None:
-        changes["range"] = list(data_range)
-    if steps is not None:
-        changes["steps"] = steps
-    if seed is not None:
-        changes["seed"] = seed
-    chosen = replace(chosen, **changes)
-    if schedule is not None:
-        chosen = with_schedule(chosen, {"name": schedule, **options}, prediction=prediction)
-    elif prediction is not None:
-        chosen = replace(chosen, prediction=prediction)
 
-    classes = images.num_classes
-    if "num_classes" in chosen.network and chosen.network["num_classes"] is None:
-        classes = None
-    shape = "x".join(map(str, images.event_shape))
-    report(
-        f"{len(images)} images of {shape}, {'no' if classes is None else classes} classes; "
-        f"{chosen.prediction}, {chosen.schedule['name']}; {chosen.steps} steps on {device}"
-    )
+    def started(images: ImageData, chosen: TrainRecipe) -> None:
+        classes = None if unconditional else images.num_classes
+        shape = "x".join(map(str, images.event_shape))
+        report(
+            f"{len(images)} images of {shape}, {'no' if classes is None else classes} classes; "
+            f"{chosen.prediction}, {chosen.schedule['name']}; {chosen.steps} steps on {device}"
+        )
+
     with keeping(lambda: kept_step(out)), progress_of(follows()) as progress:
-        run(
-            images,
+        trained = run(
+            data,
             out,
-            chosen,
-            device=device,
+            recipe,
+            prediction=prediction,
+            schedule=schedule,
+            options=options,
+            unconditional=unconditional,
+            flip=flip,
+            data_range=data_range,
+            size=size,
+            steps=steps,
             checkpoint_every=checkpoint_every,
+            seed=seed,
+            device=device,
             overwrite=overwrite,
+            started=started,
             progress=Resumed(progress, report),
         )
-        if team.first:
-            _draw(out, chosen, classes, device=device)
     report(f"wrote the model {out} and the picture {out / PICTURE}")
-    labels = "all" if classes else None
+    labels = "all" if trained.classes else None
     report(f"next: {command('sample', out, class_labels=labels, out=f'{out}-samples')}")
-
-
-def _draw(out: Path, recipe: TrainRecipe, classes: int | None, *, device: str) -> None:
-    """Draws samples of the finished model."""
-    from fewstep.loading import load
-    from fewstep.sampling.request import SamplerRequest
-    from fewstep.sampling.resolve import resolve
-
-    model, nfe = load(out, device=device), 20
-    resolved = resolve(model, SamplerRequest(nfe=nfe))
-    name = resolved.recipe.name
-    picture = picture_of(
-        resolved.sampler,
-        classes=classes,
-        seed=recipe.seed,
-        title=f"after {recipe.steps} steps · {name} · {nfe} evaluations",
-    )
-    write_atomic(out / PICTURE, picture)

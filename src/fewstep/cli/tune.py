@@ -10,7 +10,6 @@ from fewstep.cli._common import (
     Flag,
     Options,
     chosen_labels,
-    console,
     follows,
     kept_files,
     left_to_first,
@@ -125,7 +124,7 @@ def tune(
             progress=follows(),
             **cond,
         )
-    _report(tuned)
+    say(str(tuned))
     folder = checkpoint_folder(out)
     page = _page(tuned, folder / "report.html")
     if not tuned.verdict.better and not keep_worse:
@@ -147,21 +146,6 @@ def tune(
     )
     say(f"next: {again}")
     return 0
-
-
-def _report(tuned: TunedSampler) -> None:
-    from rich.table import Table
-
-    table = Table("score on unused seeds", "before", "after", title=tuned.recipe.name)
-    before, after = tuned.scores["before"], tuned.scores["after"]
-    for name in before:
-        table.add_row(name, *(_interval(scores[name]) for scores in (before, after)))
-    console().print(table)
-    say(tuned.verdict.sentence)
-
-
-def _interval(score: dict[str, Any]) -> str:
-    return f"{score['value']:.4g} ({score['low']:.4g} to {score['high']:.4g})"
 
 
 def _page(tuned: TunedSampler, path: Path) -> Path | None:

@@ -130,7 +130,7 @@ def _told_apart(entries: list[Entry]) -> list[Entry]:
     ]
 
 
-def _is_pair(thing: object) -> bool:
+def _is_pair(thing: Any) -> bool:
     """Whether it is a solver and a grid in a tuple; two texts in a list are two samplers."""
     return (
         isinstance(thing, tuple)
@@ -146,7 +146,8 @@ def _is_grid(name: str) -> bool:
 
 def _named(name: str, thing: Any) -> Entry:
     if callable(thing) and not isinstance(thing, Denoiser) and not hasattr(thing, "run"):
-        return _prepared(name, thing)
+        build: Build = thing  # type: ignore[assignment]
+        return _prepared(name, build)
     return replace(entry_of(thing), name=name)
 
 
@@ -188,7 +189,7 @@ def _name_of(request: SamplerRequest) -> str:
     solver, grid = request.solver, request.grid
     name = "auto" if solver is None else solver if isinstance(solver, str) else solver.name
     if grid is not None:
-        name += f"@{grid if isinstance(grid, str) else grid.name}"
+        name += f"@{grid if isinstance(grid, str) else 'times'}"
     given = {**request.options, "head_start": request.head_start, "steps": request.steps}
     for key, value in given.items():
         if value is not None:

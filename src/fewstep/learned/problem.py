@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fewstep import __version__
 from fewstep.base.progress import SILENT, Progress
+from fewstep.base.tables import Column, Table
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.evolution import check_evolution
@@ -90,6 +92,25 @@ class TunedSampler:
         """Whether the result is better than the start, on seeds that the search did not use."""
         return self.verdict.better
 
+    def table(self) -> Table:
+        """Returns the scores on unused seeds, before and after, with 95 % intervals."""
+        before, after = self.scores["before"], self.scores["after"]
+        return Table(
+            [{"score": name, "before": before[name], "after": after[name]} for name in before],
+            [
+                Column("score", "score on unused seeds", left=True),
+                Column("before", show=_interval),
+                Column("after", show=_interval),
+            ],
+            title=self.recipe.name,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n{self.verdict.sentence}"
+
+    def _repr_html_(self) -> str:
+        return f"{self.table()._repr_html_()}<p>{escape(self.verdict.sentence)}</p>"
+
     def save(self, path: str | Path) -> Path:
         """Writes the recipe, whatever the verdict; returns the path.
 
@@ -97,6 +118,10 @@ class TunedSampler:
             OSError: If the file cannot be written.
         """
         return self.recipe.save(path)
+
+
+def _interval(score: Mapping[str, Any]) -> str:
+    return f"{score['value']:.4g} ({score['low']:.4g} to {score['high']:.4g})"
 
 
 @dataclass(frozen=True)

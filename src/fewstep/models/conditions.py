@@ -391,3 +391,12 @@ def _joined(first: Any, second: Any) -> Any:
     if isinstance(first, Tensor) and first.ndim:
         return torch.cat([first, second])
     return first
+
+
+def classes_in_turn(denoiser: Any, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the conditions; for a class-conditional model without given classes, all in turn."""
+    accepts, labels = denoiser.accepts, "class_labels"
+    named = accepts.names is not None and labels in accepts.names
+    if cond or not named or not accepts.num_classes:
+        return dict(cond)
+    return {labels: [i % accepts.num_classes for i in range(n)]}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import read_json, write_json
+from fewstep.base.tables import Column, Table
 from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, explicit
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.sampling.planning import NO_BUDGET, planned
@@ -224,7 +225,7 @@ class Profile:
         wanted = (solver, steps)
         return next((e for e in self.entries if (e.solver, e.steps) == wanted), None)
 
-    def table(self) -> list[dict[str, Any]]:
+    def table(self) -> Table:
         """Returns one row for each budget: the recommended sampler, its error, the default's, the cost."""
         rows = []
         for steps, name in sorted(self.recommended.items()):
@@ -239,9 +240,23 @@ class Profile:
                     "error": entry.error,
                     "default_error": entry.default_error,
                     "cost": entry.cost,
+                    "ratio": entry.error / entry.default_error
+                    if entry.error is not None and entry.default_error
+                    else None,
                 }
             )
-        return rows
+        return Table(
+            rows,
+            [
+                Column("nfe", "NFE"),
+                Column("solver", left=True),
+                Column("error", "distance", "{:.4f}".format),
+                Column("ratio", "of the static default", "{:.2f}".format),
+            ],
+        )
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def _times(self, times: tuple[float, ...] | Tensor) -> TimeGrid:
         return explicit(self.schedule, times=times)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path as FilePath
@@ -17,7 +17,7 @@ from fewstep.base.processes import Processes, processes
 from fewstep.base.progress import SILENT, Progress, progress_of
 from fewstep.base.runs import RunFolder
 from fewstep.base.sharing import Sharing
-from fewstep.models.conditions import Conditions, select
+from fewstep.models.conditions import Conditions, classes_in_turn, select
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.splitting import split_evaluations
 from fewstep.models.wrappers import Guided
@@ -170,7 +170,7 @@ def fit(
         torch.Size([8, 2])
     """
     budgets = _checked(denoiser, nfe, n)
-    cond = _classes(denoiser, n, cond)
+    cond = classes_in_turn(denoiser, n, cond)
     if guidance is not None and guidance != 1:
         denoiser = Guided(denoiser, guidance)
     conditions = Conditions.of(denoiser, n, cond)
@@ -551,15 +551,6 @@ def _checked(denoiser: object, nfe: Sequence[int], n: object) -> list[int]:
     if type(n) is not int or n < 4:
         raise ValueError(f"n must be an integer of at least 4, got {n!r}")
     return sorted(set(budgets))
-
-
-def _classes(denoiser: Denoiser, n: int, cond: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the conditions; for a class-conditional model without given classes, all in turn."""
-    accepts, labels = denoiser.accepts, "class_labels"
-    named = accepts.names is not None and labels in accepts.names
-    if cond or not named or not accepts.num_classes:
-        return dict(cond)
-    return {labels: [i % accepts.num_classes for i in range(n)]}
 
 
 def _described(value: Any) -> Any:

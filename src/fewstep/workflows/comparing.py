@@ -31,7 +31,7 @@ from fewstep.metrics.real import order
 from fewstep.metrics.reference import check_data_range
 from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.recipe import SamplerRecipe
-from fewstep.workflows.files import EXACT, check_report, check_tensor, prepared_folder
+from fewstep.workflows.files import EXACT, check_report, check_tensor, name_of, prepared_folder
 
 SOLVERS = ("auto", "tab3", "ddim", "dpmpp-2m", "unipc3")
 """The default samplers."""
@@ -228,7 +228,7 @@ def compare(
         "batch_size": min(n, batch_size) if isinstance(n, int) and n > 0 else batch_size,
         "progress": progress,
     }
-    named = invocation or Invocation(_name(denoiser), "" if data is None else _data_name(data))
+    named = invocation or Invocation(name_of(denoiser), "" if data is None else _data_name(data))
     if out is not None:
         comparison = run(
             denoiser, solvers, folder=out, extend=extend, overwrite=overwrite, **settings
@@ -292,11 +292,6 @@ def real_data(
             f"the data have shape {tuple(real.event_shape)}, the model's samples {shape}"
         )
     return real
-
-
-def _name(denoiser: Denoiser) -> str:
-    network = getattr(denoiser, "network", None) or denoiser
-    return type(network).__name__
 
 
 def _data_name(data: str | Path | Tensor | Reference) -> str:

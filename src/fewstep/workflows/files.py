@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.models.denoiser import Denoiser
+
 EXACT = ("mixture-smooth", "mixture-sharp")
 """The models that are their own data."""
 
@@ -59,3 +61,9 @@ def check_tensor(data: Any, shape: tuple[int, ...], *, least: int) -> Tensor:
     if not bool(data.isfinite().all()):
         raise ValueError("data has values that are not finite")
     return data
+
+
+def name_of(denoiser: Denoiser) -> str:
+    """Returns a name of a model for reports: its network's class."""
+    inner = getattr(denoiser, "inner", denoiser)
+    return type(getattr(inner, "network", None) or inner).__name__
