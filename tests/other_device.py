@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 OTHER = torch.device("meta")
 aten = torch.ops.aten
@@ -97,6 +97,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     flat = _leaves((args, kwargs))
     others = [a for a in flat if isinstance(a, OtherTensor)]
     target = kwargs.get("device")
+    if not others and target is None:
+        return func(*args, **kwargs)
     if others and func not in CROSSING:
         checked = _leaves((args[0], args[2:], kwargs)) if func in INDEXED else flat
         if func in INDEXED and not isinstance(args[0], OtherTensor):
@@ -138,6 +140,20 @@ def other_device() -> Iterator[torch.device]:
     """Gives the device; within the block it can be allocated on and moved to."""
     with _Mode(), _Literals():
         yield OTHER
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within the block there is no other device: what is computed on the CPU costs what it costs there."""
+    with _disable_current_modes(), _pop_mode_temporarily():
+        yield
+
+
+def both(here: Any, there: Any, work: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Returns what a function returns for a model on the CPU and for the same on the other device."""
+    with plain():
+        expected = work(here)
+    return expected, work(there)
 
 
 def on_other_device(module: nn.Module) -> nn.Module:

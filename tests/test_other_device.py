@@ -28,7 +28,7 @@ from fewstep.studies import (
 from fewstep.studies.reference import draw_noise
 from fewstep.training.data import read_images
 from fewstep.training.recipe import TrainRecipe
-from other_device import OTHER, OtherTensor, on_other_device, other_device
+from other_device import OTHER, OtherTensor, both, on_other_device, other_device, plain
 from tiny_models import write_tiny
 
 pytestmark = pytest.mark.slow  # much is computed: `pytest -m "not slow"` is for while one writes
@@ -85,14 +85,17 @@ def test_the_stand_in_refuses_what_a_device_refuses(device):
 def test_samples(here, there, solver):
     options = {"options": {"rtol": 0.3, "atol": 0.3}} if solver == "dopri5" else {"nfe": 5}
     labels = numpy.arange(3)
-    wanted = fewstep.sample(here, 3, solver=solver, class_labels=labels, **options)
-    close(fewstep.sample(there, 3, solver=solver, class_labels=labels, **options), wanted)
+    wanted, found = both(
+        *(here, there),
+        lambda model: fewstep.sample(model, 3, solver=solver, class_labels=labels, **options),
+    )
+    close(found, wanted)
 
 
 def test_guided_samples(here, there):
-    wanted, found = (
-        fewstep.sample(fewstep.Guided(model, 2.0), 2, nfe=3, class_labels=[0, 2])
-        for model in (here, there)
+    wanted, found = both(
+        *(here, there),
+        lambda model: fewstep.sample(fewstep.Guided(model, 2.0), 2, nfe=3, class_labels=[0, 2]),
     )
     close(found, wanted)
 
@@ -108,8 +111,8 @@ def test_the_stages_of_a_study(here, there, monkeypatch):
     monkeypatch.setattr(checking, "schedules_to_try", lambda claimed: [claimed])
     monkeypatch.setattr(checking, "conventions_for", lambda schedule: ["as claimed"])
     images, labels = data()
-    results = []
-    for model in (here, there):
+
+    def work(model):
         check = model_check(model, images, n=2, cond={"class_labels": labels[:2]})
         noise = draw_noise(model, 2, 0)
         cond = model.prepare(2, {"class_labels": [0, 1]})
@@ -123,25 +126,27 @@ def test_the_stages_of_a_study(here, there, monkeypatch):
         fit = fitting_error(model, reference, path, images, labels, plan=plan, samples=2, every=3)
         numbers = [check.best.relative_error, *path.gain.tolist(), *polished.history]
         numbers += [advice.best.held_out, fit["end"], *fit["noised"]["rms"]]
-        results.append(numbers)
         assert len(polished.history) == 2
-    assert results[1] == pytest.approx(results[0], rel=1e-3)
+        return numbers
+
+    wanted, found = both(here, there, work)
+    assert found == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_comparison(here, there, tmp_path):
-    found = [
-        compare(
+    found = both(
+        *(here, there),
+        lambda model: compare(
             model,
             "tab2,ddpm",
             nfe=(3,),
-            folder=tmp_path / name,
+            folder=tmp_path / model.device.type,
             n=4,
             batch_size=3,
             reference_nfe=5,
             cond={"class_labels": [0, 1, 2, 0]},
-        )
-        for name, model in (("here", here), ("there", there))
-    ]
+        ),
+    )
     for one, two in zip(*(f.cells for f in found), strict=True):
         assert two.scores["rms"].value == pytest.approx(one.scores["rms"].value, rel=1e-4)
     assert found[1].question["device"] == "meta"
@@ -157,9 +162,12 @@ def test_a_search(here, there):
     """Pairs, search, judgements and final scores, with data and conditions."""
     images = torch.rand((40, 1, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1
     arguments = {"nfe": 1, "objective": "endpoint,mmd", "features": "pixels", "search": TINY}
-    one, two = (
-        fewstep.tune(model, **arguments, data=data, class_labels=[0, 2]).scores["after"]
-        for model, data in ((here, images), (there, images.to(OTHER)))
+    there_too = images.to(OTHER)
+    one, two = both(
+        *((here, images), (there, there_too)),
+        lambda given: fewstep.tune(
+            given[0], **arguments, data=given[1], class_labels=[0, 2]
+        ).scores["after"],
     )
     for name, score in one.items():
         assert two[name]["value"] == pytest.approx(score["value"], rel=1e-2, abs=1e-4)
@@ -197,7 +205,7 @@ def test_training(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_profile(here, there):
-    one, two = (fewstep.fit(model, (2,), n=4, class_labels=1) for model in (here, there))
+    one, two = both(*(here, there), lambda model: fewstep.fit(model, (2,), n=4, class_labels=1))
     assert two.solver_for(2) == one.solver_for(2)
 
 
@@ -205,6 +213,7 @@ def test_a_profile(here, there):
 def test_likelihood(here, there):
     x = torch.rand((2, 1, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1
     options = {"class_labels": [0, 1], "rtol": 0.1, "atol": 0.1}
-    wanted = fewstep.log_likelihood(here, x, **options)
+    with plain():
+        wanted = fewstep.log_likelihood(here, x, **options)
     found = fewstep.log_likelihood(there, x.to(OTHER), **options)
     torch.testing.assert_close(found.nats.cpu(), wanted.nats, rtol=1e-3, atol=1e-3)

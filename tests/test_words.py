@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -48,13 +49,21 @@ def files():
         yield from sorted(set(ROOT.glob(pattern)) - {Path(__file__)})
 
 
+@functools.cache
+def texts():
+    return [
+        (path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in files()
+    ]
+
+
 @pytest.mark.parametrize("pattern", INSTEAD)
 def test_the_words_of_the_field(pattern):
-    word = re.compile(pattern, re.IGNORECASE)
+    word = re.compile(pattern, re.IGNORECASE | re.MULTILINE)
     found = []
-    for path in files():
-        name = path.relative_to(ROOT).as_posix()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for name, text in texts():
+        if not word.search(text):
+            continue
+        for number, line in enumerate(text.splitlines(), start=1):
             if word.search(line) and not ALLOWED.search(line):
                 found.append(f"{name}:{number}: {line.strip()[:160]}")
     assert not found, f"write {INSTEAD[pattern]}:\n" + "\n".join(found)

@@ -388,7 +388,8 @@ class _Bench:
                 for own in every
                 for a, b in (_factors(own.prediction, Prediction.X0, alpha, sigma),)
             ]
-            a, b = x.new_tensor(factors).T.reshape(2, len(kinds), *[1] * x.ndim)
+            pairs = torch.tensor(factors, dtype=x.dtype, device=x.device)
+            a, b = pairs.T.reshape(2, len(kinds), *[1] * x.ndim)
             together = max(1, TOGETHER // x.numel())
             squares = [
                 ((one * x + two * output - x0) * unit).square().flatten(2).mean(2)

@@ -63,14 +63,27 @@ def class_of(config: Mapping[str, Any]) -> str | None:
     if isinstance(name, str):
         return name
     keys = frozenset(k for k in config if not k.startswith("_"))
-    modules = [m for n, m in sys.modules.items() if n.startswith("diffusers.schedulers.") and m]
-    names = [
-        name
-        for module in modules
-        for name in CLASSES
-        if isinstance(kind := vars(module).get(name), type) and _keys_of(kind) == keys
-    ]
-    return min(names, key=lambda n: CLASSES[n].family == "refused", default=None)
+    return _classes_by_keys(len(sys.modules)).get(keys)
+
+
+@functools.lru_cache(1)
+def _classes_by_keys(modules: int) -> dict[frozenset[str], str]:
+    """Returns the imported classes by their keys, from the cache until something is imported.
+
+    Arguments:
+        modules: The number of imported modules.
+    """
+    del modules
+    named: dict[frozenset[str], str] = {}
+    loaded = [m for n, m in list(sys.modules.items()) if n.startswith("diffusers.schedulers.")]
+    for module in filter(None, loaded):
+        for name, meaning in CLASSES.items():
+            if isinstance(kind := vars(module).get(name), type):
+                keys = _keys_of(kind)
+                known = named.setdefault(keys, name)
+                if CLASSES[known].family == "refused" != meaning.family:
+                    named[keys] = name
+    return named
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
