@@ -702,7 +702,7 @@ def test_demo_makes_table_picture_and_results(command, tiny, tmp_path, monkeypat
     assert "exists; give --overwrite" in command("demo", "--model", tiny, "--out", out, code=2)
 
 
-@pytest.mark.parametrize("name", ["tune", "analyze"])
+@pytest.mark.parametrize("name", ["analyze"])
 def test_what_is_not_shared_is_left_to_the_first_process(monkeypatch, tmp_path, capsys, name):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import socket
 
 import pytest
 import torch
 
 import fewstep
+from fewstep.base.files import read_tensors_and_metadata
 from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.distances import feature_distance, pseudo_huber
 from fewstep.learned.families import family
@@ -42,6 +45,7 @@ from fewstep.metrics.intervals import Estimate
 from fewstep.metrics.kernel import mmd2
 from fewstep.plans.execute import execute
 from fewstep.sampling.request import SamplerRequest
+from forks import FORKS, Fork
 from tiny_searches import RING, VP, base_of
 
 WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -682,3 +686,44 @@ def test_a_search_with_a_discriminator_resumes_to_the_same_bits(objective, tmp_p
     again = tune(RING, **arguments, out=tmp_path / "a.json")
     assert again.history == whole.history
     assert torch.equal(again.plan.values, whole.plan.values)
+
+
+# Several processes
+
+
+@pytest.mark.filterwarnings(FORKS)
+@pytest.mark.slow
+def test_two_processes_search_what_one_does(tmp_path):
+    """Stages, moving noise, unpaired losses and resuming, up to the rounding of sums."""
+    search = {
+        "pairs": 12, "heldout": 9, "test": 8, "teacher_nfe": 8, "steps": 3, "batch_size": 6,
+        "evaluate_every": 2, "radius": 0.1,
+    }  # fmt: skip
+
+    def search_into(out) -> None:
+        import fewstep
+
+        fewstep.tune(
+            fewstep.load("mixture-smooth"), nfe=3, objective="endpoint,mmd", search=search, out=out,
+            keep_worse=True,
+        )  # fmt: skip
+
+    search_into(tmp_path / "one.json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [Fork(lambda: search_into(tmp_path / "two.json"), **launch, RANK=r) for r in "01"]
+    assert [process.wait() for process in started] == [0, 0]
+    (one, before), (two, after) = (
+        read_tensors_and_metadata(tmp_path / f"{name}.search" / "state.safetensors")
+        for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    histories = [json.loads(about["state"])["history"] for about in (before, after)]
+    for a, b in zip(*histories, strict=True):
+        assert b["score"] == pytest.approx(a["score"], rel=1e-4)
+        assert b["taken"] == a["taken"]
+    assert (tmp_path / "two.json").exists()

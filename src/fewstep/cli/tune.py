@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.base.interrupts import keeping
+from fewstep.base.processes import processes
 from fewstep.cli._common import (
     Flag,
     Options,
     chosen_labels,
     follows,
     kept_files,
-    left_to_first,
     load_model,
     parse_options,
     positive,
@@ -51,6 +51,7 @@ def tune(
 ) -> int:
     """Search a sampler of few evaluations for a model: OUT is a recipe for sample, compare, diffusers.
 
+    Started several times together (torchrun, accelerate launch) the processes share every batch.
     The same command resumes an interrupted run, to the same result; its checkpoints are in a folder
     beside OUT. If the result is not better than its start, in features, on seeds and on real images that
     the search did not use, or loses recall or the variety of a class, OUT is not written and the exit code
@@ -84,8 +85,6 @@ def tune(
         overwrite: Start again and replace existing files.
         keep_worse: Write the result even if it is not shown to be better than its start.
     """
-    if left_to_first("tune"):
-        return 0
     from fewstep.learned.settings import Search
     from fewstep.learned.tuning import checkpoint_folder
     from fewstep.learned.tuning import tune as run
@@ -124,6 +123,8 @@ def tune(
             progress=follows(),
             **cond,
         )
+    if not processes().first:
+        return 0 if tuned.verdict.better or keep_worse else 3
     say(str(tuned))
     folder = checkpoint_folder(out)
     page = _page(tuned, folder / "report.html")

@@ -30,6 +30,7 @@ from fewstep.sampling.residual import Residual
 
 MOST_WORSE, LEAST_WORSE = 0.1, 2e-4
 """The tolerated increase of the distance to real data in a paired stage: a share, and a minimum."""
+MOST_STEPS = 10**9
 NORM_ROWS = 128
 """The samples from which the value of each objective at the start is estimated."""
 
@@ -105,6 +106,8 @@ class Searcher:
             and (stored := State.load(self.folder, self.identity)) is not None
         ):
             self._restore(stored)
+        position = self.state.stage * MOST_STEPS + self.state.step
+        self.source.team.check_step(position, self.source.team.device)
         while self.state.stage < len(self.stages):
             self._stage(self.stages[self.state.stage])
             self._next_stage()
@@ -114,7 +117,7 @@ class Searcher:
     # The state on disk
 
     def _save(self) -> None:
-        if self.folder is None:
+        if self.folder is None or not self.source.team.own.first:
             return
         others = ("adam.", "objective.")
         tensors = {k: v for k, v in self.state.tensors.items() if not k.startswith(others)}
@@ -256,7 +259,9 @@ class Searcher:
             with torch.no_grad():
                 parts = x.to(self.source.device).split(self.settings.sampling_batch)
                 score = float(torch.cat([objective.score(part) for part in parts]).double().mean())
-        return {"score": score, "law": law, "precision": precision, "recall": recall}
+        found = torch.tensor([score, law, precision, recall], dtype=torch.float64)
+        names = ("score", "law", "precision", "recall")
+        return dict(zip(names, self.source.team.of_first(found).tolist(), strict=True))
 
     @torch.no_grad()
     def _distance(self, stage: Stage, x: Tensor) -> float:
@@ -407,6 +412,7 @@ class Searcher:
             lambda outcome: self._loss(stage, outcome, batch),
             microbatch=settings.microbatch,
             leaf=x if moving else None,
+            team=self.source.team,
         )
         norm = nn.utils.clip_grad_norm_(self.learned.parameters(), settings.clip)
         if not bool(loss.isfinite() and norm.isfinite()):
@@ -463,7 +469,7 @@ class Searcher:
             self.run_plan(numbers, x - before + after, draws, cond).x, batch.target
         )
         falls = (new < old).reshape(-1, *[1] * (x.ndim - 1))
-        moved[list(rows)] = torch.where(falls, after, before).to(moved)
+        moved[list(rows)] = self.source.team.of_first(torch.where(falls, after, before)).to(moved)
 
 
 def _detached(learned: LearnedPlan) -> Residual | None:

@@ -23,6 +23,7 @@ from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.request import SamplerRequest
 from fewstep.sampling.residual import Residual
 from fewstep.sampling.resolve import resolve_plan
+from fewstep.training.parallel import ALONE, Team
 
 
 def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
@@ -88,6 +89,7 @@ class Source:
         device: The model's device.
         dtype: The type of states.
         conditions: The conditions of numbered samples.
+        team: The processes that share the work.
     """
 
     denoiser: Denoiser
@@ -96,6 +98,7 @@ class Source:
     device: torch.device
     dtype: torch.dtype
     conditions: ConditionPool
+    team: Team = ALONE
 
     @classmethod
     def of(cls, denoiser: Denoiser, plan: Plan, conditions: ConditionPool) -> Source:
@@ -140,11 +143,36 @@ class Source:
 
         With a residual its predictions are corrected.
         Ticks once for each network evaluation of each sample.
+
+        Raises:
+            ValueError: If a sample is not finite, with all processes.
         """
+        team = self.team
+        rows, error = range(n)[team.part(n)], None
+        try:
+            x, states = self._drawn(plan, seed, rows, batch_size, keep, progress)
+        except ValueError as raised:
+            if not team.own.several:
+                raise
+            x, states, error = torch.empty(0), None, raised
+        if team.any(error is not None):
+            raise error or ValueError("samples of another process are not finite")
+        progress.tick((n - len(rows)) * plan.nfe)
+        return team.gathered(x, n), None if states is None else team.gathered(states, n, 1)
+
+    def _drawn(
+        self,
+        plan: Plan,
+        seed: int,
+        rows: Sequence[int],
+        batch_size: int,
+        keep: Sequence[float],
+        progress: Progress,
+    ) -> tuple[Tensor, Tensor | None]:
         samples, states = list[Tensor](), list[Tensor]()
-        for rows, trajectory in run_batches(
-            PlanSampler(plan, self.denoiser, residual=residual),
-            n,
+        for batch, trajectory in run_batches(
+            PlanSampler(plan, self.denoiser),
+            rows,
             seed=seed,
             conditions=self.conditions,
             batch_size=batch_size,
@@ -157,7 +185,7 @@ class Source:
                 times = trajectory.times.tolist()
                 index = [min(range(len(times)), key=lambda i: abs(times[i] - t)) for t in keep]
                 states.append(trajectory.states[index].cpu())
-            progress.tick(len(rows) * plan.nfe)
+            progress.tick(len(batch) * plan.nfe)
         return torch.cat(samples), torch.cat(states, 1) if keep else None
 
 
@@ -193,13 +221,14 @@ def make_pairs(
     whole = {"target": (n, *source.shape)} | (
         {"states": (len(keep), n, *source.shape)} if keep else {}
     )
-    if metadata.get("key") == key and {k: tuple(v.shape) for k, v in stored.items()} == whole:
+    fits = metadata.get("key") == key and {k: tuple(v.shape) for k, v in stored.items()} == whole
+    if not source.team.any(not fits):
         progress.tick(len(stored["target"]) * plan.nfe)
         return Pairs(seed, stored["target"], stored.get("states"))
     target, states = source.sampled(
         plan, seed, n, batch_size=batch_size, keep=keep, progress=progress
     )
-    if file is not None:
+    if file is not None and source.team.own.first:
         tensors = {"target": target} | ({} if states is None else {"states": states})
         write_tensors(file, tensors, {"key": key})
     return Pairs(seed, target, states)

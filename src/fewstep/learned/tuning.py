@@ -6,6 +6,8 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fewstep.metrics.features import FeatureMap
 from fewstep.metrics.reference import Reference
 from fewstep.models.denoiser import Denoiser
 from fewstep.solvers import Solver
+from fewstep.training.parallel import team
 
 logger = logging.getLogger("fewstep")
 
@@ -64,6 +67,9 @@ def tune(
     that lose recall are rejected. Start and result are then scored on seeds and real samples that were
     not used before, in at least two kinds of features that neither loss nor selection uses; a result that is not
     better there, or loses recall or the variety of a class, is not called better, and not written.
+
+    Several processes of one launch (``torchrun``, ``accelerate launch``) each run a part of every batch; all
+    return the result, which is that of one process up to rounding.
 
     Cost: in network evaluations of one sample, by default and with N ``pairs``, T ``teacher_nfe``,
     B ``batch_size``, S ``steps``: (N + heldout + test) T for the teacher, some 3 S B ``nfe`` for the
@@ -144,14 +150,20 @@ def tune(
         cond=cond,
     )
     file = None if out is None else Path(out)
-    with progress_of(progress) as shown, frozen(denoiser):
+    least, device = min(stage.batch_size for stage in problem.stages), problem.source.device
+    with progress_of(progress) as shown, frozen(denoiser), team(least, device) as together:
+        problem = replace(problem, source=replace(problem.source, team=together))
+        first = together.own.first
         if file is None:
             tuned = problem.solve(None, shown)
         else:
-            with locked(checkpoint_folder(file), progress=shown):
-                folder = _folder(file, problem, overwrite=overwrite)
+            folder = checkpoint_folder(file)
+            with locked(folder, progress=shown) if first else nullcontext():
+                if first:
+                    folder = _folder(file, problem, overwrite=overwrite)
+                together.any(first)  # the others read the folder once it is prepared
                 tuned = problem.solve(folder, shown)
-    if file is not None:
+    if file is not None and first:
         if tuned.verdict.better or keep_worse:
             tuned.save(file)
         else:

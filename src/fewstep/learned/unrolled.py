@@ -18,6 +18,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.plans.execute import functional
 from fewstep.plans.structure import Structure
 from fewstep.sampling.residual import Residual
+from fewstep.training.parallel import ALONE, Team
 
 
 @contextmanager
@@ -102,6 +103,7 @@ def backpropagate(
     *,
     microbatch: int | None = None,
     leaf: Tensor | None = None,
+    team: Team = ALONE,
 ) -> Tensor:
     r"""Adds the gradient of a loss of the whole batch to the parameters; returns the loss.
 
@@ -118,6 +120,8 @@ def backpropagate(
         loss: Takes the outcome of the whole batch, returns a scalar.
         microbatch: The samples of a micro-batch; left out, all.
         leaf: The initial states whose gradient is wanted too, if ``x`` follows from them.
+        team: The processes that each run a part of the batch, as micro-batches; all have the same ``x``
+            and get the same loss and gradient.
 
     Raises:
         ValueError: If both ``microbatch`` and ``leaf`` are given.
@@ -125,35 +129,38 @@ def backpropagate(
     Cost: 3 K B network evaluations' worth of time (4 with ``remat``), and K B more with micro-batches.
     """
     n = len(x)
-    if microbatch is None or microbatch >= n:
+    several = team.own.several
+    size = n if microbatch is None else min(microbatch, n)
+    if size == n and not several:
         value = loss(run(learned(), x, draws, cond))
         if value.requires_grad:
             value.backward()
         return value.detach()
-    if leaf is not None:
+    if leaf is not None and size < n:
         raise ValueError("moving noise needs the whole batch at once; omit microbatch")
-    parts = [slice(start, min(start + microbatch, n)) for start in range(0, n, microbatch)]
-    with torch.no_grad():
-        numbers = learned()
-        outcomes = [
-            run(numbers, x[p], [z[p] for z in draws], select(cond, range(p.start, p.stop)))
-            for p in parts
-        ]
-    whole = Outcome(
-        torch.cat([o.x for o in outcomes]),
-        tuple(torch.cat(states) for states in zip(*(o.states for o in outcomes), strict=True)),
-    )
-    tensors = [whole.x, *whole.states]
-    for tensor in tensors:
-        tensor.requires_grad_()
-    value = loss(whole)
+    own = team.part(n)
+    parts = [
+        slice(start, min(start + size, own.stop)) for start in range(own.start, own.stop, size)
+    ]
+
+    def outcome_of(p: slice) -> Outcome:
+        return run(learned(), x[p], [z[p] for z in draws], select(cond, range(p.start, p.stop)))
+
+    with torch.set_grad_enabled(len(parts) == 1):  # of one part the graph is kept
+        outcomes = [outcome_of(p) for p in parts]
+    states = zip(*([o.x, *o.states] for o in outcomes), strict=True)
+    tensors = [team.gathered(torch.cat(each).detach(), n).requires_grad_() for each in states]
+    value = loss(Outcome(tensors[0], tuple(tensors[1:])))
     gradients = torch.autograd.grad(value, tensors, allow_unused=True)
     for p in parts:
-        again = run(learned(), x[p], [z[p] for z in draws], select(cond, range(p.start, p.stop)))
+        again = outcomes[0] if len(parts) == 1 else outcome_of(p)
         total = x.new_zeros(())
         for tensor, gradient in zip([again.x, *again.states], gradients, strict=True):
             if gradient is not None:
                 total = total + (gradient[p] * tensor).sum()
         if total.requires_grad:
             total.backward()
+    if several:
+        for leaf_ in [*learned.parameters(), *([] if leaf is None else [leaf])]:
+            leaf_.grad = team.summed(torch.zeros_like(leaf_) if leaf_.grad is None else leaf_.grad)
     return value.detach()

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fewstep.base.processes import Processes, processes
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Team:
@@ -25,16 +27,22 @@ class Team:
     Attributes:
         own: This process among them.
         batch_size: The samples of a batch of all processes.
+        device: The device of this process, through which they exchange tensors.
     """
 
     own: Processes
     batch_size: int
+    device: torch.device = CPU
 
     @property
     def rows(self) -> slice:
         """The part of each batch that this process takes."""
+        return self.part(self.batch_size)
+
+    def part(self, n: int) -> slice:
+        """Returns the part of n rows that this process takes."""
         rank, count = self.own.rank, self.own.count
-        return slice(self.batch_size * rank // count, self.batch_size * (rank + 1) // count)
+        return slice(n * rank // count, n * (rank + 1) // count)
 
     @property
     def share(self) -> float:
@@ -60,6 +68,32 @@ class Team:
         torch.distributed.all_reduce(summed)
         return summed
 
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of the tensors of all processes."""
+        if not self.own.several:
+            return tensor
+        total = tensor.detach().to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total.to(tensor.device)
+
+    def gathered(self, own: Tensor, n: int, dim: int = 0) -> Tensor:
+        """Returns all n rows, of which each process has its :meth:`part`; all of them get the same."""
+        if not self.own.several:
+            return own
+        shape = [*own.shape[:dim], n, *own.shape[dim + 1 :]]
+        whole = torch.zeros(shape, dtype=own.dtype, device=own.device)
+        rows = self.part(n)
+        whole.narrow(dim, rows.start, rows.stop - rows.start).copy_(own.detach())
+        return self.summed(whole)
+
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """Returns the tensor of the first process: another kind of device may round otherwise."""
+        return self.summed(tensor if self.own.first else torch.zeros_like(tensor))
+
+    def any(self, value: bool) -> bool:
+        """Returns whether something holds in any process; it waits for all of them."""
+        return bool(self.summed(torch.tensor([int(value)])))
+
     def check_step(self, step: int, device: torch.device) -> None:
         """Raises if the processes start at different steps: they do not see the same folder."""
         if not self.own.several:
@@ -71,6 +105,10 @@ class Team:
                 f"the processes start at different steps, {-int(steps[1])} to {int(steps[0])}; all of them "
                 "must see the same folder of the run"
             )
+
+
+ALONE = Team(Processes(), 1)
+"""One process, whatever the launch."""
 
 
 @contextmanager
@@ -86,7 +124,7 @@ def team(batch_size: int, device: torch.device) -> Iterator[Team]:
     """
     own = processes()
     if not own.several:
-        yield Team(own, batch_size)
+        yield Team(own, batch_size, device)
         return
     if batch_size < own.count:
         raise ValueError(f"a batch of {batch_size} cannot be split among {own.count} processes")
@@ -101,7 +139,7 @@ def team(batch_size: int, device: torch.device) -> Iterator[Team]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, rank=own.rank, world_size=own.count)
     try:
-        yield Team(own, batch_size)
+        yield Team(own, batch_size, device)
     finally:
         if starts:
             torch.distributed.destroy_process_group()
