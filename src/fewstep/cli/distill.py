@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -137,7 +136,7 @@ def distill(
     changes = {key: value for key, value in given.items() if value is not None}
     settings = replace(settings, **changes, **_times(times))
     teacher, store = load_model(model, device), TrajectoryStore.open(trajectories)
-    first = os.environ.get("RANK", "0") == "0"  # one of the processes that accelerate launched
+    first = team.first
     report = say if first else lambda _: None
     report(f"{len(store)} trajectories; {settings.mode}, {settings.steps} steps on {device}")
     with keeping(lambda: kept_step(out)), progress_of(follows()) as progress:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.base.interrupts import unbroken
+from fewstep.base.processes import VARIABLES, processes
 from fewstep.base.progress import SILENT, Progress
 from fewstep.base.runs import difference, digest_of, hash_inputs
 from fewstep.models.denoiser import Denoiser
@@ -32,6 +34,7 @@ from fewstep.training.checkpoints import (
     save_checkpoint,
     update_average,
 )
+from fewstep.training.parallel import Team, check_address
 
 LOG_EVERY = 10
 """The steps between two rows of the log; losses stay on the device between them."""
@@ -165,6 +168,7 @@ class Trainer:
             ValueError: If the checkpoint is damaged, or the loss is not finite.
         """
         recipe, start = self.recipe, self._restore()
+        Team(processes(), recipe.batch_size).check_step(start, self.accelerator.device)
         progress.stage("distilling", recipe.steps, done=start)
         call: Any = self.accelerator.prepare(self.student)
         if recipe.compile:
@@ -376,6 +380,13 @@ def _accelerator(device: str | torch.device) -> Any:
         from accelerate import Accelerator
     except ImportError:
         raise ValueError("distill needs accelerate: pip install fewstep[distill]") from None
+    own = processes()
+    check_address(own)
+    if (
+        own.several and "RANK" not in os.environ
+    ):  # of Slurm, whose variables accelerate does not read
+        numbers = (own.rank, own.count, own.local_rank)
+        os.environ |= dict(zip(VARIABLES[0], map(str, numbers), strict=True))
     return Accelerator(cpu=torch.device(device).type == "cpu")
 
 

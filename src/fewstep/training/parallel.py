@@ -111,6 +111,16 @@ ALONE = Team(Processes(), 1)
 """One process, whatever the launch."""
 
 
+def check_address(own: Processes) -> None:
+    """Raises unless the address of the first of several processes is known."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if own.several and missing:
+        raise ValueError(
+            f"training in {own.count} processes needs {' and '.join(missing)}, the address of the first "
+            "one; torchrun and accelerate launch set them, with srun set them yourself"
+        )
+
+
 @contextmanager
 def team(batch_size: int, device: torch.device) -> Iterator[Team]:
     """Connects the processes of this launch (``torchrun``, ``accelerate launch``, ``srun``), if there are several.
@@ -130,12 +140,7 @@ def team(batch_size: int, device: torch.device) -> Iterator[Team]:
         raise ValueError(f"a batch of {batch_size} cannot be split among {own.count} processes")
     starts = not torch.distributed.is_initialized()
     if starts:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise ValueError(
-                f"training in {own.count} processes needs {' and '.join(missing)}, the address of the first "
-                "one; torchrun and accelerate launch set them, with srun set them yourself"
-            )
+        check_address(own)
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, rank=own.rank, world_size=own.count)
     try:
