@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
@@ -20,6 +22,7 @@ import fewstep
 from fewstep.base.files import CHECKSUM, write_json, write_tensors
 from fewstep.base.progress import Silent
 from fewstep.base.runs import RunFolder
+from fewstep.cli import run
 from fewstep.comparison import compare
 from fewstep.metrics.features import Features, write_features
 from fewstep.metrics.reference import Reference
@@ -44,7 +47,7 @@ SEARCH = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """A kind of file.
 
@@ -54,6 +57,8 @@ class Kind:
         files: The files to damage, relative to the folder.
         read: Uses the files as fewstep does; returns a digest of all that was used.
         again: Whether what is damaged is computed again; else reading it is an error.
+        costly: Whether reading takes a tenth of a second or more.
+        other: Writes the same files with other inputs: of another run, from which nothing may be taken.
     """
 
     name: str
@@ -61,6 +66,16 @@ class Kind:
     files: Sequence[str]
     read: Callable[[Path], str]
     again: bool = False
+    costly: bool = False
+    other: Callable[[Path], object] | None = None
+
+    def made(self, folder: Path) -> list[Path]:
+        """Makes the files; returns those to damage, relative to the folder."""
+        folder.mkdir()
+        self.make(folder)
+        found = sorted({p.relative_to(folder) for name in self.files for p in folder.glob(name)})
+        assert found, f"there is no file of {self.name}"
+        return found
 
 
 def digest(value: Any) -> str:
@@ -134,24 +149,22 @@ def _grids(folder: Path) -> None:
 # --- runs ---------------------------------------------------------------------------------------
 
 
-def _run(folder: Path) -> RunFolder:
-    return RunFolder(folder, "run of fewstep sample", outputs=["samples.safetensors"])
+def _sample(folder: Path, seed: int = 0) -> None:
+    fixed = ["-n", "6", "--batch-size", "2", "--nfe", "2", "--device", "cpu", "--quiet"]
+    out = ["--out", str(folder / "out"), "--seed", str(seed)]
+    with mock.patch.dict(os.environ, {"FEWSTEP_TRACEBACK": "1"}):
+        run(["sample", "mixture-smooth", *fixed, *out])
 
 
-def _begun(folder: Path) -> None:
-    run = _run(folder)
-    with run.running({"seed": 0, "model": "m"}):
-        run.write_tensors("000", {"samples": torch.arange(12.0).reshape(3, 4)})
-        run.write_record("advice", {"nfe": [4, 5], "error": 0.25})
+def _half_sampled(folder: Path, seed: int = 0) -> None:
+    with mock.patch.object(RunFolder, "finish", side_effect=KeyboardInterrupt):
+        _sample(folder, seed)
 
 
-def _resumed(folder: Path) -> str:
-    run = _run(folder)
-    with run.running({"seed": 0, "model": "m"}):
-        tensors = run.read_tensors("000")
-        if tensors is None:
-            tensors = {"samples": torch.arange(12.0).reshape(3, 4)}
-        return digest([tensors, run.record("advice", lambda: {"nfe": [4, 5], "error": 0.25})])
+def _sampled(folder: Path) -> str:
+    _sample(folder)
+    names = ("samples.safetensors", "recipe.json", "grid.png")
+    return digest([(folder / "out" / name).read_bytes().hex() for name in names])
 
 
 # --- comparison ---------------------------------------------------------------------------------
@@ -180,7 +193,7 @@ def _half_compared(folder: Path) -> None:
 # --- search -------------------------------------------------------------------------------------
 
 
-def _tune(folder: Path, progress: Any = None) -> Any:
+def _tune(folder: Path, progress: Any = None, seed: int = 0) -> Any:
     return fewstep.tune(
         mixture(),
         nfe=2,
@@ -188,6 +201,7 @@ def _tune(folder: Path, progress: Any = None) -> Any:
         search=SEARCH,
         out=folder / "tuned.json",
         keep_worse=True,
+        seed=seed,
         progress=progress,
     )
 
@@ -203,9 +217,9 @@ class StopSearch(Stop):
             self.left = 1
 
 
-def _half_tuned(folder: Path) -> None:
+def _half_tuned(folder: Path, seed: int = 0) -> None:
     try:
-        _tune(folder, StopSearch())
+        _tune(folder, StopSearch(), seed)
     except KeyboardInterrupt:
         return
     raise AssertionError("it was not interrupted")
@@ -223,11 +237,10 @@ def _whole_tuned(folder: Path) -> None:
 # --- trajectories and operators -----------------------------------------------------------------
 
 
-def _record(folder: Path) -> None:
-    model = fewstep.load(str(write_tiny(folder / "model")), device="cpu")
-    fewstep.record(
-        model, folder / "store", n=12, shard_size=4, solver="ddim", nfe=4, keep=2, class_labels=1
-    )
+def _record(folder: Path, seed: int = 0) -> None:
+    model = fewstep.load(str(write_tiny(folder / "model", seed=seed)), device="cpu")
+    settings = {"n": 12, "shard_size": 4, "solver": "ddim", "nfe": 4, "keep": 2, "class_labels": 1}
+    fewstep.record(model, folder / "store", seed=seed, **settings)
 
 
 def _read_store(folder: Path) -> str:
@@ -250,8 +263,8 @@ def _distill(folder: Path, progress: Any = None) -> Any:
     )
 
 
-def _half_distilled(folder: Path) -> None:
-    _record(folder)
+def _half_distilled(folder: Path, seed: int = 0) -> None:
+    _record(folder, seed)
     try:
         _distill(folder, Stop(2))
     except KeyboardInterrupt:
@@ -265,8 +278,8 @@ def _distilled(folder: Path) -> str:
     return digest([model.operator.state_dict(), log])
 
 
-def _operator(folder: Path) -> None:
-    _record(folder)
+def _operator(folder: Path, seed: int = 0) -> None:
+    _record(folder, seed)
     _distill(folder)
 
 
@@ -279,13 +292,15 @@ def _read_operator(folder: Path) -> str:
 # --- training -----------------------------------------------------------------------------------
 
 
-def _train(folder: Path, progress: Any = None) -> Any:
-    return fewstep.train(images(), folder / "run", RECIPE, checkpoint_every=2, progress=progress)
+def _train(folder: Path, progress: Any = None, n: int = 12) -> Any:
+    return fewstep.train(
+        images(n=n), folder / "run", RECIPE, checkpoint_every=2, progress=progress
+    )
 
 
-def _half_trained(folder: Path) -> None:
+def _half_trained(folder: Path, n: int = 12) -> None:
     try:
-        _train(folder, Stop(3))
+        _train(folder, Stop(3), n)
     except KeyboardInterrupt:
         return
     raise AssertionError("it was not interrupted")
@@ -317,8 +332,8 @@ def _reference(folder: Path) -> str:
     return digest([found.features, found.heldout, list(found.statistics), found.sha256])
 
 
-def _features(folder: Path) -> None:
-    torch.manual_seed(0)
+def _features(folder: Path, seed: int = 0) -> None:
+    torch.manual_seed(seed)
     write_features(folder / "features", SmallClassifier(width=2, num_classes=3), {})
 
 
@@ -328,71 +343,91 @@ def _read_features(folder: Path) -> str:
     return digest(dict(module.state_dict()))
 
 
+def _loaded(cls: Any, name: str) -> Callable[[Path], str]:
+    return lambda folder: digest(cls.load(folder / name).to_record())
+
+
+def _seed_1(make: Callable[..., object], **options: Any) -> Callable[[Path], object]:
+    return lambda folder: make(folder, **(options or {"seed": 1}))
+
+
+SEARCH_FILES = ["tuned.search/search.json", "tuned.search/state.safetensors"]
+CHECKPOINT = ["checkpoint.json", "checkpoint.safetensors"]
+
 KINDS = [
-    Kind("plan", _plan, ["plan.json"], lambda f: digest(Plan.load(f / "plan.json").to_record())),
+    Kind("plan", _plan, ["plan.json"], _loaded(Plan, "plan.json")),
+    Kind("recipe", _recipe, ["recipe.json"], _loaded(SamplerRecipe, "recipe.json")),
+    Kind("profile", _profile, ["profile.json"], _loaded(Profile, "profile.json")),
+    Kind("grids", _grids, ["grid.json"], _loaded(Profile, "grid.json")),
+    Kind("run", _half_sampled, ["out/unfinished.json"], _sampled, costly=True),
     Kind(
-        "recipe",
-        _recipe,
-        ["recipe.json"],
-        lambda f: digest(SamplerRecipe.load(f / "recipe.json").to_record()),
+        "parts",
+        _half_sampled,
+        ["out/parts/*"],
+        _sampled,
+        again=True,
+        other=_seed_1(_half_sampled),
+        costly=True,
     ),
-    Kind(
-        "profile",
-        _profile,
-        ["profile.json"],
-        lambda f: digest(Profile.load(f / "profile.json").to_record()),
-    ),
-    Kind(
-        "grids", _grids, ["grid.json"], lambda f: digest(Profile.load(f / "grid.json").to_record())
-    ),
-    Kind("run", _begun, ["unfinished.json"], _resumed),
-    Kind("parts", _begun, ["parts/000.safetensors", "parts/advice.json"], _resumed, again=True),
     Kind("comparison", _compare, ["out/comparison.json"], _compared),
     Kind(
-        "cells", _compare, ["out/cells/*.json", "out/cells/*.safetensors"], _compared, again=True
+        "cells",
+        _compare,
+        ["out/cells/*.json", "out/cells/*.safetensors"],
+        _compared,
+        again=True,
+        other=_seed_1(_compare),
+        costly=True,
     ),
-    Kind("batches", _half_compared, ["out/cells/*.parts/*"], _compared, again=True),
+    Kind("batches", _half_compared, ["out/cells/*.parts/*"], _compared, again=True, costly=True),
+    Kind("tuned recipe", _whole_tuned, ["tuned.json"], _loaded(SamplerRecipe, "tuned.json")),
+    Kind("search", _half_tuned, SEARCH_FILES, _tuned, costly=True, other=_seed_1(_half_tuned)),
     Kind(
-        "tuned recipe",
-        _whole_tuned,
-        ["tuned.json"],
-        lambda f: digest(SamplerRecipe.load(f / "tuned.json").to_record()),
-    ),
-    Kind(
-        "search",
+        "teacher",
         _half_tuned,
-        ["tuned.search/search.json", "tuned.search/state.safetensors"],
+        ["tuned.search/teacher-*"],
         _tuned,
+        again=True,
+        costly=True,
+        other=_seed_1(_half_tuned),
     ),
-    Kind("teacher", _half_tuned, ["tuned.search/teacher-*"], _tuned, again=True),
-    Kind("store", _record, ["store/manifest.json", "store/shard-00001.safetensors"], _read_store),
-    Kind("model", lambda f: write_tiny(f), ["model.json", "model.safetensors"], _read_model),
     Kind(
-        "training", _half_trained, ["run/checkpoint.json", "run/checkpoint.safetensors"], _trained
+        "store",
+        _record,
+        ["store/manifest.json", "store/shard-*"],
+        _read_store,
+        other=_seed_1(_record),
+    ),
+    Kind("model", write_tiny, ["model.*"], _read_model, other=_seed_1(write_tiny)),
+    Kind(
+        "training",
+        _half_trained,
+        [f"run/{name}" for name in CHECKPOINT],
+        _trained,
+        costly=True,
+        other=_seed_1(_half_trained, n=14),
     ),
     Kind(
         "distilling",
         _half_distilled,
-        ["operator/checkpoint.json", "operator/checkpoint.safetensors"],
+        [f"operator/{name}" for name in CHECKPOINT],
         _distilled,
+        costly=True,
+        other=_seed_1(_half_distilled),
     ),
-    Kind("log", _half_distilled, ["operator/log.jsonl"], _distilled, again=True),
-    Kind(
-        "operator",
-        _operator,
-        ["operator/operator.json", "operator/operator.safetensors"],
-        _read_operator,
-    ),
+    Kind("log", _half_distilled, ["operator/log.jsonl"], _distilled, again=True, costly=True),
+    Kind("operator", _operator, ["operator/operator.*"], _read_operator, other=_seed_1(_operator)),
     Kind("reference", _reference, ["cache/*/*"], _reference, again=True),
-    Kind("features", _features, ["features/*"], _read_features),
+    Kind("features", _features, ["features/*"], _read_features, other=_seed_1(_features)),
 ]
+"""Of every kind of file one that is read again."""
 
 
 # --- damages ------------------------------------------------------------------------------------
 
 
 def damages(
-    content: bytes, name: str, *, bits: int, seed: int = 0
+    content: bytes, name: str, *, bits: int, kind: Kind, seed: int = 0
 ) -> Iterator[tuple[str, bytes | None]]:
     """Yields damaged contents of a file with their names; ``None`` is a missing file."""
     chance = random.Random(f"{seed} {name}")
@@ -414,7 +449,8 @@ def damages(
                 yield f"without {key}", json.dumps(rest).encode()
         for edited in ("null", "[]", "{}", "3", '"text"'):
             yield edited, edited.encode()
-    if name.endswith(".safetensors"):
+    # Parts with a right checksum and the digest of their inputs were not written without some tensors.
+    if name.endswith(".safetensors") and not kind.again:
         yield from _fewer_tensors(content)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import re
 import stat
 
 import pytest
@@ -14,6 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewstep.base.files import (
+    LITTER_AGE,
+    MOST_HEADER,
+    MOST_JSON,
     loads_json,
     read_json,
     read_metadata,
@@ -23,6 +28,7 @@ from fewstep.base.files import (
     sweep,
     write_atomic,
     write_json,
+    write_rows,
     write_tensors,
 )
 
@@ -282,3 +288,88 @@ def test_a_temporary_file_that_another_process_swept_is_written_again(tmp_path, 
     assert write_atomic(tmp_path / "file", "content", new=new).read_text() == "content"
     assert len(swept) == 1
     assert os.listdir(tmp_path) == ["file"]
+
+
+# --- limits and full disks ----------------------------------------------------------------------
+
+
+def test_large_json_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    with open(path, "wb") as stream:
+        stream.truncate(MOST_JSON + 1)  # a hole: it takes no space
+
+    def parse(*_, **__):
+        raise AssertionError("it was parsed")
+
+    monkeypatch.setattr(json, "loads", parse)
+    with pytest.raises(ValueError, match=r"plan '.*plan.json' has 16.8 MB; at most 16.8 MB"):
+        read_json(path, what="plan")
+    with pytest.raises(ValueError, match="the plan has"):
+        loads_json("[" + " " * MOST_JSON + "]", what="the plan")
+
+
+def test_a_header_that_is_not_there_is_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    for length, size in ((1 << 62, 100), (MOST_HEADER + 8, MOST_HEADER + 64)):
+        with open(path, "wb") as stream:
+            stream.write(length.to_bytes(8, "little") + b"{}")
+            stream.truncate(size)
+        for read in (read_tensors, read_metadata):
+            with pytest.raises(ValueError, match="header"):
+                read(path)
+
+
+def test_files_without_a_checksum_are_named_once(tmp_path, caplog):
+    path, other = tmp_path / "old.json", tmp_path / "foreign.json"
+    for file in (path, other):
+        file.write_text("{}")
+    write_tensors(tmp_path / "old.safetensors", {"a": torch.ones(2)}, checksum=False)
+    with caplog.at_level("INFO", "fewstep"):
+        for _ in range(2):
+            read_json(path)
+            read_json(other, foreign=True)
+            read_tensors(tmp_path / "old.safetensors")
+    names = [text.split()[0] for text in caplog.messages]
+    assert names == [str(tmp_path / name) for name in ("old.json", "old.safetensors")]
+    assert all("has no checksum" in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EFBIG, "ulimit"),
+    ],
+)
+@pytest.mark.parametrize("write", ["json", "tensors", "rows"])
+def test_a_full_disk_names_the_file_and_the_bytes(tmp_path, monkeypatch, number, words, write):
+    path = tmp_path / "folder" / "file"
+
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    rows = [torch.zeros(500, 2)] * 2
+    writes = {
+        "json": lambda: write_json(path, {"a": [0] * 1000}),
+        "tensors": lambda: write_tensors(path, {"a": torch.zeros(1000, 2)}),
+        "rows": lambda: write_rows(path, "a", (1000, 2), lambda: iter(rows)),
+    }
+    with pytest.raises(OSError, match=words) as caught:
+        writes[write]()
+    size = "5.1 kB" if write == "json" else r"8\.\d+ kB"
+    assert re.search(rf"{size} of content could not be written", caught.value.strerror)
+    assert "give the same command again" in caught.value.strerror
+    assert caught.value.errno == number
+    assert caught.value.filename == str(path)
+    assert not any(tmp_path.glob("**/*.tmp"))
+
+
+def test_litter_of_others_is_left_alone(tmp_path):
+    old, new = (tmp_path / f".{name}.0123456789abcdef.tmp" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    sweep(tmp_path, older=LITTER_AGE)
+    assert os.listdir(tmp_path) == [new.name]

@@ -210,3 +210,28 @@ def test_shapes_are_checked() -> None:
     x = torch.zeros(4, 3)
     with pytest.raises(ValueError, match="must have shapes"):
         Reference(x, x[:, :2], Statistics(x[0], x.T @ x, 4), "x", "", "")
+
+
+def test_the_second_run_has_the_digits_of_the_first(data) -> None:
+    """Features are cached in half precision, and used so from the start."""
+    first, second = (Reference.load(data, "pixels", cache=data / "cache") for _ in range(2))
+    for name in ("features", "heldout"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.statistics[:2], second.statistics[:2], strict=True)
+    )
+
+
+def test_a_full_disk_only_costs_the_cache(data, monkeypatch, caplog) -> None:
+    import os
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    found = Reference.load(data, "pixels", cache=data / "cache")
+    assert "the reference is not cached" in caplog.text
+    monkeypatch.undo()
+    assert torch.equal(
+        found.features, Reference.load(data, "pixels", cache=data / "cache").features
+    )

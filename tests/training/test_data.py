@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fewstep.training import data
 from fewstep.training.data import ImageData, read_images
 
 FUZZ = settings(
@@ -197,3 +198,46 @@ def test_image_data_checks_itself():
         ImageData(torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match="2 images but labels of shape"):
         ImageData(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
+
+
+# --- limits -------------------------------------------------------------------------------------
+
+
+def _idx(shape, body):
+    return struct.pack(">HBB", 0, 8, len(shape)) + struct.pack(f">{len(shape)}I", *shape) + body
+
+
+def test_a_compressed_file_says_at_once_that_it_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ALWAYS", 1000)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(_idx((1 << 20, 64, 64), bytes(200_000))))
+    with pytest.raises(ValueError, match=r"expands to 4,294,967,296; at most [\d,]+ are read"):
+        read_images(path)
+
+
+def test_a_compressed_file_is_read_as_far_as_its_shape(tmp_path):
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    # The rest, 100 MB, is not expanded.
+    path.write_bytes(gzip.compress(_idx((2, 3, 3), bytes(10**6)), 1))
+    with pytest.raises(ValueError, match="longer than its shape"):
+        read_images(path)
+
+
+def test_an_archive_that_expands_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "images.npz"
+    numpy.savez_compressed(path, images=numpy.zeros((200, 1, 32, 32), numpy.uint8))
+    assert len(read_images(path)) == 200
+    monkeypatch.setattr(data, "ALWAYS", 1000)
+    monkeypatch.setattr(data, "MOST_RATIO", 2)
+    monkeypatch.setattr(numpy, "load", None)
+    with pytest.raises(ValueError, match=r"images.npz' has .* bytes and expands to 20"):
+        read_images(path)
+    monkeypatch.setattr(data, "MOST_MEMBERS", 0)
+    with pytest.raises(ValueError, match="has 1 arrays; at most 0"):
+        read_images(path)
+
+
+def test_a_picture_of_absurd_size_is_not_decoded(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match=r"bomb.png.*10000 x 10000 pixels; at most 67,108,864"):
+        read_images(tmp_path)

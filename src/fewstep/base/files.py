@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -34,6 +35,9 @@ CHECKSUM = "content_sha256"
 
 LITTER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 """The names of temporary files; they remain where a process was killed."""
+
+LITTER_AGE = 86_400.0
+"""The age in seconds at which temporary files of a shared folder are litter."""
 
 MOST_NESTED = 64
 """The most levels of nesting that a JSON file may have."""
@@ -180,12 +184,20 @@ def _link(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def sweep(folder: Path) -> None:
-    """Removes temporary files that killed processes left; only the one writer of a folder may."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if LITTER.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+def sweep(folder: Path, *, older: float | None = None) -> None:
+    """Removes temporary files that killed processes left; only the one writer of a folder may.
+
+    Arguments:
+        folder: The folder.
+        older: The least age in seconds, where others may be writing.
+    """
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if LITTER.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):
+                if older is None or time.time() - path.stat().st_mtime > older:
+                    path.unlink()
 
 
 def write_json(path: str | Path, value: Any, *, new: bool = False) -> Path:
@@ -496,6 +508,31 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return metadata
 
 
+def check_tensors(path: str | Path) -> tuple[list[str], dict[str, str], bool]:
+    """Verifies a safetensors file block by block.
+
+    Returns:
+        The names of its tensors, its metadata, and whether it has a checksum.
+
+    Raises:
+        ValueError: If it is not a safetensors file, or does not match its checksum.
+    """
+    metadata = read_metadata(path)
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        names = [name for name in header if name != "__metadata__"]
+        written = (header.get("__metadata__") or {}).get(CHECKSUM)
+        if written is None:
+            return names, metadata, False
+        digest = _header_digest(header)
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    if digest.hexdigest() != written:
+        raise ValueError("its checksum does not match")
+    return names, metadata, True
+
+
 def _check_header(stream: BinaryIO, name: str) -> None:
     """Raises unless a safetensors file has the header that it says; the stream is at its start then."""
     size = os.fstat(stream.fileno()).st_size
@@ -514,10 +551,14 @@ def _split(raw: bytes) -> tuple[dict[str, Any], memoryview]:
 
 def _tensors_digest(header: Mapping[str, Any], data: memoryview) -> str:
     """Returns the SHA-256 of names, types, shapes, metadata and data."""
-    metadata = {k: v for k, v in header["__metadata__"].items() if k != CHECKSUM}
-    digest = hashlib.sha256(_json_digest({**header, "__metadata__": metadata}).encode())
+    digest = _header_digest(header)
     digest.update(data)
     return digest.hexdigest()
+
+
+def _header_digest(header: Mapping[str, Any]) -> hashlib._Hash:
+    metadata = {k: v for k, v in header["__metadata__"].items() if k != CHECKSUM}
+    return hashlib.sha256(_json_digest({**header, "__metadata__": metadata}).encode())
 
 
 def sha256(path: str | Path) -> str:

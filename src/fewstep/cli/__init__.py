@@ -56,6 +56,7 @@ def app() -> App:
             "recipe_app",
             "Show, check, import and export recipes and tables of levels.",
         ),
+        ("verify", "verify", "verify", "Check whether files and folders of fewstep are whole."),
         ("solvers", "listing", "solvers", "List the solvers, or describe one."),
         ("grids", "listing", "grids", "List the time grids, or describe one."),
         ("models", "listing", "models", "List the embedded models."),

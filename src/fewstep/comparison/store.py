@@ -29,8 +29,8 @@ FORMAT, VERSION = "fewstep.comparison", 1
 STATE, CELLS = "comparison.json", "cells"
 REPORT, RESULTS = "report.html", "results.json"
 REFERENCE = "reference"
-CELL, BATCH = "cell", "batch"
-"""The entries of the metadata that say what a file holds: files that were swapped are noticed."""
+OF, CELL, BATCH = "of", "cell", "batch"
+"""The entries that say what a file is of: files that were swapped, or of another comparison, are noticed."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._cells = ""
+        self._cells = self._question = ""
 
     def moved(self, folder: str | Path) -> Store:
         """Returns the same comparison in a folder to which its files were copied."""
@@ -138,6 +138,7 @@ class Store:
                 that others are at work on.
         """
         self._cells = digest_of([list(cell) for cell in cells])
+        self._question = digest_of(question)
         state = self.folder / STATE
         before = None
         if state.exists():
@@ -232,7 +233,10 @@ class Store:
     def find(self, name: str, nfe: int, identity: str) -> Cell | None:
         """Returns the finished cell of the same sampler; ``None`` if it is missing or damaged."""
         try:
-            cell = Cell.from_record(read_json(self.file(name, nfe, ".json"), what="cell"))
+            record = read_json(self.file(name, nfe, ".json"), what="cell")
+            cell = Cell.from_record(record)
+            if record.get(OF, self._mark(cell)) != self._mark(cell):  # early versions have none
+                return None
             self.tensors(cell)  # verifies their checksums, and that they are this cell's
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -255,7 +259,8 @@ class Store:
         if tensors is not None:
             file = self.file(cell.name, cell.nfe, ".safetensors")
             write_tensors(file, tensors, {CELL: self._mark(cell)})
-        write_json(self.file(cell.name, cell.nfe, ".json"), cell.to_record())
+        record = {**cell.to_record(), OF: self._mark(cell)}
+        write_json(self.file(cell.name, cell.nfe, ".json"), record)
         if not keep_parts:
             shutil.rmtree(self.file(cell.name, cell.nfe, ".parts"), ignore_errors=True)
 
@@ -263,12 +268,13 @@ class Store:
         """Returns the features and squared distances of a cell's samples, and the images for pictures."""
         file = self.file(cell.name, cell.nfe, ".safetensors")
         tensors, metadata = read_tensors_and_metadata(file, what="cell")
-        if metadata.get(CELL, self._mark(cell)) != self._mark(cell):  # early versions have none
+        if metadata.get(CELL, self._mark(cell)) != self._mark(cell):
             raise ValueError(f"cell {str(file)!r} has the samples of another one")
         return tensors
 
     def _mark(self, cell: Cell) -> str:
-        return f"{cell.name}, {cell.nfe}: {cell.identity}"
+        """Returns what a cell's files are of: the sampler and the comparison."""
+        return f"{cell.name}, {cell.nfe}: {cell.identity}, {self._question}"
 
     def part(self, name: str, nfe: int, identity: str, start: int) -> Path:
         """Returns the file of a batch."""
@@ -283,16 +289,15 @@ class Store:
         except ValueError:
             return None
         whole = all(key in tensors and len(tensors[key]) == rows for key in keys)
-        return tensors if whole and metadata.get(BATCH, _place(path)) == _place(path) else None
+        mark = self._batch_mark(path)
+        return tensors if whole and metadata.get(BATCH, mark) == mark else None
 
     def write_part(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Writes a batch."""
-        write_tensors(path, tensors, {BATCH: _place(path)})
+        write_tensors(path, tensors, {BATCH: self._batch_mark(path)})
 
-
-def _place(path: Path) -> str:
-    """Returns the cell and the number of a batch, which its file repeats."""
-    return f"{path.parent.name}/{path.name}"
+    def _batch_mark(self, path: Path) -> str:
+        return f"{path.parent.name}/{path.name}, {self._question}"
 
 
 def _read_state(file: Path) -> dict[str, Any]:

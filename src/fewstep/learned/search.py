@@ -20,7 +20,7 @@ from fewstep.learned.evolution import Evolution
 from fewstep.learned.judges import Judge
 from fewstep.learned.learned_plan import LearnedPlan
 from fewstep.learned.objectives import Batch, Objective, Outcome
-from fewstep.learned.search_state import State
+from fewstep.learned.search_state import STATE, State
 from fewstep.learned.settings import Search
 from fewstep.learned.stages import Stage
 from fewstep.learned.teachers import Pairs, Source
@@ -130,13 +130,14 @@ class Searcher:
         self.state.save(self.folder, self.identity)
 
     def _restore(self, stored: State) -> None:
+        assert self.folder is not None
         if stored.tensors["vector"].shape != self.state.tensors["best"].shape:
-            raise ValueError(f"the checkpoint in {str(self.folder)!r} is of another family")
+            raise ValueError(f"the checkpoint {str(self.folder / STATE)!r} is of another family")
         try:
             self._load(stored)
         except (KeyError, ValueError, IndexError, RuntimeError) as error:
             raise ValueError(
-                f"the checkpoint in {str(self.folder)!r} is damaged: {error}; give overwrite "
+                f"the checkpoint {str(self.folder / STATE)!r} is damaged: {error}; give overwrite "
                 "(--overwrite) to begin again"
             ) from None
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.base.files import read_tensors, sha256, write_tensors
+from fewstep.base.files import LITTER_AGE, read_tensors, sha256, sweep, write_tensors
 from fewstep.base.records import Positive, Record
 from fewstep.metrics.features import EMBEDDED as EXTRACTORS
 from fewstep.metrics.features import FeatureMap, extractor, identity, name_of
@@ -155,9 +155,19 @@ class Reference:
             except ValueError as error:
                 logger.warning("the cached reference is computed again: %s", error)
         reference = _measure(extract, real, name)
-        if of:
+        if not of:
+            return reference
+        try:
+            sweep(folder, older=LITTER_AGE)
             reference.write(folder)
-        return reference
+        except OSError as error:
+            logger.warning("the reference is not cached: %s", error)
+        # As they are read from the cache, so that the second run has the digits of the first.
+        return replace(
+            reference,
+            features=reference.features.half().float(),
+            heldout=reference.heldout.half().float(),
+        )
 
     @classmethod
     def of(
@@ -204,7 +214,7 @@ def _read(
     file = folder / "reference.safetensors"
     try:
         if not file.exists() or sha256(file) != about.sha256:
-            raise ValueError("its numbers are missing or damaged")
+            raise ValueError(f"the numbers {str(file)!r} are missing or damaged")
         if data is not None and about.data != data:
             raise ValueError("it is of other data")
         wanted = about.features
@@ -214,7 +224,7 @@ def _read(
                 f"those of {name_of(extract)!r} are requested. Give the data itself (a folder of "
                 "images, an idx or npz file) for other features"
             )
-        numbers = read_tensors(file)
+        numbers = read_tensors(file, foreign=True)
         shape = about.event_shape
         return Reference(
             features=numbers["features"].float(),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from fewstep.base.files import read_limited
 from fewstep.diffusion.grids import MOST_STEPS, TimeGrid
 from fewstep.diffusion.schedules import Flow, NoiseSchedule
 from fewstep.plans.plan import Plan
@@ -25,6 +26,9 @@ from fewstep.sampling.resolve import resolve_plan
 
 Kind = Literal["sigmas", "timesteps"]
 KINDS: tuple[Kind, ...] = ("sigmas", "timesteps")
+MOST_TABLE = 1 << 20
+"""The most bytes of a file with a table."""
+
 FORMS = ("sigmas", "timesteps", "diffusers")
 
 NEAR = 1e-2
@@ -72,11 +76,16 @@ def read_table(source: str | Path, kind: Kind | None = None) -> Table:
     """
     text = str(source)
     if "\n" not in text and len(text) < 4096 and Path(text).is_file():
-        text = Path(text).read_text(encoding="utf-8")
+        try:
+            text = read_limited(text, what=f"table {text!r:.80}", most=MOST_TABLE).decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"{text!r:.80} is not a text file of numbers") from None
     elif not re.search(r"\d", text) or re.search(r"\.(json|txt|csv)\s*$", text):
         raise ValueError(f"{text!r:.80} is neither a file nor a list of numbers")
     try:
         content: Any = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"a table is a list of numbers, got {text!r:.80}") from None
     except ValueError:
         parts = [part for part in re.split(r"[\s,;\[\]()]+", text) if part]
         try:

@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import math
 import struct
+import warnings
+import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +24,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".ti
 
 MOST_CLASSES = 100_000
 """The most classes of a data set; larger labels are not class labels."""
+
+MOST_RATIO, ALWAYS = 100, 1 << 28
+"""A compressed file may expand to a hundred times its size, or to 256 MiB: images compress less, bombs more."""
+
+MOST_PIXELS = 1 << 26
+"""The most pixels of a picture, those of one of 8192 x 8192."""
+
+MOST_MEMBERS = 10_000
+"""The most arrays of an npz file."""
 
 
 @dataclass(frozen=True)
@@ -142,17 +153,36 @@ def _read(source: str | Path, size: int | None) -> ImageData:
     )
 
 
+def _check_expanded(path: Path, expanded: int) -> None:
+    """Raises if a compressed file would expand to more than it may, before it is expanded."""
+    size = path.stat().st_size
+    if expanded > (most := max(ALWAYS, MOST_RATIO * size)):
+        raise ValueError(
+            f"{str(path)!r} has {size:,} bytes and expands to {expanded:,}; at most {most:,} are read. If these "
+            "are images, decompress the file first, or give a folder of pictures"
+        )
+
+
 def _read_idx(path: Path) -> numpy.ndarray:
+    compressed = path.suffix == ".gz"
     try:
-        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-        zero, kind, ndim = struct.unpack(">HBB", raw[:4])
-        shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
+        with gzip.open(path) if compressed else open(path, "rb") as stream:
+            zero, kind, ndim = struct.unpack(">HBB", stream.read(4))
+            shape = struct.unpack(f">{ndim}I", stream.read(4 * ndim))
+            if zero or kind != 8:
+                raise ValueError(f"{str(path)!r} is not an idx file of unsigned bytes")
+            wanted = math.prod(shape)
+            if compressed:
+                _check_expanded(path, wanted)
+            elif wanted != (size := path.stat().st_size - 4 - 4 * ndim):
+                raise ValueError(f"{str(path)!r} is truncated: {size} bytes for shape {shape}")
+            body = stream.read(wanted)
+            more = bool(stream.read(1))
     except (struct.error, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{str(path)!r} is not an idx file: {error}") from None
-    if zero or kind != 8:
-        raise ValueError(f"{str(path)!r} is not an idx file of unsigned bytes")
-    body = raw[4 + 4 * ndim :]
-    if len(body) != math.prod(shape):
+    if more:
+        raise ValueError(f"{str(path)!r} is longer than its shape {shape}")
+    if len(body) != wanted:
         raise ValueError(f"{str(path)!r} is truncated: {len(body)} bytes for shape {shape}")
     return numpy.frombuffer(body, numpy.uint8).reshape(shape)
 
@@ -169,6 +199,14 @@ def _read_idx_pair(path: Path) -> ImageData:
 
 
 def _read_npz(path: Path) -> ImageData:
+    try:
+        with zipfile.ZipFile(path) as members:
+            sizes = [member.file_size for member in members.infolist()]
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{str(path)!r} is not an npz file of arrays: {error}") from None
+    if len(sizes) > MOST_MEMBERS:
+        raise ValueError(f"{str(path)!r} has {len(sizes)} arrays; at most {MOST_MEMBERS} are read")
+    _check_expanded(path, sum(sizes))
     try:
         # Opened here: numpy does not close a file that it refuses.
         with open(path, "rb") as stream, numpy.load(stream, allow_pickle=False) as archive:
@@ -236,7 +274,13 @@ def _read_image(file: Path, size: int | None) -> numpy.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file) as image:
+        # The limit is our own.
+        ignored = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
+        with ignored, Image.open(file) as image:
+            if math.prod(image.size) > MOST_PIXELS:
+                raise ValueError(
+                    f"it has {image.size[0]} x {image.size[1]} pixels; at most {MOST_PIXELS:,} are read"
+                )
             image = image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")
             if size is not None:
                 image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from fewstep.adapters.diffusers.scheduler import PlanScheduler
+from fewstep.base.files import read_json
 
 
 def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
@@ -31,6 +31,11 @@ def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
     pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
     if "scheduler" not in kwargs and not isinstance(pipe.scheduler, PlanScheduler):
         file = folder / "scheduler" / "scheduler_config.json"
-        if file.is_file() and json.loads(file.read_text())["_class_name"] == "PlanScheduler":
+        config = (
+            read_json(file, what="scheduler", infinite=True, foreign=True)
+            if file.is_file()
+            else None
+        )
+        if isinstance(config, dict) and config.get("_class_name") == "PlanScheduler":
             pipe.scheduler = PlanScheduler.from_pretrained(folder, subfolder="scheduler")
     return pipe
