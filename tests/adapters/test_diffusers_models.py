@@ -304,3 +304,56 @@ def test_a_saved_pipeline_is_measured_with_a_prompt_and_guidance(tmp_path, capsy
     arguments = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     piped = pipe("a b", latents=start, **arguments).images
     assert tiny.relative(piped, measured) < 2e-3
+
+
+def test_a_saved_pipeline_is_tuned_for_prompts_and_guidance(tmp_path, capsys):
+    """One command for the folder: latents, texts from a file, guidance; the recipe runs here and in the pipeline."""
+    from fewstep.adapters.diffusers import PlanScheduler
+    from fewstep.cli import run
+
+    folder, out, texts = tmp_path / "sd", tmp_path / "tuned.json", tmp_path / "texts.txt"
+    text_pipeline(tmp_path).save_pretrained(folder)
+    texts.write_text("a b\n\nb a a\n")
+    command = ["tune", str(folder), "--nfe", "2", "--prompts", str(texts), "--guidance", "3"]
+    command += ["--steps", "3", "--out", str(out), "--keep-worse"]
+    for name, value in (
+        ("pairs", 4),
+        ("heldout", 4),
+        ("test", 4),
+        ("teacher_nfe", 6),
+        ("batch_size", 2),
+    ):
+        command += ["--setting", f"{name}={value}"]
+    command += ["--setting", "evaluate_every=1", "--family-option", "residual=true"]
+    assert run(command) == 0
+    assert "--prompt 'a b'" in capsys.readouterr().out
+    recipe = fewstep.SamplerRecipe.load(out)
+    assert recipe.guidance == 3
+    assert recipe.about["conditions"] == {"prompt": ["a b", "b a a"]}
+    assert recipe.residual is not None
+    assert recipe.residual.channels == 4
+    z = noise((1, 4, 8, 8))
+    mine = fewstep.sample(fewstep.load(folder), noise=z, recipe=out, prompt="a b")
+    pipe = text_pipeline(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = PlanScheduler.from_config(pipe.scheduler.config, recipe=str(out))
+    start = z * fewstep.load(folder).schedule.prior_std(float(pipe.scheduler.schedule.t_max))
+    arguments = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    piped = pipe("a b", latents=start, **arguments).images
+    assert tiny.relative(piped, mine) < 2e-3
+
+
+def test_texts_of_a_tuning_are_read_before_anything_else(tmp_path, capsys):
+    from fewstep.cli import run
+
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    base = ["tune", "mixture-smooth", "--nfe", "2", "--out", str(tmp_path / "x.json")]
+    for extra, message in (
+        (["--prompts", str(empty)], "has no texts"),
+        (["--prompts", str(tmp_path / "none.txt")], "cannot be read"),
+        (["--prompts", str(empty), "--prompt", "a"], "give one of them"),
+        (["--prompt", "a"], "prompt"),
+    ):
+        assert run([*base, *extra]) == 2
+        assert message in capsys.readouterr().err

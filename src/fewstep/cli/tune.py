@@ -43,6 +43,8 @@ def tune(
     steps: int | None = None,
     optimizer: str = "adam",
     class_labels: str | None = None,
+    prompt: str | None = None,
+    prompts: Path | None = None,
     guidance: float | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -79,6 +81,8 @@ def tune(
         optimizer: adam, with gradients; or cmaes, an evolution strategy without (pip install
             'fewstep[search]'), for models that have none.
         class_labels: The classes to draw from: 3, or 0,1,2, or all; all if left out.
+        prompt: The text, for a text-to-image model.
+        prompts: A file with a text a line, for a text-to-image model: samples get them in turn.
         guidance: The scale of classifier-free guidance; it becomes part of the recipe.
         seed: The seed of all random draws.
         device: Where to run: auto, cpu, cuda, mps.
@@ -100,6 +104,9 @@ def tune(
     cond: dict[str, Any] = {}
     if class_labels is not None:
         cond["class_labels"] = chosen_labels(class_labels, denoiser)
+    texts = _prompts(prompt, prompts)
+    if texts is not None:
+        cond["prompt"] = texts
     with keeping(lambda: kept_files(checkpoint_folder(out), "state.safetensors", "checkpoint")):
         tuned = run(
             denoiser,
@@ -142,11 +149,28 @@ def tune(
         model,
         recipe=out,
         class_labels=class_labels,
+        prompt=None if texts is None else texts[0],
         device=device_,
         out=out.with_suffix(""),
     )
     say(f"next: {again}")
     return 0
+
+
+def _prompts(prompt: str | None, prompts: Path | None) -> list[str] | None:
+    """Returns the texts of the conditions: one, or the lines of a file that are not empty."""
+    if prompts is None:
+        return None if prompt is None else [prompt]
+    if prompt is not None:
+        raise ValueError("--prompt and --prompts both give texts; give one of them")
+    try:
+        lines = prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(prompts)!r} cannot be read: {error}; give a text file") from None
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"{str(prompts)!r} has no texts; give a file with one a line")
+    return texts
 
 
 def _page(tuned: TunedSampler, path: Path) -> Path | None:
