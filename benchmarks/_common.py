@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -20,10 +23,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fewstep
+from fewstep.base.files import write_json
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.models.denoiser import Denoiser
 from fewstep.reporting.figures import COLORS, STYLE
 
+RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 SMALL = {
     "axes.prop_cycle": cycler(color=COLORS),
@@ -79,6 +84,52 @@ def say_what_runs(what: str, packages: Iterable[str] = ()) -> None:
     )
 
 
+def about(**more: Any) -> dict[str, Any]:
+    """Returns the origin of a result, for its file: date, commit, command, versions, machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": date.today().isoformat(),
+        "commit": found or "unknown",
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "fewstep": fewstep.__version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device_name()}",
+        **more,
+    }
+
+
+def device_name() -> str:
+    """Returns the name of the GPU, or that there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+class _Both(io.TextIOBase):
+    """Writes to two streams."""
+
+    def __init__(self, *streams: Any) -> None:
+        self.streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self.streams:
+            stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self.streams:
+            stream.flush()
+
+
+@contextmanager
+def printed_to(name: str, **more: Any) -> Iterator[None]:
+    """Stores what is printed inside, tables in Markdown, in ``results/NAME.json`` too."""
+    text = io.StringIO()
+    with redirect_stdout(_Both(sys.stdout, text)):
+        yield
+    write_json(RESULTS / f"{name}.json", {"about": about(**more), "printed": text.getvalue()})
+    print(f"wrote {RESULTS / name}.json")
+
+
 def version(package: str) -> str:
     """Returns the version of a package, or that it is missing."""
     try:
@@ -118,7 +169,7 @@ def figure(
         folder.mkdir(parents=True, exist_ok=True)
         # No date: the same numbers give the same file.
         made.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    print(f"wrote {name}.svg to {folder}\n", flush=True)
+    print(f"![{name}](../figures/{name}.svg)\n", flush=True)
 
 
 def legend_beside(ax: Any) -> None:

@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 import fewstep
-from _common import FIGURES, figure, legend_beside, print_table, rms, say_what_runs, slope, ticks
+from _common import (
+    FIGURES,
+    figure,
+    legend_beside,
+    print_table,
+    printed_to,
+    rms,
+    say_what_runs,
+    slope,
+    ticks,
+)
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.exact import GaussianMixture
@@ -246,7 +256,8 @@ def main() -> None:
     torch.set_num_threads(1)
     say_what_runs("Exact models in float64; seed 0; no sampling error.")
     for part in arguments.only.split(","):
-        {"deis": deis, "accelerated": accelerated}[part](arguments.figures)
+        with printed_to(f"convergence-{part}", seed=0):
+            {"deis": deis, "accelerated": accelerated}[part](arguments.figures)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from _common import FIGURES, figure, print_table, rms, say_what_runs, ticks
+from _common import FIGURES, figure, print_table, printed_to, rms, say_what_runs, ticks
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.diffusion.quadrature import lagrange
 from fewstep.metrics import rms as rms_with_interval
@@ -412,7 +412,8 @@ def main() -> None:
         "toy": toy,
     }
     for part in options.only.split(","):
-        parts[part](options)
+        with printed_to(f"ingredients-{part}", seed=options.seed):
+            parts[part](options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ times the target; "settled" is from where on it stays within that share on eithe
 calls FID can be lower than that of the exact flow of the network. All samplers start from the same noise, so
 each difference to the target has a paired jackknife interval (95 %), and the interval of a result is
 where the two ends of that band meet zero. "<" and ">" say that this is beyond the budgets
-measured. If DIR has the `quality.json` of `quality.py score`, a third column says where the RMS
+measured. If DIR has the `quality-1000.json` of `quality.py score`, a third column says where the RMS
 distance to the reference, interpolated in logarithms, first is below `--rms`.
 """
 
@@ -96,11 +96,12 @@ def crossing_cells(at: list[int], above: list[Estimate], below: list[Estimate]) 
     return [f"{v} ({low} to {high})" for v, low, high in (good, settled)]
 
 
-def close(folder: Path, name: str, budgets: list[int], limit: float) -> str:
+def close(name: str, budgets: list[int], limit: float) -> str:
     """Returns where the RMS to the reference comes below a limit, from the scores of quality.py."""
-    if not (folder / "quality.json").exists():
+    scores = quality.RESULTS / f"quality-{quality.N}.json"
+    if not scores.exists():
         return ""
-    cells = read_json(folder / "quality.json", what="scores")["cells"]
+    cells = read_json(scores, what="scores")["cells"]
     found = {c["nfe"]: c["rms"][0] for c in cells if c["name"] == name and c["nfe"] in budgets}
     at = sorted(found)
     return text_of(crossing(at, [math.log(found[k] / limit) for k in at]), at) if at else ""
@@ -149,7 +150,7 @@ def measure(options: argparse.Namespace, denoiser: Denoiser) -> None:
         above = [e.value + (1 + options.within) * best for e in sides[0]]
         curves[sampler] = (at, sides[0])
         fids = {k: f"{value:.2f}" for k, value in zip(at, above, strict=True)}
-        near = close(options.results, sampler, budgets, options.rms)
+        near = close(sampler, budgets, options.rms)
         cells = [*crossing_cells(at, *sides), near, *(fids.get(k, "") for k in budgets)]
         rows.append((sum(above) / len(above), [sampler, *cells]))
     rows.sort(key=lambda row: row[0])

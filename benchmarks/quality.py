@@ -1,7 +1,7 @@
 """Quality at equal numbers of evaluations: every solver of ours and the peers', in one comparison.
 
 Usage: python benchmarks/quality.py draw --out DIR [--names tab3,unipc3,...] [--nfe 5,6,8,10,15,20,50]
-       python benchmarks/quality.py score --out DIR [--samples 2000]
+       python benchmarks/quality.py score --out DIR [--samples 1000]
        python benchmarks/quality.py show [FILE]
 
 ``draw`` runs `fewstep.comparison` on the embedded model: every sampler and budget from the same noise and the same
@@ -9,8 +9,7 @@ labels, cell by cell, in DIR; it can be interrupted and given again, and other n
 there. ``score`` prints the table of all cells and writes it: FID to the real images in the features of two
 classifiers (``fashion``, which saw clean images, and ``fashion-robust``, which saw noisy and blurred ones), KID, with
 95 % intervals, and the RMS distance to the reference. ``show`` prints the table of such a file, by default the one in
-benchmarks/results. With ``--samples 500`` a comparison of 500 samples is meant; FID depends on their number, so
-compare within one table only.
+benchmarks/results. FID depends on the number of samples, so compare within one table only.
 
 The reference is ``tab3`` with 100 evaluations. Libraries end differently, at the schedule's last level (sigma = 0.01) or
 at sigma = 0; a sampler is compared with the reference at either end, and the smaller distance counts. FID is compared
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from _common import say_what_runs
+from _common import RESULTS, about, say_what_runs
 from fewstep.adapters.diffusers.peers import diffusers_sampler
 from fewstep.base.files import read_json, write_json
 from fewstep.comparison import Cell, Comparison, compare
@@ -42,14 +41,10 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.sample import sampler
 
-MODEL, SEED, N, CHUNK = "fashion", 5000, 2000, 100
+MODEL, SEED, N, CHUNK = "fashion", 5000, 1000, 100
 BUDGETS = (5, 6, 8, 10, 15, 20, 50)
 REFERENCE, REFERENCE_NFE = "tab3", 100
 
-RECOMMENDED = Path(fewstep.__file__).parent / "embedded" / "fashion" / "profile.json"
-"""What ``fewstep analyze`` wrote for the model: solvers and times, fitted on other seeds."""
-
-RESULTS = Path(__file__).parent / "results" / "quality.json"
 MEASURED = ("fid", "robust", "kid", "rms")
 
 
@@ -74,7 +69,7 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 FIRST = (
     "auto",
-    "recommended",
+    "profile",
     "unipc3",
     "tab3",
     "ddim",
@@ -115,8 +110,10 @@ def build(name: str, denoiser: Denoiser, nfe: int) -> Sampler:
     if name in DIFFUSERS:
         kind, options = DIFFUSERS[name]
         return diffusers_sampler(denoiser, kind, nfe, **options)
-    if name == "recommended":
-        return sampler(denoiser, solver="auto", grid=f"auto:{RECOMMENDED}", nfe=nfe)
+    if name == "profile":
+        return sampler(denoiser, solver="auto", nfe=nfe)
+    if name == "auto":  # without the profile that the model brings
+        return sampler(denoiser, plan=fewstep.plan("auto", denoiser.schedule, nfe=nfe))
     return sampler(denoiser, solver=name, nfe=nfe)
 
 
@@ -203,8 +200,8 @@ def score(found: Comparison, n: int) -> dict[str, Any]:
         for cell, e in zip(column[1:], more, strict=True):
             rows.append(record(cell) | {"more": [e.value, e.low, e.high], "tie": e.low <= 0})
     reference = record(found.reference) | {"rms": [0.0, 0.0, 0.0]}
-    about = {"n": n, "seed": SEED, "model": found.question["model"]}
-    return {**about, "reference": reference, "cells": rows}
+    origin = {"n": n, "seed": SEED, "model": found.question["model"]}
+    return {"about": about(), **origin, "reference": reference, "cells": rows}
 
 
 def show(scores: Mapping[str, Any]) -> None:
@@ -237,7 +234,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("draw", "score", "show"))
-    parser.add_argument("file", type=Path, nargs="?", default=RESULTS, help="for show")
+    parser.add_argument(
+        "file", type=Path, nargs="?", default=RESULTS / f"quality-{N}.json", help="for show"
+    )
     parser.add_argument("--out", type=Path, help="the folder, for draw and score")
     parser.add_argument(
         "--names", default="", help="samplers, separated by commas; all if left out"
@@ -267,7 +266,7 @@ def main() -> None:
     keys = {c.key for c in drawn}
     scores = score(replace(found, cells=[c for c in found.cells if c.key in keys]), n)
     show(scores)
-    file = arguments.out / ("quality.json" if n == N else f"quality-{n}.json")
+    file = RESULTS / f"quality-{n}.json"
     write_json(file, scores)
     print(f"wrote {file}")
 

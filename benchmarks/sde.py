@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from _common import FIGURES, figure, legend_beside, print_table, say_what_runs
+from _common import FIGURES, figure, legend_beside, print_table, printed_to, say_what_runs
 from convergence import followed, total_variation
 from fewstep import metrics
 from fewstep.models.exact import GaussianMixture
@@ -203,10 +203,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     say_what_runs(f"Seed {options.seed}.")
+    parts = {"gaussian": gaussian, "line": line, "mixtures": mixtures, "fashion": fashion}
     for part in options.only.split(","):
-        {"gaussian": gaussian, "line": line, "mixtures": mixtures, "fashion": fashion}[part](
-            options
-        )
+        with printed_to(f"sde-{part}", seed=options.seed):
+            parts[part](options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,382 @@
+"""Writes docs/results: one page for each question, its tables from benchmarks/results/*.json.
+
+Usage: python scripts/results.py (or: make results)
+
+No figure is typed here: what a page says in figures comes from a JSON file, which a script under benchmarks/
+has written, and ``tests/test_results.py`` fails where page and file differ. A file that is not there leaves a
+line that names the script.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from fewstep.base.files import read_json, write_atomic
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGES_FOLDER = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+JUDGED = (5, 10, 20)
+"""The budgets of the tables on the first page."""
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """Returns a result, or ``None`` if it has not been measured."""
+    path = RESULTS / f"{name}.json"
+    return read_json(path, what="result") if path.exists() else None
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Returns a table in Markdown."""
+    lines = [[str(cell) for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def printed(*names: str, script: str) -> str:
+    """Returns what a script has printed, with its origin; or that it has not been run."""
+    parts = []
+    for name in names:
+        result = load(name)
+        if result is None:
+            parts.append(f"Not measured yet: `{script}` ({name}).\n")
+            continue
+        parts.append(f"{origin(result['about'])}\n\n{result['printed'].strip()}\n")
+    return "\n".join(parts)
+
+
+def origin(about: Mapping[str, Any]) -> str:
+    """Returns where a result comes from, in a line."""
+    shown = [about.get(key) for key in ("date", "commit", "machine")]
+    return f"`{about['command']}` ({', '.join(str(value) for value in shown if value)})"
+
+
+def mean(values: Sequence[float]) -> float:
+    """Returns the geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def shares(found: Mapping[str, Any], who: str, nfe: int) -> dict[str, float]:
+    """Returns the error of a choice over that of the best peer, for each network."""
+    from defaults import best_peer
+
+    return {
+        name: entry["errors"][f"{nfe} {who}"] / best_peer(entry["errors"], nfe)[0]
+        for name, entry in found.items()
+    }
+
+
+def networks() -> dict[str, Any]:
+    """Returns the results of ``benchmarks/defaults.py``, by network."""
+    return {k: v for k, v in (load("defaults") or {}).items() if isinstance(v, dict)}
+
+
+# The pages.
+
+
+def index() -> str:
+    """How far ahead, of whom, on what, at what cost, and where behind."""
+    found = networks()
+    rows = []
+    for who, what in (
+        ("profile", "measured once (`fewstep fit`)"),
+        ("auto", "the default, `auto`"),
+    ):
+        for nfe in JUDGED:
+            values = shares(found, who, nfe)
+            worst = max(values, key=lambda name: values[name])
+            rows.append(
+                [
+                    what,
+                    nfe,
+                    f"{mean(list(values.values())):.2f}",
+                    f"{values[worst]:.2f} ({worst})",
+                    f"{sum(v <= 1 for v in values.values())} of {len(values)}",
+                ]
+            )
+    cost = max(entry["evaluations"] for entry in found.values())
+    text = f"""# What was measured
+
+**How far ahead.** The distance (RMS) to a model's own many-step solution from the same noise, over that of the best of seven samplers of diffusers
+*chosen for each network and budget* (DDIM, DEIS-2/3, DPM++2M, DPM++2M Karras, UniPC-2/3), on {len(found)} networks:
+
+{table(["sampler", "evaluations", "share of the best peer's error, mean", "worst network", "at or below it"], rows)}
+The measurement costs {cost:,} evaluations of one image, once a model. All networks, budgets and the own grids of each solver: [distance](distance.md).
+
+{_quality_summary()}
+{_behind(found)}
+| question | page |
+| --- | --- |
+{_list_of_pages()}
+Each page is written by `make results` from `benchmarks/results/*.json`; the command, date, commit and seeds are there. Machines were noisy, so ratios and
+counts are what to read. Nothing here was run on a GPU.
+"""
+    return text
+
+
+def _list_of_pages() -> str:
+    lines = [f"| {PAGES[name][0]} | [{name}]({name}.md) |" for name in PAGES if name != "index"]
+    return "\n".join(lines) + "\n"
+
+
+def _quality_cells() -> tuple[dict[str, Any], dict[tuple[str, int], Any]]:
+    result = load("quality-1000") or {}
+    return result, {(row["name"], row["nfe"]): row for row in result.get("cells", [])}
+
+
+def _quality_summary() -> str:
+    result, cells = _quality_cells()
+    if not cells:
+        return ""
+    rows = []
+    for nfe in JUDGED:
+        peers = [row for (name, k), row in cells.items() if k == nfe and "diffusers" in name]
+        if not peers or ("profile", nfe) not in cells:
+            continue
+        best = min(peers, key=lambda row: row["fid"][0])
+        rows.append(
+            [
+                nfe,
+                *(_interval(cells[who, nfe]["fid"]) for who in ("profile", "auto")),
+                f"{_interval(best['fid'])} ({best['name'].removeprefix('diffusers:')})",
+            ]
+        )
+    top = result["reference"]
+    return f"""FID of the embedded `fashion` ({result["n"]} samples; {top["nfe"]} evaluations: {_interval(top["fid"])}), see [quality](quality.md):
+
+{table(["evaluations", "with its profile", "`auto`", "best peer of that column"], rows)}"""
+
+
+def _interval(values: Sequence[float]) -> str:
+    value, low, high = values
+    return f"{value:.2f} ± {(high - low) / 2:.2f}"
+
+
+def _behind(found: Mapping[str, Any]) -> str:
+    from defaults import BUDGETS
+
+    lines = []
+    for who, most in (("profile", 1.0), ("auto", 1.0)):
+        above = [
+            f"{name} at {nfe} ({value:.2f})"
+            for nfe in BUDGETS
+            for name, value in shares(found, who, nfe).items()
+            if value > most
+        ]
+        if above:
+            lines.append(
+                f"- `{who}` has a larger error than the best peer on: {', '.join(above)}."
+            )
+    _, cells = _quality_cells()
+    for nfe in JUDGED:
+        column = {name: row["fid"][0] for (name, k), row in cells.items() if k == nfe}
+        ours = {n: v for n, v in column.items() if not n.startswith(("diffusers", "azula"))}
+        peers = {n: v for n, v in column.items() if n not in ours}
+        if ours and peers and "profile" in ours and min(peers.values()) < ours["profile"]:
+            name = min(peers, key=lambda n: peers[n])
+            lines.append(
+                f"- FID of `fashion` at {nfe}: {name} {peers[name]:.2f}, the profile {ours['profile']:.2f}."
+            )
+    for limit in (load("overhead") or {}).get("limits", []):
+        if limit["worst"] > limit["most"]:
+            lines.append(
+                f"- {limit['name']}: {limit['worst']:.2f} ({limit['solver']}), wanted {limit['most']:g}."
+            )
+    lines.append(
+        "- The papers' tables on CIFAR-10 have not been made again on a network of their kind: that needs a GPU."
+    )
+    return "**Where we are behind, or do not know.**\n\n" + "\n".join(lines) + "\n"
+
+
+def distance() -> str:
+    """The regret tables of ``benchmarks/defaults.py``."""
+    from defaults import show
+
+    with redirect_stdout(StringIO()) as text:
+        show(networks())
+    dates = sorted({entry["date"] for entry in networks().values()})
+    return f"""# Distance to the model's own solution
+
+`python benchmarks/defaults.py measure` ({", ".join(dates)}). Profiles are fitted on seed 0, defaults were chosen on seed 5000, everything is judged on seed 9000.
+What follows from it for your model: [choosing](../choosing.md).
+
+{text.getvalue().strip()}
+"""
+
+
+def quality() -> str:
+    """FID of the embedded model."""
+    result, cells = _quality_cells()
+    if not cells:
+        return "# Quality beside the peers\n\nNot measured yet: `python benchmarks/quality.py`.\n"
+    budgets = sorted({nfe for _, nfe in cells})
+    names = sorted(
+        {name for name, _ in cells},
+        key=lambda name: cells.get((name, budgets[0]), {"fid": [math.inf]})["fid"][0],
+    )
+
+    def of(key: str, show: Callable[[Sequence[float]], str]) -> str:
+        rows = [
+            [n, *(show(cells[n, k][key]) if (n, k) in cells else "" for k in budgets)]
+            for n in names
+        ]
+        return table(["sampler", *map(str, budgets)], rows)
+
+    top = result["reference"]
+    return f"""# Quality beside the peers: the embedded `fashion`
+
+{origin(result["about"])}; {result["n"]} samples of seed {result["seed"]}, classes in turn; FID against all training images, biased upwards by the number of
+samples alike, ± half of the 95 % interval. The reference ({top["nfe"]} evaluations of tab3) has {_interval(top["fid"])}, in the other features {_interval(top["robust"])}.
+`profile` is `auto` with the profile that the model brings, `auto` without it.
+
+FID, features of the classifier `fashion`:
+
+{of("fid", _interval)}
+FID, features of `fashion-robust`, which saw noisy and blurred images:
+
+{of("robust", _interval)}
+RMS to the reference from the same noise:
+
+{of("rms", lambda v: f"{v[0]:.4f}")}"""
+
+
+def speed() -> str:
+    """Overhead, throughput, scale, long runs."""
+    parts = ["# Speed, scale, long runs\n"]
+    overhead = load("overhead")
+    if overhead:
+        rows = [
+            [
+                limit["name"],
+                f"{limit['worst']:.2f}",
+                limit["solver"],
+                f"{limit['most']:g}",
+                "yes" if limit["worst"] <= limit["most"] else "NO",
+            ]
+            for limit in overhead["limits"]
+        ]
+        settings = ", ".join(f"{k} {v}" for k, v in overhead["settings"].items())
+        parts.append(f"**Overhead**, all solvers, `python benchmarks/overhead.py` ({settings}):\n")
+        parts.append(table(["limit", "worst", "solver", "at most", "holds"], rows))
+    for entry in read_json(RESULTS / "throughput.json", what="result"):
+        settings = ", ".join(f"{k} {v}" for k, v in entry["settings"].items() if v is not None)
+        rows = [
+            [
+                what,
+                f"{row['evaluations_per_second']:.1f}",
+                f"{row['ratio']:.3f}",
+                f"{row['ratio_of_cpu']:.3f}",
+            ]
+            for what, row in entry["results"].items()
+        ]
+        parts.append(
+            f"**Throughput**, `python benchmarks/throughput.py` ({entry['device']}; {settings}):\n"
+        )
+        head = ["what", "evaluations a second", "of the network's own rate", "in CPU seconds"]
+        parts.append(table(head, rows))
+    runs = load("long_runs") or {}
+    rows = [[what, *row.values()] for what, row in runs.items() if isinstance(row, dict)]
+    if rows:
+        names = next(list(row) for row in runs.values() if isinstance(row, dict))
+        parts.append("**Long runs**, `python benchmarks/long_runs.py`:\n")
+        parts.append(table(["what", *names], rows))
+    parts.append("A worked plan for 10⁹ trajectories: [scale](../scale.md).\n")
+    return "\n".join(parts)
+
+
+def faults() -> str:
+    """What survives faults."""
+    result = load("faults")
+    if result is None:
+        return "# Faults\n\nNot measured yet: `python benchmarks/faults.py`.\n"
+    from faults import show
+
+    with redirect_stdout(StringIO()) as text:
+        show(result)
+    return f"# Faults\n\n`python benchmarks/faults.py`:\n\n{text.getvalue().strip()}\n"
+
+
+def pipelines() -> str:
+    """Pipelines of diffusers."""
+    result = load("pipelines")
+    assert result is not None
+    families = result["families"]
+    names = list(dict.fromkeys(key for row in families.values() for key in row))
+    rows = [[name, *(_small(row.get(key, "")) for key in names)] for name, row in families.items()]
+    refused = [[name, _small(reason)] for name, reason in result["refused"].items()]
+    return f"""# Pipelines of diffusers
+
+{origin(result)}; {result["steps"]} steps, tiny random networks. The largest difference of the pictures: `PlanScheduler` with the pipeline's own solver beside the
+native scheduler; with `tab3` (another solver, so it differs); a saved pipeline loaded again; the folder loaded by `fewstep.load`.
+
+{table(["family", *names], rows)}
+Refused, with a reason:
+
+{table(["family", "reason"], refused)}"""
+
+
+def _small(value: float | str) -> str:
+    if isinstance(value, str):
+        return value if len(value) <= 110 else f"{value[:110]}…"
+    return f"{value:.1e}"
+
+
+def deis() -> str:
+    """The first paper: orders and ingredients."""
+    return f"""# DEIS (Zhang, Chen, 2023): orders and ingredients
+
+The paper's figures on CIFAR-10 (continuous VP network, tAB3, FID): 4.17, 3.37, 2.86, 2.57 at 10, 15, 20, 50 evaluations (abstracts of arXiv:2204.13902, table 1
+of SciRE-Solver). Not made again: no such network here. Its method and its ablation are, on exact models and on the embedded one.
+
+## Orders
+
+{printed("convergence-deis", script="python benchmarks/convergence.py --only deis")}
+## The ingredients: exponential integrator, epsilon, polynomial, grid
+
+{printed("ingredients-mixtures", "ingredients-fashion", script="python benchmarks/deis_ingredients.py")}
+## How much noise
+
+{printed("sde-line", script="python benchmarks/sde.py --only line")}"""
+
+
+def accelerated() -> str:
+    """The second paper: slopes."""
+    return f"""# Provably accelerated DDIM and DDPM (Li et al., 2024): slopes
+
+The authors' logs on CIFAR-10 (their repository, 10 evaluations): FID 13.64 for the plain, 8.53 for the accelerated deterministic sampler. Not made again: no such
+network here. The orders that the theorems state are measured against the exact law.
+
+{printed("convergence-accelerated", script="python benchmarks/convergence.py --only accelerated")}"""
+
+
+PAGES: dict[str, tuple[str, Callable[[], str]]] = {
+    "index": ("", index),
+    "distance": (
+        "How near to the model's own solution, on which networks, beside whom?",
+        distance,
+    ),
+    "quality": ("What FID does that give?", quality),
+    "speed": ("What does it cost beside the network? Does a long run stay flat?", speed),
+    "faults": ("What survives kills, damage, full disks?", faults),
+    "pipelines": ("Which pipelines of diffusers work?", pipelines),
+    "deis": ("DEIS: do the orders and the ingredients hold?", deis),
+    "accelerated": ("Accelerated DDIM and DDPM: do the rates hold?", accelerated),
+}
+"""The question and the writer of each page."""
+
+
+def main() -> None:
+    """Writes all pages."""
+    for name, (_, write) in PAGES.items():
+        write_atomic(PAGES_FOLDER / f"{name}.md", write())
+        print(f"wrote docs/results/{name}.md")
+
+
+if __name__ == "__main__":
+    main()
