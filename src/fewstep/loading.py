@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -28,11 +29,22 @@ EMBEDDED: dict[str, str] = {
 }
 """The embedded models, with a sentence about each."""
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?")
+"""The id of a model on the Hugging Face hub, with a revision or without."""
+
+HUB_FILES = ["*/*.safetensors", "diffusion_pytorch_model*.safetensors", "model.safetensors"]
+HUB_FILES += ["*.json", "*.txt", "*.model"]
+"""What is read of a model on the hub: weights (not those of other programs beside them), configurations, vocabularies."""
+
 MIXTURES = {"mixture-smooth": exact.smooth, "mixture-sharp": exact.sharp}
 
 
 def load(
-    source: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
+    source: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    download: bool = False,
 ) -> Denoiser:
     """Loads a model with its noise schedule, prediction type and conditions.
 
@@ -40,10 +52,12 @@ def load(
 
     Arguments:
         source: The name of an embedded model (:data:`fewstep.loading.EMBEDDED`, ``fewstep models``); a
-            folder written by ``fewstep train`` or ``fewstep distill``; or a folder that diffusers saved, a
-            pipeline or a network (diffusers must be installed then).
+            folder written by ``fewstep train`` or ``fewstep distill``; a folder that diffusers saved, a
+            pipeline or a network (diffusers must be installed then); or the id of such a one on the Hugging Face
+            hub (``"owner/name"``, ``"owner/name@revision"``) that is in the local cache.
         device: The device of its weights: a device of torch, or ``"auto"``: CUDA, else MPS, else the CPU.
         dtype: The type of its weights; left out, float32. Samples are float32 in any case.
+        download: Whether a model of the hub is downloaded if it is not in the cache. Nothing else is.
 
     Returns:
         The model, in evaluation mode, without gradients.
@@ -64,9 +78,9 @@ def load(
         if place.type == "mps":  # which has no float64, in which these compute
             place = torch.device("cpu")
         return MIXTURES[name](schedule("vp-linear")).to(place)
-    folder = EMBEDDED_FOLDER / name if name in EMBEDDED else Path(source)
+    folder = model_folder(source, download=download)
     if not folder.is_dir():
-        hint = " Or give a folder that exists."
+        hint = " Or give a folder that exists, or the id of a model on the hub (owner/name)."
         if folder.exists():
             hint = f" {name!r} is a file; give the folder that it is in."
         raise ValueError(unknown("model", name, list(EMBEDDED)) + hint)
@@ -84,6 +98,44 @@ def load(
         f"the folder {name!r} is not a model: there is no model.json or operator.json (fewstep), and no "
         f"model_index.json or config.json (diffusers){_what_is_there(folder)}"
     )
+
+
+def model_folder(source: str | Path, *, download: bool = False) -> Path:
+    """Returns the folder of a model: an embedded one, a given one, or a snapshot in the cache of the hub.
+
+    Arguments:
+        source: As for :func:`load`.
+        download: Whether a model of the hub is downloaded if it is not in the cache.
+
+    Raises:
+        ValueError: If it is the id of a model of the hub that is not in the cache.
+    """
+    name = str(source)
+    if name in EMBEDDED:
+        return EMBEDDED_FOLDER / name
+    if Path(source).exists() or not HUB_ID.fullmatch(name):
+        return Path(source)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        return Path(source)
+    repository, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision or None,
+            local_files_only=not download,
+            allow_patterns=HUB_FILES,
+        )
+    except Exception as error:  # of the connection, of the hub, of the cache
+        if not download:
+            raise ValueError(
+                f"there is no folder {name!r}, and no model of that id in the cache of the Hugging Face hub; "
+                "give --download (download=True) to download it, or a folder"
+            ) from None
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"the model {name!r} cannot be downloaded: {why[0]:.300}") from None
+    return Path(folder)
 
 
 def _with_profile(denoiser: Denoiser, folder: Path) -> Denoiser:

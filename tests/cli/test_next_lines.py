@@ -85,7 +85,7 @@ def test_listings(capsys, monkeypatch):
         "MODEL": "ddpm-scaled-linear",
     }
     models = {k: exact.smooth(fewstep.schedule(v)) for k, v in models.items()}
-    monkeypatch.setattr(sample, "load_model", lambda name, device: models[name])
+    monkeypatch.setattr(sample, "load_model", lambda name, *_, **__: models[name])
 
     def stop(*given):
         raise ValueError("resolved")

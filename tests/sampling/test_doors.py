@@ -375,8 +375,7 @@ def commands():
         kinds = given.keys() & {"plan", "recipe"}
         if len(kinds) == 2 or (kinds and "plan" in given):
             continue  # a command reads a plan as a recipe
-        if "steps" not in given:
-            yield "sample", name
+        yield "sample", name
         if not given.keys() & {"steps", "head_start", "profile"}:
             yield "record", name
         if not kinds and "solver" in given:

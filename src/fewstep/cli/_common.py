@@ -146,11 +146,22 @@ def left_to_first(name: str) -> bool:
     return not team.first
 
 
-def load_model(name: str, device: str) -> Denoiser:
-    """Returns the model of that name, on an available device."""
+DTYPES = ("float32", "float16", "bfloat16")
+"""The types of weights."""
+
+
+def load_model(
+    name: str, device: str, dtype: str | None = None, *, download: bool = False
+) -> Denoiser:
+    """Returns the model of that name, on an available device, with weights of a type."""
+    import torch
+
     from fewstep.loading import load
 
-    return load(name, device=device)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(unknown("--dtype", dtype, list(DTYPES)))
+    kind = None if dtype is None else getattr(torch, dtype)
+    return load(name, device=device, dtype=kind, download=download)
 
 
 def parse_labels(text: str | None, denoiser: Denoiser, n: int) -> list[int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -81,7 +81,7 @@ def analyze(
     if class_labels is None and "class_labels" in denoiser.null_condition:
         class_labels = "all"
     labels = parse_labels(class_labels, denoiser, 2 * n)
-    conditions = {} if labels is None else {"class_labels": labels}
+    conditions: dict[str, Any] = {} if labels is None else {"class_labels": labels}
     invocation = Invocation(
         model=model,
         data=data or "",

@@ -89,7 +89,7 @@ def compare(
     check_report()
     denoiser = load_model(model, device)
     labels = parse_labels(class_labels, denoiser, n)
-    conditions = {} if labels is None else {"class_labels": labels}
+    conditions: dict[str, Any] = {} if labels is None else {"class_labels": labels}
     invocation = Invocation(
         model=model,
         data=data or "",

@@ -53,6 +53,7 @@ def sample(
     out: Path,
     solver: str | None = None,
     nfe: int | None = None,
+    steps: int | None = None,
     n: Annotated[int, Parameter(name=["-n", "--n"])] = DEFAULT_N,
     recipe: Path | None = None,
     profile: Path | None = None,
@@ -68,6 +69,8 @@ def sample(
     mask: Path | None = None,
     seed: int = 0,
     device: str = "auto",
+    dtype: str | None = None,
+    download: Flag = False,
     batch_size: int | None = None,
     singles: Flag = False,
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
@@ -81,10 +84,12 @@ def sample(
     launch, srun) the processes share the batches, and the files have the same bytes.
 
     Args:
-        model: An embedded name (see `fewstep models`), or a folder.
+        model: An embedded name (see `fewstep models`), a folder, or the id of a model on the Hugging
+            Face hub (owner/name) that is in the local cache.
         out: The folder to write.
         solver: A solver (see `fewstep solvers`), or auto, which is the default.
         nfe: The number of network evaluations; 10 if left out.
+        steps: The number of the solver's steps, instead.
         n: The number of samples.
         recipe: A file with a recipe, a plan or a tuned sampler, instead of a solver.
         profile: The profile of this model (`fewstep fit`), for auto.
@@ -103,6 +108,8 @@ def sample(
             safetensors file with a tensor mask, 1 and 0. It needs no --strength.
         seed: The seed; sample i depends on (seed, i) alone.
         device: Where to run: auto, cpu, cuda, mps.
+        dtype: The type of the weights: float32 (the default), float16 or bfloat16; samples are float32.
+        download: Download a model of the hub that is not in the cache; without it nothing is downloaded.
         batch_size: The samples in one network evaluation; 64 if left out.
         singles: Write each image by itself too, OUT/images/000000.png and so on.
         compile: Compile the network with torch.compile in this mode: worth it for many samples, which then
@@ -113,6 +120,7 @@ def sample(
     from fewstep.base.processes import processes
     from fewstep.base.sharing import Sharing
     from fewstep.diffusion.noise import NoiseSource
+    from fewstep.loading import model_folder
     from fewstep.models.compiling import check_mode, compiled
     from fewstep.models.guidance import INPAINTING
     from fewstep.sampling.batches import ConditionsAt, batches_of, run_each
@@ -131,7 +139,7 @@ def sample(
             "folder first"
         )
     given_device, device = device, check_device(device)
-    denoiser = load_model(model, device)
+    denoiser = load_model(model, device, dtype, download=download)
     options = parse_options(option)
     if strength is not None:
         if "strength" in options:
@@ -140,6 +148,7 @@ def sample(
     request = SamplerRequest(
         solver=solver,
         nfe=nfe,
+        steps=steps,
         grid=grid,
         head_start=head_start,
         options=options,
@@ -181,6 +190,8 @@ def sample(
     settings = _settings(chosen, model, denoiser, n, seed, class_labels, where, size)
     if prompt is not None:
         settings["prompt"] = prompt
+    if dtype is not None:
+        settings["dtype"] = dtype
     if image is not None:
         settings["image"] = str(image)
     if mask is not None:
@@ -188,7 +199,9 @@ def sample(
     if recipe is not None and (line := _not_taken(chosen.about, settings)):
         say(line)
     # A pipeline is more than its network: text encoders, decoder, configuration.
-    files = hash_inputs(model, without=out) if settings["weights"] is None else None
+    files = None
+    if settings["weights"] is None:
+        files = hash_inputs(model_folder(model), without=out)
     inputs = {**settings, "fingerprint": denoiser.fingerprint(), "files": files}
     if image is not None:
         inputs["image_files"] = hash_inputs(image)
@@ -287,6 +300,7 @@ def sample(
         image=image,
         mask=mask,
         device=None if given_device == "auto" else given_device,
+        dtype=dtype,
         force=force,
         out=f"{out}-2",
     )
