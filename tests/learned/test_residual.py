@@ -96,6 +96,14 @@ def test_a_search_runs_what_sample_runs():
     torch.testing.assert_close(unrolled, sampled, rtol=0, atol=1e-5)
 
 
+def test_a_search_judges_samples_with_the_residual():
+    denoiser, made = model("v"), recipe()
+    source = Source.of(denoiser, made.plan, ConditionPool())
+    x, _ = source.sampled(made.plan, 5, 3, batch_size=2, residual=made.residual)
+    wanted = fewstep.sample(denoiser, 3, recipe=made, seed=5)
+    torch.testing.assert_close(x, wanted.to(x), rtol=0, atol=1e-5)
+
+
 def gradient(made, *, remat=False, microbatch=None):
     denoiser = model("v")
     run = Unrolled(denoiser, made.structure, remat=remat, residual=made.residual)

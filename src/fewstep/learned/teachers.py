@@ -150,7 +150,8 @@ class Source:
         team = self.team
         rows, error = range(n)[team.part(n)], None
         try:
-            x, states = self._drawn(plan, seed, rows, batch_size, keep, progress)
+            sampler = PlanSampler(plan, self.denoiser, residual=residual)
+            x, states = self._drawn(sampler, seed, rows, batch_size, keep, progress)
         except ValueError as raised:
             if not team.own.several:
                 raise
@@ -162,7 +163,7 @@ class Source:
 
     def _drawn(
         self,
-        plan: Plan,
+        sampler: PlanSampler,
         seed: int,
         rows: Sequence[int],
         batch_size: int,
@@ -171,7 +172,7 @@ class Source:
     ) -> tuple[Tensor, Tensor | None]:
         samples, states = list[Tensor](), list[Tensor]()
         for batch, trajectory in run_batches(
-            PlanSampler(plan, self.denoiser),
+            sampler,
             rows,
             seed=seed,
             conditions=self.conditions,
@@ -185,7 +186,7 @@ class Source:
                 times = trajectory.times.tolist()
                 index = [min(range(len(times)), key=lambda i: abs(times[i] - t)) for t in keep]
                 states.append(trajectory.states[index].cpu())
-            progress.tick(len(batch) * plan.nfe)
+            progress.tick(len(batch) * sampler.plan.nfe)
         return torch.cat(samples), torch.cat(states, 1) if keep else None
 
 
