@@ -70,13 +70,13 @@ class Log(logging.Handler):
     @contextmanager
     def at_level(self, level: int, logger: str) -> Iterator[None]:
         """Lets a logger log from ``level`` on."""
-        found = logging.getLogger(logger)
-        before = found.level
-        found.setLevel(level)
+        result = logging.getLogger(logger)
+        before = result.level
+        result.setLevel(level)
         try:
             yield
         finally:
-            found.setLevel(before)
+            result.setLevel(before)
 
 
 LOG = Log()
@@ -183,11 +183,11 @@ FLAGS = (
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A browser as wide as a phone, with a fresh profile, which logs its console and its requests."""
     webdriver = pytest.importorskip("selenium.webdriver")
-    found, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
-    if found is None or driver_path is None:
+    result, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
+    if result is None or driver_path is None:
         pytest.skip("chromium or chromedriver is not installed")
     options = webdriver.ChromeOptions()
-    options.binary_location = found
+    options.binary_location = result
     for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

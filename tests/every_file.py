@@ -80,24 +80,26 @@ class Kind:
 
 def digest(value: Any) -> str:
     """Returns a digest of tensors, arrays, or JSON values, nested."""
-    found = hashlib.sha256()
+    result = hashlib.sha256()
 
     def add(part: Any) -> None:
         if isinstance(part, torch.Tensor):
-            found.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            found.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            result.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            result.update(
+                part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
         elif isinstance(part, dict):
             for key in sorted(part):
-                found.update(f"{key}:".encode())
+                result.update(f"{key}:".encode())
                 add(part[key])
         elif isinstance(part, (list, tuple)):
             for one in part:
                 add(one)
         else:
-            found.update(json.dumps(part, sort_keys=True, default=str).encode())
+            result.update(json.dumps(part, sort_keys=True, default=str).encode())
 
     add(value)
-    return found.hexdigest()
+    return result.hexdigest()
 
 
 class Stop(Silent):
@@ -328,8 +330,8 @@ def _data(folder: Path) -> Path:
 
 
 def _reference(folder: Path) -> str:
-    found = Reference.load(_data(folder), "pixels", cache=folder / "cache")
-    return digest([found.features, found.heldout, list(found.statistics), found.sha256])
+    result = Reference.load(_data(folder), "pixels", cache=folder / "cache")
+    return digest([result.features, result.heldout, list(result.statistics), result.sha256])
 
 
 def _features(folder: Path, seed: int = 0) -> None:

@@ -31,7 +31,7 @@ class OtherTensor(Tensor):
 
     @staticmethod
     def __new__(cls, plain: Tensor) -> OtherTensor:
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        result = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             plain.shape,
             strides=plain.stride(),
@@ -40,8 +40,8 @@ class OtherTensor(Tensor):
             device=OTHER,
             requires_grad=plain.requires_grad,
         )
-        made.plain = plain.detach()
-        return made
+        result.plain = plain.detach()
+        return result
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"OtherTensor({self.plain})"

@@ -20,10 +20,10 @@ class Reader(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self.attributes.append((tag, found))
-        if "id" in found:
-            self.ids.append(found["id"])
+        result = dict(attrs)
+        self.attributes.append((tag, result))
+        if "id" in result:
+            self.ids.append(result["id"])
         self.links += [v for k, v in attrs if k in ("href", "src", "xlink:href")]
         if tag not in self.VOID:
             self.open.append(tag)

@@ -57,7 +57,7 @@ RUNS |= {"Denoiser", "Plan", "PlanScheduler", "analyze", "compare", "study"}
 
 def examples() -> list[doctest.DocTest]:
     """Every docstring of the package with an example."""
-    parser, found = doctest.DocTestParser(), []
+    parser, result = doctest.DocTestParser(), []
     for path in sorted(ROOT.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if ">>>" not in text:
@@ -68,8 +68,8 @@ def examples() -> list[doctest.DocTest]:
                 doc, name = ast.get_docstring(node) or "", getattr(node, "name", place)
                 test = parser.get_doctest(doc, {}, f"{place}:{name}", str(path), None)
                 if test.examples:
-                    found.append(test)
-    return found
+                    result.append(test)
+    return result
 
 
 def cases():

@@ -53,14 +53,14 @@ def tree_of(path):
 @functools.cache
 def imports(path):
     """(module, the name taken from it or None, inside a function) for each import of a file."""
-    found = []
+    imported = []
 
     def walk(node, late):
         if isinstance(node, ast.Import):
-            found.extend((alias.name, None, late) for alias in node.names)
+            imported.extend((alias.name, None, late) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            found.extend((node.module, alias.name, late) for alias in node.names)
+            imported.extend((node.module, alias.name, late) for alias in node.names)
         is_late = late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             is_late = True
@@ -68,7 +68,7 @@ def imports(path):
             walk(child, is_late)
 
     walk(tree_of(path), False)
-    return found
+    return imported
 
 
 def inner(path):
@@ -197,8 +197,8 @@ def test_docstrings_of_solvers(item):
 
 
 def test_every_solver_class_is_registered():
-    made = {type(build()) for build in fewstep.SOLVERS.values()}
-    assert made == set(CLASSES)
+    registered = {type(build()) for build in fewstep.SOLVERS.values()}
+    assert registered == set(CLASSES)
     assert len(CLASSES) > 20
 
 

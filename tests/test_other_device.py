@@ -41,8 +41,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[torch.device]:
-    with other_device() as made:
-        yield made
+    with other_device() as result:
+        yield result
 
 
 @pytest.fixture
@@ -93,11 +93,11 @@ def test_samples(here, there, solver):
 
 
 def test_guided_samples(here, there):
-    wanted, found = both(
+    wanted, result = both(
         *(here, there),
         lambda model: fewstep.sample(fewstep.Guided(model, 2.0), 2, nfe=3, class_labels=[0, 2]),
     )
-    close(found, wanted)
+    close(result, wanted)
 
 
 def data():
@@ -134,7 +134,7 @@ def test_the_stages_of_a_study(here, there, monkeypatch):
 
 
 def test_a_comparison(here, there, tmp_path):
-    found = both(
+    result = both(
         *(here, there),
         lambda model: compare(
             model,
@@ -147,9 +147,9 @@ def test_a_comparison(here, there, tmp_path):
             cond={"class_labels": [0, 1, 2, 0]},
         ),
     )
-    for one, two in zip(*(f.cells for f in found), strict=True):
+    for one, two in zip(*(f.cells for f in result), strict=True):
         assert two.scores["rms"].value == pytest.approx(one.scores["rms"].value, rel=1e-4)
-    assert found[1].question["device"] == "meta"
+    assert result[1].question["device"] == "meta"
 
 
 TINY = {
@@ -215,5 +215,5 @@ def test_likelihood(here, there):
     options = {"class_labels": [0, 1], "rtol": 0.1, "atol": 0.1}
     with plain():
         wanted = fewstep.log_likelihood(here, x, **options)
-    found = fewstep.log_likelihood(there, x.to(OTHER), **options)
-    torch.testing.assert_close(found.nats.cpu(), wanted.nats, rtol=1e-3, atol=1e-3)
+    result = fewstep.log_likelihood(there, x.to(OTHER), **options)
+    torch.testing.assert_close(result.nats.cpu(), wanted.nats, rtol=1e-3, atol=1e-3)

@@ -188,8 +188,8 @@ def test_predictions_by_diffusers_names(theirs, ours):
 
 def test_a_schedule_of_betas():
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    made = wrap(network(), schedule=fewstep.schedule("tabulated", betas=betas))
-    assert rms(draw(made), RIGHT) < 1e-5
+    result = wrap(network(), schedule=fewstep.schedule("tabulated", betas=betas))
+    assert rms(draw(result), RIGHT) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["exponential", "sgm_uniform", "simple", "normal", "beta"])

@@ -59,11 +59,11 @@ def texts():
 @pytest.mark.parametrize("pattern", INSTEAD)
 def test_the_words_of_the_field(pattern):
     word = re.compile(pattern, re.IGNORECASE | re.MULTILINE)
-    found = []
+    result = []
     for name, text in texts():
         if not word.search(text):
             continue
         for number, line in enumerate(text.splitlines(), start=1):
             if word.search(line) and not ALLOWED.search(line):
-                found.append(f"{name}:{number}: {line.strip()[:160]}")
-    assert not found, f"write {INSTEAD[pattern]}:\n" + "\n".join(found)
+                result.append(f"{name}:{number}: {line.strip()[:160]}")
+    assert not result, f"write {INSTEAD[pattern]}:\n" + "\n".join(result)

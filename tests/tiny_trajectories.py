@@ -68,8 +68,8 @@ def record(model, n=24, steps=8, keep=4, seed=0):
         save="states",
         class_labels=labels,
     )
-    kept = slice(0, None, steps // keep)
+    stored = slice(0, None, steps // keep)
     settings = {"fingerprint": model.fingerprint()}
     return Memory(
-        path.times[kept], path.states[kept].transpose(0, 1), {"class_labels": labels}, settings
+        path.times[stored], path.states[stored].transpose(0, 1), {"class_labels": labels}, settings
     )

@@ -455,11 +455,11 @@ def test_what_a_pipeline_keeps_is_never_overwritten():
     ours = PlanScheduler(solver="unipc3")
     ours.set_timesteps(8)
     x = torch.randn(1, 3, 4, 4)
-    kept: list[tuple[Tensor, Tensor]] = [(x, x.clone())]
+    stored: list[tuple[Tensor, Tensor]] = [(x, x.clone())]
     for t in ours.timesteps:
         x = ours.step(network(x, t), t, x).prev_sample
-        kept.append((x, x.clone()))
-    assert all(torch.equal(a, b) for a, b in kept)
+        stored.append((x, x.clone()))
+    assert all(torch.equal(a, b) for a, b in stored)
 
 
 def test_half_precision_keeps_its_type_and_accumulates_above_it():

@@ -59,9 +59,9 @@ def test_published_values_of_deis(prediction, mean):
 
 def test_published_value_of_deis_from_noise():
     ours = PlanScheduler(solver="logrhoab", solver_order=2)
-    found = loop(ours, ramp(), start=8).abs()
-    assert abs(float(found.sum()) - 315.3016) < 1e-2
-    assert abs(float(found.mean()) - 0.41054) < 1e-3
+    result = loop(ours, ramp(), start=8).abs()
+    assert abs(float(result.sum()) - 315.3016) < 1e-2
+    assert abs(float(result.mean()) - 0.41054) < 1e-3
 
 
 def test_published_value_survives_other_classes():
@@ -83,34 +83,34 @@ def test_saved_and_loaded_it_steps_alike(tmp_path, solver):
     }
     assert again.init_noise_sigma == ours.init_noise_sigma
     assert again.order == ours.order
-    found = [loop(s, tiny.normal(SHAPE)) for s in (ours, again)]
-    assert torch.equal(*found)
-    assert not torch.allclose(found[0], tiny.normal(SHAPE), atol=1e-2)
+    result = [loop(s, tiny.normal(SHAPE)) for s in (ours, again)]
+    assert torch.equal(*result)
+    assert not torch.allclose(result[0], tiny.normal(SHAPE), atol=1e-2)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_tuple_and_object_are_the_same(solver):
     ours, x = PlanScheduler(solver=solver), tiny.normal(SHAPE)
-    made = []
+    result = []
     for as_object in (True, False):
         ours.set_timesteps(50)
         t = ours.timesteps[0]
-        made.append(ours.step(0.1 * x, t, x, generator=tiny.seeded(), return_dict=as_object))
-    assert torch.equal(made[0].prev_sample, made[1][0])
-    assert made[0]["prev_sample"] is made[0].prev_sample
-    assert made[0].prev_sample.shape == x.shape
+        result.append(ours.step(0.1 * x, t, x, generator=tiny.seeded(), return_dict=as_object))
+    assert torch.equal(result[0].prev_sample, result[1][0])
+    assert result[0]["prev_sample"] is result[0].prev_sample
+    assert result[0].prev_sample.shape == x.shape
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_states_keep_their_type(solver, dtype):
-    found = loop(PlanScheduler(solver=solver), ramp().to(dtype))
-    assert found.dtype == dtype
+    result = loop(PlanScheduler(solver=solver), ramp().to(dtype))
+    assert result.dtype == dtype
     if solver in ("dpmpp-2m-sde", "ddpm"):
         return  # generators draw other numbers in other types
     exact = loop(PlanScheduler(solver=solver), ramp().double())
     # bfloat16 has three digits in each output, and there are ten.
-    assert tiny.relative(found.double(), exact) < {8: 1e-5, 4: 1e-3, 2: 0.2}[dtype.itemsize]
+    assert tiny.relative(result.double(), exact) < {8: 1e-5, 4: 1e-3, 2: 0.2}[dtype.itemsize]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 50, 100, 1000])
@@ -185,11 +185,11 @@ def test_a_single_call_at_any_time():
     ours, x = PlanScheduler(solver="ddim", clip_sample=False), ramp()
     theirs = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="leading")
     for t in (1, 0):
-        made = []
+        result = []
         for scheduler in (ours, theirs):
             scheduler.set_timesteps(1000)
-            made.append(scheduler.step(0.1 * x, t, x).prev_sample)
-        assert torch.allclose(*made, atol=1e-5)
+            result.append(scheduler.step(0.1 * x, t, x).prev_sample)
+        assert torch.allclose(*result, atol=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.9, 0.995])

@@ -136,11 +136,11 @@ def test_the_command_line_samples_pipelines(tmp_path, kind, capsys):
         ["sample", str(tmp_path / "pipe"), "-n", "2", "--nfe", "3", "--out", str(out), *given]
     )
     assert code == 0, capsys.readouterr()
-    found = read_tensors(out / "samples.safetensors")["samples"]
+    result = read_tensors(out / "samples.safetensors")["samples"]
     model = fewstep.load(tmp_path / "pipe")
-    assert torch.allclose(found, fewstep.sample(model, 2, nfe=3, **arguments), atol=1e-4)
+    assert torch.allclose(result, fewstep.sample(model, 2, nfe=3, **arguments), atol=1e-4)
     with Image.open(out / "grid.png") as picture:
-        assert picture.width >= 2 * model.decode(found).shape[-1]
+        assert picture.width >= 2 * model.decode(result).shape[-1]
 
 
 COMPARE = ("compare", ["--solvers", "ddim,tab2", "--nfe", "3", "--reference-nfe", "6"])

@@ -115,8 +115,8 @@ PIPELINES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
 def draw(pipe: Any, arguments: dict[str, Any], steps: int = 6, seed: int = 0) -> numpy.ndarray:
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(seed)  # DiT and SD3 pass no generator to the scheduler
-    made = pipe(num_inference_steps=steps, generator=seeded(seed), output_type="np", **arguments)
-    return numpy.asarray(made.frames if hasattr(made, "frames") else made.images)
+    result = pipe(num_inference_steps=steps, generator=seeded(seed), output_type="np", **arguments)
+    return numpy.asarray(result.frames if hasattr(result, "frames") else result.images)
 
 
 DEIS = ("logrhoab1", "DEISMultistepScheduler", {"steps_offset": 1})
@@ -273,9 +273,9 @@ def test_saved_pipelines_come_back_in_a_fresh_process(tmp_path):
             pipe = load_pipeline(folder)
             pipe.set_progress_bar_config(disable=True)
             generator = torch.Generator().manual_seed(0)
-            made = pipe(num_inference_steps=4, generator=generator, output_type="np")
+            result = pipe(num_inference_steps=4, generator=generator, output_type="np")
             assert pipe.scheduler.config.solver == "tab2"
-            assert numpy.abs(made.images - want).max() < ROUNDING
+            assert numpy.abs(result.images - want).max() < ROUNDING
 
     in_fork(come_back)
 

@@ -95,24 +95,24 @@ def test_ddim_clips_as_its_twin(options, eta, clipped):
     """The noise follows from the clipped data with ``use_clipped_model_output`` only."""
     theirs = diffusers.DDIMScheduler(**options)
     arguments: dict[str, Any] = {"eta": eta, "use_clipped_model_output": clipped}
-    found = []
+    result = []
     for scheduler in (PlanScheduler.from_config(theirs.config, solver="ddim"), theirs):
-        found.append(loop(scheduler, generator=tiny.seeded(1), **arguments))
-    assert relative(found[0], found[1]) < ROUNDING
+        result.append(loop(scheduler, generator=tiny.seeded(1), **arguments))
+    assert relative(result[0], result[1]) < ROUNDING
     off = PlanScheduler.from_config(
         theirs.config, solver="ddim", clip_sample=False, thresholding=False
     )
-    assert relative(loop(off, generator=tiny.seeded(1), eta=eta), found[1]) > 1e-3
+    assert relative(loop(off, generator=tiny.seeded(1), eta=eta), result[1]) > 1e-3
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "tab3", "dpmpp-2m", "heun"])
 def test_other_solvers_know_the_clipped_data_only(solver):
     ours = PlanScheduler(solver=solver, clip_sample=True, final_sigmas_type="zero")
-    found = [
+    result = [
         loop(ours, generator=tiny.seeded(1), use_clipped_model_output=c) for c in (True, False)
     ]
-    assert torch.equal(*found)
-    assert float(found[0].abs().max()) <= 1 + 1e-5  # the last step ends at the clipped data
+    assert torch.equal(*result)
+    assert float(result[0].abs().max()) <= 1 + 1e-5  # the last step ends at the clipped data
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
@@ -143,9 +143,9 @@ def test_a_plan_of_a_scheduler_starts_where_the_scheduler_does(name, spacing):
 @pytest.mark.parametrize("solver", ["euler", "euler-maruyama"])
 def test_euler_in_time_runs_at_its_defaults_and_says_what_to_do_elsewhere(solver):
     ours = PlanScheduler(solver=solver)
-    found = loop(ours, generator=tiny.seeded())
+    result = loop(ours, generator=tiny.seeded())
     assert len(ours.timesteps) == 10
-    assert bool(found.isfinite().all())
+    assert bool(result.isfinite().all())
     ours = PlanScheduler(solver=solver, final_sigmas_type="zero")
     with pytest.raises(ValueError, match="final_sigmas_type='sigma_min'"):
         ours.set_timesteps(10)

@@ -455,11 +455,11 @@ def test_each_sample_has_its_own_path_at_any_number_of_steps() -> None:
 
 
 def test_a_named_sampler() -> None:
-    made = kdiffusion.named("dpmpp_2m")
-    assert made.__name__ == "sample_dpmpp_2m"
+    function = kdiffusion.named("dpmpp_2m")
+    assert function.__name__ == "sample_dpmpp_2m"
     sigmas = karras(4)
     expected = kdiffusion.sampler(model, X, sigmas, solver="dpmpp_2m")
-    assert torch.equal(made(model, X, sigmas, None, None, True), expected)
+    assert torch.equal(function(model, X, sigmas, None, None, True), expected)
     with pytest.raises(ValueError, match="Did you mean 'dpmpp-2m'"):
         kdiffusion.named("dpmpp_2n")
 

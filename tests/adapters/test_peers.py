@@ -60,8 +60,8 @@ PEERS = [
 @pytest.mark.parametrize(("name", "nfe", "steps", "options"), PEERS)
 def test_it_is_the_loop_of_diffusers(smooth, name, nfe, steps, options):
     """The loop as a user of diffusers writes it, with the class of the scheduler named in full."""
-    made = diffusers_sampler(smooth, name, nfe, **options)
-    assert (made.nfe, made.steps) == (nfe, steps)
+    peer = diffusers_sampler(smooth, name, nfe, **options)
+    assert (peer.nfe, peer.steps) == (nfe, steps)
     own = {} if name != "DDIM" else {"clip_sample": False}
     scheduler = scheduler_class(name)(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", **own, **options
@@ -75,14 +75,14 @@ def test_it_is_the_loop_of_diffusers(smooth, name, nfe, steps, options):
         y = scheduler.scale_model_input(x, t)
         x = scheduler.step(smooth(y, float(t)), t, x).prev_sample
     assert evaluations == nfe
-    assert rms(run(made).x, x) < 1e-4  # betas in float32, once from our table and once from theirs
+    assert rms(run(peer).x, x) < 1e-4  # betas in float32, once from our table and once from theirs
 
 
 def test_a_plan_of_the_same_scheduler_gives_the_same_samples(smooth):
-    made = diffusers_sampler(smooth, "DPMSolverMultistep", 7)
-    plan = plan_from_scheduler(made.scheduler, 7)
+    peer = diffusers_sampler(smooth, "DPMSolverMultistep", 7)
+    plan = plan_from_scheduler(peer.scheduler, 7)
     z = NoiseSource(3, range(5)).draw(INITIAL, (2,))
-    assert rms(run(made).x, fewstep.sample(smooth, noise=z, plan=plan)) < 1e-4
+    assert rms(run(peer).x, fewstep.sample(smooth, noise=z, plan=plan)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -101,30 +101,30 @@ def test_a_plan_of_the_same_scheduler_gives_the_same_samples(smooth):
 )
 def test_on_any_schedule_many_calls_come_to_the_same_end(name, family):
     """Other scales of the state and another meaning of time must all be converted for that."""
-    made = diffusers_sampler(exact.smooth(fewstep.schedule(family)), name, 101)
+    peer = diffusers_sampler(exact.smooth(fewstep.schedule(family)), name, 101)
     z = NoiseSource(3, range(5)).draw(INITIAL, (2,)).double()
-    end = fewstep.sample(made.denoiser, noise=z, solver="tab3", nfe=200)
+    end = fewstep.sample(peer.denoiser, noise=z, solver="tab3", nfe=200)
     # The end at sigma = 0 or at the lowest level, and the rounding of float32 tables, are between.
-    assert rms(run(made).x, end) < 0.012
+    assert rms(run(peer).x, end) < 0.012
 
 
 def test_predictions_are_those_that_the_scheduler_asks_for(smooth):
     wanted = run(diffusers_sampler(smooth, "DDIM", 6)).x
     for kind in ("sample", "v_prediction"):
-        made = diffusers_sampler(smooth, "DDIM", 6, prediction_type=kind)
-        assert rms(run(made).x, wanted) < 1e-4
+        peer = diffusers_sampler(smooth, "DDIM", 6, prediction_type=kind)
+        assert rms(run(peer).x, wanted) < 1e-4
 
 
 @pytest.mark.parametrize(
     ("name", "options"), [("DDPM", {}), ("DDIM", {"eta": 1.0}), ("EulerAncestral", {})]
 )
 def test_draws_belong_to_the_samples(smooth, name, options):
-    made = diffusers_sampler(smooth, name, 6, **options)
-    whole = run(made, n=6).x
-    assert torch.equal(run(made, n=2, first=3).x, whole[3:5])
-    assert not torch.equal(run(made, n=6, seed=4).x, whole)
+    peer = diffusers_sampler(smooth, name, 6, **options)
+    whole = run(peer, n=6).x
+    assert torch.equal(run(peer, n=2, first=3).x, whole[3:5])
+    assert not torch.equal(run(peer, n=6, seed=4).x, whole)
     torch.manual_seed(99)  # nothing depends on the global generator
-    assert torch.equal(run(made, n=6).x, whole)
+    assert torch.equal(run(peer, n=6).x, whole)
 
 
 def test_eta_goes_to_the_step(smooth):
@@ -136,12 +136,12 @@ def test_eta_goes_to_the_step(smooth):
 def test_saved_states_are_in_the_scale_of_the_model(smooth):
     saved = run(diffusers_sampler(smooth, "Euler", 40, timestep_spacing="trailing"), save=True)
     ours = sampler(smooth, solver="tab3", nfe=200)
-    found = run(ours, save=True)
+    result = run(ours, save=True)
     assert len(saved.states) == len(saved.times) == 41
     assert saved.times[0] == 999
-    place = int((found.times - saved.times[20]).abs().argmin())
-    assert abs(float(found.times[place] - saved.times[20])) < 4
-    assert rms(found.states[place], saved.states[20]) < 0.02
+    place = int((result.times - saved.times[20]).abs().argmin())
+    assert abs(float(result.times[place] - saved.times[20])) < 4
+    assert rms(result.states[place], saved.states[20]) < 0.02
 
 
 def test_budgets_that_cannot_be_met_name_the_nearest(smooth):

@@ -37,10 +37,10 @@ def test_a_run_is_that_of_sample(file, nfe):
     scheduler = PlanScheduler(profile=file)
     scheduler.set_timesteps(nfe)
     assert len(scheduler.timesteps) == nfe
-    made = run(scheduler, noise * scheduler.init_noise_sigma)
+    result = run(scheduler, noise * scheduler.init_noise_sigma)
     # A pipeline starts from unit noise; our runs from the prior's sigma, 0.99998.
     want = fewstep.sample(MODEL, noise=noise / DDPM.prior_std(), nfe=nfe, profile=file)
-    assert torch.allclose(made, want, atol=1e-6)
+    assert torch.allclose(result, want, atol=1e-6)
 
 
 def test_a_start_in_mid_schedule_takes_another_solver_on_the_measured_times(file):

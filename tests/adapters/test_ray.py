@@ -66,8 +66,8 @@ def test_actors_draw_the_bytes_of_one_process_and_killed_ones_are_retried(
     monkeypatch.setattr(cluster, "Worker", DiesOnce)
     killed = tmp_path / "killed"
     load = functools.partial(_load_with, str(killed))
-    made = cluster.sample(load, 50, workers=2, batch_size=8, nfe=3, seed=1)
-    rows = sorted(made.take_all(), key=lambda row: row["index"])
+    result = cluster.sample(load, 50, workers=2, batch_size=8, nfe=3, seed=1)
+    rows = sorted(result.take_all(), key=lambda row: row["index"])
     assert killed.exists()
     assert [row["index"] for row in rows] == list(range(50))
     wanted = fewstep.sample(LOAD(), 50, nfe=3, seed=1, batch_size=8).numpy()

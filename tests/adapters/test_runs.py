@@ -38,7 +38,7 @@ def run(scheduler: Any, x: torch.Tensor, timesteps: Any, **arguments: Any) -> to
 @pytest.mark.parametrize("solver", [*STOCHASTIC, "tab3"])
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_learned_variance_is_dropped_and_draws_have_the_shape_of_the_state(solver, clip):
-    found = []
+    result = []
     for doubled in (True, False):
         ours = PlanScheduler(solver=solver, clip_sample=clip, variance_type="learned_range")
         ours.set_timesteps(5)
@@ -47,9 +47,9 @@ def test_a_learned_variance_is_dropped_and_draws_have_the_shape_of_the_state(sol
             y = network(x, t)
             y = torch.cat([y, torch.ones_like(y)], 1) if doubled else y
             x = ours.step(y, t, x, generator=generator).prev_sample
-        found.append(x)
-    assert found[0].shape == SHAPE
-    assert torch.equal(*found)
+        result.append(x)
+    assert result[0].shape == SHAPE
+    assert torch.equal(*result)
 
 
 def test_a_learned_variance_with_a_generator_for_each_sample():
@@ -95,7 +95,7 @@ def test_a_panorama():
         diffusers.DDIMScheduler(clip_sample=False, steps_offset=1, **tiny.LATENT)
     )
     parts = {**base.components, "feature_extractor": None, "image_encoder": None}
-    made = []
+    result = []
     for solver in ("ddim", "tab2"):
         pipe = pipe_class(**parts, requires_safety_checker=False)
         pipe.scheduler = PlanScheduler.from_config(base.scheduler.config, solver=solver)
@@ -110,9 +110,9 @@ def test_a_panorama():
         }
         for size in (1, 4):
             torch.manual_seed(0)
-            made.append(pipe(view_batch_size=size, generator=seeded(), **arguments).images)
-    assert torch.allclose(made[0], made[1], atol=1e-4)
-    assert torch.allclose(made[2], made[3], atol=1e-4)
+            result.append(pipe(view_batch_size=size, generator=seeded(), **arguments).images)
+    assert torch.allclose(result[0], result[1], atol=1e-4)
+    assert torch.allclose(result[2], result[3], atol=1e-4)
 
 
 # Copies.

@@ -687,15 +687,15 @@ def test_demo_makes_table_picture_and_results(command, tiny, tmp_path, monkeypat
     carry_out(line, "--nfe", "2")
     capsys.readouterr()
     results = json.loads((out / "results.json").read_text())
-    found = {(r["solver"], r["nfe"]): r["rms_distance"] for r in results["results"]}
+    result = {(r["solver"], r["nfe"]): r["rms_distance"] for r in results["results"]}
     model, labels = fewstep.load(tiny), [i % 3 for i in range(16)]
     reference = fewstep.sample(
         model, 16, solver="tab2", grid="log-rho", nfe=40, class_labels=labels
     )
     mine = fewstep.sample(model, 16, solver="tab3", nfe=5, class_labels=labels)
     rms = float((mine - reference).double().square().mean().sqrt())
-    assert found["tab3", 5] == pytest.approx(rms, rel=1e-6)
-    assert found["ddim", 10] < found["ddim", 5]
+    assert result["tab3", 5] == pytest.approx(rms, rel=1e-6)
+    assert result["ddim", 10] < result["ddim", 5]
     width, height = _size(out / "demo.png")
     assert width > 16 * 72
     assert height > 11 * 72

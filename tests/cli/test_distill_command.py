@@ -61,8 +61,8 @@ def test_distill_and_sample(folders, tmp_path, capsys):
     samples = read_tensors(drawn / "samples.safetensors")["samples"]
     again = fewstep.sample(fewstep.load(out), 5, class_labels=[0, 1, 2, 0, 1])
     torch.testing.assert_close(samples, again, rtol=1e-5, atol=1e-6)
-    kept = json.loads((drawn / "recipe.json").read_text())
-    assert (kept["kind"], kept["nfe"]) == ("operator", 1)
+    stored = json.loads((drawn / "recipe.json").read_text())
+    assert (stored["kind"], stored["nfe"]) == ("operator", 1)
     # The recipe that it wrote draws the same.
     other = tmp_path / "other"
     recipe_file = str(drawn / "recipe.json")

@@ -39,25 +39,25 @@ def test_the_command_writes_into_the_models_folder(tmp_path, command, monkeypatc
 def test_auto_takes_what_was_measured(fitted, tmp_path, command):
     model = fewstep.load(fitted)
     name = model.profile.solver_for(4)
-    made = fewstep.resolve(model, fewstep.SamplerRequest(nfe=4))
-    assert (made.recipe.name, made.recipe.grid) == (name, "explicit")
-    assert made.chosen == f"{name} at the times of the profile with 4 evaluations"
+    result = fewstep.resolve(model, fewstep.SamplerRequest(nfe=4))
+    assert (result.recipe.name, result.recipe.grid) == (name, "explicit")
+    assert result.chosen == f"{name} at the times of the profile with 4 evaluations"
     command("sample", fitted, "--nfe", 4, "-n", 2, "--out", tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert stored["name"] == name
-    assert stored["options"]["times"] == list(made.sampler.plan.knots.tolist())
+    assert stored["options"]["times"] == list(result.sampler.plan.knots.tolist())
 
 
 @pytest.mark.parametrize("request_", [{"nfe": 20}, {"nfe": 4, "grid": "karras"}])
 def test_the_static_default_is_taken_beyond_it(fitted, request_):
-    made = fewstep.resolve(fewstep.load(fitted), fewstep.SamplerRequest(**request_))
-    assert made.recipe.name == "unipc2"
+    result = fewstep.resolve(fewstep.load(fitted), fewstep.SamplerRequest(**request_))
+    assert result.recipe.name == "unipc2"
 
 
 def test_another_guidance_takes_the_static_default_and_says_so(fitted, caplog):
     with caplog.at_level(logging.INFO, "fewstep"):
-        made = fewstep.resolve(fewstep.load(fitted), fewstep.SamplerRequest(nfe=4), guidance=2.0)
-    assert made.recipe.name == "unipc2"
+        result = fewstep.resolve(fewstep.load(fitted), fewstep.SamplerRequest(nfe=4), guidance=2.0)
+    assert result.recipe.name == "unipc2"
     assert "measured with guidance 1, this run has 2" in caplog.text
 
 

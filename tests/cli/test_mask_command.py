@@ -43,8 +43,8 @@ def test_the_picture_is_kept_where_the_mask_is_black(
     assert f"--mask {mask}" in text
     samples = load_file(tmp_path / "a" / "samples.safetensors")["samples"]
     pixels = torch.from_numpy(np.asarray(Image.open(image)).copy()).float() / 127.5 - 1
-    kept = samples[:, 0, :, :14]
-    torch.testing.assert_close(kept, pixels[:, :14].expand_as(kept), rtol=0, atol=1e-4)
+    outside = samples[:, 0, :, :14]
+    torch.testing.assert_close(outside, pixels[:, :14].expand_as(outside), rtol=0, atol=1e-4)
     assert float((samples[0, 0, :, 14:] - samples[1, 0, :, 14:]).abs().mean()) > 1e-3
     tensor = tmp_path / "mask.safetensors"
     save_file({"mask": torch.cat([torch.zeros(1, 28, 14), torch.ones(1, 28, 14)], 2)}, tensor)

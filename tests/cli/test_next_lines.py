@@ -54,7 +54,7 @@ def test_sample_and_plan(capsys):
     assert "--class-labels 0,1" in line
     carry_out(line)
     capsys.readouterr()
-    made = [
+    lines = [
         "plan",
         "make",
         "tab2",
@@ -65,7 +65,7 @@ def test_sample_and_plan(capsys):
         "--out",
         "my plan.json",
     ]
-    assert run(made) == 0
+    assert run(lines) == 0
     (line,) = proposed(capsys.readouterr().out)
     carry_out(line)
     (line,) = proposed(capsys.readouterr().out)

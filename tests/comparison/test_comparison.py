@@ -78,15 +78,15 @@ def scores(comparison):
 )
 def test_a_text_is_the_sampler_that_it_says(vp, text, arguments):
     model = smooth(vp)
-    made = read_entry(text).build(model, 6)
+    built = read_entry(text).build(model, 6)
     wanted = fewstep.plan(schedule=vp, nfe=6, **arguments)
-    assert made.plan.to_json() == wanted.to_json()
+    assert built.plan.to_json() == wanted.to_json()
 
 
 def test_auto_on_a_grid_of_ones_own_keeps_the_solver(vp):
-    made = read_entry("auto@karras").build(smooth(vp), 6)
+    built = read_entry("auto@karras").build(smooth(vp), 6)
     chosen = choose(vp, 6).solver
-    assert made.plan.to_json() == fewstep.plan(chosen, vp, nfe=6, grid="karras").to_json()
+    assert built.plan.to_json() == fewstep.plan(chosen, vp, nfe=6, grid="karras").to_json()
 
 
 def test_head_starts_go_to_the_recipe(vp):
@@ -118,8 +118,8 @@ def test_fitted_grids_bring_their_solver(tmp_path, vp):
     from fewstep.sampling.profile import Profile, ProfileEntry
 
     times = (1.0, 0.8, 0.5, 0.2, 0.001)
-    made = Profile(vp, "", (ProfileEntry("tab2", times),), {4: "tab2"})
-    made.save(tmp_path / "grid.json")
+    profile = Profile(vp, "", (ProfileEntry("tab2", times),), {4: "tab2"})
+    profile.save(tmp_path / "grid.json")
     model = smooth(vp)
     for text in (f"auto@auto:{tmp_path}/grid.json", f"tab2@auto:{tmp_path}/grid.json"):
         plan = read_entry(text).build(model, 4).plan
@@ -128,8 +128,8 @@ def test_fitted_grids_bring_their_solver(tmp_path, vp):
 
 
 def test_lists_are_split_outside_of_brackets_only():
-    found = read_entries("ddim, tab3@explicit+times=[1, 0.5,0.001] ,tab0")
-    assert [entry.name for entry in found] == [
+    entries = read_entries("ddim, tab3@explicit+times=[1, 0.5,0.001] ,tab0")
+    assert [entry.name for entry in entries] == [
         "ddim",
         "tab3@explicit+times=[1, 0.5,0.001]",
         "tab0",
@@ -158,9 +158,11 @@ def test_texts_that_cannot_be_read(text, message):
 def test_identities_differ_where_samplers_do(vp):
     model = smooth(vp)
     texts = ["ddim", "ddim@karras", "tab0", "ddim+eta=0.5", "tab3"]
-    made = [read_entry(text).build(model, 5) for text in texts] + [sampler(model, solver="ddim")]
-    assert len({identity(one) for one in made}) == len(made)
-    assert identity(made[0]) == identity(read_entry("ddim").build(model, 5))
+    samplers = [read_entry(text).build(model, 5) for text in texts] + [
+        sampler(model, solver="ddim")
+    ]
+    assert len({identity(one) for one in samplers}) == len(samplers)
+    assert identity(samplers[0]) == identity(read_entry("ddim").build(model, 5))
     guided = fewstep.Denoiser.wrap(
         lambda x, t, c=0: x, schedule=vp, prediction="eps", null_condition={"c": 0}
     )
@@ -177,22 +179,22 @@ def test_the_identity_of_a_scheduler_is_its_configuration(vp):
         def __init__(self, **config):
             self.scheduler = type("Scheduler", (), {"config": config})()
 
-    made = [
+    identities = [
         identity(Scheduled(order=2, _use_default_values=["a", "b"])),
         identity(Scheduled(order=2, _use_default_values=["b", "a"])),
         identity(Scheduled(order=3, _use_default_values=["a", "b"])),
     ]
-    assert made[0] == made[1] != made[2]
+    assert identities[0] == identities[1] != identities[2]
 
 
 # What is measured
 
 
 def test_numbers_are_those_of_the_samples(tmp_path, model, data):
-    found = run(model, tmp_path, data=data, metrics=["fid", "kid"])
+    result = run(model, tmp_path, data=data, metrics=["fid", "kid"])
     end = fewstep.sample(model, N, solver="auto", nfe=NFE, seed=SEED)
     zero = model(end, model.schedule.t_min, prediction="x0")
-    for cell in found.cells:
+    for cell in result.cells:
         x = fewstep.sample(model, N, solver=cell.name, nfe=cell.nfe, seed=SEED)
         near = min((metrics.rms(x, e) for e in (end, zero)), key=float)
         score = cell.scores["rms"]
@@ -202,17 +204,17 @@ def test_numbers_are_those_of_the_samples(tmp_path, model, data):
             wanted = measure(x, data)
             got = cell.scores[name]
             assert (got.value, got.low) == pytest.approx((wanted.value, wanted.low), rel=1e-4)
-    assert found.reference.scores["fid"].value == pytest.approx(
+    assert result.reference.scores["fid"].value == pytest.approx(
         metrics.fid(end, data).value, rel=1e-4
     )
 
 
 def test_a_sampler_that_ends_at_zero_is_compared_with_that_end(tmp_path, model):
-    found = run(model, tmp_path, "tab2,tab2+to_zero=true", (60,), reference_nfe=90)
-    assert [cell.end for cell in found.cells] == ["lowest level", "sigma = 0"]
+    result = run(model, tmp_path, "tab2,tab2+to_zero=true", (60,), reference_nfe=90)
+    assert [cell.end for cell in result.cells] == ["lowest level", "sigma = 0"]
     end = fewstep.sample(model, N, solver="auto", nfe=90, seed=SEED)
     x = fewstep.sample(model, N, solver="tab2", nfe=60, seed=SEED, options={"to_zero": True})
-    assert found.cells[1].scores["rms"].value < 0.5 * metrics.rms(x, end).value
+    assert result.cells[1].scores["rms"].value < 0.5 * metrics.rms(x, end).value
 
 
 def test_who_else_takes_part_changes_nothing(tmp_path, model):
@@ -238,7 +240,7 @@ def test_randomness_is_noticed_and_guidance_counted_twice(tmp_path, vp):
         null_condition={"label": 0},
     )
     labels = [1, 2, 3, 4, 5]
-    found = run(
+    result = run(
         guided,
         tmp_path,
         "ddim,ddim+eta=1.0",
@@ -248,17 +250,17 @@ def test_randomness_is_noticed_and_guidance_counted_twice(tmp_path, vp):
         guidance=2.0,
         cond={"label": labels},
     )
-    assert [cell.stochastic for cell in found.cells] == [False, True]
-    assert [cell.passes for cell in found.cells] == [6, 6]
+    assert [cell.stochastic for cell in result.cells] == [False, True]
+    assert [cell.passes for cell in result.cells] == [6, 6]
     assert {tuple(part) for part in seen} == {(1, 2, 0, 0), (3, 4, 0, 0), (5, 0)}
 
 
 def test_prepared_samplers_take_part(tmp_path, model):
-    made = {"mine": lambda d, nfe: sampler(d, solver="tab2", nfe=nfe)}
-    found = run(model, tmp_path, made, (4,))
+    samplers = {"mine": lambda d, nfe: sampler(d, solver="tab2", nfe=nfe)}
+    actual = run(model, tmp_path, samplers, (4,))
     other = run(model, tmp_path / "b", "tab2", (4,))
-    assert found.cells[0].name == "mine"
-    assert found.cells[0].scores == other.cells[0].scores
+    assert actual.cells[0].name == "mine"
+    assert actual.cells[0].scores == other.cells[0].scores
 
 
 def test_an_operator_takes_part_with_one_evaluation(tmp_path):
@@ -269,7 +271,7 @@ def test_an_operator_takes_part_with_one_evaluation(tmp_path):
     operator = TrajectoryOperator(model, Layout(times=(0.5, 0.001), start=0.9946))
     write_operator(tmp_path / "student", operator)
     labels = [0, 1, 2, 0]
-    found = run(
+    result = run(
         model,
         tmp_path / "out",
         f"ddim,{tmp_path / 'student'}",
@@ -278,10 +280,10 @@ def test_an_operator_takes_part_with_one_evaluation(tmp_path):
         batch_size=3,
         cond={"class_labels": labels},
     )
-    assert [cell.key for cell in found.cells] == [("ddim", 2), ("student", 1)]
+    assert [cell.key for cell in result.cells] == [("ddim", 2), ("student", 1)]
     student = fewstep.load(tmp_path / "student")
     x = fewstep.sample(student, 4, seed=SEED, class_labels=labels)
-    shown = found.store.tensors(found.cells[1])["shown"]
+    shown = result.store.tensors(result.cells[1])["shown"]
     torch.testing.assert_close(shown, x, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="this model is an operator"):
         run(student, tmp_path / "x")
@@ -310,9 +312,9 @@ def test_everything_wrong_is_said_before_the_first_call(tmp_path, model):
 
 
 def test_budgets_that_cannot_be_met_are_left_out_and_named(tmp_path, model):
-    found = run(model, tmp_path, "ddim,heun", (3, 4))
-    assert [cell.key for cell in found.cells] == [("ddim", 3), ("ddim", 4), ("heun", 3)]
-    ((name, nfe, reason),) = found.refused
+    result = run(model, tmp_path, "ddim,heun", (3, 4))
+    assert [cell.key for cell in result.cells] == [("ddim", 3), ("ddim", 4), ("heun", 3)]
+    ((name, nfe, reason),) = result.refused
     assert (name, nfe) == ("heun", 4)
     assert "3 or 5" in reason
 
@@ -336,9 +338,9 @@ def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path, data, after):
     model = Counting()
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "cut", data=data, progress=Stop(after))
-    found = run(model, tmp_path / "cut", data=data)
-    assert scores(found) == scores(whole)
-    assert found.reference.scores == whole.reference.scores
+    result = run(model, tmp_path / "cut", data=data)
+    assert scores(result) == scores(whole)
+    assert result.reference.scores == whole.reference.scores
     # Each batch once, but for the one that was cut (at most 10 samples and the evaluations of a run).
     once = N * (NFE + 1 + 2 * (3 + 5))
     assert once < model.seen <= once + 10 * NFE
@@ -478,8 +480,8 @@ def test_the_interval_of_a_difference_of_fids_is_the_jackknifes(data):
     (more,) = less_fid([a], b, data)
     gaps = []
     for i in range(12):
-        kept = [k for k in range(12) if k != i]
-        gaps.append(metrics.fid(a[kept], data).value - metrics.fid(b[kept], data).value)
+        stored = [k for k in range(12) if k != i]
+        gaps.append(metrics.fid(a[stored], data).value - metrics.fid(b[stored], data).value)
     spread = torch.tensor(gaps, dtype=torch.float64)
     width = (11 / 12 * (spread - spread.mean()).square().sum()).sqrt()
     assert more.high - more.value == pytest.approx(2.201 * float(width), rel=1e-3)  # t, 11 degrees
@@ -504,9 +506,9 @@ def test_verdicts_order_and_tell_ties(tmp_path, model):
         "a": lambda d, nfe: sampler(d, solver="tab2", nfe=nfe),
         "c": lambda d, nfe: sampler(d, solver="ddpm", nfe=nfe),
     }
-    found = run(model, tmp_path, same, (6, 8))
-    assert measure_of(found) == "rms"
-    first, second = judge(found)
+    result = run(model, tmp_path, same, (6, 8))
+    assert measure_of(result) == "rms"
+    first, second = judge(result)
     assert (first.nfe, second.nfe) == (6, 8)
     assert [cell.name for cell in first.order] == ["b", "a", "c"]
     assert [cell.name for cell in first.ties] == ["a"]
@@ -526,14 +528,14 @@ def test_of_many_samplers_only_the_best_have_a_colour(tmp_path, model):
     from fewstep.reporting.figures import svg
 
     good = [f"tab3+t_end={0.001 * (1 + i / 10):g}" for i in range(MOST_LINES)]
-    found = run(model, tmp_path, ["ddpm", *good, "euler-maruyama"], (5, 6))
-    looks = styles(found, "rms")
+    result = run(model, tmp_path, ["ddpm", *good, "euler-maruyama"], (5, 6))
+    looks = styles(result, "rms")
     assert sorted(name for name, style in looks.items() if style is None) == [
         "ddpm",
         "euler-maruyama",
     ]
     assert sorted(looks[name] for name in good) == list(range(MOST_LINES))
-    text = svg(against_nfe(found, "rms"), alt="x", prefix="p")
+    text = svg(against_nfe(result, "rms"), alt="x", prefix="p")
     assert all(f">{name}<" in text for name in good)
     assert ">ddpm<" not in text
 
@@ -541,7 +543,7 @@ def test_of_many_samplers_only_the_best_have_a_colour(tmp_path, model):
 def test_the_front_has_what_nothing_beats(tmp_path, model):
     from dataclasses import replace
 
-    found = run(model, tmp_path, "ddim,tab1", (3, 5))
+    result = run(model, tmp_path, "ddim,tab1", (3, 5))
     marks = [(1.0, 4.0), (2.0, 5.0), (3.0, 1.0), (3.0, 2.0)]
     cells = [
         replace(
@@ -549,9 +551,9 @@ def test_the_front_has_what_nothing_beats(tmp_path, model):
             seconds=(time, time, time),
             scores={"rms": replace(cell.scores["rms"], value=value)},
         )
-        for cell, (time, value) in zip(found.cells, marks, strict=True)
+        for cell, (time, value) in zip(result.cells, marks, strict=True)
     ]
-    front = pareto(replace(found, cells=cells), "rms")
+    front = pareto(replace(result, cells=cells), "rms")
     assert [(cell.seconds[0], cell.scores["rms"].value) for cell in front] == [
         (1.0, 4.0),
         (3.0, 1.0),
@@ -559,12 +561,12 @@ def test_the_front_has_what_nothing_beats(tmp_path, model):
 
 
 def test_the_recipe_of_the_best_makes_its_samples(tmp_path, model):
-    found = run(model, tmp_path, "auto,ddim", (5,))
-    (verdict,) = judge(found)
-    cell, recipe = best_recipe(found, verdict)
+    result = run(model, tmp_path, "auto,ddim", (5,))
+    (verdict,) = judge(result)
+    cell, recipe = best_recipe(result, verdict)
     recipe.save(tmp_path / "best.json")
     x = fewstep.sample(model, N, recipe=tmp_path / "best.json", seed=SEED)
-    shown = found.store.tensors(cell)["shown"]
+    shown = result.store.tensors(cell)["shown"]
     assert torch.equal(x, shown)
     assert recipe.about["compared"] == cell.name == "auto"
     assert recipe.about["rms"][0] == cell.scores["rms"].value
@@ -577,12 +579,12 @@ def test_the_recipe_of_the_best_makes_its_samples(tmp_path, model):
 def test_a_scheduler_of_diffusers_becomes_a_recipe_if_it_wins(tmp_path):
     pytest.importorskip("diffusers")
     tabulated = Counting("ddpm-linear")
-    found = run(tabulated, tmp_path, "diffusers:DPMSolverMultistep,ddpm", (8,))
-    (verdict,) = judge(found)
+    result = run(tabulated, tmp_path, "diffusers:DPMSolverMultistep,ddpm", (8,))
+    (verdict,) = judge(result)
     assert verdict.best.name == "diffusers:DPMSolverMultistep"
-    cell, recipe = best_recipe(found, verdict)
+    cell, recipe = best_recipe(result, verdict)
     x = fewstep.sample(tabulated, N, recipe=recipe, seed=SEED)
-    assert float((x - found.store.tensors(cell)["shown"]).abs().max()) < 1e-3
+    assert float((x - result.store.tensors(cell)["shown"]).abs().max()) < 1e-3
     continuous = run(Counting(), tmp_path / "b", "diffusers:DPMSolverMultistep,ddpm", (8,))
     cell, recipe = best_recipe(continuous, judge(continuous)[0])
     assert cell.name == "ddpm"  # the scheduler has no plan on a continuous schedule

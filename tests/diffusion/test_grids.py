@@ -31,10 +31,10 @@ def coordinate(name, grid):
 @pytest.mark.parametrize("name", ["uniform", "quadratic", "power", "log-rho", "lambda", "karras"])
 def test_even_in_its_coordinate(name, schedule):
     options = {"alphas_cumprod": [0.99, 0.9, 0.5, 0.1]} if schedule == "tabulated" else {}
-    made = fewstep.schedule(schedule, **options)
-    grid = fewstep.grid(name, made, 7, **({"power": 3.0} if name == "power" else {}))
+    on = fewstep.schedule(schedule, **options)
+    grid = fewstep.grid(name, on, 7, **({"power": 3.0} if name == "power" else {}))
     assert grid.steps == 7
-    assert (grid.times[0], grid.times[-1]) == (made.t_max, made.t_min)
+    assert (grid.times[0], grid.times[-1]) == (on.t_max, on.t_min)
     gaps = coordinate(name, grid).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand(7), rtol=1e-6, atol=1e-9)
 

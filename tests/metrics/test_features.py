@@ -27,8 +27,8 @@ class Net(nn.Module):
         self.layer = nn.Linear(3 * 16, 5)
 
     def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
-        found = self.layer(img.to(torch.float32).flatten(1))
-        return found if return_features else found[:, :2]
+        result = self.layer(img.to(torch.float32).flatten(1))
+        return result if return_features else result[:, :2]
 
 
 class Flat(nn.Module):
@@ -66,14 +66,14 @@ def net() -> Net:
 
 def test_the_usual_inception_file_gets_bytes_of_three_channels(net, tmp_path) -> None:
     path, digest = write(net, tmp_path / "inception-2015-12-05.pt")
-    look = Features.load(path, sha256=digest.upper())
+    extractor = Features.load(path, sha256=digest.upper())
     grey = images(7)
-    found = look(grey)
+    result = extractor(grey)
     pixels = ((grey.repeat(1, 3, 1, 1) + 1) * 127.5).round()
-    torch.testing.assert_close(found, net(pixels, True).detach())
-    assert not found.requires_grad
-    assert (look.name, look.sha256) == (path.name, digest)
-    torch.testing.assert_close(look(grey, batch_size=3), found)
+    torch.testing.assert_close(result, net(pixels, True).detach())
+    assert not result.requires_grad
+    assert (extractor.name, extractor.sha256) == (path.name, digest)
+    torch.testing.assert_close(extractor(grey, batch_size=3), result)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_ranges(takes, change, tmp_path) -> None:
 def test_bytes_stay_bytes_outside_the_range(tmp_path) -> None:
     path, digest = write(Flat(), tmp_path / "flat.ts")
     x = torch.tensor([-1.2, -1.0, 0.0, 1.0, 1.3]).reshape(1, 1, 1, 5)
-    found = Features.load(path, sha256=digest, input="byte")(x)
-    assert found.tolist() == [[0, 0, 2 * 128 % 256, 2 * 255 % 256, 2 * 255 % 256]]
+    result = Features.load(path, sha256=digest, input="byte")(x)
+    assert result.tolist() == [[0, 0, 2 * 128 % 256, 2 * 255 % 256, 2 * 255 % 256]]
 
 
 def test_a_gradient_passes_through_a_script(tmp_path) -> None:
@@ -143,20 +143,20 @@ def test_what_does_not_fit_the_script_is_refused(net, tmp_path) -> None:
 
 def test_a_script_as_features_of_metrics_and_of_a_cached_reference(net, tmp_path) -> None:
     path, digest = write(net, tmp_path / "net.pt")
-    look = Features.load(path, sha256=digest, input="unit", channels=3)
+    extractor = Features.load(path, sha256=digest, input="unit", channels=3)
     a, b = images(60), images(50) * 0.5
-    plain = metrics.fid(look(a), look(b))
-    assert metrics.fid(a, b, features=look).value == pytest.approx(plain.value)
+    plain = metrics.fid(extractor(a), extractor(b))
+    assert metrics.fid(a, b, features=extractor).value == pytest.approx(plain.value)
     numpy.savez(tmp_path / "data.npz", images=numpy.arange(40 * 16).reshape(40, 4, 4).astype("u1"))
-    found = Reference.load(tmp_path / "data.npz", look, cache=tmp_path / "cache")
-    assert found.features_name == "net.pt"
+    result = Reference.load(tmp_path / "data.npz", extractor, cache=tmp_path / "cache")
+    assert result.features_name == "net.pt"
     # The same file in another range gives other features: it must not meet the same cache.
     other = Features.load(path, sha256=digest, input="symmetric", channels=3)
-    assert identity(other) != identity(look) == found.features_sha256
+    assert identity(other) != identity(extractor) == result.features_sha256
     moved = Reference.load(tmp_path / "data.npz", other, cache=tmp_path / "cache")
-    assert float((moved.features - found.features).abs().max()) > 0.1
+    assert float((moved.features - result.features).abs().max()) > 0.1
     with pytest.raises(ValueError, match=r"holds features of 'net\.pt'"):
-        metrics.fid(a, found, features=other)
+        metrics.fid(a, result, features=other)
 
 
 def test_pixels_are_the_samples() -> None:
@@ -166,10 +166,10 @@ def test_pixels_are_the_samples() -> None:
 
 
 def test_images_of_another_kind_are_refused_by_the_embedded_classifier() -> None:
-    look = Features.load("fashion")
+    extractor = Features.load("fashion")
     with pytest.raises(ValueError, match=r"takes images of shape \(n, 1, H, W\), got \(2, 3"):
-        look(torch.zeros(2, 3, 28, 28))
-    assert look(torch.zeros(2, 1, 28, 28)).shape == (2, 128)
+        extractor(torch.zeros(2, 3, 28, 28))
+    assert extractor(torch.zeros(2, 1, 28, 28)).shape == (2, 128)
     with pytest.raises(ValueError, match="'pixels' does not classify"):
         Features.load("pixels").classify(images(2))
 
@@ -189,7 +189,7 @@ def test_nothing_imports_torchvision() -> None:
         from fewstep import metrics
 
         x = torch.rand(20, 1, 28, 28)
-        found = metrics.kid(x, metrics.Reference.load("fashion"), blocks=2)
-        assert found.value > 0
+        result = metrics.kid(x, metrics.Reference.load("fashion"), blocks=2)
+        assert result.value > 0
 
     in_fork(measured)

@@ -82,9 +82,9 @@ def test_kid_is_unbiased() -> None:
 def test_linear_kid_of_shifted_gaussians_in_closed_form() -> None:
     # The linear kernel gives the squared distance of the means, divided by the dimension.
     a, b = _normal(1500, 5, seed=0), _normal(1500, 5, seed=1, mean=1.0)
-    found = metrics.kid(a, b, kernel="linear")
-    assert found.low < 1.0 < found.high
-    assert found.high - found.low < 0.3
+    result = metrics.kid(a, b, kernel="linear")
+    assert result.low < 1.0 < result.high
+    assert result.high - result.low < 0.3
 
 
 def test_precision_recall_density_coverage_by_brute_force() -> None:
@@ -104,8 +104,8 @@ def test_precision_recall_density_coverage_by_brute_force() -> None:
         numpy.sum(inside) / (k * len(x)),
         numpy.mean([min(gap[j]) < real[j] for j in range(len(y))]),
     )
-    found = metrics.precision_recall(a, b, neighbours=k)
-    assert [e.value for e in found] == pytest.approx(list(expected), abs=1e-12)
+    result = metrics.precision_recall(a, b, neighbours=k)
+    assert [e.value for e in result] == pytest.approx(list(expected), abs=1e-12)
 
 
 def test_precision_and_recall_see_different_faults() -> None:
@@ -134,12 +134,12 @@ def test_sliced_wasserstein_of_different_sizes_uses_quantiles() -> None:
 
 def test_rms_is_the_root_mean_square_and_its_interval_is_students() -> None:
     a, b = _normal(50, 4, seed=0), _normal(50, 4, seed=1)
-    found = metrics.rms(a, b)
+    result = metrics.rms(a, b)
     squares = ((a - b) ** 2).mean(1).numpy()
     half = scipy.stats.t.ppf(0.975, 49) * squares.std(ddof=1) / 50**0.5
-    assert found.value == pytest.approx(squares.mean() ** 0.5)
-    assert found.low == pytest.approx((squares.mean() - half) ** 0.5, rel=1e-4)
-    assert found.high == pytest.approx((squares.mean() + half) ** 0.5, rel=1e-4)
+    assert result.value == pytest.approx(squares.mean() ** 0.5)
+    assert result.low == pytest.approx((squares.mean() - half) ** 0.5, rel=1e-4)
+    assert result.high == pytest.approx((squares.mean() + half) ** 0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
@@ -181,8 +181,8 @@ def test_intervals_cover_at_their_nominal_rate(name: str) -> None:
     level, rows = 0.9, []
     for seed in range(trials):
         a, b = _normal(120, 2, seed=seed, mean=0.8), _normal(150, 2, seed=10_000 + seed)
-        found = function(a, b, level)
-        rows.append(found if isinstance(found, tuple) else (found,))
+        result = function(a, b, level)
+        rows.append(result if isinstance(result, tuple) else (result,))
     spread = (level * (1 - level) / trials) ** 0.5
     for intervals in zip(*rows, strict=True):
         # What an interval is about is the expected value at this number of samples.
@@ -244,26 +244,26 @@ def test_the_jackknife_of_precision_and_recall_counts_anew_without_each_block() 
     a, b, k = _normal(60, 2, seed=0), _normal(70, 2, seed=1, mean=0.7), 3
     # Whole clusters go out together, so that the kept lists run short.
     a[:30] = a[:30] * 1e-3
-    found = metrics.precision_recall(a, b, neighbours=k, blocks=2, seed=4)
+    result = metrics.precision_recall(a, b, neighbours=k, blocks=2, seed=4)
     generator = torch.Generator().manual_seed(4)
     variance = torch.zeros(4, dtype=torch.float64)
     for side, n in enumerate((60, 70)):
         values = []
         for block in torch.randperm(n, generator=generator).tensor_split(2):
-            kept = torch.ones(n, dtype=torch.bool)
-            kept[block] = False
-            sides = [a[kept], b] if side == 0 else [a, b[kept]]
+            stored = torch.ones(n, dtype=torch.bool)
+            stored[block] = False
+            sides = [a[stored], b] if side == 0 else [a, b[stored]]
             again = metrics.precision_recall(*sides, neighbours=k, blocks=2)
             values.append(torch.tensor([e.value for e in again], dtype=torch.float64))
         both = torch.stack(values)
         variance += 0.5 * (both - both.mean(0)).square().sum(0)
     width = student(0.95, 2) * variance.sqrt()
-    value = torch.tensor([e.value for e in found], dtype=torch.float64)
+    value = torch.tensor([e.value for e in result], dtype=torch.float64)
     low, high = value - width, value + width
     for ends in (low, high):  # all but the density are shares
         ends[[0, 1, 3]] = ends[[0, 1, 3]].clamp(0, 1)
-    assert [e.low for e in found] == pytest.approx(low.tolist(), rel=1e-9)
-    assert [e.high for e in found] == pytest.approx(high.tolist(), rel=1e-9)
+    assert [e.low for e in result] == pytest.approx(low.tolist(), rel=1e-9)
+    assert [e.high for e in result] == pytest.approx(high.tolist(), rel=1e-9)
 
 
 @pytest.mark.parametrize("kernel", ["linear", "cubic", "gaussian"])
@@ -298,18 +298,18 @@ def test_the_sliced_distance_has_the_gradient_of_its_value(m: int) -> None:
 
 
 def test_features_of_the_embedded_classifier_pass_gradients() -> None:
-    look = metrics.Features.load("fashion")
+    extractor = metrics.Features.load("fashion")
     x = torch.zeros(3, 1, 28, 28).normal_(generator=torch.Generator().manual_seed(0))
     x.requires_grad_()
     reference = metrics.Reference.load("fashion")
-    features = look(x)
+    features = extractor(x)
     loss = metrics.frechet_distance(metrics.Statistics.of(features.double()), reference.statistics)
     (gradient,) = torch.autograd.grad(loss, x)
     step = 1e-3 * gradient / gradient.norm()
     with torch.no_grad():
         change = [
             metrics.frechet_distance(
-                metrics.Statistics.of(look(x + s * step).double()), reference.statistics
+                metrics.Statistics.of(extractor(x + s * step).double()), reference.statistics
             )
             for s in (1, -1)
         ]

@@ -44,26 +44,26 @@ def data(tmp_path):
 def test_statistics_over_batches_are_those_of_all() -> None:
     x = torch.randn((57, 4), generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 7
     whole = Statistics.of(x)
-    found = Statistics.over(x.split([1, 20, 36]))
-    torch.testing.assert_close(found.mean, whole.mean)
-    torch.testing.assert_close(found.covariance, whole.covariance)
-    assert found.n == 57
+    result = Statistics.over(x.split([1, 20, 36]))
+    torch.testing.assert_close(result.mean, whole.mean)
+    torch.testing.assert_close(result.covariance, whole.covariance)
+    assert result.n == 57
     with pytest.raises(ValueError, match="at least 2"):
         Statistics.over([x[:1]])
 
 
 @pytest.mark.parametrize("features", EMBEDDED)
 def test_the_embedded_references(features: str) -> None:
-    found = Reference.load("fashion", features)
-    assert found.statistics.n == 60_000
-    assert found.features_sha256 == Features.load(features).sha256
-    assert found.event_shape == (1, 28, 28)
+    result = Reference.load("fashion", features)
+    assert result.statistics.n == 60_000
+    assert result.features_sha256 == Features.load(features).sha256
+    assert result.event_shape == (1, 28, 28)
     # 5000 of the 60,000 are as all of them; the test images are other images of the same law.
-    near = metrics.fid(found.features, found, blocks=2).value
-    other = metrics.fid(found.heldout, found, blocks=2).value
+    near = metrics.fid(result.features, result, blocks=2).value
+    other = metrics.fid(result.heldout, result, blocks=2).value
     assert 0 < near < other < 0.5
-    assert not torch.equal(found.features, found.heldout)
-    moved = metrics.fid(found.heldout + 1.0, found, blocks=2).value
+    assert not torch.equal(result.features, result.heldout)
+    moved = metrics.fid(result.heldout + 1.0, result, blocks=2).value
     assert moved == pytest.approx(128, rel=0.1)  # the squared distance of the means
 
 
@@ -77,55 +77,59 @@ def test_pixels_have_no_embedded_reference() -> None:
 
 def test_samples_are_looked_at_as_the_reference_does(data) -> None:
     extract = Look()
-    found = Reference.load(data, extract, cache=data.parent / "cache")
+    result = Reference.load(data, extract, cache=data.parent / "cache")
     x = torch.rand((40, 1, 4, 4), generator=torch.Generator().manual_seed(1)) * 2 - 1
-    expected = metrics.frechet_distance(Statistics.of(extract(x).double()), found.statistics)
+    expected = metrics.frechet_distance(Statistics.of(extract(x).double()), result.statistics)
     for features in (None, extract, Look()):
-        assert metrics.fid(x, found, features=features).value == pytest.approx(float(expected))
-    assert metrics.fid(extract(x), found).value == pytest.approx(float(expected))
-    for heldout, side in ((False, found.features), (True, found.heldout)):
-        assert metrics.kid(x, found, heldout=heldout).value == pytest.approx(
+        assert metrics.fid(x, result, features=features).value == pytest.approx(float(expected))
+    assert metrics.fid(extract(x), result).value == pytest.approx(float(expected))
+    for heldout, side in ((False, result.features), (True, result.heldout)):
+        assert metrics.kid(x, result, heldout=heldout).value == pytest.approx(
             metrics.kid(extract(x), side).value
         )
-        ours = metrics.precision_recall(x, found, heldout=heldout, neighbours=3)
+        ours = metrics.precision_recall(x, result, heldout=heldout, neighbours=3)
         theirs = metrics.precision_recall(extract(x), side, neighbours=3)
         assert [e.value for e in ours] == pytest.approx([e.value for e in theirs])
-    assert metrics.fid(x, found, heldout=True).value == pytest.approx(
-        metrics.fid(extract(x), found.heldout).value
+    assert metrics.fid(x, result, heldout=True).value == pytest.approx(
+        metrics.fid(extract(x), result.heldout).value
     )
-    assert metrics.sliced_wasserstein(x, found).value == pytest.approx(
-        metrics.sliced_wasserstein(extract(x), found.features).value
+    assert metrics.sliced_wasserstein(x, result).value == pytest.approx(
+        metrics.sliced_wasserstein(extract(x), result.features).value
     )
 
 
 def test_what_does_not_fit_the_reference_is_refused(data) -> None:
-    found = Reference.load(data, Look(), cache=data.parent / "cache")
+    result = Reference.load(data, Look(), cache=data.parent / "cache")
     x = torch.zeros(40, 1, 4, 4)
     for other in ("pixels", lambda x: x.flatten(1)[:, :3], Look("cd" * 32)):
         with pytest.raises(ValueError, match="holds features of 'linear'"):
-            metrics.fid(x, found, features=other)
+            metrics.fid(x, result, features=other)
     with pytest.raises(ValueError, match=r"have shape \(1, 4, 4\), the samples \(1, 5, 5\)"):
-        metrics.kid(torch.zeros(40, 1, 5, 5), found)
+        metrics.kid(torch.zeros(40, 1, 5, 5), result)
     with pytest.raises(ValueError, match="has 1 samples"):
-        metrics.fid(x[:1], found)
+        metrics.fid(x[:1], result)
     with pytest.raises(ValueError, match="the second set is a tensor"):
         metrics.kid(x, x, heldout=True)
 
 
 def test_the_parts_are_apart_and_the_statistics_are_of_the_training_part(data) -> None:
-    found = Reference.load(data, "pixels", cache=data.parent / "cache")
+    result = Reference.load(data, "pixels", cache=data.parent / "cache")
     images = torch.from_numpy(pictures(100)).flatten(1).float() / 127.5 - 1
-    kept, out = ({tuple(row) for row in part.tolist()} for part in (found.features, found.heldout))
-    assert len(kept) == 80
+    stored, out = (
+        {tuple(row) for row in part.tolist()} for part in (result.features, result.heldout)
+    )
+    assert len(stored) == 80
     assert len(out) == 20
     # The cache holds halves: compare to their precision.
     fresh = Reference.load(data, lambda x: x.flatten(1))
-    kept, out = ({tuple(row) for row in part.tolist()} for part in (fresh.features, fresh.heldout))
-    assert not kept & out
-    assert kept | out == {tuple(row) for row in images.tolist()}
-    torch.testing.assert_close(found.statistics.mean, fresh.features.double().mean(0))
-    torch.testing.assert_close(found.features, fresh.features, rtol=1e-3, atol=1e-3)
-    assert found.statistics.n == 80
+    stored, out = (
+        {tuple(row) for row in part.tolist()} for part in (fresh.features, fresh.heldout)
+    )
+    assert not stored & out
+    assert stored | out == {tuple(row) for row in images.tolist()}
+    torch.testing.assert_close(result.statistics.mean, fresh.features.double().mean(0))
+    torch.testing.assert_close(result.features, fresh.features, rtol=1e-3, atol=1e-3)
+    assert result.statistics.n == 80
 
 
 def test_test_images_of_an_mnist_folder_are_held_out(tmp_path) -> None:
@@ -133,10 +137,10 @@ def test_test_images_of_an_mnist_folder_are_held_out(tmp_path) -> None:
         header = bytes([0, 0, 8, 3]) + b"".join(k.to_bytes(4, "big") for k in (n, 4, 4))
         body = pictures(n, seed=n).tobytes()
         (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(header + body)
-    found = Reference.load(tmp_path, lambda x: x.flatten(1))
-    assert found.statistics.n == 60
+    result = Reference.load(tmp_path, lambda x: x.flatten(1))
+    assert result.statistics.n == 60
     test = torch.from_numpy(pictures(30, seed=30)).flatten(1).float() / 127.5 - 1
-    assert {tuple(r) for r in found.heldout.tolist()} == {tuple(r) for r in test.tolist()}
+    assert {tuple(r) for r in result.heldout.tolist()} == {tuple(r) for r in test.tolist()}
 
 
 def test_the_cache_is_used_and_knows_data_and_features(data, monkeypatch) -> None:
@@ -173,9 +177,9 @@ def test_a_damaged_cache_is_made_anew_with_a_warning(data, damage, caplog) -> No
     else:
         numbers.unlink()
     with caplog.at_level(logging.WARNING, logger="fewstep"):
-        made = Reference.load(data, Look(), cache=cache)
+        result = Reference.load(data, Look(), cache=cache)
     assert "computed again" in caplog.text
-    assert torch.equal(made.statistics.mean, first.statistics.mean)
+    assert torch.equal(result.statistics.mean, first.statistics.mean)
     caplog.clear()
     Reference.load(data, extract := Look(), cache=cache)
     assert not caplog.text
@@ -184,9 +188,9 @@ def test_a_damaged_cache_is_made_anew_with_a_warning(data, damage, caplog) -> No
 
 def test_a_callable_without_a_checksum_is_not_cached(data) -> None:
     cache = data.parent / "cache"
-    found = Reference.load(data, lambda x: x.flatten(1), cache=cache)
+    result = Reference.load(data, lambda x: x.flatten(1), cache=cache)
     assert not cache.exists()
-    assert found.features_sha256 == ""
+    assert result.features_sha256 == ""
 
 
 def test_too_few_images(tmp_path) -> None:
@@ -198,11 +202,11 @@ def test_too_few_images(tmp_path) -> None:
 def test_a_reference_of_samples_in_memory() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((400, 2), generator=generator, dtype=torch.float64)
-    found = Reference.of(x[:300], x[300:], name="normal")
-    assert metrics.fid(x[300:], found).value == pytest.approx(metrics.fid(x[300:], x[:300]).value)
-    assert found.features_name == "pixels"
+    result = Reference.of(x[:300], x[300:], name="normal")
+    assert metrics.fid(x[300:], result).value == pytest.approx(metrics.fid(x[300:], x[:300]).value)
+    assert result.features_name == "pixels"
     # The statistics are known, so the interval is narrower than with a sampled second set.
-    one, two = (metrics.fid(x[300:] + 1, side) for side in (found, x[:300]))
+    one, two = (metrics.fid(x[300:] + 1, side) for side in (result, x[:300]))
     assert one.high - one.low < two.high - two.low
 
 

@@ -259,9 +259,9 @@ def test_thresholded_equals_torch_quantile(quantile, size):
     x0[2] *= 1e-3  # inside of the range: nothing is done
     scale = torch.quantile(x0.abs(), quantile, dim=1, keepdim=True).clamp(min=1)
     expected = x0.clamp(-scale, scale) / scale
-    made = fewstep.Thresholded(predicting(x0), quantile)(x0, 0.5, prediction="x0")
-    torch.testing.assert_close(made, expected)
-    assert torch.equal(made[2], x0[2])
+    result = fewstep.Thresholded(predicting(x0), quantile)(x0, 0.5, prediction="x0")
+    torch.testing.assert_close(result, expected)
+    assert torch.equal(result[2], x0[2])
 
 
 @pytest.mark.parametrize("options", [{"quantile": 0.0}, {"quantile": 1.1}, {"limit": 0.0}])

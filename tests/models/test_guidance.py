@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_said(make: Any, reason: str) -> None:
 
 
 def test_settings_are_part_of_the_fingerprint() -> None:
-    made = [
+    fingerprints = [
         MODEL,
         ScheduledGuidance(MODEL, 2.0),
         ScheduledGuidance(MODEL, lambda t: 2 * t),
@@ -251,8 +251,8 @@ def test_settings_are_part_of_the_fingerprint() -> None:
         Inpainted(MODEL, X[0], torch.zeros(1)),
         Inpainted(MODEL, X[1], torch.zeros(1)),
     ]
-    assert len({model.fingerprint() for model in made}) == len(made)
-    assert ScheduledGuidance(MODEL, 2.0).fingerprint() == made[1].fingerprint()
+    assert len({model.fingerprint() for model in fingerprints}) == len(fingerprints)
+    assert ScheduledGuidance(MODEL, 2.0).fingerprint() == fingerprints[1].fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_reconstruction_samples_the_posterior_of_gaussian_data(noise: float) -> 
     mean, std, y = torch.tensor([0.5, -0.2, 0.9], dtype=torch.float64), 0.8, 1.4
     row = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64) / math.sqrt(2)
     inner = GaussianMixture([mean.tolist()], [std], [1.0], VP)
-    made = Reconstruction(
+    guided = Reconstruction(
         inner,
         lambda x: x @ row.to(x)[:, None],
         torch.tensor([y], dtype=torch.float64),
@@ -315,11 +315,11 @@ def test_reconstruction_samples_the_posterior_of_gaussian_data(noise: float) -> 
         alpha, sigma = (f(torch.tensor(t, dtype=torch.float64)) for f in (VP.alpha, VP.sigma))
         total = alpha**2 * covariance + sigma**2 * torch.eye(3, dtype=torch.float64)
         expected = sigma * torch.linalg.solve(total, (x - alpha * centre).T).T
-        torch.testing.assert_close(made(x, t), expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(guided(x, t), expected, rtol=0, atol=1e-9)
     if noise < 0.1:
         return  # the law of a sharp measurement needs more steps
     samples = fewstep.sample(
-        made, noise=normal(2000, 3, seed=9), solver="unipc2", nfe=20, batch_size=2000
+        guided, noise=normal(2000, 3, seed=9), solver="unipc2", nfe=20, batch_size=2000
     )
     spread = (std**2 * (1 - gain)) ** 0.5
     along = samples @ row

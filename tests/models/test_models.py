@@ -27,10 +27,10 @@ FUZZ = settings(
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = SmallUNet(channels=(4, 4), blocks=(1, 1), attention=(1,), num_classes=3)
-        for parameter in made.parameters():  # some start at zero, and would hide the labels
+        built = SmallUNet(channels=(4, 4), blocks=(1, 1), attention=(1,), num_classes=3)
+        for parameter in built.parameters():  # some start at zero, and would hide the labels
             torch.nn.init.normal_(parameter, std=0.3)
-    return made
+    return built
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_round_trip(network, folder):
     model = fewstep.load(folder)
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
     expected = network(x, torch.tensor([10.5, 10.5]), labels)
-    made = model(x, 10.5, prediction="v", class_labels=labels)
-    torch.testing.assert_close(made, expected)
-    assert float(made.abs().max()) > 0
+    result = model(x, 10.5, prediction="v", class_labels=labels)
+    torch.testing.assert_close(result, expected)
+    assert float(result.abs().max()) > 0
     assert not any(p.requires_grad for p in model.parameters())
     assert model.class_names == ("a", "b", "c")
     null = network(x, torch.tensor([10.5, 10.5]), torch.tensor([3, 3]))
@@ -79,10 +79,10 @@ def test_another_precision(folder):
 def test_embedded_mixtures(name):
     """Many evaluations of DDIM from noise come to the mixture's own mean and covariance."""
     model = fewstep.load(name)
-    made = fewstep.sample(model, 2000, solver="tab2", nfe=30).double()
+    result = fewstep.sample(model, 2000, solver="tab2", nfe=30).double()
     true = model.draw(20_000)
-    torch.testing.assert_close(made.mean(0), true.mean(0), rtol=0, atol=0.12)
-    torch.testing.assert_close(made.T.cov(), true.T.cov(), rtol=0, atol=0.15)
+    torch.testing.assert_close(result.mean(0), true.mean(0), rtol=0, atol=0.12)
+    torch.testing.assert_close(result.T.cov(), true.T.cov(), rtol=0, atol=0.15)
 
 
 @pytest.mark.parametrize(

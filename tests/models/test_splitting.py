@@ -51,6 +51,6 @@ def test_split_evaluations_are_those_of_the_batch(wrapped):
 def test_a_measurement_goes_on_with_half_of_its_samples():
     options, model = {"nfe": (4,), "n": 4}, fewstep.load("mixture-smooth", device="cpu")
     right = fewstep.fit(model, **options).table()
-    found = fewstep.fit(limited(model, 2, []), **options).table()
-    assert found[0]["solver"] == right[0]["solver"]
-    assert found[0]["error"] == pytest.approx(right[0]["error"], rel=1e-2)
+    result = fewstep.fit(limited(model, 2, []), **options).table()
+    assert result[0]["solver"] == right[0]["solver"]
+    assert result[0]["error"] == pytest.approx(right[0]["error"], rel=1e-2)

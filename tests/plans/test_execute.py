@@ -343,21 +343,21 @@ def test_gradients_through_the_grid(name):
 @pytest.mark.parametrize("name", GRADIENT_SOLVERS)
 def test_rematerialised_gradients_are_identical(name):
     plan = plan_of(name, 4)
-    found = []
+    result = []
     for checkpoint in (False, True):
         values, times = plan.values.clone().requires_grad_(), plan.times.clone().requires_grad_()
         sample = functional(
             plan.structure, values, times, network_of(plan), start(), checkpoint=checkpoint
         )
-        found.append(torch.autograd.grad(sample.square().sum(), (values, times)))
-    for plain, again in zip(*found, strict=True):
+        result.append(torch.autograd.grad(sample.square().sum(), (values, times)))
+    for plain, again in zip(*result, strict=True):
         assert torch.equal(plain, again)
 
 
 def test_rematerialisation_stores_less():
     """With checkpoint=True what autograd keeps for a call does not grow with the network."""
     plan = plan_of("tab2", 8)
-    kept = {}
+    stored = {}
     for checkpoint in (False, True):
         sizes = []
 
@@ -379,8 +379,8 @@ def test_rematerialisation_stores_less():
                 start().requires_grad_(),
                 checkpoint=checkpoint,
             )
-        kept[checkpoint] = sum(sizes)
-    assert kept[True] < kept[False] / 3
+        stored[checkpoint] = sum(sizes)
+    assert stored[True] < stored[False] / 3
 
 
 # Compilation

@@ -16,27 +16,29 @@ def test_bytes_are_rounded_and_clamped():
 def test_a_grid_has_every_image_in_its_place_on_white():
     levels = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
     images = levels[:, None, None, None].expand(5, 1, 4, 6)
-    made = image_grid(images, columns=3, scale=5)
-    assert made.size == (2 * MARGIN + 3 * 30 + 2 * GAP, 2 * MARGIN + 2 * 20 + GAP)
+    result = image_grid(images, columns=3, scale=5)
+    assert result.size == (2 * MARGIN + 3 * 30 + 2 * GAP, 2 * MARGIN + 2 * 20 + GAP)
     for index, level in enumerate(to_uint8(levels).tolist()):
         row, column = divmod(index, 3)
         left, top = MARGIN + column * (30 + GAP), MARGIN + row * (20 + GAP)
-        tile = made.crop((left, top, left + 30, top + 20))
+        tile = result.crop((left, top, left + 30, top + 20))
         assert tile.getextrema() == ((level, level),) * 3
-    missing = made.crop((MARGIN + 2 * (30 + GAP), MARGIN + 20 + GAP, made.width, made.height))
+    missing = result.crop(
+        (MARGIN + 2 * (30 + GAP), MARGIN + 20 + GAP, result.width, result.height)
+    )
     assert missing.getextrema() == ((255, 255),) * 3
-    assert made.getpixel((0, 0)) == (255, 255, 255)
+    assert result.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_magnification_is_nearest_and_colours_keep_their_channels():
     image = torch.full((1, 3, 2, 2), -1.0)
     image[0, 0, 0, 1] = 1.0
     image[0, 2, 1, 0] = 1.0
-    made = image_grid(image, scale=8)
-    found = {color for _, color in made.crop((16, 16, 32, 32)).getcolors()}
-    assert found == {(0, 0, 0), (255, 0, 0), (0, 0, 255)}
-    assert made.getpixel((16 + 15, 16)) == (255, 0, 0)
-    assert made.getpixel((16, 16 + 15)) == (0, 0, 255)
+    result = image_grid(image, scale=8)
+    actual = {color for _, color in result.crop((16, 16, 32, 32)).getcolors()}
+    assert actual == {(0, 0, 0), (255, 0, 0), (0, 0, 255)}
+    assert result.getpixel((16 + 15, 16)) == (255, 0, 0)
+    assert result.getpixel((16, 16 + 15)) == (0, 0, 255)
 
 
 def _ink(image: Image.Image) -> int:
@@ -48,15 +50,15 @@ def test_labels_and_title_are_written_beside_and_not_over_the_images():
     plain = image_grid(images, columns=2)
     assert _ink(plain) == 0
     rows, columns = ["first row", "second"], ["a", "a much longer label\nof two lines"]
-    made = image_grid(
+    result = image_grid(
         images - 2, columns=2, row_labels=rows, column_labels=columns, title="a title"
     )
     white = image_grid(images, columns=2, row_labels=rows, column_labels=columns, title="a title")
-    assert made.size == white.size
+    assert result.size == white.size
     assert _ink(white) > 500
     # Black tiles hide no text: each tile is black all over, and text plus tiles is all ink.
     side = 8 * 9
-    assert _ink(made) == _ink(white) + 4 * side * side
+    assert _ink(result) == _ink(white) + 4 * side * side
 
 
 @pytest.mark.parametrize(
@@ -77,14 +79,14 @@ def test_what_does_not_fit_is_refused(images, options, message):
 
 
 def test_points_are_where_they_should_be():
-    made = scatter(torch.tensor([[1.0, 0.5], [float("inf"), 0.0]]), limit=2.0, size=400)
+    result = scatter(torch.tensor([[1.0, 0.5], [float("inf"), 0.0]]), limit=2.0, size=400)
     blue = [
         (x, y)
-        for x in range(made.width)
-        for y in range(made.height)
-        if made.getpixel((x, y)) == (37, 99, 235)
+        for x in range(result.width)
+        for y in range(result.height)
+        if result.getpixel((x, y)) == (37, 99, 235)
     ]
-    left = made.width - MARGIN - 400  # the field ends a margin before the right edge
+    left = result.width - MARGIN - 400  # the field ends a margin before the right edge
     x = sum(p[0] for p in blue) / len(blue) - left
     y = sum(p[1] for p in blue) / len(blue) - MARGIN
     assert x == pytest.approx((1.0 / 2 + 1) / 2 * 400, abs=1.5)
@@ -93,10 +95,10 @@ def test_points_are_where_they_should_be():
 
 def test_sets_of_points_have_colours_and_a_legend():
     one, two = torch.tensor([[0.5, 0.5]]), torch.tensor([[-0.5, -0.5]])
-    made = scatter(one, two, labels=["ours", "truth"], title="two sets", limit=1.0)
-    colors = {color for _, color in made.getcolors(1_000_000)}
+    result = scatter(one, two, labels=["ours", "truth"], title="two sets", limit=1.0)
+    colors = {color for _, color in result.getcolors(1_000_000)}
     assert {(37, 99, 235), (220, 38, 38)} <= colors
-    assert made.height > scatter(one, two, limit=1.0).height
+    assert result.height > scatter(one, two, limit=1.0).height
     with pytest.raises(ValueError, match="2 texts, got 1"):
         scatter(one, two, labels=["ours"])
     with pytest.raises(ValueError, match=r"\(N, 2\)"):

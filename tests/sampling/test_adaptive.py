@@ -70,14 +70,14 @@ def test_agrees_with_scipy(name):
     denoiser = exact.smooth(fewstep.schedule(name))
     sampler = AdaptiveSampler(denoiser, rtol=1e-9, atol=1e-9)
     x = sampler.start(starts(3))
-    made = sampler.run(x, Run(NoiseSource(0, range(3)), save=True))
-    expected = by_scipy(denoiser, x, made.times)
+    result = sampler.run(x, Run(NoiseSource(0, range(3)), save=True))
+    expected = by_scipy(denoiser, x, result.times)
     size = expected.abs().amax(dim=(1, 2))[:, None, None]
-    assert made.times[0] == denoiser.schedule.t_max
-    assert made.times[-1] == denoiser.schedule.t_min
-    assert float(((made.states - expected) / size).abs().max()) < 1e-7
-    assert torch.equal(made.states[0], x)
-    assert torch.equal(made.states[-1], made.x)
+    assert result.times[0] == denoiser.schedule.t_max
+    assert result.times[-1] == denoiser.schedule.t_min
+    assert float(((result.states - expected) / size).abs().max()) < 1e-7
+    assert torch.equal(result.states[0], x)
+    assert torch.equal(result.states[-1], result.x)
 
 
 @pytest.mark.slow
@@ -85,9 +85,9 @@ def test_error_follows_the_tolerance_at_order_five():
     reference = tight("smooth", 16).x
     errors, evaluations = [], []
     for tolerance in (1e-3, 1e-5, 1e-7, 1e-9):
-        made = solved(exact.smooth(VP), starts(16), rtol=tolerance, atol=tolerance)
-        errors.append(rms(made.x - reference))
-        evaluations.append(made.nfe)
+        result = solved(exact.smooth(VP), starts(16), rtol=tolerance, atol=tolerance)
+        errors.append(rms(result.x - reference))
+        evaluations.append(result.nfe)
     for larger, smaller in itertools.pairwise(errors):
         assert smaller < larger / 20
     assert errors[-1] < 1e-8
@@ -119,9 +119,9 @@ RK45 = {
 def test_is_as_good_as_one_step_size_for_all(toy):
     reference = tight(toy, 96, 1e-8).x
     for tolerance, (evaluations, error) in RK45[toy].items():
-        made = solved(TOYS[toy](VP), starts(96), rtol=tolerance, atol=tolerance)
-        assert made.nfe < 2 * evaluations
-        assert rms(made.x - reference) < 3 * error
+        result = solved(TOYS[toy](VP), starts(96), rtol=tolerance, atol=tolerance)
+        assert result.nfe < 2 * evaluations
+        assert rms(result.x - reference) < 3 * error
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -144,10 +144,10 @@ def test_each_sample_has_its_own_time_and_leaves_when_done():
         return denoiser.raw(x, t)
 
     wrapped = fewstep.Denoiser.wrap(network, schedule=VP, prediction="eps")
-    made = solved(wrapped, starts(9), rtol=1e-4, atol=1e-4)
+    result = solved(wrapped, starts(9), rtol=1e-4, atol=1e-4)
     assert max(len(set(t)) for t in seen) == 9
     assert len(seen[-1]) < 9
-    assert made.nfe == sum(map(len, seen)) / 9
+    assert result.nfe == sum(map(len, seen)) / 9
     # Two evaluations to begin, then six for each step of the remaining samples.
     assert len(seen) % 6 == 2
 
@@ -196,9 +196,9 @@ def test_states_between_steps_are_of_order_four():
     reference = tight("smooth", 16)
     errors, evaluations = [], []
     for tolerance in (1e-4, 1e-6, 1e-8):
-        made = solved(exact.smooth(VP), starts(16), rtol=tolerance, atol=tolerance, save=True)
-        errors.append(rms(made.states[1:-1] - reference.states[1:-1]))
-        evaluations.append(made.nfe)
+        result = solved(exact.smooth(VP), starts(16), rtol=tolerance, atol=tolerance, save=True)
+        errors.append(rms(result.states[1:-1] - reference.states[1:-1]))
+        evaluations.append(result.nfe)
         assert errors[-1] < 10 * tolerance
     order = math.log(errors[0] / errors[2]) / math.log(evaluations[2] / evaluations[0])
     assert order > 3.8
@@ -208,9 +208,9 @@ def test_states_between_steps_are_of_order_four():
 
 
 def test_float32_states_reach_float32_accuracy():
-    made = solved(exact.smooth(VP), starts(16).float(), rtol=1e-5, atol=1e-5)
-    assert made.x.dtype == torch.float32
-    assert rms(made.x.double() - tight("smooth", 16).x) < 6e-5
+    result = solved(exact.smooth(VP), starts(16).float(), rtol=1e-5, atol=1e-5)
+    assert result.x.dtype == torch.float32
+    assert rms(result.x.double() - tight("smooth", 16).x) < 6e-5
 
 
 # --- the face ---
@@ -218,34 +218,34 @@ def test_float32_states_reach_float32_accuracy():
 
 def test_sample_by_name():
     denoiser = exact.smooth(VP)
-    made = fewstep.sample(denoiser, 4, solver="dopri5", options={"rtol": 1e-6, "atol": 1e-6})
+    result = fewstep.sample(denoiser, 4, solver="dopri5", options={"rtol": 1e-6, "atol": 1e-6})
     z = NoiseSource(0, range(4)).draw(-1, (2,), dtype=torch.float64)
     expected = solved(denoiser, VP.prior_std() * z, rtol=1e-9, atol=1e-9).x
-    assert made.dtype == torch.float32
-    assert rms(made.double() - expected) < 2e-5
+    assert result.dtype == torch.float32
+    assert rms(result.double() - expected) < 2e-5
     again = fewstep.sample(
         denoiser, 4, solver="dopri5", options={"rtol": 1e-6, "atol": 1e-6}, batch_size=3
     )
-    torch.testing.assert_close(again, made, rtol=0, atol=1e-4)
+    torch.testing.assert_close(again, result, rtol=0, atol=1e-4)
 
 
 def test_sample_gives_states_and_calls():
-    made = fewstep.sample(exact.smooth(VP), 5, solver="dopri5", save="states", batch_size=2)
-    assert made.states.shape == (33, 5, 2)
-    assert torch.equal(made.states[-1], made.x)
-    assert 60 < made.nfe < 256
+    result = fewstep.sample(exact.smooth(VP), 5, solver="dopri5", save="states", batch_size=2)
+    assert result.states.shape == (33, 5, 2)
+    assert torch.equal(result.states[-1], result.x)
+    assert 60 < result.nfe < 256
 
 
 def test_sample_from_an_image():
     schedule, image = fewstep.schedule("vp-linear"), torch.tensor([0.3, -0.2])
     denoiser, noise = exact.smooth(schedule), starts(3)
-    made = fewstep.sample(
+    result = fewstep.sample(
         denoiser, noise=noise, image=image, solver="dopri5", options={"t_start": 0.4}, batch_size=2
     )
     t = torch.tensor(0.4, dtype=torch.float64)
     x = schedule.alpha(t) * image.double() + schedule.sigma(t) * noise
     expected = solved(denoiser, x, rtol=1e-9, atol=1e-9, t_start=0.4).x
-    assert rms(made - expected) < 1e-4
+    assert rms(result - expected) < 1e-4
 
 
 def test_recipe_of_an_adaptive_sampler():
@@ -286,11 +286,11 @@ def test_frozen_plan_is_stored_and_sampled():
     noise = starts(1)
     plan = freeze(sampler, sampler.start(noise))
     read = fewstep.Plan.from_json(plan.to_json())
-    made = fewstep.sample(denoiser, noise=noise, plan=read)
+    result = fewstep.sample(denoiser, noise=noise, plan=read)
     expected = sampler.run(sampler.start(noise), Run(NoiseSource(0, [0]))).x
     assert plan.knots[0] == 900
     assert plan.knots[-1] == 0
-    torch.testing.assert_close(made, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
 def test_freeze_refuses_a_row_that_is_not_there():
@@ -315,10 +315,10 @@ def test_likelihood_of_a_gaussian(name):
     last = a1 * mean + stretch * (x - a0 * mean)
     prior = torch.distributions.Normal(0.0, torch.tensor(s1, dtype=torch.float64))
     expected = prior.log_prob(last).sum(1) + 3 * math.log(stretch)
-    found = log_likelihood(denoiser, x, exact=True, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.nats, expected, rtol=0, atol=1e-4)
+    result = log_likelihood(denoiser, x, exact=True, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.nats, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(
-        found.bits_per_dim, -expected / (3 * math.log(2)), rtol=0, atol=1e-4
+        result.bits_per_dim, -expected / (3 * math.log(2)), rtol=0, atol=1e-4
     )
     # The Jacobian is a multiple of the identity, so that every sign probe is exact.
     probed = log_likelihood(denoiser, x, rtol=1e-6, atol=1e-6)
@@ -329,9 +329,9 @@ def test_likelihood_of_a_mixture():
     denoiser = exact.smooth(VP)
     x = denoiser.draw(64, t=VP.t_min, seed=1)
     truth = denoiser.log_prob(x, VP.t_min)
-    found = log_likelihood(denoiser, x, exact=True)
+    result = log_likelihood(denoiser, x, exact=True)
     # 6e-4 of it is the start from N(0, I) instead of the mixture at t = 1.
-    assert float((found.nats - truth).abs().mean()) < 2e-3
+    assert float((result.nats - truth).abs().mean()) < 2e-3
     in32 = log_likelihood(denoiser, x.float(), exact=True)
     assert in32.nats.dtype == torch.float64
     assert float((in32.nats - truth).abs().mean()) < 3e-3
@@ -351,13 +351,13 @@ def test_likelihood_of_a_mixture():
 def test_likelihood_with_fixed_steps(solver, steps, evaluations, error):
     denoiser = exact.smooth(VP)
     x = denoiser.draw(200, t=VP.t_min, seed=1)
-    found = log_likelihood(denoiser, x, exact=True, solver=solver, steps=steps)
-    assert found.nfe == evaluations
-    off = float((found.nats - denoiser.log_prob(x, VP.t_min)).abs().mean())
+    result = log_likelihood(denoiser, x, exact=True, solver=solver, steps=steps)
+    assert result.nfe == evaluations
+    off = float((result.nats - denoiser.log_prob(x, VP.t_min)).abs().mean())
     assert error / 2 < off < 2 * error
     if solver == "rho-kutta3":
         default = log_likelihood(denoiser, x, exact=True, steps=steps)
-        assert torch.equal(default.nats, found.nats)
+        assert torch.equal(default.nats, result.nats)
 
 
 @pytest.mark.parametrize("probe", ["rademacher", "normal"])
@@ -366,10 +366,10 @@ def test_estimated_divergence_is_unbiased(probe):
     x = denoiser.draw(1, t=VP.t_min, seed=3)
     truth = log_likelihood(denoiser, x, exact=True, steps=12).nats
     # Every row has a probe of its own.
-    found = log_likelihood(denoiser, x.expand(400, 2), probe=probe, steps=12).nats
-    spread = float(found.std())
+    result = log_likelihood(denoiser, x.expand(400, 2), probe=probe, steps=12).nats
+    spread = float(result.std())
     assert spread > 0.05
-    assert abs(float(found.mean() - truth)) < 4 * spread / math.sqrt(400)
+    assert abs(float(result.mean() - truth)) < 4 * spread / math.sqrt(400)
     more = log_likelihood(denoiser, x.expand(100, 2), probe=probe, steps=12, probes=16).nats
     assert abs(float(more.mean() - truth)) < 4 * spread / math.sqrt(100 * 16)
     assert 0.15 < float(more.std()) / spread < 0.4
@@ -400,9 +400,9 @@ def test_likelihood_in_every_prediction(prediction):
     x = denoiser.draw(3, seed=2)
     expected = log_likelihood(denoiser, x, exact=True).nats
     with torch.no_grad():
-        found = log_likelihood(wrapped, x, exact=True).nats
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
-    assert not found.requires_grad
+        result = log_likelihood(wrapped, x, exact=True).nats
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-8)
+    assert not result.requires_grad
 
 
 def test_likelihood_of_images_with_conditions():
@@ -416,13 +416,13 @@ def test_likelihood_of_images_with_conditions():
     x = inner.draw(5, t=VP.t_min, seed=4)
     shift = torch.tensor([0.0, 1.0, 0.5, -1.0, 0.2], dtype=torch.float64)
     moved = x + float(VP.alpha(torch.tensor(VP.t_min, dtype=torch.float64))) * shift[:, None]
-    found = log_likelihood(
+    result = log_likelihood(
         wrapped, moved.reshape(5, 1, 1, 2), exact=True, batch_size=2, shift=shift
     )
     # A shift of the data by alpha times a constant only changes the mismatch at the start.
     plain = log_likelihood(inner, x, exact=True)
-    torch.testing.assert_close(found.nats, plain.nats, rtol=0, atol=3e-2)
-    assert found.nats.shape == (5,)
+    torch.testing.assert_close(result.nats, plain.nats, rtol=0, atol=3e-2)
+    assert result.nats.shape == (5,)
 
 
 # --- refusals ---

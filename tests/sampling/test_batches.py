@@ -64,8 +64,10 @@ def test_conditions_are_asked_for_by_number():
         prediction="x0",
         event_shape=(2,),
     )
-    made = PlanSampler(fewstep.plan("ddim", SCHEDULE, nfe=2, grid="uniform", to_zero=True), model)
-    x = torch.cat([done.x for _, done in run_batches(made, [3, 1, 2], conditions=Labels())])
+    result = PlanSampler(
+        fewstep.plan("ddim", SCHEDULE, nfe=2, grid="uniform", to_zero=True), model
+    )
+    x = torch.cat([done.x for _, done in run_batches(result, [3, 1, 2], conditions=Labels())])
     torch.testing.assert_close(x[:, 0], torch.tensor([30.0, 10.0, 20.0]))
 
 
@@ -155,15 +157,15 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_samples(solver, limit, cap
     options = {"solver": solver, "seed": 3, "save": "states", "batch_size": 6}
     options |= {"options": {"rtol": 1e-2}} if solver == "dopri5" else {"nfe": 4}
     model, progress = Limited(**limit), Counter()
-    found = fewstep.sample(model, 10, progress=progress, **options)
+    result = fewstep.sample(model, 10, progress=progress, **options)
     right = fewstep.sample(MODEL, 10, **options)
     tight = {"rtol": 1e-4, "atol": 1e-4} if solver == "dopri5" else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(found.x, right.x, **tight)
-    torch.testing.assert_close(found.states, right.states, **tight)
+    torch.testing.assert_close(result.x, right.x, **tight)
+    torch.testing.assert_close(result.states, right.states, **tight)
     assert "out of memory with 6 samples" in caplog.text
     if solver != "dopri5":
         assert progress.count == 2 * 4  # once an evaluation of a batch, however it was made
-        assert found.nfe == right.nfe
+        assert result.nfe == right.nfe
     # Later batches begin with what fitted.
     assert max(model.sizes[-6:]) <= model.most
     assert model.sizes.count(6) <= (3 if "at" in limit else 1)

@@ -278,17 +278,17 @@ def k_diffusion(given, folder):
 
 
 def arguments(given, folder):
-    found = []
+    words = []
     for key, value in given.items():
         if key == "options":
-            found += [f"--option={k}={v}" for k, v in value.items()]
+            words += [f"--option={k}={v}" for k, v in value.items()]
         elif key in ("plan", "recipe"):
-            found += ["--recipe", value.save(folder / f"{key}.json")]
+            words += ["--recipe", value.save(folder / f"{key}.json")]
         elif key == "profile":
-            found += ["--profile", value.save(folder / "profile.json")]
+            words += ["--profile", value.save(folder / "profile.json")]
         else:
-            found += [f"--{key.replace('_', '-')}", value]
-    return [str(a) for a in found]
+            words += [f"--{key.replace('_', '-')}", value]
+    return [str(a) for a in words]
 
 
 def said(capsys, *given) -> str:
@@ -428,10 +428,10 @@ def test_an_operator_takes_nothing_else(given, named):
         assert text(door, Operator(), 2, **given) == OPERATOR.format(named)
     if "image" not in given:
         options = dict(given)
-        found = text(
+        message = text(
             fewstep.sampling.sample.sampler, Operator(), **options.pop("options", {}), **options
         )
-        assert found == OPERATOR.format(named)
+        assert message == OPERATOR.format(named)
 
 
 @pytest.mark.parametrize(

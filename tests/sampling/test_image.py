@@ -80,11 +80,11 @@ def test_an_adaptive_solver_takes_a_share_of_log_rho():
     lam = [VP.lam(torch.tensor(t, dtype=torch.float64)) for t in (VP.t_max, VP.t_min)]
     t = float(VP.time(lam[0] + 0.5 * (lam[1] - lam[0])))
     options = {"rtol": 1e-3, "atol": 1e-3}
-    made = fewstep.resolve(
+    result = fewstep.resolve(
         MODEL, SamplerRequest("dopri5", options={**options, "strength": 0.5}), image=True
     )
-    assert made.recipe.options == {**options, "t_start": pytest.approx(t, rel=1e-12)}
-    one = fewstep.sample(MODEL, 2, image=IMAGE, recipe=made.recipe)
+    assert result.recipe.options == {**options, "t_start": pytest.approx(t, rel=1e-12)}
+    one = fewstep.sample(MODEL, 2, image=IMAGE, recipe=result.recipe)
     two = fewstep.sample(MODEL, 2, image=IMAGE, strength=0.5, solver="dopri5", options=options)
     assert torch.equal(one, two)
 

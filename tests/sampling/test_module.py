@@ -31,8 +31,8 @@ def test_the_graph_gives_the_samples() -> None:
     labels = torch.tensor([0, 1, 3])
     noise = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     expected = fewstep.sample(model, noise=noise, solver="unipc3", nfe=5, class_labels=labels)
-    made = sampler(model, solver="unipc3", nfe=5)
-    graph = exported(made, noise, class_labels=labels)
+    built = sampler(model, solver="unipc3", nfe=5)
+    graph = exported(built, noise, class_labels=labels)
     with torch.no_grad():
         got = graph.module()(noise, class_labels=labels)
         other = graph.module()(2 * noise, class_labels=labels.flip(0))

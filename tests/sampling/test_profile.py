@@ -64,8 +64,8 @@ def test_another_solver_takes_the_recommended_one():
 
 
 def test_numbers_of_steps_between_are_between():
-    found = grids()
-    times = [found.fit("unipc3", k)[0].times for k in (4, 5, 6, 7, 8)]
+    result = grids()
+    times = [result.fit("unipc3", k)[0].times for k in (4, 5, 6, 7, 8)]
     for k, t in zip((4, 5, 6, 7, 8), times, strict=True):
         assert len(t) == k + 1
         assert (float(t[0]), float(t[-1])) == (1.0, 1e-3)
@@ -93,8 +93,8 @@ def test_numbers_of_steps_beyond_stretch_the_nearest():
 
 
 def test_grids_onto_the_data():
-    found = grids(entries=(ProfileEntry("tab3", (1.0, 0.4, 0.01, 0.0)),), recommended={})
-    grid, _ = found.fit("tab3", 6)
+    result = grids(entries=(ProfileEntry("tab3", (1.0, 0.4, 0.01, 0.0)),), recommended={})
+    grid, _ = result.fit("tab3", 6)
     assert grid.ends_at_zero
     assert grid.is_last_zero(5)
 
@@ -173,7 +173,10 @@ def test_what_does_not_fit(file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format="fewstep.plan"), "no profile"),
+        (
+            lambda c: c.update(format="fewstep.plan"),
+            "format 'fewstep.plan', not 'fewstep.profile'",
+        ),
         (lambda c: c.update(version=2), "version 2"),
         (lambda c: c.update(extra=1), "'extra'"),
         (lambda c: c.pop("schedule"), "'schedule'"),
@@ -223,13 +226,13 @@ def test_schedulers_take_fitted_grids(tmp_path):
 
     ddpm = fewstep.schedule("ddpm-linear")
     times = (999.0, 650.5, 300.25, 80.0, 0.0)
-    found = Profile(
+    profile = Profile(
         ddpm,
         "",
         (ProfileEntry("unipc3", times), ProfileEntry("ddim", (900.0, 400.0, 0.0), head=True)),
         {4: "unipc3"},
     )
-    name = f"auto:{found.save(tmp_path / 'grid.json')}"
+    name = f"auto:{profile.save(tmp_path / 'grid.json')}"
     scheduler = PlanScheduler(solver="auto", grid=name)
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == pytest.approx(times[:-1])

@@ -36,11 +36,11 @@ def test_round_trip(tmp_path):
 
 
 def test_a_recipe_makes_the_plan_that_its_words_make():
-    made = FULL.plan_for(SCHEDULE)
+    result = FULL.plan_for(SCHEDULE)
     by_hand = fewstep.plan(
         "ddim", SCHEDULE, nfe=5, grid="quadratic", head_start=0.8, eta=0.5, t_end=0.01
     )
-    assert made.to_json() == by_hand.to_json()
+    assert result.to_json() == by_hand.to_json()
 
 
 def test_a_plan_is_a_recipe(tmp_path):

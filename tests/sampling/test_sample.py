@@ -58,8 +58,8 @@ def test_the_same_in_another_process():
         import fewstep
 
         torch.manual_seed(99)
-        made = fewstep.sample(fewstep.load("mixture-smooth"), 3, **options)
-        assert torch.equal(made, here)
+        result = fewstep.sample(fewstep.load("mixture-smooth"), 3, **options)
+        assert torch.equal(result, here)
 
     in_fork(there)
 
@@ -149,8 +149,8 @@ def test_head_start_lowers_the_error_at_the_same_budget():
     truth = ode_solution(model, prior, SCHEDULE.t_max, 0.01)
 
     def error(**start):
-        made = fewstep.sample(model, noise=noise, solver="ddim", nfe=5, options=end, **start)
-        return float((made - truth).square().mean().sqrt())
+        result = fewstep.sample(model, noise=noise, solver="ddim", nfe=5, options=end, **start)
+        return float((result - truth).square().mean().sqrt())
 
     assert error(head_start=0.6) < 0.8 * error()
 

@@ -72,9 +72,9 @@ BROKEN: dict[str, tuple[Table, str, bool]] = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_each_fault_is_found(kind: str) -> None:
     table, text, fatal = BROKEN[kind]
-    found = check_table(table, SD)
-    assert [(f.kind, f.fatal) for f in found if f.kind == kind] == [(kind, fatal)]
-    assert any(text in f.text for f in found)
+    findings = check_table(table, SD)
+    assert [(f.kind, f.fatal) for f in findings if f.kind == kind] == [(kind, fatal)]
+    assert any(text in f.text for f in findings)
     with pytest.raises(ValueError, match=text):
         recipe_of_table(table, SD)
     if not fatal:

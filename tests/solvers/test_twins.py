@@ -153,9 +153,9 @@ def theirs(table: Table, draws: int) -> Tensor:
     """The table with the first network input as the initial state, useless last draws dropped."""
     rows = torch.cat([table.inputs, table.output[None]])
     rows[:, 0] = rows[:, 0] / rows[0, 0]
-    kept = rows.shape[1] - table.draws + draws
-    assert bool((rows[:, kept:] == 0).all()), "a draw that counts was dropped"
-    return rows[:, :kept]
+    stored = rows.shape[1] - table.draws + draws
+    assert bool((rows[:, stored:] == 0).all()), "a draw that counts was dropped"
+    return rows[:, :stored]
 
 
 def difference(plan: Plan, table: Table) -> float:
@@ -240,8 +240,8 @@ def test_euler_ancestral_on_a_flow():
     sigmas = [1 - 1e-6, 0.8, 0.55, 0.3, 0.1, 0.0]
     table = probe(scheduler, None, set_timesteps={"sigmas": sigmas})
     # It evaluates the network at sigma = 0 once more, to no effect.
-    kept = [k for k in range(table.inputs.shape[1]) if k != len(sigmas)]
-    table = Table(table.inputs[:-1, kept], table.output[kept], table.times[:-1], table.draws)
+    stored = [k for k in range(table.inputs.shape[1]) if k != len(sigmas)]
+    table = Table(table.inputs[:-1, stored], table.output[stored], table.times[:-1], table.draws)
     plan = fewstep.plan(
         "euler-ancestral",
         fewstep.schedule("flow", t_max=1 - 1e-7),

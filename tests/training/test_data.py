@@ -181,10 +181,10 @@ def test_damaged_files(tmp_path, name, place, patch, cut):
     path = tmp_path / name
     path.write_bytes(data[:place] if cut else data)
     try:
-        found = read_images(path)
+        result = read_images(path)
     except ValueError:
         return
-    assert found.images.numel() <= 60
+    assert result.images.numel() <= 60
 
 
 def test_black_and_white_get_the_ends_of_the_range():

@@ -90,17 +90,17 @@ def store(tmp_path):
 def test_x_t_is_rounded_before_and_its_trajectory_is_stored(tmp_path, dtype):
     store = fewstep.record(MODEL, tmp_path, n=16, nfe=8, dtype=dtype, seed=5, batch_size=16)
     kind = getattr(torch, dtype)
-    found = store.read(range(16)).states
+    result = store.read(range(16)).states
     rounded = starts(5, 16).to(kind).float()
-    assert torch.equal(found[:, 0], rounded)
+    assert torch.equal(result[:, 0], rounded)
 
     recipe = fewstep.SamplerRecipe.from_json(json.dumps(store.manifest.sampler))
-    made = PlanSampler(recipe.plan, MODEL)
+    built = PlanSampler(recipe.plan, MODEL)
     run = Run(NoiseSource(5, range(16)), save=True)
-    states = made.run(rounded, run).states[store.manifest.knots].transpose(0, 1)
-    assert torch.equal(found, states.to(kind).float())
+    states = built.run(rounded, run).states[store.manifest.knots].transpose(0, 1)
+    assert torch.equal(result, states.to(kind).float())
     # From the unrounded start it is another trajectory.
-    other = made.run(starts(5, 16), run).states[store.manifest.knots].transpose(0, 1)
+    other = built.run(starts(5, 16), run).states[store.manifest.knots].transpose(0, 1)
     assert torch.equal(other, states) == (dtype == "float32")
 
 
@@ -168,9 +168,9 @@ def test_the_grid_is_bent_to_the_kept_times(tmp_path, name):
     assert plan.nfe == 24
     assert [float(plan.knots[k]) for k in store.manifest.knots] == wanted.tolist()
     best = fewstep.sample(MODEL, 32, noise=starts(0, 32), solver="dopri5", options={"rtol": 1e-6})
-    found = store.read(range(32)).states[:, -1]
+    result = store.read(range(32)).states[:, -1]
     plain = fewstep.sample(MODEL, 32, noise=starts(0, 32), solver="tab3", nfe=24)
-    assert (found - best).square().mean() < 3 * (plain - best).square().mean() + 1e-8
+    assert (result - best).square().mean() < 3 * (plain - best).square().mean() + 1e-8
 
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
@@ -216,22 +216,22 @@ def test_adaptive_states_are_those_at_the_kept_times(tmp_path):
     exact = PlanSampler(fine, MODEL).run(
         starts(0, 8).double(), Run(NoiseSource(0, range(8)), save=True)
     )
-    found = store.read(range(8)).states.double().transpose(0, 1)
-    assert (found - exact.states[::100]).abs().max() < 2e-3
+    result = store.read(range(8)).states.double().transpose(0, 1)
+    assert (result - exact.states[::100]).abs().max() < 2e-3
     assert torch.equal(store.times, exact.times[::100])
 
 
 def test_the_adaptive_sampler_keeps_states_where_it_is_asked():
-    made = AdaptiveSampler(MODEL, rtol=1e-4)
+    result = AdaptiveSampler(MODEL, rtol=1e-4)
     times = fewstep.grid("uniform", MODEL.schedule, 4).times.tolist()
     source = NoiseSource(0, range(3))
-    x = made.start(source.draw(INITIAL, (2,)))
-    done = made.run(x, Run(source, save=True, times=times))
+    x = result.start(source.draw(INITIAL, (2,)))
+    done = result.run(x, Run(source, save=True, times=times))
     assert done.times.tolist() == times
     assert torch.equal(done.states[0], x)
     assert torch.equal(done.states[-1], done.x)
     with pytest.raises(ValueError, match=r"must go from 1 to 0\.001"):
-        made.run(x, Run(source, save=True, times=times[:-1]))
+        result.run(x, Run(source, save=True, times=times[:-1]))
 
 
 def test_models_of_whole_times(tmp_path):
@@ -252,8 +252,8 @@ def test_models_of_whole_times(tmp_path):
     assert store.times.tolist() == [999, 562, 250, 62, 0]
     assert all(t == round(t) for t in seen)
     assert {999, 562, 250, 62} <= seen
-    found = trajectories.spectrum(store, model, states=64)
-    assert (found.variable, found.resampled) == ("sqrt", True)
+    result = trajectories.spectrum(store, model, states=64)
+    assert (result.variable, result.resampled) == ("sqrt", True)
     assert all(t == round(t) for t in seen)
 
 
@@ -470,13 +470,13 @@ def test_a_store_goes_to_other_processes_by_its_path(store):
 
 
 def test_statistics_are_those_of_the_states(store):
-    found = trajectories.statistics(store)
+    result = trajectories.statistics(store)
     states = store.read(range(20)).states.double().transpose(0, 1).flatten(1)
-    assert torch.allclose(found.mean, states.mean(1))
-    assert torch.allclose(found.std, states.std(1, correction=0))
-    assert torch.equal(found.largest, states.amax(1))
-    assert torch.equal(found.smallest, states.amin(1))
-    assert found.bytes == sum(p.stat().st_size for p in store.folder.glob("shard-*"))
+    assert torch.allclose(result.mean, states.mean(1))
+    assert torch.allclose(result.std, states.std(1, correction=0))
+    assert torch.equal(result.largest, states.amax(1))
+    assert torch.equal(result.smallest, states.amin(1))
+    assert result.bytes == sum(p.stat().st_size for p in store.folder.glob("shard-*"))
 
 
 def test_a_spectrum_of_few_states_needs_the_model(tmp_path, store):
@@ -494,24 +494,24 @@ def test_a_spectrum_of_few_states_needs_the_model(tmp_path, store):
         keep="all",
         dtype="float32",
     )
-    kept = trajectories.spectrum(dense)
-    assert torch.allclose(kept.dct.energy, fresh.dct.energy, atol=1e-3)
-    assert kept.dct.modes == fresh.dct.modes < kept.dft.modes
+    stored = trajectories.spectrum(dense)
+    assert torch.allclose(stored.dct.energy, fresh.dct.energy, atol=1e-3)
+    assert stored.dct.modes == fresh.dct.modes < stored.dft.modes
 
 
 # What it survives
 
 
 def counted(monkeypatch):
-    made = []
+    result = []
     plain = writing.Writer.make
 
     def make(self, shard, *rest):
-        made.append(shard)
+        result.append(shard)
         return plain(self, shard, *rest)
 
     monkeypatch.setattr(writing.Writer, "make", make)
-    return made
+    return result
 
 
 def test_the_same_call_again_makes_what_is_missing(tmp_path, store, monkeypatch):
@@ -519,13 +519,13 @@ def test_the_same_call_again_makes_what_is_missing(tmp_path, store, monkeypatch)
     (store.folder / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match="1 of 3 shards are missing, the first is 1"):
         TrajectoryStore.open(store.folder)
-    made = counted(monkeypatch)
+    result = counted(monkeypatch)
     fewstep.record(MODEL, store.folder, **SMALL)
-    assert made == [1]
+    assert result == [1]
     assert files(store.folder) == before
     fewstep.record(MODEL, store.folder, **SMALL)
     trajectories.resume(MODEL, store.folder)
-    assert made == [1]
+    assert result == [1]
 
 
 def test_an_interrupted_run_leaves_whole_shards(tmp_path, store, monkeypatch):
@@ -680,12 +680,12 @@ def test_damage_is_found_and_made_anew_alone(store, where, monkeypatch):
     content = bytearray(path.read_bytes())
     content[places_to_damage(path)[where]] ^= 1
     path.write_bytes(content)
-    found = verify(store.folder, MODEL)
-    assert not found.sound
-    assert list(found.damaged) == [1]
-    made = counted(monkeypatch)
+    result = verify(store.folder, MODEL)
+    assert not result.sound
+    assert list(result.damaged) == [1]
+    output = counted(monkeypatch)
     trajectories.resume(MODEL, store.folder)
-    assert made == [1]
+    assert output == [1]
     assert files(store.folder) == before
 
 
@@ -722,9 +722,9 @@ def test_states_that_the_model_does_not_give_are_found(store):
         tensors["states"][:, 1:] *= 1.02
         writing.write_shard(store.folder, store.manifest, shard, tensors)
     assert verify(store.folder).sound
-    found = verify(store.folder, MODEL)
-    assert not found.sound
-    assert found.error == pytest.approx(0.02, rel=0.1)
+    result = verify(store.folder, MODEL)
+    assert not result.sound
+    assert result.error == pytest.approx(0.02, rel=0.1)
 
 
 def test_another_model_cannot_go_on(store):

@@ -20,7 +20,7 @@ import functools
 import math
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import (
@@ -113,17 +113,7 @@ class Record:
                 one, or one of another type; the message names it.
         """
         what = f"the {cls.WHAT}"
-        if not isinstance(content, Mapping):
-            raise ValueError(f"{what} must be a JSON object, got {type(content).__name__}")
-        if content.get("format") != cls.FORMAT:
-            raise ValueError(
-                f"{what} has the format {content.get('format')!r:.60}, not {cls.FORMAT!r}"
-            )
-        if content.get("version") != cls.VERSION or content["version"] is True:
-            raise ValueError(
-                f"{what} has version {content.get('version')!r:.20}; this fewstep reads version "
-                f"{cls.VERSION}"
-            )
+        check_header(content, what, [cls.FORMAT], cls.VERSION)
         kinds = _kinds(cls)
         needed = [field.name for field in fields(cls) if _is_required(field)]  # type: ignore[arg-type]
         if missing := next((name for name in needed if name not in content), None):
@@ -158,6 +148,28 @@ class Record:
             return cls.from_record(content)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{cls.WHAT} {str(path)!r}: {error}") from None
+
+
+def check_header(content: Any, what: str, names: Sequence[str], version: int) -> None:
+    """Raises unless a JSON value is an object of a format and a version: the one reader of both.
+
+    Arguments:
+        content: The JSON value.
+        what: What it should be, for messages.
+        names: The names of the format; the first is the present one.
+        version: The version that is read.
+
+    Raises:
+        ValueError: If it is not; the message has what it is.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{what} must be a JSON object, got {type(content).__name__}")
+    if content.get("format") not in names:
+        raise ValueError(f"{what} has the format {content.get('format')!r:.60}, not {names[0]!r}")
+    if content.get("version") != version or content["version"] is True:
+        raise ValueError(
+            f"{what} has version {content.get('version')!r:.20}; this fewstep reads version {version}"
+        )
 
 
 def _is_required(field: Field[Any]) -> bool:

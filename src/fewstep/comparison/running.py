@@ -207,6 +207,8 @@ def _reference_job(text: str, nfe: int, denoiser: Denoiser) -> Job:
 
 
 def _checked(nfe: Sequence[int], n: int, batch_size: int, shown: int, most: int) -> list[int]:
+    if not isinstance(nfe, (list, tuple, range)):
+        raise TypeError(f"nfe must be a list of budgets, for example [5, 10], got {nfe!r:.40}")
     numbers = {"n": n, "batch_size": batch_size, "shown": shown, "reference_nfe": most}
     for name, value in [*numbers.items(), *(("nfe", one) for one in nfe)]:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -297,7 +297,7 @@ def explicit(
     ends_at_zero = to_zero
     if to_zero:
         points = torch.cat([points, torch.tensor([schedule.t_zero], dtype=torch.float64)])
-    elif float(points[-1].detach()) == schedule.t_zero and schedule.t_zero < schedule.t_min:
+    elif schedule.is_zero(float(points[-1].detach())):
         ends_at_zero = True
     grid = TimeGrid(schedule, points, ends_at_zero)
     if steps is not None and check_steps(steps) != grid.steps:

@@ -116,6 +116,11 @@ class NoiseSchedule(ABC):
         return (-self.lam(t)).exp()
 
     @final
+    def is_zero(self, t: float) -> bool:
+        r"""Whether a time is the label of :math:`\sigma = 0`: where the user's own times say that they end there."""
+        return t == self.t_zero and self.t_zero < self.t_min
+
+    @final
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""Returns :math:`\alpha` and :math:`\sigma` at the points of a grid, 1 and 0 at the label ``t_zero``."""
         end = t <= self.t_zero

@@ -148,7 +148,7 @@ def _ends(
         raise ValueError(
             f"t_start must be in ({schedule.t_min:g}, {schedule.t_max:g}] for {schedule.name!r}, got {start:g}"
         )
-    zero = end == schedule.t_zero and end < schedule.t_min
+    zero = schedule.is_zero(end)
     if not zero and not schedule.t_zero < end < start:
         raise ValueError(
             f"t_end must be between {schedule.t_min:g} and t_start = {start:g} for {schedule.name!r}, "

@@ -140,7 +140,7 @@ def _ends_at_zero(record: PlanRecord, schedule: NoiseSchedule, knots: Tensor) ->
     last = float(knots[-1]) if knots.numel() else schedule.t_min
     ends = record.ends_at_zero
     if ends is None:
-        return last == schedule.t_zero
+        return schedule.is_zero(last)
     if ends and last >= schedule.t_min:
         raise ValueError(
             f"the plan says that it ends at sigma = 0, but its last knot is {last:g}, a time of "

@@ -354,9 +354,7 @@ def _defaults(grid: str) -> Mapping[str, Any]:
 
 def _to_zero(schedule: NoiseSchedule, options: Mapping[str, Any]) -> bool:
     end = options.get("t_end")
-    return bool(options.get("to_zero", False)) or (
-        end is not None and end == schedule.t_zero and end < schedule.t_min
-    )
+    return bool(options.get("to_zero", False)) or (end is not None and schedule.is_zero(end))
 
 
 def _steps_of(method: Solver, plan: Plan, knots: TimeGrid) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import read_json, write_json
+from fewstep.base.records import check_header
 from fewstep.base.tables import Column, Table
 from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, explicit
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
@@ -310,7 +311,7 @@ class Profile:
         return self._times(times), low.head
 
     def _is_zero(self, entry: ProfileEntry) -> bool:
-        return entry.times[-1] < self.schedule.t_min
+        return self.schedule.is_zero(entry.times[-1])
 
     def to_record(self) -> dict[str, Any]:
         """Returns it as a JSON object."""
@@ -336,13 +337,7 @@ class Profile:
         Raises:
             ValueError: If it is not a profile; the message has the reason.
         """
-        if not isinstance(content, dict) or content.get("format") not in (FORMAT, GRIDS_FORMAT):
-            got = content.get("format") if isinstance(content, dict) else content
-            raise ValueError(f"it has no profile: its format is {got!r:.40}, not {FORMAT!r}")
-        if content.get("version") != VERSION:
-            raise ValueError(
-                f"it has version {content.get('version')!r:.20}; this fewstep reads version {VERSION}"
-            )
+        check_header(content, "it", [FORMAT, GRIDS_FORMAT], VERSION)
         of = "entries" if content["format"] == FORMAT else "grids"
         expected = {"format", "version", "schedule", "fingerprint", "recommended", of}
         expected |= {"guidance"} if content["format"] == FORMAT else set()

@@ -214,6 +214,10 @@ def compare(
     if out is not None:
         check_report()
         prepared_folder(Path(out))
+    elif overwrite:
+        raise ValueError(
+            "overwrite replaces what is in a folder; give out=, or leave overwrite out"
+        )
     NoiseSource(seed, ())
     settings = {
         "nfe": nfe,
