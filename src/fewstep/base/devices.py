@@ -35,16 +35,16 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
         logger.info("auto chose the device %s", name)
         return torch.device(name)
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it is not available"
         raise ValueError(
             f"device {str(device)!r:.40} cannot be used: {reason:.200}; 'cpu' always works"
         ) from None
-    if found.type == "meta":
+    if chosen.type == "meta":
         raise ValueError("device 'meta' holds no numbers; 'cpu' always works")
-    return _own_cuda(found)
+    return _own_cuda(chosen)
 
 
 def _own_cuda(device: torch.device) -> torch.device:

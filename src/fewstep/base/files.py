@@ -345,12 +345,12 @@ def _refuse_constant(name: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    pairs_by_key: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in pairs_by_key:
             raise ValueError(f"the key {key!r:.60} is repeated")
-        found[key] = value
-    return found
+        pairs_by_key[key] = value
+    return pairs_by_key
 
 
 def write_tensors(

@@ -53,16 +53,16 @@ def unbroken() -> Iterator[None]:
 
 
 @contextmanager
-def keeping(kept: Callable[[], str | None]) -> Iterator[None]:
+def keeping(saved: Callable[[], str | None]) -> Iterator[None]:
     """Attaches to an interruption what was saved, for the message.
 
     Arguments:
-        kept: Returns what was saved and can be resumed ("2 of 4 batches"), or ``None``; called when
+        saved: Returns what was saved and can be resumed ("2 of 4 batches"), or ``None``; called when
             the block was interrupted.
     """
     try:
         yield
     except KeyboardInterrupt as stop:
         with suppress(ValueError, OSError):  # a damaged folder must not hide the interruption
-            stop.kept = kept()  # type: ignore[attr-defined]
+            stop.saved = saved()  # type: ignore[attr-defined]
         raise

@@ -133,11 +133,11 @@ class Lock:
 
 def _machine() -> dict[str, str]:
     """Returns an id of the namespace of process ids: containers may share a host's name."""
-    found = {"host": socket.gethostname()}
+    machine = {"host": socket.gethostname()}
     with contextlib.suppress(OSError):
-        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        found["processes"] = os.readlink("/proc/self/ns/pid")
-    return found
+        machine["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine["processes"] = os.readlink("/proc/self/ns/pid")
+    return machine
 
 
 def _process_start(pid: int) -> str | None:

@@ -60,9 +60,9 @@ def processes(environ: Mapping[str, str] | None = None) -> Processes:
     Raises:
         ValueError: If they do not fit together.
     """
-    found = os.environ if environ is None else environ
+    environment = os.environ if environ is None else environ
     for names in VARIABLES:
-        rank, count, local = (found.get(name) for name in names)
+        rank, count, local = (environment.get(name) for name in names)
         if rank is None or count is None:
             continue
         numbers = [rank, count, local if local is not None else rank]
@@ -70,11 +70,11 @@ def processes(environ: Mapping[str, str] | None = None) -> Processes:
             raise ValueError(
                 f"{names[0]} and {names[1]} must be numbers, got {rank!r:.20} and {count!r:.20}"
             )
-        made = Processes(*map(int, numbers))
-        if made.rank >= max(made.count, 1):
+        team = Processes(*map(int, numbers))
+        if team.rank >= max(team.count, 1):
             raise ValueError(
                 f"{names[0]} is {rank}, but {names[1]} says that there are {count} processes"
             )
-        if made.several:
-            return made
+        if team.several:
+            return team
     return Processes()

@@ -313,8 +313,8 @@ class RunFolder:
         RunRecord(what=self.what, inputs=dict(inputs)).save(self.state)
 
     def _part_files(self) -> list[Path]:
-        found = self.parts.iterdir() if self.parts.is_dir() else ()
-        return [path for path in found if path != self.state and not LITTER.fullmatch(path.name)]
+        files = self.parts.iterdir() if self.parts.is_dir() else ()
+        return [path for path in files if path != self.state and not LITTER.fullmatch(path.name)]
 
     def _resume(self, before: Any, inputs: Mapping[str, Any]) -> None:
         from fewstep.base.sharing import live_claims
@@ -404,8 +404,8 @@ def locked(folder: Path, *, progress: Progress = SILENT, wait: bool = False) -> 
             after its next heartbeat. A lock without heartbeats is taken over after two minutes.
     """
     lock = Lock(folder / LOCK)
-    made = not folder.exists()
-    first, begun, shown = None, time.monotonic(), False
+    is_new = not folder.exists()
+    first, start, shown = None, time.monotonic(), False
     while not lock.take():
         owner = lock.owner()
         who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
@@ -419,7 +419,7 @@ def locked(folder: Path, *, progress: Progress = SILENT, wait: bool = False) -> 
                 f"{str(folder)!r} is being written by another run ({who}); wait until it has "
                 "finished, or give another --out"
             )
-        if not shown and time.monotonic() - begun > SOON:
+        if not shown and time.monotonic() - start > SOON:
             progress.stage(f"waiting for {'' if wait else 'a heartbeat of '}{who}")
             shown = True
         time.sleep(POLL)
@@ -427,7 +427,7 @@ def locked(folder: Path, *, progress: Progress = SILENT, wait: bool = False) -> 
         with lock.held():
             yield
     finally:
-        if made:
+        if is_new:
             with suppress(OSError):
                 folder.rmdir()  # if nothing was written
 

@@ -140,8 +140,8 @@ class Sharing(Generic[T]):
 
 def live_claims(folder: Path) -> bool:
     """Returns whether a folder of parts has a claim whose owner may be alive."""
-    found: Iterable[Path] = folder.glob(f"*{CLAIM}") if folder.is_dir() else ()
-    return any(Lock(path).is_alive() is not False for path in found)
+    claims: Iterable[Path] = folder.glob(f"*{CLAIM}") if folder.is_dir() else ()
+    return any(Lock(path).is_alive() is not False for path in claims)
 
 
 def _claim(file: Path) -> Path:

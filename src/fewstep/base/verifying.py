@@ -180,8 +180,8 @@ def _sha256_in(about: Path) -> str | None:
         value = loads_json(read_limited(about, what="it"), what="it")
     except ValueError:
         return None  # which is said of that file
-    found = value.get("sha256") if isinstance(value, dict) else None
-    return found if isinstance(found, str) else None
+    digest = value.get("sha256") if isinstance(value, dict) else None
+    return digest if isinstance(digest, str) else None
 
 
 def _lines(path: Path) -> Verdict:

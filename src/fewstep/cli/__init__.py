@@ -97,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
         result = app().meta(list(arguments), exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        command, saved = shlex.join(["fewstep", *arguments]), getattr(stop, "kept", None)
+        command, saved = shlex.join(["fewstep", *arguments]), getattr(stop, "saved", None)
         hint = (
             f"{saved}; to resume: {command}" if saved else f"nothing was saved; again: {command}"
         )

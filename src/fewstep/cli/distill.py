@@ -154,8 +154,8 @@ def distill(
     if first:
         classes, own = _classes(student), student.built_in_sampler()
         sampler = own.configured(own.budgets[-1])  # the best picture
-        made = f"{sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"
-        title = f"{settings.mode} after {settings.steps} steps · {made}"
+        cost = f"{sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"
+        title = f"{settings.mode} after {settings.steps} steps · {cost}"
         picture = picture_of(sampler, classes=classes, seed=settings.seed, title=title)
         write_atomic(out / PICTURE, picture)
     own, added = student.operator.overhead()

@@ -161,11 +161,11 @@ def _kept(out: Path) -> str | None:
     """Returns in words the number of complete files of an interrupted store."""
     from fewstep.trajectories.manifest import read_manifest
 
-    done, begun = (len(list(out.glob(f"{name}-*.safetensors"))) for name in ("shard", "partial"))
-    if not done and not begun:
+    done, partial = (len(list(out.glob(f"{name}-*.safetensors"))) for name in ("shard", "partial"))
+    if not done and not partial:
         return None
     manifest = read_manifest(out)
-    more = f", and a part of {begun} more" if begun else ""
+    more = f", and a part of {partial} more" if partial else ""
     return f"{done} of {-(-manifest.n // manifest.shard_size)} files are saved{more}"
 
 

@@ -305,9 +305,9 @@ class Counting(NoiseSource):
         return super().draw(index, shape, **kwargs)
 
     def part(self, rows: range) -> Counting:
-        made = Counting(self.seed, self.samples[rows.start : rows.stop])
-        made.whole = self.whole or self
-        return made
+        source = Counting(self.seed, self.samples[rows.start : rows.stop])
+        source.whole = self.whole or self
+        return source
 
 
 def _about(job: Job) -> dict[str, Any]:

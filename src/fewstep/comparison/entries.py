@@ -157,12 +157,12 @@ def _request(request: SamplerRequest) -> Entry:
     if request.plan is not None:
         own = request.plan.nfe if own is None else own
     elif isinstance(request.recipe, SamplerRecipe):
-        made = request.recipe
-        if made.kind == "adaptive":
+        recipe = request.recipe
+        if recipe.kind == "adaptive":
             raise ValueError(
-                f"the recipe of {made.name!r} is adaptive, so it has no number of evaluations beforehand"
+                f"the recipe of {recipe.name!r} is adaptive, so it has no number of evaluations beforehand"
             )
-        own = (made.plan.nfe if made.plan is not None else made.nfe) if own is None else own
+        own = (recipe.plan.nfe if recipe.plan is not None else recipe.nfe) if own is None else own
 
     def resolved(denoiser: Denoiser, nfe: int) -> Resolved:
         whole = request.nfe is not None or request.steps is not None
@@ -197,20 +197,20 @@ def _name_of(request: SamplerRequest) -> str:
     return name
 
 
-def _sampler(made: Sampler) -> Entry:
+def _sampler(sampler: Sampler) -> Entry:
     def build(denoiser: Denoiser, _: int) -> Sampler:
-        shapes = made.denoiser.event_shape, denoiser.event_shape
+        shapes = sampler.denoiser.event_shape, denoiser.event_shape
         if None not in shapes and shapes[0] != shapes[1]:
             raise ValueError(f"it makes samples of shape {shapes[0]}, the model {shapes[1]}")
-        return made
+        return sampler
 
-    if made.nfe is None:
+    if sampler.nfe is None:
         raise ValueError(
             "a sampler of a comparison needs a number of evaluations beforehand; freeze one of its runs with "
             "fewstep.sampling.adaptive.freeze"
         )
-    name = made.plan.name if isinstance(made, PlanSampler) else type(made).__name__
-    return replace(_prepared(name, build), nfe=made.nfe)
+    name = sampler.plan.name if isinstance(sampler, PlanSampler) else type(sampler).__name__
+    return replace(_prepared(name, build), nfe=sampler.nfe)
 
 
 def read_entry(text: str) -> Entry:

@@ -65,8 +65,8 @@ class Base:
         origin: str = "given",
     ) -> Base:
         """Returns the base that a request describes; arguments as of :func:`~fewstep.sampling.resolve.resolve_plan`."""
-        made = resolve_plan(schedule, request, integer_times=integer_times)
-        return cls(made.solver, made.plan.grid, made.plan.head, integer_times, origin)
+        planned = resolve_plan(schedule, request, integer_times=integer_times)
+        return cls(planned.solver, planned.plan.grid, planned.plan.head, integer_times, origin)
 
     @property
     def schedule(self) -> NoiseSchedule:

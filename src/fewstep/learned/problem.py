@@ -453,14 +453,14 @@ class Problem:
         real = self.real
         if real is None:
             assert heldout is not None
-            found = [
+            result = [
                 judge.extract,
                 *unseen_extractors(self.source.shape, [judge.extract], self.unseen),
             ]
             with torch.no_grad():
                 return [
                     Space(e, e(heldout.target).flatten(1).cpu(), UNSEEN if i else SELECTED)
-                    for i, e in enumerate(found)
+                    for i, e in enumerate(result)
                 ]
         own, other = extractor(real.loss.extractor), judge.extract
         trained = any(objective.features for objective in self.objectives.values())

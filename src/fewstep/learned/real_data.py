@@ -109,11 +109,11 @@ def _parts(
     loss: Reference, judge: Reference, m: int, samples: Callable[[Tensor], Tensor]
 ) -> RealData:
     """Returns the data with the m samples held out in halves; features are stored in their order."""
-    kept = order(m)[: len(judge.heldout)]
-    rows = kept.argsort().argsort()  # the row of each in the stored features
-    half = len(kept) // 2
+    heldout = order(m)[: len(judge.heldout)]
+    rows = heldout.argsort().argsort()  # the row of each in the stored features
+    half = len(heldout) // 2
     return RealData(
-        loss, judge, rows[:half][:MOST], rows[half:][:MOST], samples(kept[half:][:MOST])
+        loss, judge, rows[:half][:MOST], rows[half:][:MOST], samples(heldout[half:][:MOST])
     )
 
 

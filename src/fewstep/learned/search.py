@@ -260,9 +260,9 @@ class Searcher:
             with torch.no_grad():
                 parts = x.to(self.source.device).split(self.settings.sampling_batch)
                 score = float(torch.cat([objective.score(part) for part in parts]).double().mean())
-        found = torch.tensor([score, law, precision, recall], dtype=torch.float64)
+        values = torch.tensor([score, law, precision, recall], dtype=torch.float64)
         names = ("score", "law", "precision", "recall")
-        return dict(zip(names, self.source.team.of_first(found).tolist(), strict=True))
+        return dict(zip(names, self.source.team.of_first(values).tolist(), strict=True))
 
     @torch.no_grad()
     def _distance(self, stage: Stage, x: Tensor) -> float:

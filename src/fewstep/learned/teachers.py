@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fewstep.base.files import read_tensors_and_metadata, write_tensors
 from fewstep.base.progress import SILENT, Progress
-from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.diffusion.noise import NoiseSource
 from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.learned_plan import Base
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.plan import Plan
-from fewstep.sampling.batches import run_batches
+from fewstep.sampling.batches import initial_noise, run_batches
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.request import SamplerRequest
 from fewstep.sampling.residual import Residual
@@ -40,8 +40,8 @@ def teacher_plan(base: Base, nfe: int, *, through_knots: bool = False) -> Plan:
         pieces = max(2, math.ceil(nfe / base.grid.steps))
         inner = times[:-1] if zero else times
         u = torch.arange(pieces, dtype=torch.float64)[None, :] / pieces
-        fine = (inner[:-1, None] + u * inner.diff()[:, None]).reshape(-1)
-        knots = torch.cat([fine, inner[-1:]])
+        refined = (inner[:-1, None] + u * inner.diff()[:, None]).reshape(-1)
+        knots = torch.cat([refined, inner[-1:]])
         if zero and float(knots[-1]) > schedule.t_min:
             # The interval after the base's last evaluation is refined too, where there is room.
             last = torch.linspace(float(knots[-1]), schedule.t_min, pieces + 1).double()
@@ -120,8 +120,7 @@ class Source:
 
     def noise(self, seed: int, samples: Sequence[int]) -> Tensor:
         """Returns the initial noise of numbered samples."""
-        source = NoiseSource(seed, samples)
-        return source.draw(INITIAL, self.shape, dtype=self.dtype, device=self.device)
+        return initial_noise(self.denoiser, NoiseSource(seed, samples), dtype=self.dtype)
 
     def start(self, noise: Tensor) -> Tensor:
         """Returns the initial states for noises: scaled to the prior, or after a head start."""

@@ -121,8 +121,8 @@ def unseen_extractors(
             extractors += [Features.load(name) for name in EMBEDDED]
     else:
         extractors += [pixels(), random_vectors(shape), waves(shape)]
-    taken = {identity(extract) or id(extract) for extract in used}
-    return [e for e in extractors if (identity(e) or id(e)) not in taken]
+    identities = {identity(extract) or id(extract) for extract in used}
+    return [e for e in extractors if (identity(e) or id(e)) not in identities]
 
 
 @dataclass(frozen=True)

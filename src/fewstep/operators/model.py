@@ -160,10 +160,10 @@ class FlowMapSampler:
         Raises:
             ValueError, TypeError: If it has no such budget or option.
         """
-        made = _checked(self, nfe, options)
+        checked = _checked(self, nfe, options)
         if not isinstance(options.get("fresh", False), bool):
             raise ValueError(f"fresh is true or false, got {options['fresh']!r:.40}")
-        return replace(made, nfe=nfe, **options)
+        return replace(checked, nfe=nfe, **options)
 
     def start(self, noise: Tensor) -> Tensor:
         r"""Returns :math:`\sigma_T z`."""

@@ -130,8 +130,8 @@ class FrameObjective(Objective):
 
     def errors(self, student: Any, states: Tensor, cond: Mapping[str, Any]) -> Tensor:
         student.set_times([self.stored[i] for i in self.frames])
-        made = student(states[:, 0], **cond)
-        return (made.float() - states[:, 1:]).square().flatten(2).mean(2)
+        outputs = student(states[:, 0], **cond)
+        return (outputs.float() - states[:, 1:]).square().flatten(2).mean(2)
 
 
 class FlowMapObjective(Objective):
@@ -181,19 +181,19 @@ class FlowMapObjective(Objective):
         x = states[rows, first]
         keep, gain = self.student.coefficients(first, second, x)
         target = mean_slope(x, states[rows, second], keep, gain)
-        made = call(x, first, second, **cond)
-        each = distances(self.distance, made[:, None], target[:, None])
+        outputs = call(x, first, second, **cond)
+        each = distances(self.distance, outputs[:, None], target[:, None])
         return each.mean(), each.detach()
 
     def errors(self, student: Any, states: Tensor, cond: Mapping[str, Any]) -> Tensor:
         """Returns the mean squared errors of the samples of each budget, that of the fewest evaluations last."""
-        found = []
+        values = []
         for path in reversed(self.paths):
             x = states[:, 0]
             for first, second in pairwise(path):
                 x = student.step(x, first, second, **cond).float()
-            found.append((x - states[:, -1]).square().flatten(1).mean(1))
-        return torch.stack(found, 1)
+            values.append((x - states[:, -1]).square().flatten(1).mean(1))
+        return torch.stack(values, 1)
 
 
 def objective_of(

@@ -295,15 +295,15 @@ class Trainer:
     def evaluate(self) -> list[float]:
         """Returns the RMS errors of the averaged student on held-out trajectories; see :meth:`Objective.errors`."""
         indices = list(range(self.training, len(self.store)))
-        found = []
+        values = []
         with self._averaged():
             for start in range(0, len(indices), self.recipe.batch_size):
                 rows = indices[start : start + self.recipe.batch_size]
                 states, cond = self._batch(rows, self.frames)
                 with self._autocast():
                     errors = self.objective.errors(self.student, states, cond)
-                found.append(errors.double().sum(0).cpu())
-        return (torch.stack(found).sum(0) / len(indices)).sqrt().tolist()
+                values.append(errors.double().sum(0).cpu())
+        return (torch.stack(values).sum(0) / len(indices)).sqrt().tolist()
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -295,12 +295,12 @@ def check_sources(request: SamplerRequest) -> None:
 
 def _of_operator(own: BuiltInSampler, request: SamplerRequest) -> Resolved:
     """Returns the built-in sampler of a budget, whose options the recipe has if they are not the default."""
-    made = own.configured(request.nfe or own.nfe, **request.options)
-    options = {k: v for k, v in made.options.items() if v != own.options[k]}
+    configured = own.configured(request.nfe or own.nfe, **request.options)
+    options = {k: v for k, v in configured.options.items() if v != own.options[k]}
     return Resolved(
-        made,
+        configured,
         _recipe=lambda: SamplerRecipe(
-            kind="operator", name="operator", nfe=made.nfe, options=options
+            kind="operator", name="operator", nfe=configured.nfe, options=options
         ),
     )
 

@@ -140,13 +140,13 @@ class Hypothesis:
 
 def schedules_to_try(claimed: NoiseSchedule) -> list[NoiseSchedule]:
     """Returns the claimed schedule and all others that need no further data."""
-    found = [claimed]
+    schedules = [claimed]
     for name in SCHEDULES:
         if name != "tabulated":
             other = schedule(name)
-            if other not in found:
-                found.append(other)
-    return found
+            if other not in schedules:
+                schedules.append(other)
+    return schedules
 
 
 class Probe:

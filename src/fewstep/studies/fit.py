@@ -22,6 +22,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.splitting import split_evaluations
 from fewstep.models.wrappers import Guided
 from fewstep.plans.plan import Plan
+from fewstep.sampling.batches import batches_of
 from fewstep.sampling.profile import Profile, ProfileEntry
 from fewstep.sampling.resolve import plan as make_plan
 from fewstep.solvers import Solver
@@ -183,7 +184,7 @@ def fit(
         meter = _Meter(shown, total)
         work = _Work(denoiser, noise, conditions, budgets, meter, run)
         entries, recommended = work.entries()
-        made = Profile(
+        measured = Profile(
             denoiser.schedule,
             base.fingerprint(),
             tuple(entries),
@@ -198,8 +199,8 @@ def fit(
             },
         )
         if out is not None:
-            made.save(out)
-        return made
+            measured.save(out)
+        return measured
 
     with progress_of(progress) as shown, split_evaluations(denoiser):
         if folder is None:
@@ -217,17 +218,17 @@ def fit(
         }
         if out is None or not team.several:
             with run.running(inputs, overwrite=overwrite, progress=shown):
-                made = profile(run, shown)
+                measured = profile(run, shown)
                 run.finish()
-            return made
+            return measured
         run.join(inputs, finished=lambda _: False, progress=shown)
         meter = _Meter(shown, total, resumes=False)
         _Work(denoiser, noise, conditions, budgets, meter, run).share(team)
         with run.finishing(progress=shown) as left:
-            made = profile(run, SILENT) if left else Profile.load(out)
+            measured = profile(run, SILENT) if left else Profile.load(out)
             if left:
                 run.finish()
-        return made
+        return measured
 
 
 class _Meter:
@@ -295,8 +296,7 @@ class _Work:
         fitted = _split(len(noise))
         self.fitted, self.held_out = range(fitted), range(fitted, len(noise))
         self.cond = conditions.at(range(len(noise)))
-        starts = range(0, len(noise), BLOCK)
-        self.blocks = [range(start, min(start + BLOCK, len(noise))) for start in starts]
+        self.blocks = batches_of(range(len(noise)), BLOCK)
         self._whole: Reference | None = None
         self._path: Path | None = None
         self._grids: list[dict[int, BestGrid]] = []
@@ -329,9 +329,9 @@ class _Work:
         """Returns the entries of all budgets, and the solver that is recommended for each."""
         entries, recommended = list[ProfileEntry](), dict[int, str]()
         for nfe in self.budgets:
-            found = [ProfileEntry.from_record(record) for record in self._records(nfe)]
-            recommended[nfe] = found[0].solver
-            entries += found
+            stored = [ProfileEntry.from_record(record) for record in self._records(nfe)]
+            recommended[nfe] = stored[0].solver
+            entries += stored
         return entries, recommended
 
     def _records(self, nfe: int) -> Any:
@@ -341,8 +341,8 @@ class _Work:
         def measure() -> Any:
             if not self._grids:
                 self._grids.extend(fitting_grids(path, max(self.budgets)))
-            found = self._budget(nfe, reference, self._grids)
-            return [entry.to_record() for entry in found]
+            candidates = self._budget(nfe, reference, self._grids)
+            return [entry.to_record() for entry in candidates]
 
         return self._record(f"budget-{nfe}", measure)
 
@@ -455,8 +455,8 @@ class _Work:
     ) -> Candidate:
         ticks = self.meter.of(len(self.fitted))
         candidates = [
-            self._held_out(found.solver, times, fitted=mean_squares(found.end - reference.end))
-            for times, found in fit_on(self.denoiser, reference, grids, nfe, progress=ticks)
+            self._held_out(fitted.solver, times, fitted=mean_squares(fitted.end - reference.end))
+            for times, fitted in fit_on(self.denoiser, reference, grids, nfe, progress=ticks)
         ]
         return min(candidates, key=lambda c: robust_mean(c.all))
 

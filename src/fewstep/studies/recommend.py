@@ -230,10 +230,10 @@ def advise(
     some = fit.first(min(16, len(fit.noise)))
     middle = _middle(denoiser, tried[0], some, progress)
     default = _default(denoiser, path, nfe)
-    leaders, seen = [default], set[str]()
+    leaders, names = [default], set[str]()
     for item in tried:
-        if item.solver not in seen:
-            seen.add(item.solver)
+        if item.solver not in names:
+            names.add(item.solver)
             if (item.solver, item.grid) != (default.solver, default.grid):
                 leaders.append(item)
     measured = [_measure(denoiser, item, some, middle, progress) for item in leaders]

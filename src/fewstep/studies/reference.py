@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.grids import TimeGrid, explicit
-from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.prediction import Prediction, convert
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.denoiser import Denoiser
 from fewstep.plans.execute import Execution
 from fewstep.plans.plan import Plan
+from fewstep.sampling.batches import initial_noise
 from fewstep.sampling.binding import bind
 from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.sampling.resolve import plan as make_plan
@@ -109,10 +110,7 @@ def draw_noise(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     r"""Returns the initial draws of samples ``first`` to ``first + n - 1`` of a seed, (n, \*)."""
-    if denoiser.event_shape is None:
-        raise ValueError("the shape of a sample is not known; Denoiser.wrap(..., event_shape=)")
-    source = NoiseSource(seed, range(first, first + n))
-    return source.draw(INITIAL, denoiser.event_shape, dtype=dtype, device=denoiser.device)
+    return initial_noise(denoiser, NoiseSource(seed, range(first, first + n)), dtype=dtype)
 
 
 def follow(
@@ -140,11 +138,11 @@ def follow(
     """
     schedule = denoiser.schedule
     integer = denoiser.integer_times
-    fine = place_nodes(schedule, intervals * substeps, integer=integer)
-    plan = make_plan("tab3", schedule, grid=TimeGrid(schedule, fine))
-    nodes = torch.arange(0, len(fine), substeps)
-    if nodes[-1] != len(fine) - 1:
-        nodes = torch.cat([nodes, torch.tensor([len(fine) - 1])])
+    refined = place_nodes(schedule, intervals * substeps, integer=integer)
+    plan = make_plan("tab3", schedule, grid=TimeGrid(schedule, refined))
+    nodes = torch.arange(0, len(refined), substeps)
+    if nodes[-1] != len(refined) - 1:
+        nodes = torch.cat([nodes, torch.tensor([len(refined) - 1])])
     wanted = set(nodes.tolist())
     states: dict[int, Tensor] = {0: noise * schedule.prior_std()}
     predictions: dict[int, Tensor] = {}
@@ -162,11 +160,11 @@ def follow(
                 predictions[run.request.at] = prediction.clone()
             run.advance(prediction)
             progress.tick()
-        last = len(fine) - 1
-        predictions[last] = denoiser(run.result, float(fine[-1]), prediction="eps", **cond)
+        last = len(refined) - 1
+        predictions[last] = denoiser(run.result, float(refined[-1]), prediction="eps", **cond)
     return Reference(
         schedule,
-        fine[nodes],
+        refined[nodes],
         torch.stack([states[k] for k in nodes.tolist()]),
         torch.stack([predictions[k] for k in nodes.tolist()]),
         noise,

@@ -203,9 +203,9 @@ def _basis(name: str, energy: Tensor, spline_frames: int | None) -> Basis:
 def _spline_error(gram: Tensor, even: Tensor, frames: int) -> float:
     """Returns the squared error of the spline through frames + 1 states, over all states."""
     size = len(even)
-    kept = torch.linspace(0, size - 1, frames + 1, dtype=torch.float64).round().long()
+    indices = torch.linspace(0, size - 1, frames + 1, dtype=torch.float64).round().long()
     back = torch.zeros((size, size), dtype=torch.float64)
-    back[:, kept] = spline_matrix(even[kept], even)
+    back[:, indices] = spline_matrix(even[indices], even)
     return float(_quadratic(torch.eye(size, dtype=torch.float64) - back, gram).sum())
 
 

@@ -272,7 +272,7 @@ class _Work:
         """Returns the methods whose weights are fitted to the reference, as :func:`fewstep.fit` does."""
         if nfe >= len(reference.times):
             return []
-        found = fit_on(self.denoiser, reference, grids, nfe, progress=self.progress)
+        fits = fit_on(self.denoiser, reference, grids, nfe, progress=self.progress)
         return [
             Tried(
                 fitted.solver.name,
@@ -281,7 +281,7 @@ class _Work:
                 measured=float((fitted.end - reference.end).cpu().double().square().mean().sqrt()),
                 weights=fitted.solver.weights,
             )
-            for label, (times, fitted) in zip(("fitted", "fitted 2"), found, strict=False)
+            for label, (times, fitted) in zip(("fitted", "fitted 2"), fits, strict=False)
         ]
 
     def fitting(self, reference: Reference, path: Route, shown: Advice) -> dict[str, Any]:

@@ -270,8 +270,8 @@ def _load_moments(optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]
     names = set().union(*moments.values()) if moments else set()
     if not moments or set(moments) - set(range(len(parameters))):
         raise KeyError("it has no state of the optimizer")
-    for index, found in moments.items():
+    for index, moment in moments.items():
         for name in names:
-            if name not in found or found[name].shape not in ((), parameters[index].shape):
+            if name not in moment or moment[name].shape not in ((), parameters[index].shape):
                 raise KeyError(f"it has no {name!r} of the optimizer for parameter {index}")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
