@@ -76,7 +76,7 @@ def samples_of(name: str) -> int:
     A few samples near the border of two basins of attraction make most of the error of a flow under
     guidance: of 24 there are one or two.
     """
-    many = {"mixture-smooth": 4096, "mixture-sharp": 4096, "flow": 96, "flow+3": 128}
+    many = {"mixture-smooth": 4096, "mixture-sharp": 4096, "flow": 256, "flow+3": 128}
     return {"cifar10": 8, "fashion": 32, "eps-rough": 192, **many}.get(name, 48)
 
 

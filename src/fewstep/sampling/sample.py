@@ -204,6 +204,7 @@ def sample(
             )
         chosen = replace(chosen, brownian=True)
     denoiser = chosen.denoiser
+    n = _count(n, noise, image, denoiser)
     if mask is not None:
         n = len(noise) if n is None and isinstance(noise, Tensor) else n
         count = n if isinstance(n, int) else 1
@@ -291,7 +292,7 @@ def steps(
         denoiser, request, guidance=guidance, image=image is not None, force=force
     ).sampler
     denoiser = chosen.denoiser
-    n, noise, conditions = _checked(denoiser, n, noise, cond)
+    n, noise, conditions = _checked(denoiser, _count(n, noise, image, denoiser), noise, cond)
     image = _image(image, n, denoiser, noise)
     if not isinstance(chosen, PlanSampler):
         raise ValueError("only samplers with a plan can be run step by step")
@@ -355,6 +356,16 @@ def _options(options: Mapping[str, Any] | None, strength: float | None) -> Mappi
     return {**given, "strength": strength}
 
 
+def _count(
+    n: int | None, noise: Tensor | None, image: Tensor | None, denoiser: Denoiser
+) -> int | None:
+    """Returns n; left out, the number of images if there are several and no noise."""
+    shape = denoiser.event_shape
+    if n is not None or noise is not None or shape is None or not isinstance(image, Tensor):
+        return n
+    return len(image) if image.ndim == len(shape) + 1 else None
+
+
 def _checked(
     denoiser: Denoiser,
     n: int | None,
@@ -381,7 +392,7 @@ def _checked(
             "the shape of a sample is not known; give noise=, or Denoiser.wrap(..., event_shape=)"
         )
     if n is None:
-        raise ValueError("give n, the number of samples, or noise")
+        raise ValueError("give n, the number of samples, or noise, or a batch of images")
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"n must be a positive integer, got {n!r}")
     return n, noise, Conditions.of(denoiser, n, cond, first=first)
