@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten
 
 OTHER = torch.device("meta")
 aten = torch.ops.aten
@@ -167,3 +168,32 @@ def on_other_device(module: nn.Module) -> nn.Module:
             if buffer is not None:
                 part._buffers[name] = OtherTensor(buffer)
     return module
+
+
+COPIES = {aten._to_copy.default, aten.copy_.default}
+
+
+class Waits(TorchDispatchMode):
+    """Lists what makes the host wait for a CUDA device: reads, and copies from pageable memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.events, self.pinned = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("pin_memory"):  # there is no pinned memory without CUDA
+            self.pinned += 1
+            kwargs["pin_memory"] = False
+        on_device = any(isinstance(a, OtherTensor) for a in tree_flatten((args, kwargs))[0])
+        if func is aten._local_scalar_dense.default and on_device:
+            self.events.append("read")
+        elif func in COPIES:
+            source = args[1] if func is aten.copy_.default else args[0]
+            target = args[0].device if func is aten.copy_.default else kwargs.get("device")
+            waits = not (kwargs.get("non_blocking") or args[2:] == (True,))
+            if isinstance(source, OtherTensor) and target not in (None, OTHER):
+                self.events.append("read")
+            elif not isinstance(source, OtherTensor) and target == OTHER and waits:
+                self.events.append("write")
+        return func(*args, **kwargs)

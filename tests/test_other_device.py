@@ -28,6 +28,7 @@ from fewstep.studies import (
 from fewstep.studies.reference import draw_noise
 from fewstep.training.data import read_images
 from fewstep.training.recipe import TrainRecipe
+from fewstep.training.train import train
 from other_device import OTHER, OtherTensor, both, on_other_device, other_device, plain
 from tiny_models import write_tiny
 
@@ -196,7 +197,7 @@ def test_training(tmp_path, monkeypatch):
     ends = []
     for device in ("cpu", OTHER):
         out = tmp_path / str(device)
-        fewstep.train(read_images(tmp_path / "data.npz"), out, recipe, device=device)
+        train(read_images(tmp_path / "data.npz"), out, recipe, device=device)
         ends.append(read_tensors(out / "model.safetensors"))
     assert ends[0].keys() == ends[1].keys()
     for name, weights in ends[0].items():

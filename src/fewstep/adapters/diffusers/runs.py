@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -72,8 +74,11 @@ class Setups:
         return Setups, ()
 
 
+_NUMBERS = itertools.count()
+
+
 class Run:
-    """The state of one run on one thread."""
+    """The state of one run on one thread; a copy has its number, and its timesteps themselves."""
 
     def __init__(
         self,
@@ -84,6 +89,7 @@ class Run:
         noise_seed: int | None = None,
     ) -> None:
         self.setup, self.sigmas, self.noise_seed = setup, sigmas, noise_seed
+        self.number = next(_NUMBERS)
         self.active = setup
         self.keep(timesteps)
         self.begin_index: int | None = None
@@ -110,6 +116,9 @@ class Run:
                 value = None
             elif name == "staged":
                 value = None
+            elif name in ("timesteps", "sigmas"):
+                # Never changed: a server hands the entries of the original's timesteps to a copy.
+                pass
             else:
                 value = copy.deepcopy(value, memo)
             setattr(clone, name, value)
@@ -201,14 +210,33 @@ class Run:
 
 
 class PerThread(threading.local):
-    """A run for each thread; copies start with the run of the thread that copies."""
+    """A run for each thread; a copy has that of the thread that copied, for the first thread that uses it.
 
-    run: Run | None = None
+    So a server may set the timesteps of a request in one thread, copy the scheduler, and step in another.
+
+    Arguments:
+        waiting: The copied run, until a thread has taken it.
+    """
+
+    def __init__(self, waiting: list[Run] | None = None) -> None:
+        self._waiting = waiting or []  # one list for all threads
+        self._run: Run | None = None
+
+    @property
+    def run(self) -> Run | None:
+        """The run of this thread, or ``None``."""
+        if self._run is None and self._waiting:
+            with suppress(IndexError):  # another thread was first
+                self._run = self._waiting.pop()
+        return self._run
+
+    @run.setter
+    def run(self, value: Run | None) -> None:
+        self._run = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PerThread:
-        clone = PerThread()
-        clone.run = copy.deepcopy(self.run, memo)
-        return clone
+        run = self.run
+        return PerThread([] if run is None else [copy.deepcopy(run, memo)])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PerThread, ()

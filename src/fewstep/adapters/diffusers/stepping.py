@@ -28,6 +28,9 @@ NOT_GIVEN: Any = object()
 """The value of an argument that was not given, where ``None`` has a meaning."""
 
 
+_CHANGE = threading.Lock()
+
+
 class Stepping:
     """``set_timesteps`` and ``step``, with the state of a run kept per thread."""
 
@@ -117,11 +120,14 @@ class Stepping:
         key = (arguments, now, str(device))
         latest = self._setups.get(key, lambda: self._tensors(arguments, now, device))
         self._latest = latest
+        before = self._runs.run
         self._runs.run = Run(*latest, noise_seed=self.config["noise_seed"])
         # Pipelines of latent consistency models, which always say the first, and of one step read the
         # predicted data as well.
         self._runs.run.returns_data = asks_data or len(latest[1]) == 1
-        self._begun = self._begun - {threading.get_ident()}
+        if before is not None:
+            with _CHANGE:
+                self._begun = self._begun - {before.number}
 
     def _tensors(self, arguments: Request, now: Any, device: Any) -> tuple[Setup, Tensor, Tensor]:
         """Returns a setup, its conditioning timesteps on a device, and its levels."""
@@ -277,7 +283,7 @@ class Stepping:
             check_arguments("step", others, STEPPING)
         run = self._runs.run or self._run()
         execution = run.execution
-        if execution is not None and not run.compiled and threading.get_ident() not in self._begun:
+        if execution is not None and not run.compiled and run.number not in self._begun:
             # Another view advanced what was copied from us before it began (panorama pipelines).
             run = self._runs.run = run.again()
             execution = None
@@ -379,7 +385,8 @@ class Stepping:
         if torch.compiler.is_compiling():
             run.compiled = True
         else:
-            self._begun = self._begun | {threading.get_ident()}
+            with _CHANGE:  # threads of one scheduler begin side by side
+                self._begun = self._begun | {run.number}
         return run.begin(setup, sample)
 
     def _rest(self, full: Setup, index: int, conditioning: float | None, eta: float) -> Setup:
