@@ -1,0 +1,252 @@
+"""The table of ``tune.py``: tuned samplers over the best training-free ones, with intervals.
+
+A cell is one sampler at one budget: the features of its samples, in a file of its own. All cells have the same
+noise and labels, so that ratios are paired.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fewstep
+from _common import print_table
+from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.learned.condition_pool import ConditionPool
+from fewstep.learned.judges import random_features
+from fewstep.learned.unseen import wavelets
+from fewstep.metrics.features import EMBEDDED, Features
+from fewstep.metrics.frechet import frechet_distance
+from fewstep.metrics.intervals import Estimate, jackknife
+from fewstep.metrics.reference import Reference, unused_images
+from fewstep.metrics.statistics import Statistics
+from fewstep.models.denoiser import Denoiser
+from fewstep.sampling.batches import run_batches
+from quality import build, labels
+
+SEED, CHUNK, TEACHER = 5000, 50, ("tab3", 100)
+FREE = (
+    "profile", "auto", "unipc3", "ipndm", "dpmpp-2m", "tab3", "ddim", "diffusers:dpmpp-2m-karras",
+    "diffusers:dpmpp-3m-karras", "diffusers:unipc-3", "diffusers:deis-3", "azula:zab2", "azula:zeab2",
+)  # fmt: skip
+"""The training-free samplers of which the best is taken, in each feature space by itself."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "without start": {"profile": False},
+    "without endpoint": {"objective": "mmd"},
+    "without mmd": {"objective": "endpoint"},
+    "without times": {"family_options": {"times": False}},
+    "without shifts": {"family_options": {"shifts": False}},
+    "without corrections": {"family": "ld3"},
+    "with adversarial": {"objective": "endpoint+0.1*adversarial,mmd"},
+    "with noise": {"family": "gs+noise"},
+    "with residual": {"family_options": {"residual": True}},
+    "ggdm": {"family": "ggdm+pred+time", "objective": "mmd", "search": {"kernel": "cubic"}},
+}
+"""The default search, and the same without or with one ingredient."""
+
+
+class TimeIsUp(Exception):
+    """The seconds are used up; what was begun is resumed by the next run."""
+
+
+class Deadline:
+    """A progress that stops a search when the time is up; its checkpoints remain."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = None if seconds is None else time.monotonic() + seconds
+
+    def stage(self, name: str, total: int | None = None, *, done: int = 0) -> None:
+        self.tick()
+
+    def tick(self, amount: int = 1, note: str = "") -> None:
+        if self.end is not None and time.monotonic() > self.end:
+            raise TimeIsUp
+
+
+def spaces(data: str, features: Sequence[str], shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns feature extractors with the statistics of real images, by name.
+
+    The first of ``features`` is that of the loss; the last two are never seen by a search.
+    """
+    named = [Features.load(name) for name in (EMBEDDED if data == "fashion" else features)]
+    named += [random_features(shape, seed=2), wavelets(shape)]
+    found = {}
+    for extract in named:
+        if data == "fashion" and extract.name in EMBEDDED:
+            known = Reference.load(data, extract).statistics
+        elif data == "fashion":
+            known = Statistics.of(extract(unused_images(data)).double())
+        else:
+            known = Reference.load(data, extract, size=shape[1]).statistics
+        found[extract.name] = (extract, known)
+    return found
+
+
+def draw(
+    denoiser: Denoiser, sampler: Any, n: int, looked: dict[str, Any], deadline: Deadline
+) -> dict[str, Tensor]:
+    """Returns the features of n samples in each space."""
+    made = sampler.build(denoiser) if isinstance(sampler, fewstep.SamplerRecipe) else sampler
+    pool = ConditionPool.of(denoiser, {"class_labels": labels(range(10))})
+    parts: dict[str, list[Tensor]] = {name: [] for name in looked}
+    for _, part in run_batches(made, n, seed=SEED, conditions=pool, batch_size=CHUNK):
+        for name, (extract, _) in looked.items():
+            parts[name].append(extract(part.x.float()))
+        deadline.tick()
+    return {name: torch.cat(each) for name, each in parts.items()}
+
+
+def table(
+    model: str,
+    data: str,
+    features: Sequence[str],
+    out: Path,
+    budgets: Sequence[int],
+    variants: Sequence[str],
+    *,
+    n: int,
+    search: dict[str, Any],
+    seconds: float | None,
+) -> None:
+    """Draws the cells that are missing, until the time is up."""
+    denoiser, deadline = fewstep.load(model, device="cpu"), Deadline(seconds)
+    assert denoiser.event_shape is not None
+    looked = spaces(data, features, tuple(denoiser.event_shape))
+    write_json(out / "about.json", {"model": Path(model).name, "data": Path(data).name, "n": n,
+                                    "search": search, "features": list(looked)})  # fmt: skip
+    known = {name: {"mean": s.mean, "covariance": s.covariance} for name, (_, s) in looked.items()}
+    write_tensors(
+        out / "real.safetensors",
+        {f"{name}.{key}": value for name, each in known.items() for key, value in each.items()},
+    )
+
+    def cell(name: str, nfe: int, make: Callable[[], Any]) -> None:
+        file = out / f"{name.replace(':', '_')}.{nfe}.safetensors"
+        if not file.exists():
+            begun = time.process_time()
+            try:
+                sampler = make()
+            except (ImportError, ValueError) as error:
+                print(f"{name} {nfe}: {error}"[:150], flush=True)
+                return
+            write_tensors(file, draw(denoiser, sampler, n, looked, deadline))
+            print(name, nfe, f"{time.process_time() - begun:.0f} CPU s", flush=True)
+
+    def tuned(name: str, nfe: int) -> fewstep.SamplerRecipe:
+        given = {**VARIANTS[name]}
+        own = fewstep.load(model, device="cpu")
+        if given.pop("profile", True) is False:
+            own.profile = None
+        file = out / f"{name.replace(' ', '-')}.{nfe}.json"
+        begun = time.process_time()
+        if not file.exists():
+            options = {
+                "data": data,
+                "features": None if data == "fashion" else features[0],
+                **given,
+            }
+            options["search"] = {**search, **given.get("search", {})}
+            made = fewstep.tune(
+                own, nfe=nfe, out=file, keep_worse=True, progress=deadline, **options
+            )  # fmt: skip
+            print(name, nfe, made.verdict.sentence[:400], flush=True)
+            write_json(file.with_suffix(".cpu"), {"seconds": time.process_time() - begun})
+        return fewstep.SamplerRecipe.load(file)
+
+    try:
+        cell("teacher", TEACHER[1], lambda: build(TEACHER[0], denoiser, TEACHER[1]))
+        for nfe in budgets:
+            for name in FREE:
+                cell(f"free {name}", nfe, lambda name=name, k=nfe: build(name, denoiser, k))
+        for name in variants:
+            for nfe in budgets:
+                cell(name, nfe, lambda name=name, k=nfe: tuned(name, k))
+    except TimeIsUp:
+        print("the time is up; the same command goes on", flush=True)
+
+
+def ratio(a: Tensor, b: Tensor, real: Statistics, teacher: Tensor | None = None) -> Estimate:
+    """Returns FID of a over that of b, paired; with a teacher the ratio of what is above its FID.
+
+    FID of n samples is biased upwards alike for all, which draws ratios towards 1.
+    """
+    sides = [side.double() for side in (a, b, *(() if teacher is None else (teacher,)))]
+
+    def statistic(i: Tensor, _: Tensor) -> Tensor:
+        values = [frechet_distance(Statistics.of(side[i]), real) for side in sides]
+        least = values[2] if teacher is not None else 0.0
+        return ((values[0] - least) / (values[1] - least))[None]
+
+    return jackknife(statistic, (len(a), real.n), fixed=(False, True), blocks=10)[0]
+
+
+def show(out: Path, write: Path | None) -> None:
+    """Prints the table of the cells that there are."""
+    about = read_json(out / "about.json")
+    stored = read_tensors(out / "real.safetensors")
+    cells: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for file in sorted(out.glob("*.*.safetensors")):
+        name, nfe = file.name.removesuffix(".safetensors").rsplit(".", 1)
+        if nfe.isdigit():
+            cells[name, int(nfe)] = read_tensors(file)
+    teacher = next((each for (name, _), each in cells.items() if name == "teacher"), None)
+    result: dict[str, Any] = {**about, "cells": {}}
+    roles = dict(
+        zip(about["features"], ("trained on", "selected with", "unseen", "unseen"), strict=True)
+    )
+    print(f"{about['model']}: {about['n']} samples of seed {SEED}, FID against all real images\n")
+    for space in about["features"]:
+        real = Statistics(stored[f"{space}.mean"], stored[f"{space}.covariance"], 10**6)
+
+        def value(
+            features: dict[str, Tensor], real: Statistics = real, space: str = space
+        ) -> float:
+            return float(frechet_distance(Statistics.of(features[space].double()), real))
+
+        rows = []
+        for nfe in sorted({k for _, k in cells if k != TEACHER[1]}):
+            free = {
+                n: each for (n, k), each in cells.items() if k == nfe and n.startswith("free ")
+            }
+            best = min(free, key=lambda n: value(free[n]), default=None)
+            for (name, k), each in cells.items():
+                if k != nfe or name.startswith("free ") or best is None:
+                    continue
+                over = ratio(each[space], free[best][space], real)
+                above = None
+                if teacher is not None:
+                    above = ratio(each[space], free[best][space], real, teacher[space])
+                rows.append(
+                    [nfe, name, f"{value(each):.3g}", f"{value(free[best]):.3g} {best[5:]}",
+                     _text(over), "" if above is None else _text(above)]
+                )  # fmt: skip
+                result["cells"].setdefault(f"{name} {nfe}", {})[space] = {
+                    "FID": value(each), "best": best[5:], "best FID": value(free[best]),
+                    "teacher FID": None if teacher is None else value(teacher),
+                    "ratio": [over.value, over.low, over.high],
+                    "excess ratio": None if above is None else [above.value, above.low, above.high],
+                }  # fmt: skip
+        least = "" if teacher is None else f"; teacher {value(teacher):.3g}"
+        print(f"{space} ({roles[space]}){least}\n")
+        print_table(
+            ["K", "search", "FID", "best training-free", "ratio", "ratio above the teacher"], rows
+        )
+    for file in sorted(out.glob("*.json")):
+        if file.name != "about.json":
+            made = read_json(file)["about"]
+            result["cells"].setdefault(file.stem.replace("-", " ").replace(".", " "), {})[
+                "verdict"
+            ] = made["verdict"]
+    if write is not None:
+        write_json(write, json.loads(json.dumps(result)))
+
+
+def _text(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
