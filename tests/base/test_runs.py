@@ -356,3 +356,16 @@ def test_a_killed_process_that_nobody_waited_for_has_no_lock(tmp_path):
         assert Lock(path).take()
     finally:
         os.waitpid(pid, 0)
+
+
+def test_parts_that_a_killed_finish_left_are_removed(tmp_path):
+    folder = begin(tmp_path)
+    with folder.running(INPUTS):
+        folder.write_record("a", 1)
+    write_json(tmp_path / "result.json", {})
+    folder.state.unlink()  # a process was killed in finish()
+    (tmp_path / "parts" / "of mine.txt").write_text("")
+    with pytest.raises(ValueError, match="exists; give --overwrite"):
+        begin(tmp_path)
+    assert os.listdir(tmp_path / "parts") == ["of mine.txt"]
+    assert (tmp_path / "result.json").exists()

@@ -666,3 +666,15 @@ def test_a_run_by_itself_keeps_out_of_a_launch(tmp_path, model):
     assert Lock(part.with_name(f"{part.name}.claim")).take()
     with pytest.raises(ValueError, match="another run"):
         run(model, tmp_path)
+
+
+def test_claims_of_killed_processes_are_swept(tmp_path):
+    from fewstep.base.sharing import CLAIM, sweep_claims
+
+    dead, foreign = (tmp_path / f"{name}{CLAIM}" for name in ("dead", "foreign"))
+    for path, host in ((dead, None), (foreign, "elsewhere")):
+        assert Lock(path).take()
+        owner = json.loads(path.read_text())
+        path.write_text(json.dumps(owner | {"pid": 2**22 + 1, "host": host or owner["host"]}))
+    sweep_claims(tmp_path)
+    assert [path.exists() for path in (dead, foreign)] == [False, True]

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 STATE, PARTS, LOCK = "unfinished.json", "parts", ".lock"
 
+PART_NAMES = (".safetensors", ".json", ".claim")
+"""The endings of the names of parts and claims on them."""
+
 MOST_LISTED = 10_000
 """The most files whose digests are stored one by one; of more, one digest of all of them."""
 
@@ -305,6 +308,12 @@ class RunFolder:
                 f"{PLEASE_OVERWRITE}"
             )
         if not overwrite and (self._results() or self._part_files()):
+            if self._results():  # killed while it removed the parts
+                for path in self._part_files():
+                    if path.name.endswith(PART_NAMES):
+                        path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.parts.rmdir()
             raise ValueError(f"{str(self.folder)!r} exists; give --overwrite or another --out")
         sweep(self.folder)
         shutil.rmtree(self.parts, ignore_errors=True)

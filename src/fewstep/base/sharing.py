@@ -144,5 +144,11 @@ def live_claims(folder: Path) -> bool:
     return any(Lock(path).is_alive() is not False for path in claims)
 
 
+def sweep_claims(folder: Path) -> None:
+    """Removes the claims of killed processes on parts of a folder."""
+    for path in folder.glob(f"*{CLAIM}") if folder.is_dir() else ():
+        Lock(path).sweep()
+
+
 def _claim(file: Path) -> Path:
     return file.with_name(f"{file.name}{CLAIM}")

@@ -21,7 +21,7 @@ from fewstep.base.files import (
     write_tensors,
 )
 from fewstep.base.runs import difference, digest_of
-from fewstep.base.sharing import live_claims
+from fewstep.base.sharing import live_claims, sweep_claims
 from fewstep.comparison.scores import estimate_from_record, estimate_record
 from fewstep.metrics import Estimate
 
@@ -169,6 +169,7 @@ class Store:
         if not live:
             for folder in (self.folder, *folders):
                 sweep(folder)
+                sweep_claims(folder)
             for name, nfe, identity in cells:  # damaged cells, and others of the same name
                 if self.find(name, nfe, identity) is None:
                     self.file(name, nfe, ".json").unlink(missing_ok=True)
