@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 import fewstep
-from fewstep.base.files import read_json
+from fewstep.base.files import read_json, read_metadata
 from fewstep.base.runs import locked
 from fewstep.cli import run
 from fewstep.learned import problem
 from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.real_data import real_data
+from fewstep.learned.search import Searcher
 from fewstep.learned.search_state import STATE
 from fewstep.learned.teachers import Source
 from fewstep.learned.verdict import DISTANCE, TRAINED, Score
-from fewstep.metrics import Reference
+from fewstep.metrics import Features, Reference
 from fewstep.metrics.intervals import Estimate
 from fewstep.models import exact
 from fewstep.sampling.recipe import SamplerRecipe
@@ -134,6 +135,65 @@ def test_interrupted_runs_end_as_whole_ones(tmp_path):
     assert SamplerRecipe.load(tmp_path / "a.json").to_json() == whole.recipe.to_json()
     with pytest.raises(ValueError, match="exists"):
         tune(None)
+
+
+def step_of(file):
+    return json.loads(read_metadata(file)["state"])["step"]
+
+
+def test_an_interrupted_search_has_its_last_step(tmp_path):
+    """Between two judgements, and in one."""
+    arguments = {"nfe": 3, "objective": "endpoint", "seed": 5, "search": TINY}
+    whole = fewstep.tune(RING, **arguments)
+
+    class StopAt:
+        def __init__(self, step):
+            self.stop, self.step = step, None
+
+        def stage(self, name, total=None, *, done=0):
+            self.step = done if name == "search" else None
+
+        def tick(self, amount=1, note=""):
+            if self.step is not None:
+                self.step += amount
+                if self.step == self.stop:
+                    raise KeyboardInterrupt
+
+    out, steps = tmp_path / "a.json", []
+    with pytest.raises(KeyboardInterrupt):
+        fewstep.tune(RING, **arguments, out=out, progress=StopAt(1))
+    steps.append(step_of(tmp_path / "a.search" / STATE))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Searcher, "_consider", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fewstep.tune(RING, **arguments, out=out)
+    steps.append(step_of(tmp_path / "a.search" / STATE))
+    assert steps == [1, TINY["evaluate_every"]]
+    resumed = fewstep.tune(RING, **arguments, out=out, keep_worse=True)
+    assert resumed.recipe.to_json() == whole.recipe.to_json()
+    assert resumed.history == whole.history
+
+
+def test_a_search_knows_its_features_and_its_start(tmp_path):
+    """By their content, not by their names."""
+
+    def search(scale, **options):
+        features = Features(torch.nn.Flatten(), name="mine", sha256=scale * 64)
+        return fewstep.tune(
+            RING, nfe=2, objective="mmd", data=DATA, search=TINY, out=tmp_path / "a.json",
+            features=features, **options,
+        )  # fmt: skip
+
+    search("1", keep_worse=True)
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(ValueError, match=r"another search \(another features\)"):
+        search("2")
+    with pytest.raises(ValueError, match=r"another search \(another base\)"):
+        search("1", solver="tab3", options={"lower_final": True})
 
 
 def test_checkpoints_of_another_search_are_refused(tmp_path):

@@ -293,11 +293,16 @@ class RunFolder:
                 before = self._read_state()
                 if self._forgets_empty and not (self._results() or self._part_files()):
                     before = None
-            what = None if before is None else changed(before, inputs)
         except ValueError as error:
             if not overwrite:
                 raise ValueError(f"{error}; give --overwrite or another --out") from None
-            what = "damaged"
+            before, what = {}, "damaged"
+        try:
+            what = what or (None if before is None else changed(before, inputs))
+        except ValueError:
+            if not overwrite:
+                raise
+            what = "other settings"
         if before is not None and what is None:
             self._resume(before, inputs)
             return

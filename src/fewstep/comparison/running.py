@@ -231,7 +231,7 @@ def _question(setting: Setting, target: Job, guidance: float | None) -> dict[str
         "seed": setting.seed,
         "conditions": digest.hexdigest() if setting.conditions.values else None,
         "guidance": None if guidance == 1 else guidance,
-        "data": None if data is None else data.sha256,
+        "data": None if data is None else {"sha256": data.sha256, "files": data.files},
         "features": None if data is None else data.features_sha256,
         "reference": target.entry.name,
         "reference_identity": target.identity,

@@ -272,6 +272,17 @@ class Problem:
             "versions": {"fewstep": __version__, "torch": torch.__version__.split("+")[0]},
         }
 
+    def inputs(self) -> dict[str, Any]:
+        """Returns the record with what the names in it stand for: plan, features and files, by their digests."""
+        record, real = self.record(), self.real
+        of = None if real is None else real.loss
+        if of is not None:
+            files = None if of.files is None else {"files": of.files}
+            record["data"] = {"sha256": of.sha256, **(files or {})}
+            record["features"] = of.features_sha256 or of.features_name
+        unseen = [identity(extract) or name_of(extract) for extract in self.unseen]
+        return {**record, "plan": _digest(self.base.plan().to_json()), "unseen": unseen}
+
     def _identity(self) -> list[Any]:
         """Returns the inputs of the teacher's samples other than its plan and their numbers."""
         names = [self.names[key] for key in ("conditions", "dtype")]
@@ -305,7 +316,7 @@ class Problem:
             settings=settings,
             seed=self.seed,
             folder=folder,
-            identity=_digest(self.record()),
+            identity=_digest(self.inputs()),
             progress=progress,
         )
         state = searcher.run()

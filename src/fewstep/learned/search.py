@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.base.interrupts import unbroken
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import generator_at
 from fewstep.learned.evolution import Evolution
@@ -94,9 +96,12 @@ class Searcher:
         self.state = State({"average": vector, "best": vector.clone()})
         self.optimizer = torch.optim.Adam(learned.parameters())
         self._evolution: Evolution | None = None
+        self._unsaved: State | None = None
 
     def run(self) -> State:
         """Runs the remaining steps of all stages; the plan has the best parameters afterwards.
+
+        Interrupted, it saves the last complete step.
 
         Raises:
             ValueError: If the checkpoint in the folder is damaged or of another family.
@@ -108,9 +113,15 @@ class Searcher:
             self._restore(stored)
         position = self.state.stage * MOST_STEPS + self.state.step
         self.source.team.check_step(position, self.source.team.device)
-        while self.state.stage < len(self.stages):
-            self._stage(self.stages[self.state.stage])
-            self._next_stage()
+        try:
+            while self.state.stage < len(self.stages):
+                self._stage(self.stages[self.state.stage])
+                self._next_stage()
+        except KeyboardInterrupt:
+            if self.folder is not None and self._unsaved is not None:
+                with unbroken():  # schedulers send SIGTERM more than once
+                    self._unsaved.save(self.folder, self.identity)
+            raise
         self.learned.load_vector(self.state.tensors["best"])
         return self.state
 
@@ -119,6 +130,12 @@ class Searcher:
     def _save(self) -> None:
         if self.folder is None or not self.source.team.own.first:
             return
+        self._collect()
+        self.state.save(self.folder, self.identity)
+        self._unsaved = None
+
+    def _collect(self) -> None:
+        """Puts all tensors of the search into the state."""
         others = ("adam.", "objective.")
         tensors = {k: v for k, v in self.state.tensors.items() if not k.startswith(others)}
         for name, objective in self.objectives.items():
@@ -127,7 +144,19 @@ class Searcher:
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
         self.state.tensors = tensors
-        self.state.save(self.folder, self.identity)
+
+    def _keep(self) -> None:
+        """Keeps a copy of the state after a step, for an interruption within the next one."""
+        if self.folder is None or not self.source.team.own.first:
+            return
+        self._collect()
+        state = self.state
+        self._unsaved = replace(
+            state,
+            tensors={k: torch.as_tensor(v).clone() for k, v in state.tensors.items()},
+            history=list(state.history),
+            losses=list(state.losses),
+        )
 
     def _restore(self, stored: State) -> None:
         assert self.folder is not None
@@ -181,19 +210,26 @@ class Searcher:
                 state.norms = self._norms()
             self._note(judgement, math.nan)
             self._save()
-        losses = list[float]()
+        self._judge(stage)  # if it was interrupted there
         while state.step < stage.steps and state.stale < settings.patience:
-            loss = self._step(stage)
-            losses.append(loss)
+            state.losses.append(self._step(stage))
             state.step += 1
-            if state.step % settings.evaluate_every == 0 or state.step == stage.steps:
-                finite = [v for v in losses if math.isfinite(v)]
-                self._consider(stage, sum(finite) / len(finite) if finite else math.nan)
-                losses.clear()
-                self._save()
+            self._keep()
+            self._judge(stage)
             latest = state.history[-1]["score"]
             note = "" if latest is None else f"held out {latest:.4g}, best {state.best_score:.4g}"
             self.progress.tick(1, note)
+
+    def _judge(self, stage: Stage) -> None:
+        """Evaluates the average, at the steps where that is due, and saves."""
+        state = self.state
+        due = state.step % self.settings.evaluate_every == 0 or state.step == stage.steps
+        if not state.losses or not due:
+            return
+        finite = [v for v in state.losses if math.isfinite(v)]
+        self._consider(stage, sum(finite) / len(finite) if finite else math.nan)
+        state.losses.clear()
+        self._save()
 
     def _consider(self, stage: Stage, loss: float) -> None:
         """Evaluates the average; accepts it if better, not less diverse and not further from real data."""

@@ -32,6 +32,7 @@ class State:
         skipped: The steps that were skipped because a number was not finite.
         norms: The value of each objective at the very start.
         history: The judgements so far.
+        losses: The losses of the steps since the last judgement.
     """
 
     tensors: dict[str, Tensor]
@@ -44,6 +45,7 @@ class State:
     skipped: int = 0
     norms: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
     def save(self, folder: Path, search: str = "") -> None:
         """Writes the state as one file, so that tensors and counts belong together.
@@ -56,7 +58,7 @@ class State:
             key: getattr(self, key)
             for key in ("stage", "step", "updates", "start", "best_score", "stale", "skipped")
         }
-        record |= {"norms": self.norms, "history": self.history}
+        record |= {"norms": self.norms, "history": self.history, "losses": self.losses}
         # Python's JSON writes and reads infinity; the file's metadata are texts anyway.
         metadata = {"state": json.dumps(record), "search": search}
         write_tensors(folder / STATE, self.tensors, metadata)
@@ -68,7 +70,12 @@ class State:
                 raise ValueError(f"it has no tensor {name!r}")
             if self.tensors[name].shape != self.tensors["vector"].shape:
                 raise ValueError(f"its tensors 'vector' and {name!r} have different shapes")
-        kinds: dict[str, Any] = {"norms": dict, "history": list, "best_score": (int, float)}
+        kinds: dict[str, Any] = {
+            "norms": dict,
+            "history": list,
+            "losses": list,
+            "best_score": (int, float),
+        }
         kinds |= dict.fromkeys(("stage", "step", "updates", "stale", "skipped"), int)
         for key, kind in kinds.items():
             if not isinstance(getattr(self, key), kind):

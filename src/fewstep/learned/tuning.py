@@ -2,23 +2,22 @@ r"""``tune``: searches a sampler of few evaluations for one model."""
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fewstep.base.files import read_json, sweep, write_json
+from fewstep.base.files import read_json
 from fewstep.base.progress import Progress, progress_of
-from fewstep.base.runs import LOCK, difference, locked
+from fewstep.base.runs import RunFolder, difference
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.learned.problem import Problem
 from fewstep.learned.problem import TunedSampler as TunedSampler
+from fewstep.learned.search_state import STATE
 from fewstep.learned.settings import Search
 from fewstep.learned.unrolled import frozen
 from fewstep.metrics.features import FeatureMap
@@ -30,6 +29,9 @@ from fewstep.training.parallel import team
 logger = logging.getLogger("fewstep")
 
 SETTINGS = "search.json"
+
+OUTPUTS = ("teacher-*.safetensors", STATE, "report.html")
+"""The files in the folder of checkpoints besides the settings."""
 
 
 def tune(
@@ -153,17 +155,54 @@ def tune(
     least, device = min(stage.batch_size for stage in problem.stages), problem.source.device
     with progress_of(progress) as shown, frozen(denoiser), team(least, device) as together:
         problem = replace(problem, source=replace(problem.source, team=together))
-        first = together.own.first
         if file is None:
-            tuned = problem.solve(None, shown)
-        else:
-            folder = checkpoint_folder(file)
-            with locked(folder, progress=shown) if first else nullcontext():
-                if first:
-                    folder = _folder(file, problem, overwrite=overwrite)
-                together.any(first)  # the others read the folder once it is prepared
-                tuned = problem.solve(folder, shown)
-    if file is not None and first:
+            return problem.solve(None, shown)
+        return _in_folder(problem, file, shown, overwrite=overwrite, keep_worse=keep_worse)
+
+
+def _in_folder(
+    problem: Problem, file: Path, progress: Progress, *, overwrite: bool, keep_worse: bool
+) -> TunedSampler:
+    """Runs a search with checkpoints and writes its result, unless it is worse.
+
+    Of several processes the first prepares the folder, and writes.
+    """
+    together = problem.source.team
+    first, folder = together.own.first, checkpoint_folder(file)
+    run = RunFolder(folder, "run of fewstep tune", outputs=OUTPUTS, state=SETTINGS)
+
+    def changed(before: Any, now: Mapping[str, Any]) -> str | None:
+        words = "to be overwritten" if overwrite else difference(before, now)
+        if words is not None and not overwrite:
+            raise ValueError(
+                f"{str(folder / SETTINGS)!r} is of another search ({words}); give the same call to resume it, "
+                "overwrite (--overwrite), or another file"
+            )
+        return words
+
+    def check() -> None:
+        if file.exists() and not overwrite:
+            raise ValueError(f"{str(file)!r} exists; give overwrite (--overwrite) or another file")
+
+    if first:
+        check()  # before a folder is made
+    with ExitStack() as stack:
+        if first:
+            running = run.running(
+                problem.inputs(),
+                overwrite=overwrite,
+                changed=changed,
+                earlier=lambda: _early(folder / SETTINGS),
+                progress=progress,
+            )
+            stack.enter_context(running)
+            check()
+            if overwrite:
+                file.unlink(missing_ok=True)
+        together.any(first)  # the others read the folder once it is prepared
+        tuned = problem.solve(folder, progress)
+        if not first:
+            return tuned
         if tuned.verdict.better or keep_worse:
             tuned.save(file)
         else:
@@ -171,34 +210,14 @@ def tune(
     return tuned
 
 
+def _early(file: Path) -> Any:
+    """Returns the settings of a search of an early version, without a format; ``None`` for others."""
+    if not file.exists():
+        return None
+    before = read_json(file, what="search")
+    return None if isinstance(before, dict) and "format" in before else before
+
+
 def checkpoint_folder(file: Path) -> Path:
     """Returns the folder of the checkpoints of a recipe's file."""
     return file.with_suffix(".search")
-
-
-def _folder(file: Path, problem: Problem, *, overwrite: bool) -> Path:
-    folder = checkpoint_folder(file)
-    if overwrite:
-        file.unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    sweep(folder)
-    if file.exists():
-        raise ValueError(f"{str(file)!r} exists; give overwrite (--overwrite) or another file")
-    # Through JSON, for comparison with the stored settings.
-    about = json.loads(json.dumps(problem.record()))
-    if (folder / SETTINGS).exists():
-        try:
-            before = read_json(folder / SETTINGS, what="search")
-        except ValueError as error:
-            raise ValueError(f"{error}; give overwrite (--overwrite), or another file") from None
-        changed = difference(before, about)
-        if changed is not None:
-            raise ValueError(
-                f"{str(folder / SETTINGS)!r} is of another search ({changed}); give the same call to resume "
-                "it, overwrite (--overwrite), or another file"
-            )
-    else:
-        write_json(folder / SETTINGS, about)
-    return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.base.files import LITTER_AGE, read_tensors, sha256, sweep, write_tensors
 from fewstep.base.records import Positive, Record
+from fewstep.base.runs import hash_inputs
 from fewstep.metrics.features import EMBEDDED as EXTRACTORS
 from fewstep.metrics.features import FeatureMap, extractor, identity, name_of
 from fewstep.metrics.real import RealData, order
@@ -85,6 +86,7 @@ class Reference:
             none.
         extractor: The feature extractor itself; ``None`` means the samples themselves.
         event_shape: The shape of one sample, or ``None`` if that is not known.
+        files: The size and SHA-256 of each file of the data, or ``None``.
     """
 
     features: Tensor
@@ -95,6 +97,7 @@ class Reference:
     features_sha256: str
     extractor: FeatureMap = field(default=None, repr=False)
     event_shape: tuple[int, ...] | None = None
+    files: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         sizes = [tuple(t.shape) for t in (self.features, self.heldout, *self.statistics[:2])]
@@ -148,15 +151,16 @@ class Reference:
             folder = HERE / str(source) / (name if name in EXTRACTORS else str(source))
             return _read(folder, extract, str(source))
         real, name, of = RealData.read(source, size=size), Path(source).name, identity(extract)
+        files = (hash_inputs(source) or {}).get("files")
         folder = _cache_folder(cache) / f"reference-{real.sha256[:20]}-{of[:20]}"
         if of and (folder / "reference.json").exists():
             try:
-                return _read(folder, extract, name, data=real.sha256)
+                return replace(_read(folder, extract, name, data=real.sha256), files=files)
             except ValueError as error:
                 logger.warning("the cached reference is computed again: %s", error)
         reference = _measure(extract, real, name)
         if not of:
-            return reference
+            return replace(reference, files=files)
         try:
             sweep(folder, older=LITTER_AGE)
             reference.write(folder)
@@ -167,6 +171,7 @@ class Reference:
             reference,
             features=reference.features.half().float(),
             heldout=reference.heldout.half().float(),
+            files=files,
         )
 
     @classmethod

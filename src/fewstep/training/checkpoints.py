@@ -184,14 +184,14 @@ def changed_input(
         if changed is not None:
             raise ValueError(
                 f"the folder {str(out)!r} has a run of another recipe, at step {step} ({changed}); give the "
-                "same recipe to resume it"
+                "same recipe to resume it, --overwrite, or another folder"
             )
         rest = ({k: v for k, v in each.items() if k != "recipe"} for each in (before, now))
         changed = difference(*rest)
         if changed is not None:
             raise ValueError(
                 f"the folder {str(out)!r} has a run with other inputs ({changed}), at step {step}; give "
-                "those to resume it"
+                "those to resume it, --overwrite, or another folder"
             )
 
     return check
