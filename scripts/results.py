@@ -77,6 +77,28 @@ def networks() -> dict[str, Any]:
     return {k: v for k, v in (load("defaults") or {}).items() if isinstance(v, dict)}
 
 
+def readme() -> str:
+    """The table of the README: the error beside that of the best peer."""
+    found = networks()
+    rows = []
+    for who, what in (("profile", "fewstep, measured once"), ("auto", "fewstep, default")):
+        row = [what]
+        for nfe in (5, 10):
+            values = shares(found, who, nfe)
+            row.append(f"{mean(list(values.values())):.2f} (worst {max(values.values()):.2f})")
+        rows.append(row)
+    rows.append(["best of seven samplers of diffusers, for each network and budget", "1", "1"])
+    return f"""Error (RMS to the model's own many-step solution, same noise), geometric mean over {len(found)} networks; [all results](docs/results/index.md):
+
+{table(["sampler", "5 evaluations", "10"], rows)}"""
+
+
+def with_table(text: str) -> str:
+    """Returns the README with its table."""
+    begin, end = "<!-- results -->", "<!-- end of results -->"
+    return f"{text.split(begin)[0]}{begin}\n{readme()}{end}{text.split(end)[1]}"
+
+
 # The pages.
 
 
@@ -376,6 +398,8 @@ def main() -> None:
     for name, (_, write) in PAGES.items():
         write_atomic(PAGES_FOLDER / f"{name}.md", write())
         print(f"wrote docs/results/{name}.md")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    write_atomic(ROOT / "README.md", with_table(text))
 
 
 if __name__ == "__main__":
