@@ -61,8 +61,8 @@ class Objective(ABC):
 class FrameObjective(Objective):
     r"""The states at M times: :math:`\frac1M \sum_m \lambda_m d(\hat x(t_m), x(t_m))`.
 
-    With ``drawn`` in the recipe, number and times of the frames are drawn for each forward pass; the
-    losses for the log are then that of all frames but the last, and that of the last.
+    Unless the recipe fixes them, number and times of the frames are drawn for each forward pass; the losses
+    for the log are then that of all frames but the last, and that of the last.
 
     Arguments:
         student: The student.
@@ -82,13 +82,10 @@ class FrameObjective(Objective):
     ) -> None:
         self.student, self.recipe, self.distance = student, recipe, distance
         self.stored, self.frames = list(stored), frames
-        self.columns = len(frames) if recipe.drawn is None else 2
+        self.counts = recipe.frame_counts
+        self.columns = len(frames) if self.counts is None else 2
         self._weights: dict[tuple[int, ...], Tensor] = {}
         self.weights(frames)  # refuses weights that do not fit, before the first step
-        if recipe.drawn is not None and not isinstance(recipe.weights, str):
-            raise ValueError(
-                "with drawn frames weights are snr or uniform, got a number for each frame"
-            )
 
     def weights(self, frames: Sequence[int]) -> Tensor:
         """Returns the weights of frames, with a mean of 1, float32."""
@@ -105,10 +102,10 @@ class FrameObjective(Objective):
         return self._weights[key]
 
     def drawn(self, part: int) -> list[int]:
-        if self.recipe.drawn is None:
+        if self.counts is None:
             return self.frames
         most = self.frames[-1] - 1  # the stored states between the input and the sample
-        low, high = (min(n, most + 1) for n in self.recipe.drawn)
+        low, high = (min(n, most + 1) for n in self.counts)
         draw = generator(self.recipe.seed, "frames", part)
         count = int(torch.randint(low, high + 1, (1,), generator=draw))
         between = torch.randperm(most, generator=draw)[: count - 1] + 1
@@ -118,12 +115,12 @@ class FrameObjective(Objective):
         self, call: Any, states: Tensor, cond: Mapping[str, Any], part: int, rank: int
     ) -> tuple[Tensor, Tensor]:
         frames = self.drawn(part)
-        if self.recipe.drawn is not None:
+        if self.counts is not None:
             self.student.set_times([self.stored[i] for i in frames])
         each = distances(self.distance, call(states[:, 0], **cond), states[:, 1:])
         weights = self.weights(frames).to(each.device)
         loss = (weights * each).mean()
-        if self.recipe.drawn is None:
+        if self.counts is None:
             return loss, each.detach()
         before = each[:-1].mean() if len(each) > 1 else each[-1]
         return loss, torch.stack([before, each[-1]]).detach()

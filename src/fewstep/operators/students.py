@@ -19,6 +19,7 @@ from fewstep.operators.operator import Operator
 from fewstep.operators.temporal import BASES
 
 DEFAULT_FRAMES = 4
+DRAWN = (2, 8)
 DEFAULT_BUDGETS = (1, 2, 4)
 PAIRS = ("steps", "all")
 
@@ -36,9 +37,10 @@ class DistillRecipe:
         times: The times of the frames, among the stored ones; or
         frames: their number M, spread evenly over the stored ones. The last is always the
             sample's. Left out, 4 (or all, if fewer are stored).
-        drawn: The least and the most frames of a forward pass, whose number and times are drawn among
-            the stored ones each time; ``None``: always those of ``times`` or ``frames``, which
-            in any case are those of the finished student. For students of several frames only.
+        drawn: The least and the most frames of a forward pass of a student of several frames: their number
+            and times are drawn among the stored ones each time, so that the student works at other times
+            too. ``"auto"``: 2 to 8, unless the basis is ``"dense"`` or each frame has its own weight;
+            ``"fixed"``: always those of ``times`` or ``frames``, which in any case are the finished student's.
         budgets: The numbers of evaluations of a flow map. Its knots are the stored times (or ``times``).
         pairs: The pairs of knots that a flow map is trained on: ``"steps"``, those of its budgets: to the
             next knot, or, with fresh noise in between, to the last; or ``"all"``.
@@ -67,7 +69,7 @@ class DistillRecipe:
     mode: str = "dsno"
     times: list[float] | None = None
     frames: int | None = None
-    drawn: list[int] | None = None
+    drawn: str | list[int] = "auto"
     budgets: list[int] | None = None
     pairs: str = "steps"
     modes: int = 2
@@ -145,17 +147,28 @@ class DistillRecipe:
             raise ValueError("a flow map has knots, not frames; give times, or leave both out")
         if self.budgets is not None:
             check_budgets(self.budgets, 4096)
-        if self.drawn is None:
+        if self.drawn in ("auto", "fixed"):
             return
-        whole = len(self.drawn) == 2 and all(type(n) is int for n in self.drawn)
-        if not whole or not 1 <= self.drawn[0] <= self.drawn[1]:
-            raise ValueError(f"drawn is the least and the most frames, got {self.drawn!r:.40}")
+        whole = isinstance(self.drawn, (list, tuple)) and all(type(n) is int for n in self.drawn)
+        if not whole or len(self.drawn) != 2 or not 1 <= int(self.drawn[0]) <= int(self.drawn[1]):
+            raise ValueError(
+                f"drawn is auto, fixed, or the least and the most frames, got {self.drawn!r:.40}"
+            )
         if kind.one_frame or kind.two_times:
             raise ValueError(f"drawn is for students of several frames, not for {self.mode}")
         if self.basis == "dense":
-            raise ValueError(
-                "the basis dense has a fixed number of frames; use dft or dct with drawn"
-            )
+            raise ValueError("the basis dense has a fixed number of frames; use dft or dct with drawn")
+        if not isinstance(self.weights, str):
+            raise ValueError("with drawn frames weights are snr or uniform, not one for each frame")
+
+    @property
+    def frame_counts(self) -> tuple[int, int] | None:
+        """The least and the most frames that are drawn, or ``None`` if frames are fixed."""
+        if self.drawn != "auto":
+            return None if isinstance(self.drawn, str) else (self.drawn[0], self.drawn[1])
+        kind = STUDENTS[self.mode]
+        varies = not kind.one_frame and not kind.two_times and self.basis != "dense"
+        return DRAWN if varies and isinstance(self.weights, str) else None
 
     def rate(self, step: int) -> float:
         """Returns the learning rate at a step."""
