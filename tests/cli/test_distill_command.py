@@ -147,3 +147,46 @@ def test_mistakes(more, command, folders, tmp_path, capsys):
     assert distill(folders, tmp_path / "out", *more) == 2
     assert command in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_flow_map_and_a_solver_from_one_of_its_knots(folders, tmp_path, capsys):
+    student, teacher = tmp_path / "student", folders / "model"
+    assert distill(folders, student, "--student", "flow-map", "--budgets", "1,2") == 0
+    assert "flow-map, 6 steps on cpu" in capsys.readouterr().out
+    sample = ["sample", str(student), "-n", "2", "--class-labels", "1"]
+    assert run([*sample, "--nfe", "2", "--out", str(tmp_path / "two")]) == 0
+    model = fewstep.load(student)
+    expected = fewstep.sample(model, 2, nfe=2, class_labels=1)
+    torch.testing.assert_close(drawn(tmp_path / "two"), expected)
+    fresh = ["--nfe", "2", "--option", "fresh=true", "--out", str(tmp_path / "fresh")]
+    assert run([*sample, *fresh]) == 0
+    assert not torch.allclose(drawn(tmp_path / "fresh"), expected, atol=1e-3)
+    capsys.readouterr()
+
+    from_frame = [*sample, "--from-frame", "1"]
+    whole = [
+        "--teacher",
+        str(teacher),
+        "--solver",
+        "ddim",
+        "--nfe",
+        "3",
+        "--out",
+        str(tmp_path / "on"),
+    ]
+    assert run([*from_frame, *whole]) == 0
+    assert f"--from-frame 1 --teacher {teacher}" in capsys.readouterr().out
+    continued = fewstep.operators.continued(model, fewstep.load(teacher), 1, solver="ddim")
+    expected = fewstep.sample(continued, 2, nfe=3, class_labels=1)
+    torch.testing.assert_close(drawn(tmp_path / "on"), expected)
+    about = json.loads((tmp_path / "on" / "recipe.json").read_text())["about"]
+    assert (about["from_frame"], about["teacher"]) == (1, str(teacher))
+    assert run([*from_frame, "--out", str(tmp_path / "off")]) != 0
+    assert "--from-frame and --teacher belong together" in capsys.readouterr().err
+    alone = ["sample", str(teacher), "--from-frame", "1", "--teacher", str(teacher)]
+    assert run([*alone, "--out", str(tmp_path / "off")]) != 0
+    assert "--from-frame is for an operator" in capsys.readouterr().err
+
+
+def drawn(folder):
+    return read_tensors(folder / "samples.safetensors")["samples"]

@@ -242,12 +242,12 @@ def test_budgets_by_every_way_to_ask(model, store, tmp_path):
     two = fewstep.sample(student, 3, recipe=tmp_path / "r.json", **LABELS)
     assert torch.equal(two, fewstep.sample(student, 3, nfe=2, **LABELS))
     for change, message in (
-        ({"nfe": 3}, "built-in sampler of 1 or 2 or 4 evaluations and cannot use another; leave nfe=3 out"),
+        ({"nfe": 3}, "built-in sampler of 1, 2 or 4 evaluations and cannot use another; leave nfe=3 out"),
         ({"solver": "ddim"}, "leave solver out"),
         ({"nfe": 2, "options": {"eta": 1.0}}, "leave eta out"),
         ({"recipe": tmp_path / "r.json", "nfe": 4}, "this recipe makes 2 evaluations, not 4"),
         ({"options": {"fresh": 3}}, "fresh is true or false, got 3"),
-        ({"recipe": fewstep.SamplerRecipe("operator", "operator", nfe=8)}, "makes 1 or 2 or 4 evaluations, not 8"),
+        ({"recipe": fewstep.SamplerRecipe("operator", "operator", nfe=8)}, "makes 1, 2 or 4 evaluations, not 8"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             fewstep.sample(student, 2, **change)

@@ -67,6 +67,8 @@ def sample(
     image: Path | None = None,
     strength: float | None = None,
     mask: Path | None = None,
+    from_frame: int | None = None,
+    teacher: str | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str | None = None,
@@ -106,6 +108,9 @@ def sample(
             evaluations are on it.
         mask: Inpainting: a picture, white where samples are new and black where they are --image; or a
             safetensors file with a tensor mask, 1 and 0. It needs no --strength.
+        from_frame: MODEL is an operator (`fewstep distill`): it is evaluated once, up to this frame, and
+            --solver continues from there with --teacher; --nfe counts all evaluations.
+        teacher: The model that the operator was distilled from, for --from-frame.
         seed: The seed; sample i depends on (seed, i) alone.
         device: Where to run: auto, cpu, cuda, mps.
         dtype: The type of the weights: float32 (the default), float16 or bfloat16; samples are float32.
@@ -141,6 +146,15 @@ def sample(
     given_device, device = device, check_device(device)
     denoiser = load_model(model, device, dtype, download=download)
     options = parse_options(option)
+    if (from_frame is None) != (teacher is None):
+        raise ValueError(
+            "--from-frame and --teacher belong together: the operator's frame, and the solver's model"
+        )
+    if from_frame is not None and teacher is not None:
+        denoiser = _continued(
+            denoiser, load_model(teacher, device, dtype), from_frame, solver, options, force
+        )
+        solver, options = None, {}
     if strength is not None:
         if "strength" in options:
             raise ValueError("strength is given twice, as --strength and as --option strength")
@@ -192,6 +206,8 @@ def sample(
         settings["prompt"] = prompt
     if dtype is not None:
         settings["dtype"] = dtype
+    if from_frame is not None:
+        settings |= {"from_frame": from_frame, "teacher": teacher}
     if image is not None:
         settings["image"] = str(image)
     if mask is not None:
@@ -299,12 +315,33 @@ def sample(
         prompt=prompt,
         image=image,
         mask=mask,
+        from_frame=from_frame,
+        teacher=teacher,
         device=None if given_device == "auto" else given_device,
         dtype=dtype,
         force=force,
         out=f"{out}-2",
     )
     say(f"next: {again}")
+
+
+def _continued(
+    student: Denoiser,
+    teacher: Denoiser,
+    frame: int,
+    solver: str | None,
+    options: Mapping[str, Any],
+    force: bool,
+) -> Denoiser:
+    """Returns the model that continues from a frame of an operator."""
+    from fewstep.operators.continued import continued
+    from fewstep.operators.model import OperatorModel
+
+    if not isinstance(student, OperatorModel):
+        raise ValueError("--from-frame is for an operator (the folder of fewstep distill)")
+    return continued(
+        student, teacher, frame, solver=solver or "auto", options=options, force=force
+    )
 
 
 def _image(file: Path, shape: tuple[int, ...], denoiser: Denoiser, n: int) -> Tensor:

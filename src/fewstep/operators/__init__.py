@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fewstep.operators.continued import continued as continued
 from fewstep.operators.distillation import distill as distill
 from fewstep.operators.flow_map import FlowMap as FlowMap
 from fewstep.operators.folder import read_operator as read_operator

@@ -14,6 +14,7 @@ from fewstep.operators.insertion import Site, blocks
 from fewstep.operators.layout import SECOND_TIME, Layout, output_map
 from fewstep.operators.operator import Operator, TrajectoryOperator
 from fewstep.operators.second_time import SecondTime, time_sites
+from fewstep.sampling.protocol import budgets_text
 
 
 class FlowMap(Operator):
@@ -72,8 +73,7 @@ class FlowMap(Operator):
             ValueError: If the budget is not one of ``layout.budgets``.
         """
         if nfe not in self.layout.budgets:
-            known = ", ".join(map(str, self.layout.budgets))
-            raise ValueError(f"this flow map makes {known} evaluations, not {nfe}")
+            raise ValueError(f"this operator makes {budgets_text(self.layout.budgets)}, not {nfe}")
         return spread(len(self.layout.times), nfe)
 
     def _lay_out(self) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,7 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.flow_map import FlowMap
 from fewstep.operators.operator import Operator, TrajectoryOperator
-from fewstep.sampling.protocol import BuiltInSampler, Run, Trajectory
-
-S = TypeVar("S", bound=BuiltInSampler)
+from fewstep.sampling.protocol import BuiltInSampler, Run, Trajectory, budgets_text
 
 
 class OperatorModel(Denoiser):
@@ -97,7 +96,8 @@ class OperatorSampler:
 
     def configured(self, nfe: int, **options: Any) -> OperatorSampler:
         """Returns itself, the only one."""
-        return _checked(self, nfe, options)
+        check_request(self, nfe, options)
+        return self
 
     def start(self, noise: Tensor) -> Tensor:
         r"""Returns :math:`\sigma_T z`."""
@@ -160,10 +160,10 @@ class FlowMapSampler:
         Raises:
             ValueError, TypeError: If it has no such budget or option.
         """
-        checked = _checked(self, nfe, options)
+        check_request(self, nfe, options)
         if not isinstance(options.get("fresh", False), bool):
             raise ValueError(f"fresh is true or false, got {options['fresh']!r:.40}")
-        return replace(checked, nfe=nfe, **options)
+        return replace(self, nfe=nfe, **options)
 
     def start(self, noise: Tensor) -> Tensor:
         r"""Returns :math:`\sigma_T z`."""
@@ -200,13 +200,16 @@ class FlowMapSampler:
         return float(ratio) * x + added * z
 
 
-def _checked(sampler: S, nfe: int, options: dict[str, Any]) -> S:
+def check_request(sampler: BuiltInSampler, nfe: int, options: Mapping[str, Any]) -> None:
+    """Raises unless a built-in sampler has this budget and these options.
+
+    Raises:
+        ValueError, TypeError: If it has not.
+    """
     if nfe not in sampler.budgets:
-        known = " or ".join(map(str, sampler.budgets))
-        raise ValueError(f"this operator makes {known} evaluations, not {nfe}")
+        raise ValueError(f"this operator makes {budgets_text(sampler.budgets)}, not {nfe}")
     if extra := sorted(set(options) - set(sampler.options)):
         raise TypeError(f"this operator has no option {extra[0]!r}")
-    return sampler
 
 
 def check_finite(x: Tensor, run: Run) -> None:

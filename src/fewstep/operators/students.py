@@ -157,9 +157,13 @@ class DistillRecipe:
         if kind.one_frame or kind.two_times:
             raise ValueError(f"drawn is for students of several frames, not for {self.mode}")
         if self.basis == "dense":
-            raise ValueError("the basis dense has a fixed number of frames; use dft or dct with drawn")
+            raise ValueError(
+                "the basis dense has a fixed number of frames; use dft or dct with drawn"
+            )
         if not isinstance(self.weights, str):
-            raise ValueError("with drawn frames weights are snr or uniform, not one for each frame")
+            raise ValueError(
+                "with drawn frames weights are snr or uniform, not one for each frame"
+            )
 
     @property
     def frame_counts(self) -> tuple[int, int] | None:

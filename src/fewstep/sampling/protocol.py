@@ -99,7 +99,7 @@ class BuiltInSampler(Sampler, Protocol):
         ...
 
     @property
-    def budgets(self) -> tuple[int, ...]:
+    def budgets(self) -> Sequence[int]:
         """The numbers of evaluations that it makes."""
         ...
 
@@ -119,6 +119,13 @@ class BuiltInSampler(Sampler, Protocol):
 
 def refusal(own: BuiltInSampler, given: str) -> str:
     """Returns the message for a request beside a built-in sampler."""
-    several = own.budgets != (1,)
-    budgets = " or ".join(map(str, own.budgets)) if several else "one"
-    return BUILT_IN_SAMPLER.format(f"{budgets} evaluation{'s' * several}", given)
+    return BUILT_IN_SAMPLER.format(budgets_text(own.budgets), given)
+
+
+def budgets_text(budgets: Sequence[int]) -> str:
+    """Returns budgets in words: "one evaluation", "1, 2 or 4 evaluations", "2 to 1000 evaluations"."""
+    if len(budgets) == 1:
+        return "one evaluation" if budgets[0] == 1 else f"{budgets[0]} evaluations"
+    if isinstance(budgets, range):
+        return f"{budgets[0]} to {budgets[-1]} evaluations"
+    return f"{', '.join(map(str, budgets[:-1]))} or {budgets[-1]} evaluations"
