@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +173,7 @@ def speed(options: argparse.Namespace) -> None:
             t = torch.full((batch,), 500.0)
             runs: dict[str, Any] = {"teacher": lambda: model.raw(x, t, class_labels=y)}  # noqa: B023
             for name, folder in pairs(options.student).items():
-                operator = fewstep.load(folder).operator  # type: ignore[attr-defined]
-                runs[name] = lambda o=operator: o(x, class_labels=y)  # noqa: B023
+                runs[name] = once(folder, x, y)
             for frames in (1, 2, 4, 8):
                 stored = [999.0, *[999.0 * (1 - k / frames) ** 2 for k in range(1, frames + 1)]]
                 kind = "dsno" if frames > 1 else "endpoint"
@@ -198,6 +198,16 @@ def speed(options: argparse.Namespace) -> None:
                     )
                 )
     print_table(("network", "batch", "CPU ms", "samples/s of CPU", "of the teacher"), rows)
+
+
+def once(folder: str, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """Returns one evaluation of a student."""
+    student = fewstep.load(folder)
+    assert isinstance(student, OperatorModel)
+    operator: Any = student.operator
+    if isinstance(operator, FlowMap):
+        return lambda: operator.step(x, 0, len(operator.layout.times), class_labels=labels)
+    return lambda: operator(x, class_labels=labels)
 
 
 # What matters: students of a small teacher at equal training cost.
@@ -337,7 +347,8 @@ def cell(
     operator = student.operator
     rows = range(len(store) - HELDOUT, len(store))
     read = store.read(list(rows))
-    cond, x = dict(read.conditions), read.states[:, 0]
+    cond: dict[str, Any] = dict(read.conditions)
+    x = read.states[:, 0]
     noise = x / model.schedule.prior_std(float(store.times[0]))
     stored, target = store.times.tolist(), read.states[:, -1]
     result: dict[str, Any] = {

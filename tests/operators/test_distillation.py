@@ -168,6 +168,63 @@ def test_a_run_is_resumed_bit_for_bit(change, model, store, tmp_path):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
 
 
+def flow_of_patterns(model, n=192, std=0.5):
+    """Trajectories in closed form: a class has a pattern, around which its data are Gaussian."""
+    schedule, generator = model.schedule, torch.Generator().manual_seed(0)
+    times = torch.linspace(1, 0, 9, dtype=torch.float64) * schedule.t_max
+    times[-1] = schedule.t_min
+    alpha, sigma = schedule.scales(times)
+    labels = torch.arange(n) % 3
+    mean = torch.randn(3, 1, 8, 8, generator=generator).double()[labels]
+    x = torch.randn(n, 1, 8, 8, generator=generator).double() * sigma[0]
+    width = torch.sqrt((alpha * std).square() + sigma.square())
+    states = [alpha[k] * mean + width[k] / width[0] * (x - alpha[0] * mean) for k in range(9)]
+    settings = {"fingerprint": model.fingerprint()}
+    return Memory(times, torch.stack(states, 1).float(), {"class_labels": labels}, settings)
+
+
+@pytest.mark.slow
+def test_drawn_frames_make_the_error_independent_of_their_number(model, tmp_path):
+    """Error of the sample at 2, 4 and 8 frames: within 1.15 of each other; with 4 fixed frames it is not."""
+    store, worst = flow_of_patterns(model), {}
+    for drawn in ("auto", "fixed"):
+        student = distill(
+            model, store, tmp_path / drawn, mode="dsno", drawn=drawn, steps=160, batch_size=16,
+            learning_rate=1e-2, warmup=10, ema=0.97, lambda_max=10.0, heldout=16,
+            checkpoint_every=160,
+        )  # fmt: skip
+        rows, found = range(len(store) - 16, len(store)), []
+        for frames in (2, 4, 8):
+            index = [round(k * 8 / frames) for k in range(1, frames + 1)]
+            student.operator.set_times(store.times[index].tolist())
+            last = student_last(student.operator, store, rows) - store.states[rows.start :, -1]
+            found.append(float(last.square().mean().sqrt()))
+        assert max(found) < 0.15  # of a spread of 1.1: it has learned
+        worst[drawn] = max(found) / min(found)
+    assert worst["auto"] < 1.15 < worst["fixed"]
+
+
+def test_frames_are_drawn_from_an_address(model, store):
+    from fewstep.operators.objectives import FrameObjective
+
+    stored = [1.0 - k / 10 for k in range(10)]
+    make = lambda **change: FrameObjective(  # noqa: E731
+        make_student(model, DistillRecipe(frames=3, **change), [1.0, 0.9, 0.5, 0.05]),
+        DistillRecipe(frames=3, **change), L1(), stored, [3, 6, 9],
+    )  # fmt: skip
+    drawn_by = lambda objective: [objective.drawn(part) for part in range(200)]  # noqa: E731
+    drawn = drawn_by(make())
+    assert {len(frames) for frames in drawn} == set(range(2, 9))
+    assert all(frames == sorted(set(frames)) and frames[-1] == 9 for frames in drawn)
+    assert {k for frames in drawn for k in frames} == set(range(1, 10))
+    assert drawn_by(make()) == drawn
+    assert drawn_by(make(seed=1)) != drawn
+    few = make(drawn=[1, 2])
+    assert {len(few.drawn(part)) for part in range(50)} == {1, 2}
+    for change in ({"drawn": "fixed"}, {"basis": "dense"}, {"weights": [1.0, 1.0, 2.0]}):
+        assert make(**change).drawn(7) == [3, 6, 9]
+
+
 def test_accumulation_is_a_larger_batch(model, store, tmp_path):
     """20 trajectories, two halves or one batch: the same mean gradient, so the same step."""
     settings = {"mode": "endpoint", "loss": "l2", "steps": 1, "heldout": 4, "clip": 0.0}
@@ -346,6 +403,10 @@ def test_a_loss_or_a_student_is_a_class_and_a_line(model, store, tmp_path, monke
         ({"loss": "custom"}, "needs distance="),
         ({"steps": 0}, "steps must be a positive integer"),
         ({"frames": 2, "times": [0.1]}, "times or frames"),
+        ({"drawn": [0, 3]}, "drawn is auto, fixed, or the least and the most frames"),
+        ({"drawn": [2, 8], "mode": "endpoint"}, "drawn is for students of several frames"),
+        ({"drawn": [2, 8], "basis": "dense"}, "dense has a fixed number of frames"),
+        ({"drawn": [2, 8], "weights": [1.0] * 4}, "weights are snr or uniform, not one for each"),
         ({"ema": 1.5}, "ema must be between 0 and 1"),
         ({"learning_rate": float("nan")}, "learning_rate must be a number"),
     ],
