@@ -78,9 +78,14 @@ def write_atomic(
         FileExistsError: If it should be ``new`` and exists: of many writers one succeeds.
         OSError: If there is no space left; the message names the file and the number of bytes.
     """
-    path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     pieces = [data] if isinstance(data, bytes) else data
+    if isinstance(path, str) and "://" in path:
+        from fewstep.base.urls import write_remote
+
+        write_remote(path, list(pieces), new=new)
+        return Path(path)
+    path = Path(path)
     if not isinstance(pieces, Sequence):
         return _write_once(path, pieces, new, size)
     size = sum(map(len, pieces)) if size is None else size
@@ -240,7 +245,12 @@ def read_json(
             checksum; the message names the file.
     """
     name = f"{what} {str(path)!r}"
-    content = read_limited(path, what=name)
+    if isinstance(path, str) and "://" in path:
+        from fewstep.base.urls import Remote
+
+        content = Remote(path).read()
+    else:
+        content = read_limited(path, what=name)
     value = loads_json(content, what=name, checksum=checksum, infinite=infinite)
     if not foreign and CHECKSUM.encode() not in content:
         _mention(path)

@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from fewstep import __version__
 from fewstep.base.interrupts import Terminated, raise_on_sigterm
 from fewstep.cli._common import Flag, fail, is_verbose, set_verbosity
+from fewstep.cli._remote import local_arguments
 
 
 def app() -> App:
@@ -94,7 +95,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     raising = os.environ.get("FEWSTEP_TRACEBACK") == "1"
     try:
-        result = app().meta(list(arguments), exit_on_error=False, print_error=False)
+        with local_arguments(arguments) as words:
+            result = app().meta(words, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         command, saved = shlex.join(["fewstep", *arguments]), getattr(stop, "saved", None)

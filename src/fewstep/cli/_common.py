@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from fewstep.base.files import loads_json
 from fewstep.base.progress import SILENT, Progress
 from fewstep.base.registry import unknown
+from fewstep.base.urls import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +84,7 @@ def console(*, result: bool = False) -> Console:
 
 def say(text: str) -> None:
     """Writes a line about the run; it is not wrapped, so that paths can be copied."""
-    console().print(text, soft_wrap=True)
+    console().print(shown(text), soft_wrap=True)
 
 
 def say_result(text: str) -> None:
@@ -95,7 +96,7 @@ def fail(text: str, *, kind: str = "error") -> None:
     """Writes one red line to the error stream."""
     from rich.console import Console
 
-    line = " ".join(text.split())
+    line = " ".join(shown(text).split())
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
     line = line.encode("utf-8", "replace").decode()
     Console(stderr=True, highlight=False, markup=False, emoji=False).print(

@@ -104,6 +104,7 @@ def record(
 
 def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwrite: bool) -> int:
     from fewstep.base.processes import processes
+    from fewstep.trajectories.store import store_bytes
 
     if overwrite and processes().several:
         raise ValueError(
@@ -120,7 +121,7 @@ def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwr
     denoiser = load_model(model, device)
     with keeping(lambda: _kept(out)):
         store = _recorded(denoiser, out, given, options, model, overwrite=overwrite)
-    size = sum(path.stat().st_size for path in out.glob("shard-*.safetensors"))
+    size = store_bytes(store.folder, store.manifest)
     say(
         f"wrote {out}: {len(store)} trajectories, {len(store.times)} states each "
         f"({_size(size)}, {store.manifest.dtype})"

@@ -22,6 +22,7 @@ from fewstep.base.files import (
 )
 from fewstep.base.runs import difference, digest_of
 from fewstep.base.sharing import live_claims, sweep_claims
+from fewstep.base.urls import is_remote
 from fewstep.comparison.scores import estimate_from_record, estimate_record
 from fewstep.metrics import Estimate
 
@@ -106,6 +107,10 @@ class Store:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        if is_remote(folder):
+            raise ValueError(
+                f"compare writes to folders of this machine, got {folder!r}; fewstep compare --out takes URLs"
+            )
         self.folder = Path(folder)
         self._cells = self._question = ""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
+
+from fewstep.base.urls import shown
 
 
 def command(name: str, *arguments: object, **options: object) -> str:
@@ -35,4 +36,4 @@ def command(name: str, *arguments: object, **options: object) -> str:
 def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return str(Path(value)) if isinstance(value, Path) else str(value)
+    return shown(str(value))

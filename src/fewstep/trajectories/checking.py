@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.base.staging import opened
+from fewstep.base.urls import is_remote
 from fewstep.models.denoiser import Denoiser
 from fewstep.trajectories.manifest import DTYPES, Manifest, read_manifest, shard_count, shard_rows
-from fewstep.trajectories.shards import check_shard
+from fewstep.trajectories.shards import check_shard, local_shard
 from fewstep.trajectories.store import TrajectoryStore, missing_shards
 from fewstep.trajectories.writing import writer_of
 
@@ -62,12 +64,13 @@ def verify(
     Raises:
         ValueError: If there is no store, or it was recorded with another model.
     """
-    folder = Path(folder)
+    folder = opened(folder) if is_remote(folder) else Path(folder)
     manifest = read_manifest(folder)
     writer = None if denoiser is None else writer_of(denoiser, folder, manifest)
     missing = missing_shards(folder, manifest)
     damaged = {}
     for shard in sorted(set(range(shard_count(manifest))) - set(missing)):
+        local_shard(folder, shard)
         problem = check_shard(folder, manifest, shard)
         if problem is not None:
             damaged[shard] = problem

@@ -3,6 +3,7 @@ r"""Recording: trajectories of a model into a store, by any number of writers.""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from fewstep.base.files import read_json
 from fewstep.base.progress import Progress, progress_of
+from fewstep.base.staging import remote_of, staged
+from fewstep.base.urls import is_remote
 from fewstep.diffusion.grids import TimeGrid
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.denoiser import Denoiser
@@ -162,11 +165,15 @@ def record(
         knots=chosen.knots,
         about=dict(about or {}),
     )
-    folder = Path(folder)
-    _begin(folder, overwrite=overwrite)
-    writer = Writer(folder, write_manifest(folder, manifest), sampler, rules)
-    with progress_of(progress) as shown:
-        writer.run(shown)
+    with staged(folder) if is_remote(folder) else nullcontext(Path(folder)) as place:
+        _begin(place, overwrite=overwrite)
+        writer = Writer(place, write_manifest(place, manifest), sampler, rules)
+        if (remote := remote_of(place)) is not None and not remote.exists(MANIFEST):
+            remote.put(
+                place / MANIFEST, MANIFEST
+            )  # before the shards, which mean nothing without it
+        with progress_of(progress) as shown:
+            writer.run(shown)
     return TrajectoryStore.open(folder)
 
 
@@ -183,24 +190,29 @@ def resume(
     Raises:
         ValueError: If there is no store, or it was begun with another model.
     """
-    folder = Path(folder)
-    writer = writer_of(denoiser, folder, read_manifest(folder))
-    with progress_of(progress) as shown:
-        writer.run(shown)
+    with staged(folder) if is_remote(folder) else nullcontext(Path(folder)) as place:
+        writer = writer_of(denoiser, place, read_manifest(place))
+        with progress_of(progress) as shown:
+            writer.run(shown)
     return TrajectoryStore.open(folder)
 
 
 def _begin(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; a store of trajectories is a folder")
-    shards = list(folder.glob("shard-*.safetensors"))
+    shards, remote = list(folder.glob("shard-*.safetensors")), remote_of(folder)
+    remote_shards = [
+        name
+        for name in ([] if remote is None else remote.sizes())
+        if Path(name).match("shard-*.safetensors")
+    ]
     if overwrite:
         if (writer := live_writer(folder)) is not None:
             raise ValueError(
                 f"{str(folder)!r} is being recorded by {writer}; wait until it has finished, or use another "
                 "folder"
             )
-        if not shards and not _is_ours(folder / MANIFEST):
+        if not (shards or remote_shards) and not _is_ours(folder / MANIFEST):
             raise ValueError(
                 f"{str(folder / MANIFEST)!r} is not the manifest of a store and is not deleted; "
                 "use another folder"
@@ -208,7 +220,10 @@ def _begin(folder: Path, *, overwrite: bool) -> None:
         # The manifest last: without it the rest is not a store.
         for path in [*folder.glob("partial-*.safetensors"), *shards, folder / MANIFEST]:
             path.unlink(missing_ok=True)
-    elif shards and not (folder / MANIFEST).exists():
+        if remote is not None:
+            for name in [*remote_shards, MANIFEST]:
+                remote.remove(name)
+    elif (shards or remote_shards) and not (folder / MANIFEST).exists():
         raise ValueError(
             f"{str(folder)!r} has shards without a {MANIFEST}; give --overwrite (overwrite=True) "
             "to begin again, or another folder"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import loads_json, read_tensors_and_metadata, write_tensors
+from fewstep.base.staging import remote_of
 from fewstep.trajectories.conditions import TYPES
 from fewstep.trajectories.manifest import DTYPES, Manifest, settings_hash, shard_rows
 
@@ -65,6 +66,14 @@ class Shard:
 def shard_file(folder: Path, shard: int) -> Path:
     """Returns the path of a shard: formed from its number, never read from a file."""
     return folder / f"shard-{shard:05d}.safetensors"
+
+
+def local_shard(folder: Path, shard: int) -> Path:
+    """Returns the path of a shard; that of a store with a URL is copied here when it is first needed."""
+    file, remote = shard_file(folder, shard), remote_of(folder)
+    if remote is not None and not file.exists() and remote.exists(file.name):
+        remote.get(file.name, file)
+    return file
 
 
 def parts(manifest: Manifest, shard: int) -> dict[str, Part]:

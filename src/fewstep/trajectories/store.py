@@ -12,10 +12,12 @@ import numpy
 import torch
 from torch import Tensor
 
+from fewstep.base.staging import opened, remote_of
+from fewstep.base.urls import is_remote
 from fewstep.diffusion.noise import generator_at
 from fewstep.trajectories.conditions import TYPES
 from fewstep.trajectories.manifest import DTYPES, Manifest, read_manifest, settings, shard_count
-from fewstep.trajectories.shards import Shard, check_shard, open_shard, shard_file
+from fewstep.trajectories.shards import Shard, check_shard, local_shard, open_shard, shard_file
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ class TrajectoryStore:
     def open(cls, folder: str | Path) -> TrajectoryStore:
         """Opens a store.
 
+        Arguments:
+            folder: The folder, or its URL (``s3://bucket/store``): shards are then copied when they are first read.
+
         Raises:
             ValueError: If there is none, its manifest is damaged, or shards are missing.
         """
-        folder = Path(folder)
+        folder = opened(folder) if is_remote(folder) else Path(folder)
         manifest = read_manifest(folder)
         missing = missing_shards(folder, manifest)
         if missing:
@@ -70,9 +75,10 @@ class TrajectoryStore:
     def __len__(self) -> int:
         return self.manifest.n
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path | str]]:
         # Another process maps the files itself; pickled maps would be copies.
-        return TrajectoryStore.open, (self.folder,)
+        remote = remote_of(self.folder)
+        return TrajectoryStore.open, (self.folder if remote is None else remote.url,)
 
     @property
     def times(self) -> Tensor:
@@ -144,6 +150,7 @@ class TrajectoryStore:
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:
             # Once per file and process: reading all of it also fills the page cache.
+            local_shard(self.folder, number)
             problem = check_shard(self.folder, self.manifest, number)
             if problem is not None:
                 path = shard_file(self.folder, number)
@@ -158,7 +165,19 @@ def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
     """Returns the numbers of the missing shards."""
     # One listing: with 10^5 shards on a network file system a look at each is minutes.
     names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set[str]()
+    if (remote := remote_of(folder)) is not None:
+        names |= remote.sizes().keys()
     return [s for s in range(shard_count(manifest)) if shard_file(folder, s).name not in names]
+
+
+def store_bytes(folder: Path, manifest: Manifest) -> int:
+    """Returns the size of all shards, in bytes."""
+    files = [shard_file(folder, shard) for shard in range(shard_count(manifest))]
+    remote = remote_of(folder)
+    if remote is None:
+        return sum(file.stat().st_size for file in files)
+    sizes = remote.sizes()
+    return sum(sizes[file.name] for file in files)
 
 
 def _gather(rows: Sequence[tuple[Shard, int]], name: str, about: Mapping[str, Any]) -> Tensor:

@@ -12,8 +12,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.sampling.resolve import plan as make_plan
 from fewstep.studies.spectrum import Spectrum, time_spectrum
-from fewstep.trajectories.shards import shard_file
-from fewstep.trajectories.store import TrajectoryStore
+from fewstep.trajectories.store import TrajectoryStore, store_bytes
 from fewstep.trajectories.writing import writer_of
 
 DENSE = 32
@@ -57,8 +56,7 @@ def statistics(store: TrajectoryStore, *, most: int = 4096) -> Statistics:
     count = n * max(1, torch.Size(store.event_shape).numel())
     mean = total / count
     std = (square / count - mean.square()).clamp_min(0).sqrt()
-    shards = range(-(-len(store) // store.manifest.shard_size))
-    size = sum(shard_file(store.folder, shard).stat().st_size for shard in shards)
+    size = store_bytes(store.folder, store.manifest)
     return Statistics(n, size, store.times, mean, std, low, high)
 
 

@@ -19,6 +19,8 @@ from fewstep.base.interrupts import unbroken
 from fewstep.base.locks import PATIENCE, Lock
 from fewstep.base.processes import processes
 from fewstep.base.progress import SILENT, Progress
+from fewstep.base.staging import remote_of
+from fewstep.base.urls import Remote
 from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Clipped, Guided, Thresholded
@@ -95,6 +97,9 @@ class Writer:
             progress.stage("checking shards", len(complete))
         for shard in complete:
             # Damaged before this run; shards that appear during it were just written atomically.
+            # Of a remote store only those that are here: the others were copied whole.
+            if self._remote is not None and not shard_file(self.folder, shard).exists():
+                continue
             if check_shard(self.folder, self.manifest, shard) is not None:
                 shard_file(self.folder, shard).unlink(missing_ok=True)
             progress.tick()
@@ -124,6 +129,14 @@ class Writer:
         count.set(self.manifest.n)
         self._sweep()
 
+    @property
+    def _remote(self) -> Remote | None:
+        return remote_of(self.folder)
+
+    def _exists(self, shard: int) -> bool:
+        file = shard_file(self.folder, shard)
+        return file.exists() or (self._remote is not None and self._remote.exists(file.name))
+
     def _complete(self) -> set[int]:
         every = set(range(shard_count(self.manifest)))
         return every - set(missing_shards(self.folder, self.manifest))
@@ -134,13 +147,13 @@ class Writer:
 
     def _take(self, shard: int, count: _Count) -> bool:
         """Computes a shard unless it exists or is claimed; returns whether it did."""
-        if shard_file(self.folder, shard).exists():
+        if self._exists(shard):
             return False
         claim = Claim(self.folder, shard)
         if not claim.take():
             return False
         with claim.held():
-            if not shard_file(self.folder, shard).exists():
+            if not self._exists(shard):
                 before = count.last  # others' shards are counted when the folder is listed again
                 self.make(shard, lambda rows: count.set(before + rows))
         return True
@@ -169,6 +182,9 @@ class Writer:
         tensors |= {f"condition.{name}": value for name, value in values.items()}
         written = write_shard(self.folder, self.manifest, shard, tensors)
         partial_file(self.folder, shard).unlink(missing_ok=True)
+        if self._remote is not None:
+            self._remote.put(written, written.name)
+            written.unlink()
         return written
 
     def conditions(self, rows: Sequence[int]) -> dict[str, Tensor]:
