@@ -322,3 +322,20 @@ def test_the_workflow_fits_the_nodes(pack: Any) -> None:
         assert len(node["widgets_values"]) == len(widgets)
         for value, (kind, *_) in zip(node["widgets_values"], widgets, strict=True):
             assert not isinstance(kind, list) or value in kind
+
+
+def test_the_picture_of_the_workflow_has_its_nodes() -> None:
+    pytest.importorskip("matplotlib")
+    path = PACK.parents[1] / "scripts" / "comfyui_picture.py"
+    spec = importlib.util.spec_from_file_location("comfyui_picture", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    content = json.loads((PACK / "workflow.json").read_text(encoding="utf-8"))
+    texts = {text.get_text() for text in script.picture(content).axes[0].texts}
+    for node in content["nodes"]:
+        assert script.TITLES[node["type"]] in texts
+        assert {str(v) for v in node["widgets_values"] if isinstance(v, str)} <= texts
+    assert "](workflow.png)" in (PACK / "README.md").read_text(encoding="utf-8")
+    assert (PACK / "workflow.png").read_bytes().startswith(b"\x89PNG")

@@ -236,6 +236,15 @@ def ipndm(x: Tensor, s: list[float], draw: Draw) -> Tensor:
     return x
 
 
+def gradient_estimation(x: Tensor, s: list[float], draw: Draw) -> Tensor:
+    before = None
+    for a, b in itertools.pairwise(s):
+        slope = (x - _d(x, a)) / a
+        bar = slope if before is None or b == 0 else 2 * slope - before
+        x, before = x + (b - a) * bar, slope
+    return x
+
+
 def lcm(x: Tensor, s: list[float], draw: Draw) -> Tensor:
     for a, b in itertools.pairwise(s):
         x = _d(x, a) + (b * draw(a, b) if b > 0 else 0.0)
@@ -283,7 +292,7 @@ RULES: dict[str, Callable[[Tensor, list[float], Draw], Tensor]] = {
     for rule in (
         *(euler, heun, dpm_2, lms, dpmpp_2m, res_multistep, ipndm),
         *(euler_ancestral, dpm_2_ancestral, dpmpp_2s_ancestral, dpmpp_sde, dpmpp_2m_sde),
-        *(dpmpp_3m_sde, lcm, ddpm),
+        *(dpmpp_3m_sde, lcm, ddpm, gradient_estimation),
     )
 }
 

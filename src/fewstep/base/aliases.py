@@ -73,7 +73,7 @@ ALIASES: tuple[Alias, ...] = (
     Alias("solver", "sa_solver", "sa-solver", {"predictor": 3, "corrector": 3}, match=NEAR, note="theirs has a corrector of order 4, and noise in the middle only"),
     Alias("solver", "seeds_2", "dpmpp-sde", match=NEAR, note="both have a stage within the step and noise in both halves"),
     Alias("solver", "exp_heun_2_x0", "res-2s", {"c2": 1.0}, match=NEAR, note="exponential Heun; theirs has other weights of the last step"),
-    Alias("solver", "gradient_estimation", "ipndm", {"answers": 2}, match=NEAR, note="theirs weights the last two outputs 2 and -1"),
+    Alias("solver", "gradient_estimation", "gradient-estimation"),
     Alias("solver", "res_2m", "res-2m", LAST, (RES4LYF,), NEAR, SAME_TABLE),
     Alias("solver", "res_3m", "res-3m", LAST, (RES4LYF,), NEAR, "theirs has other weights of third order"),
     Alias("solver", "res_2s", "res-2s", {}, (RES4LYF,), NEAR, SAME_TABLE),

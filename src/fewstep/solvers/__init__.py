@@ -16,7 +16,7 @@ from fewstep.solvers.accelerated import (
     DDIMTheory,
     DDPMTheory,
 )
-from fewstep.solvers.adams import IPNDM, PNDM, TAB, LogRhoAB, RhoAB
+from fewstep.solvers.adams import IPNDM, PNDM, TAB, GradientEstimation, LogRhoAB, RhoAB
 from fewstep.solvers.adaptive import Dopri5
 from fewstep.solvers.ancestral import (
     LCM,
@@ -78,6 +78,7 @@ SOLVERS: Registry[Callable[..., Solver]] = Registry(
         "rho-rk4": RhoRK4,
         "multistep": Multistep,
         "ipndm": IPNDM,
+        "gradient-estimation": GradientEstimation,
         "pndm": PNDM,
         "analytic-ddim": AnalyticDDIM,
         "accelerated-ddim": AcceleratedDDIM,
