@@ -28,6 +28,21 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of one file run in one process; those over diffusers, which costs seconds, all in one."""
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            over_diffusers = nodeid.startswith("tests/adapters/")
+            return "tests/adapters" if over_diffusers else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 def pytest_unconfigure() -> None:
     """Pytest looks for garbage five times at the end, among all modules; once will do."""
     gc.collect()
@@ -94,6 +109,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """A test that fails shows its log, too."""
     if call.excinfo is not None and LOG.kept:
         item.add_report_section(call.when, "log", LOG.text)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_convolutions() -> None:
+    """Of a few small images oneDNN takes three times as long as the plain convolution."""
+    import torch
+
+    torch._C._set_mkldnn_enabled(False)
 
 
 @pytest.fixture(autouse=True)

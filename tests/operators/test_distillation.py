@@ -236,7 +236,7 @@ def test_accumulation_is_a_larger_batch(model, store, tmp_path):
     moments = [key for key in one if key.endswith("exp_avg")]
     assert moments
     for key in moments:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=5e-8)
 
 
 def test_checkpointing_changes_no_gradient(model, store, tmp_path):

@@ -598,6 +598,7 @@ def test_one_evaluation_under_autocast():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiles_as_a_whole():
     """One graph without breaks, forward and backward, and the same numbers."""
     model = teacher(channels=[8], blocks=[1], attention=[])

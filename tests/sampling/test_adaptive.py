@@ -315,14 +315,14 @@ def test_likelihood_of_a_gaussian(name):
     last = a1 * mean + stretch * (x - a0 * mean)
     prior = torch.distributions.Normal(0.0, torch.tensor(s1, dtype=torch.float64))
     expected = prior.log_prob(last).sum(1) + 3 * math.log(stretch)
-    result = log_likelihood(denoiser, x, exact=True, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(result.nats, expected, rtol=0, atol=1e-4)
+    result = log_likelihood(denoiser, x, exact=True, rtol=5e-7, atol=5e-7)
+    torch.testing.assert_close(result.nats, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(
-        result.bits_per_dim, -expected / (3 * math.log(2)), rtol=0, atol=1e-4
+        result.bits_per_dim, -expected / (3 * math.log(2)), rtol=0, atol=1e-5
     )
     # The Jacobian is a multiple of the identity, so that every sign probe is exact.
-    probed = log_likelihood(denoiser, x, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(probed.nats, expected, rtol=0, atol=1e-4)
+    probed = log_likelihood(denoiser, x, rtol=5e-7, atol=5e-7)
+    torch.testing.assert_close(probed.nats, expected, rtol=0, atol=1e-5)
 
 
 def test_likelihood_of_a_mixture():

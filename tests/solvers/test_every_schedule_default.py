@@ -49,11 +49,18 @@ def _heun_in_time(exact: GaussianMixture, nfe: int, draw: torch.Tensor) -> torch
 
 
 @functools.cache
+def _truth(where: str) -> tuple[GaussianMixture, torch.Tensor, torch.Tensor]:
+    noise = schedule_of(where)
+    exact, draw = smooth(noise), normal(32, 2)
+    grid = fewstep.grid("log-rho", noise, 300)
+    return exact, draw, run(exact, SOLVERS["tab3"]().plan(grid), draw)
+
+
+@functools.cache
 def _textbook(where: str, nfe: int) -> tuple[GaussianMixture, torch.Tensor, torch.Tensor, float]:
     """The best of Euler in t, DDIM (evenly in t and in log rho) and Heun in t."""
     noise = schedule_of(where)
-    exact, draw = smooth(noise), normal(32, 2)
-    truth = run(exact, SOLVERS["tab3"]().plan(fewstep.grid("log-rho", noise, 300)), draw)
+    exact, draw, truth = _truth(where)
     samples = [_heun_in_time(exact, nfe, draw)]
     for name, kind in itertools.product(("euler", "ddim"), ("uniform", "log-rho")):
         samples.append(run(exact, fewstep.plan(name, noise, nfe=nfe, grid=kind), draw))

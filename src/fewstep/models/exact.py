@@ -66,16 +66,14 @@ class GaussianMixture(Denoiser):
         self.data_mean, self.data_std = mean, (self.weights[:, None] * spread).sum(0).sqrt()
 
     def _parts(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns sigma (B, 1), variances (B, K), offsets (B, K, D), log joint densities (B, K)."""
+        """Returns sigma (B, 1), variances (B, K), offsets (B, K, D), and log joint densities (B, K), of which a constant is left out."""
         t = t.to(torch.float64)
         alpha, sigma = (f.exp().to(x)[:, None] for f in self.schedule.log_scales(t))
-        variance = alpha.square() * self.stds.to(x).square() + sigma.square()
-        offset = x[:, None, :] - alpha[:, :, None] * self.means.to(x)
-        log_joint = (
-            self.weights.to(x).log()
-            - offset.square().sum(-1) / (2 * variance)
-            - x.shape[-1] / 2 * torch.log(2 * math.pi * variance)
-        )
+        variance = torch.addcmul(sigma.square(), alpha.square(), self.stds.to(x).square())
+        offset = torch.addcmul(x[:, None, :], alpha[:, :, None], self.means.to(x), value=-1)
+        log_joint = torch.addcdiv(
+            self.weights.to(x).log(), offset.square().sum(-1), variance, value=-0.5
+        ).sub(variance.log(), alpha=x.shape[-1] / 2)
         return sigma, variance, offset, log_joint
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
@@ -87,7 +85,7 @@ class GaussianMixture(Denoiser):
     def log_prob(self, x: Tensor, t: Tensor | float) -> Tensor:
         r"""Returns :math:`\log p_t(x)` in nats, with shape (B)."""
         times = torch.as_tensor(t, dtype=torch.float64).expand(x.shape[0])
-        return self._parts(x, times)[3].logsumexp(-1)
+        return self._parts(x, times)[3].logsumexp(-1) - x.shape[-1] / 2 * math.log(2 * math.pi)
 
     def draw(self, n: int, *, t: float | None = None, seed: int = 0) -> Tensor:
         """Returns n draws of the data, or of the noised data at time t, (n, D), float64."""
