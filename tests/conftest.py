@@ -162,6 +162,15 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def few_hypotheses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model check's 116 hypotheses are tested on closed forms; elsewhere some of each kind will do."""
+    from fewstep.studies import checking
+
+    monkeypatch.setattr(checking, "schedules_to_try", lambda claimed: [claimed])
+    monkeypatch.setattr(checking, "conventions_for", lambda schedule: ["as claimed", "t / t_max"])
+
+
+@pytest.fixture
 def quiet_diffusers() -> None:
     """Its logger writes advice to the error stream."""
     diffusers = pytest.importorskip("diffusers")

@@ -147,15 +147,6 @@ COMPARE = ("compare", ["--solvers", "ddim,tab2", "--nfe", "3", "--reference-nfe"
 ANALYZE = ("analyze", ["--nfe", "5", "--budget", "0.02"])
 
 
-@pytest.fixture
-def few_hypotheses(monkeypatch):
-    """The check's 116 hypotheses are tested on closed forms; here some of each kind will do."""
-    from fewstep.studies import checking
-
-    monkeypatch.setattr(checking, "schedules_to_try", lambda claimed: [claimed])
-    monkeypatch.setattr(checking, "conventions_for", lambda schedule: ["as claimed", "t / t_max"])
-
-
 @pytest.mark.parametrize(
     ("kind", "command", "options"),
     [

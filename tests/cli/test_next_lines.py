@@ -29,7 +29,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("undrawn", "few_hypotheses")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -269,6 +269,7 @@ def test_sharp_data_gain_from_advice_too():
     assert found.best.score <= found.default.score
 
 
+@pytest.mark.usefixtures("few_hypotheses")
 def test_a_network_of_whole_indices_is_studied(tmp_path):
     ddpm = fewstep.schedule("ddpm-linear")
     exact = smooth(ddpm)
@@ -356,6 +357,7 @@ def test_stages_of_another_study_are_refused(tmp_path, monkeypatch):
         study(subject(), tmp_path, **options)
 
 
+@pytest.mark.usefixtures("few_hypotheses")
 def test_fitted_weights_take_part_and_are_kept(tmp_path):
     from fewstep.studies import Subject, study
 
