@@ -241,10 +241,12 @@ class Integration:
         last = 1.01 * rows.h.abs() >= left.abs()
         u = torch.where(last, torch.full_like(left, self.end), rows.u + rows.h)
         h = u - rows.u
-        start = self._place(rows.u)
+        nodes = torch.tensor(NODES[1:], dtype=u.dtype)[:, None]
+        points = torch.where(nodes == 1, u, rows.u + nodes * h)
+        parts = self._place(torch.cat([rows.u[None], points]))
+        start, *ahead = (Place(*at) for at in zip(*(p.unbind() for p in parts), strict=True))
         stages, slopes, x = [start], [rows.slope], rows.x
-        for coefficients, c in zip(STAGES[1:], NODES[1:], strict=True):
-            place = self._place(u if c == 1 else rows.u + c * h)
+        for coefficients, place in zip(STAGES[1:], ahead, strict=True):
             weights = stage_weights(coefficients, h, start, stages, place)
             x = weights.apply(rows.x, [slope.eps for slope in slopes])
             stages.append(place)

@@ -69,8 +69,11 @@ def stage_weights(
 ) -> Weights:
     r"""Returns :math:`x = \alpha (x_n / \alpha_n + h \sum_j a_j \dot\rho_j \varepsilon_j)`."""
     terms = [j for j, a in enumerate(coefficients) if a]
-    values = [end.alpha * h * coefficients[j] * stages[j].rate for j in terms]
-    return Weights(end.alpha / start.alpha, terms, values)
+    rates = torch.stack([stages[j].rate for j in terms])
+    used = torch.tensor([coefficients[j] for j in terms], dtype=rates.dtype)
+    # All terms in three operations: batches are small, so operations are what a step costs.
+    values = end.alpha * h * used.reshape(-1, *[1] * (rates.ndim - 1)) * rates
+    return Weights(end.alpha / start.alpha, terms, list(values.unbind()))
 
 
 class Slope(NamedTuple):
