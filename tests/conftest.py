@@ -6,6 +6,7 @@ hands tests out to the others runs this file, too.
 
 from __future__ import annotations
 
+import functools
 import gc
 import html
 import logging
@@ -169,6 +170,16 @@ def few_hypotheses(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(checking, "schedules_to_try", lambda claimed: [claimed])
     monkeypatch.setattr(checking, "conventions_for", lambda schedule: ["as claimed", "t / t_max"])
+
+
+@pytest.fixture
+def coarse_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the evaluations of reference trajectories, where their numbers are not what is tested."""
+    from fewstep.studies import fit, stages
+
+    follow = functools.partial(stages.follow, intervals=12)
+    monkeypatch.setattr(stages, "follow", follow)
+    monkeypatch.setattr(fit, "INTERVALS", 12)
 
 
 @pytest.fixture

@@ -205,6 +205,7 @@ def test_training(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("coarse_references")
 def test_a_profile(here, there):
     one, two = both(*(here, there), lambda model: fewstep.fit(model, (2,), n=4, class_labels=1))
     assert two.solver_for(2) == one.solver_for(2)

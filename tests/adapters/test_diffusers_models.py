@@ -155,7 +155,7 @@ ANALYZE = ("analyze", ["--nfe", "5", "--budget", "0.02"])
         pytest.param("StableDiffusion", *ANALYZE, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.usefixtures("few_hypotheses", "undrawn")
+@pytest.mark.usefixtures("few_hypotheses", "coarse_references", "undrawn")
 def test_the_other_commands_take_pipelines(tmp_path, capsys, kind, command, options):
     from fewstep.base.files import read_json
     from fewstep.cli import run
@@ -269,6 +269,7 @@ def test_a_scheduler_saved_with_an_infinite_number_is_read(tmp_path, name):
     assert torch.allclose(schedule.lam(times), want.lam(times), atol=1e-3)
 
 
+@pytest.mark.usefixtures("coarse_references")
 def test_a_saved_pipeline_is_measured_with_a_prompt_and_guidance(tmp_path, capsys):
     """One command for the folder: its profile is taken by load, and by the scheduler of the pipeline."""
     from fewstep.adapters.diffusers import PlanScheduler

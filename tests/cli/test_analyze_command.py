@@ -17,7 +17,10 @@ from fewstep.sampling.recipe import SamplerRecipe
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn", "few_hypotheses")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("undrawn", "few_hypotheses", "coarse_references"),
+]
 
 SMALL = ["--nfe", "3,4", "-n", "8", "--budget", "0"]
 

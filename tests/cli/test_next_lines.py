@@ -29,7 +29,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 
-pytestmark = pytest.mark.usefixtures("undrawn", "few_hypotheses")
+pytestmark = pytest.mark.usefixtures("undrawn", "few_hypotheses", "coarse_references")
 
 
 @pytest.fixture(scope="module", autouse=True)
