@@ -521,8 +521,10 @@ def _of_recipe(
             )
     if isinstance(sampler, PlanSampler):
         _check_budget(request, "recipe", sampler.plan)
-        own = recipe.kind == "solver" and recipe.grid is None and "t_start" not in recipe.options
-        _check_image(sampler.plan, recipe.options, image=image, whole=own)
+        automatic = (
+            recipe.kind == "solver" and recipe.grid is None and "t_start" not in recipe.options
+        )
+        _check_image(sampler.plan, recipe.options, image=image, whole=automatic)
     elif isinstance(sampler, AdaptiveSampler):
         first = sampler.t_start or denoiser.schedule.t_max
         _check_start(denoiser.schedule, first, recipe.options, image=image)
