@@ -6,11 +6,12 @@ Usage:
     python benchmarks/distill.py speed --student endpoint=DIR ...
     python benchmarks/distill.py ablation --data FASHION_MNIST --out CELLS [--seeds 0,1]
 
-Each cell is a file in CELLS; a run that was interrupted goes on. ``quality``: FID to the training
+Each cell is a file in CELLS; an interrupted run is resumed. ``quality``: FID to the training
 images, in the features of both embedded extractors, and RMS distance to the teacher's sampler
 (`auto` with 10 evaluations) from the same noise, beside solvers; and a picture, a row each. ``speed``:
 one evaluation of student and teacher, in turn. ``ablation``: a small teacher of 14x14 images and
-students of equal training cost.
+students of equal training cost (``--cells`` chooses, ``--seconds`` stops, and the same command resumes).
+A flow map is measured at each of its budgets, along the trajectory and with fresh noise between.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("distill-cells"))
+    parser.add_argument("--recall", action="store_true", help="measure recall too (--json)")
     parser.add_argument("--cells", help="names of ablation cells with ; between; all if left out")
     parser.add_argument("--trajectories", type=int, default=8192)
     parser.add_argument("--teacher-steps", type=int, default=2000)
@@ -101,7 +103,16 @@ def quality(options: argparse.Namespace) -> None:
     for name, folder in pairs(options.student).items():
         student = fewstep.load(folder)
         assert isinstance(student, OperatorModel)
-        operator = student.operator
+        operator, mark = student.operator, student.fingerprint()[:8]
+        cost = flops(operator, {"class_labels": 0}) / base
+        if isinstance(operator, FlowMap):
+            for nfe in operator.layout.budgets:
+                for fresh in (False, True)[: 1 + (nfe > 1)]:
+                    title = f"student {name}, {nfe}{' with fresh noise' * fresh}"
+                    how: dict[str, Any] = {"nfe": nfe, "options": {"fresh": fresh}}
+                    samples = drawn(f"{title.replace(',', '')}-{mark}", student, **how)
+                    cells[title] = (nfe * cost, samples)
+            continue
         assert isinstance(operator, TrajectoryOperator)
         trained = operator.frames
         for frames in (trained, *(m for m in (2, 4, 8) if trained > 1 and m != trained)):
@@ -109,10 +120,8 @@ def quality(options: argparse.Namespace) -> None:
             if frames != trained:
                 start = operator.layout.start
                 operator.set_times([start * (1 - k / frames) ** 2 for k in range(1, frames + 1)])
-            cells[title] = (
-                flops(operator, {"class_labels": 0}) / base,
-                drawn(f"{title.replace(',', '')}-{student.fingerprint()[:8]}", student),
-            )
+                cost = flops(operator, {"class_labels": 0}) / base
+            cells[title] = (cost, drawn(f"{title.replace(',', '')}-{mark}", student))
     chosen = [name for name in options.solvers.split(",") if name]
     for name in chosen:
         how = SOLVERS[name]
@@ -122,19 +131,31 @@ def quality(options: argparse.Namespace) -> None:
         nfe = recipe.plan.nfe if recipe.plan is not None else recipe.nfe
         cells[f"tuned {name}"] = (float(nfe or 0), drawn(f"tuned-{name}", model, recipe=recipe))
     teacher = cells[TEACHER][1] if TEACHER in cells else drawn(TEACHER, model, **SOLVERS[TEACHER])
-    rows = []
+    rows, results = [], {}
     for name, (cost, x) in cells.items():
         found = [metrics.fid(x, reference) for reference in references]
         rms = (x - teacher).square().flatten(1).mean(1).sqrt()
         half = 1.96 * float(rms.std()) / n**0.5
         guessed = references[0].extractor.classify(x)  # type: ignore[union-attr]
+        right = float((guessed == labels).double().mean())
+        recall = metrics.precision_recall(x, references[0]).recall if options.recall else None
+        results[name] = {
+            "cost": cost,
+            "fid": {
+                features: [f.value, f.low, f.high]
+                for features, f in zip(EMBEDDED, found, strict=True)
+            },
+            "rms": float(rms.mean()),
+            "right": right,
+            "recall": None if recall is None else [recall.value, recall.low, recall.high],
+        }
         rows.append(
             (
                 name,
                 f"{cost:.2f}",
                 *(f"{f.value:.2f} ({f.low:.2f} to {f.high:.2f})" for f in found),
                 f"{float(rms.mean()):.4f} ± {half:.4f}",
-                f"{float((guessed == labels).double().mean()):.3f}",
+                f"{right:.3f}",
             )
         )
     head = (
@@ -150,6 +171,9 @@ def quality(options: argparse.Namespace) -> None:
     picture = image_grid(torch.cat(list(shown.values())), columns=SHOWN, row_labels=list(shown))
     picture.save(options.out / "samples.png")
     print("\ncost: in evaluations of the teacher's network, counted in FLOPs.")
+    if options.json:
+        about = {"n": n, "seed": options.seed, "teacher": model.fingerprint()}
+        write_json(options.json, {**about, "cells": results})
 
 
 def one_call(model: fewstep.Denoiser) -> int:

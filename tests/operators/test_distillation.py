@@ -428,6 +428,16 @@ def test_another_recipe_in_the_folder_is_refused(model, store, tmp_path):
         distill(model, store, tmp_path, **SHORT)
 
 
+def test_the_record_has_the_identity_of_teacher_store_and_extractor(model, store, tmp_path):
+    made = distill(model, store, tmp_path / "one", mode="endpoint", **SHORT)
+    about = made.about["training"]
+    assert (about["teacher"], about["extractor"]) == (model.fingerprint(), None)
+    other = Memory(store.times, store.states, store.conditions, store.settings | {"seed": 1})
+    again = distill(model, other, tmp_path / "two", mode="endpoint", **SHORT).about["training"]
+    assert len(about["store"]) == 64
+    assert again["store"] != about["store"]
+
+
 def test_a_run_is_not_resumed_with_another_teacher_or_store(model, store, tmp_path):
     with pytest.raises(Stop):
         distill(model, store, tmp_path, checkpoint_every=1, progress=Steps(stop=3), **SHORT)

@@ -355,7 +355,9 @@ class Trainer:
                 "trajectories": len(self.store),
                 "heldout_rms": self.heldout,
                 "loss": self.loss,
-                "teacher": self.store.settings.get("fingerprint"),
+                "teacher": self.inputs["teacher"],
+                "store": self.inputs["trajectories"],
+                "extractor": (self.inputs.get("features") or {}).get("sha256"),
                 "guidance": self.store.settings.get("guidance"),
             }
             write_operator(self.out, self.student, weights=self.average, training=about)
