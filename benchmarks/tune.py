@@ -1,6 +1,6 @@
 """Tuned samplers: what they gain, on which statistics, at what cost; and where they fail.
 
-Usage: python benchmarks/tune.py mixtures --out DIR [--only families,losses,budgets,seeds]
+Usage: python benchmarks/tune.py mixtures --out DIR [--only families,losses,budgets,seeds,ingredients]
        python benchmarks/tune.py fashion --out DIR --data FOLDER [--cells gs-5,ggdm-5,...]
                                  [--samples DIR of benchmarks/quality.py] [--pairs DIR]
        python benchmarks/tune.py free --out DIR --samples DIR    the training-free rows
@@ -77,6 +77,11 @@ FAMILIES = (
 LOSSES = ("linear", "cubic", "random", "gaussian", "mixture", "endpoint")
 SEARCHED = (("gs", "endpoint", None), ("ggdm+pred+time", "mmd", "gaussian"))
 """What is searched on mixtures at each budget: in the plane KID is of no use (see the losses)."""
+INGREDIENTS = (
+    ("gs", "endpoint"), ("gs", "endpoint+0.1*adversarial"), ("gs", "endpoint,adversarial-data"),
+    ("gs", "endpoint,mmd"), ("gs", "mmd"), ("gs+noise", "mmd"), ("gs+noise", "endpoint"),
+)  # fmt: skip
+"""On mixtures, at 3 and 5 evaluations: what an adversarial term and noise on the way bring."""
 SEED, N = 5000, 1000
 SCORES = ("FID", "FID robust", "FID random", "KID", "precision", "recall")
 """What is shown of the samples of `fashion`."""
@@ -149,9 +154,12 @@ def mixture_cell(
     model: Any = fewstep.load(name)
     if solver is None:
         solver = "ddpm" if kind.startswith("vars") else "ddim"
-        if kind in ("schedule", "ld3", "free", "gs"):
+        if kind in ("schedule", "ld3", "free", "gs", "gs+noise"):
             solver = "tab3"
-    search: dict[str, Any] = {**SEARCH, "batch_size": 64 if objective == "endpoint" else 256}
+    search: dict[str, Any] = {
+        **SEARCH,
+        "batch_size": 64 if objective.startswith("endpoint") else 256,
+    }
     if kernel is not None:
         search["kernel"] = kernel
     begun, cpu = time.perf_counter(), time.process_time()
@@ -168,6 +176,7 @@ def mixture_cell(
         "score": judged(model, made.plan),
         "count": made.recipe.about["learned"],
         "improved": made.improved,
+        "verdict": made.verdict.state,
         "loss": [losses[0], losses[-1]],
         "taken": [h["step"] for h in made.history if h["taken"]][-1],
         "held out": [made.history[0]["score"], made.history[-1]["score"]],
@@ -223,6 +232,14 @@ def mixtures(out: Path, only: set[str]) -> None:
                 cell(
                     f"losses.{kind}.{loss}",
                     lambda a=("mixture-sharp", 5, kind, objective, kernel, look): mixture_cell(*a),
+                )
+    if "ingredients" in only:
+        for steps in (3, 5):
+            for kind, objective in INGREDIENTS:
+                kernel = "gaussian" if "mmd" in objective else None
+                cell(
+                    f"ingredients.{steps}.{kind}.{objective}",
+                    lambda a=("mixture-sharp", steps, kind, objective, kernel): mixture_cell(*a),
                 )
     if "families" in only:
         for kind in FAMILIES:
@@ -440,6 +457,7 @@ def show(out: Path) -> None:
         ("families", "family"),
         ("losses", "family, loss"),
         ("seeds", "mixture, family, objective, seed"),
+        ("ingredients", "K, family, objective"),
     ):
         rows = [
             [
@@ -553,7 +571,7 @@ def main() -> None:
         choices=["mixtures", "fashion", "free", "other", "memory", "show", "table", "ratios"],
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="budgets,losses,families,seeds")
+    parser.add_argument("--only", default="budgets,losses,families,seeds,ingredients")
     parser.add_argument("--cells", default=",".join(CELLS))
     parser.add_argument("--data")
     parser.add_argument("--model", default="fashion", help="table: a name or a folder")

@@ -91,7 +91,7 @@ def tune(
         nfe: The number of network evaluations of the sampler.
         family: The parameters that are learned, a name in :data:`fewstep.learned.FAMILIES`.
         objective: Names in :data:`fewstep.learned.OBJECTIVES` (``"endpoint"``, ``"trajectory"``,
-            ``"mmd"``, ``"adversarial"``, ``"adversarial-data"``), weighted sums (``"mmd+0.1*endpoint"``) and stages (``"endpoint,mmd"``);
+            ``"mmd"``, ``"adversarial"``, ``"adversarial-data"``, ``"reward"``), weighted sums (``"mmd+0.1*endpoint"``) and stages (``"endpoint,mmd"``);
             ``"auto"`` is ``"endpoint,mmd"`` with data and ``"endpoint"`` without.
         data: Real data, needed by ``mmd``: an embedded name (``"fashion"``), a folder of images, an
             idx or npz file, a tensor of samples (n, \*), or a :class:`~fewstep.metrics.Reference`.
