@@ -339,3 +339,15 @@ def test_the_picture_of_the_workflow_has_its_nodes() -> None:
         assert {str(v) for v in node["widgets_values"] if isinstance(v, str)} <= texts
     assert "](workflow.png)" in (PACK / "README.md").read_text(encoding="utf-8")
     assert (PACK / "workflow.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_nodes_of_a_new_user(pack: Any) -> None:
+    """Theirs by name in both nodes, and ours in the lists of KSampler."""
+    nodes, patcher = pack.NODE_CLASS_MAPPINGS, Patcher("eps")
+    (sampler,) = nodes["FewstepSampler"]().sampler("dpmpp-2m")
+    (sigmas,) = nodes["FewstepSigmas"]().sigmas(patcher, "beta57", 6)
+    zeros = torch.zeros(4, 2)
+    samples = Guider(patcher).sample(Z * sigmas[0], zeros, sampler, sigmas, seed=3)
+    assert samples.shape == (4, 2)
+    assert bool(samples.isfinite().all())
+    assert "fewstep_unipc3" in sys.modules["comfy.samplers"].SAMPLER_NAMES

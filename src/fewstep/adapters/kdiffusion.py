@@ -86,7 +86,8 @@ def sampler(
             number of the step), ``sigma`` (at its start), ``sigma_hat`` (of the evaluation), ``evaluation`` (its number).
             An adaptive solver counts evaluations as steps, and says the largest level of the batch.
         disable: ``False`` shows a progress bar.
-        solver: A name in :data:`fewstep.SOLVERS`, or that of k-diffusion or ComfyUI (see ``fewstep solvers``).
+        solver: A name in :data:`fewstep.SOLVERS`, or that of k-diffusion or ComfyUI (see ``fewstep solvers``); also with
+            the prefix ``sample_`` of k-diffusion's functions.
         recipe: A recipe, or the path of one, instead of a solver; or
         profile: the profile of the model, or its path; or
         plan: a plan.
@@ -105,7 +106,7 @@ def sampler(
     Raises:
         ValueError, TypeError: Before the first network evaluation, if something does not fit.
     """
-    levels = _levels(x, sigmas, flow)
+    levels, solver = _levels(x, sigmas, flow), _plain(solver)
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, sigma), got {type(model).__name__}")
     _check_arguments(extra_args, callback, noise_sampler, seed)
@@ -167,6 +168,7 @@ def named(solver: str, **options: Any) -> Callable[..., Tensor]:
     Raises:
         ValueError, TypeError: If there is no such solver, or it has no such option.
     """
+    solver = _plain(solver)
     if solver != "auto":
         SOLVERS[solver]
     function = functools.partial(sampler, solver=solver, **options)
@@ -175,9 +177,14 @@ def named(solver: str, **options: Any) -> Callable[..., Tensor]:
     return function
 
 
-def _own(solver: str) -> str:
+def _plain(solver: str) -> str:
+    """Returns a name without the prefix of k-diffusion's functions."""
     if not isinstance(solver, str):
         raise TypeError(f"solver must be a name, got {type(solver).__name__}")
+    return solver.removeprefix("sample_")
+
+
+def _own(solver: str) -> str:
     return SOLVERS.own(solver)[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import shutil
@@ -116,8 +117,8 @@ class Store:
 
     def moved(self, folder: str | Path) -> Store:
         """Returns the same comparison in a folder to which its files were copied."""
-        other = Store(folder)
-        other._cells = self._cells
+        other = copy.copy(self)
+        other.folder = Path(folder)
         return other
 
     def open(
