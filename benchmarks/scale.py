@@ -1,10 +1,13 @@
 """What a sample costs here, and a plan for a very large recording, computed from that.
 
 Usage: python benchmarks/scale.py measure [--out FILE]
+       python benchmarks/scale.py processes [--count 2] [-n 512] [--batch 32] [--out FILE]
        python benchmarks/scale.py plan [--trajectories 1e9] [--gpus 1000] [--rate EVALUATIONS_PER_SECOND] ...
 
 ``measure`` times the parts of the cost of a sample that do not depend on the network, on one core of this
-machine: noise, the sampler's own operations, packing and writing a shard, verifying it. ``plan`` computes
+machine: noise, the sampler's own operations, packing and writing a shard, verifying it. ``processes`` measures
+how much faster several processes of one launch are than one (``fewstep sample``, from loaded models to the written
+files), and how much faster the network alone is in as many: more than that cannot be reached. ``plan`` computes
 files, bytes, hours, failures and money from these figures and from assumptions that are options; it prints
 each assumption, so that a reader can put in their own. ``docs/scale.md`` is its output with explanations.
 """
@@ -14,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -30,6 +35,7 @@ from fewstep.trajectories import TrajectoryStore
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 EVENT = (3, 32, 32)
+EVENT_FASHION = (1, 28, 28)
 
 
 def seconds(run: Callable[[], object], rounds: int = 5) -> float:
@@ -86,6 +92,63 @@ def measure() -> dict[str, Any]:
         "event_shape": list(EVENT),
         "states": 5,
     }
+
+
+def worker(rank: int, count: int, options: argparse.Namespace, gates: Any, results: Any) -> None:
+    """Evaluates the network alone, then draws samples with the others; each begins when all are ready."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    from fewstep.cli import run
+
+    torch.set_num_threads(1)
+    model = fewstep.load("fashion", device="cpu")
+    cond = model.prepare(options.batch, {"class_labels": 3})
+    x, t = torch.randn(options.batch, *EVENT_FASHION), torch.full((options.batch,), 0.5)
+    evaluations = options.number * options.steps // options.batch // count
+    arguments = ["sample", "fashion", "-n", str(options.number), "--nfe", str(options.steps)]
+    arguments += ["--solver", "ddim", "--class-labels", "3", "--batch-size", str(options.batch)]
+    arguments += ["--device", "cpu"]
+    with torch.no_grad():
+        model.raw(x, t, **cond)
+        for number in range(2 * options.rounds):
+            gates.wait()
+            begun = time.perf_counter()
+            if number % 2:
+                assert (
+                    run(["--quiet", *arguments, "--out", f"{options.folder}/{count}-{number}"])
+                    == 0
+                )
+            else:
+                for _ in range(evaluations):
+                    model.raw(x, t, **cond)
+            results.put((number, time.perf_counter() - begun))
+
+
+def scaling(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the seconds of one process and of several, of the network alone and of ``sample``."""
+    context = multiprocessing.get_context("spawn")
+    seconds_of: dict[int, list[list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = folder
+        for count in (1, options.count):
+            gates, results = context.Barrier(count), context.SimpleQueue()
+            arguments = (count, options, gates, results)
+            group = [context.Process(target=worker, args=(r, *arguments)) for r in range(count)]
+            for one in group:
+                one.start()
+            last = [0.0] * (2 * options.rounds)
+            for _ in range(count * len(last)):
+                number, spent = results.get()
+                last[number] = max(last[number], spent)  # the slowest of a round
+            for one in group:
+                one.join()
+            seconds_of[count] = [last[0::2], last[1::2]]
+    one, several = seconds_of[1], seconds_of[options.count]
+    rows = {}
+    for place, name in enumerate(("network alone", "fewstep sample")):
+        before, after = statistics.median(one[place]), statistics.median(several[place])
+        rows[name] = {"seconds of one": before, "seconds of several": after}
+        rows[name]["times as fast"] = before / after
+    return {"processes": options.count, "samples": options.number, "results": rows}
 
 
 def plan(cost: dict[str, Any], options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -145,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("measure", "plan"))
+    parser.add_argument("what", choices=("measure", "processes", "plan"))
     parser.add_argument("--trajectories", type=float, default=1e9)
     parser.add_argument("--nfe", type=int, default=20)
     parser.add_argument("--gpus", type=int, default=1000)
@@ -158,8 +221,23 @@ def main() -> None:
     parser.add_argument(
         "--storage", type=float, default=23, help="the price of a terabyte and month"
     )
+    parser.add_argument("--count", type=int, default=2, help="processes at once")
+    parser.add_argument("-n", dest="number", type=int, default=512, help="samples they share")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10, help="evaluations of these samples")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    known = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if options.what == "processes":
+        made = scaling(options)
+        say_what_runs(f"{options.count} processes against one, fashion, CPU, one thread each.")
+        rows = [
+            [what, *(f"{v:.2f}" for v in row.values())] for what, row in made["results"].items()
+        ]
+        print_table(("what", *made["results"]["network alone"]), rows)
+        options.out.write_text(json.dumps({**known, "several": made}, indent=1) + "\n")
+        return
     if options.what == "measure":
         cost = measure()
         say_what_runs("CPU microseconds a sample of (3, 32, 32) apart from the network, one core.")
@@ -167,7 +245,7 @@ def main() -> None:
             ("what", "figure"),
             [(k, f"{v:.2f}" if isinstance(v, float) else v) for k, v in cost.items()],
         )
-        options.out.write_text(json.dumps(cost, indent=1) + "\n")
+        options.out.write_text(json.dumps({**known, **cost}, indent=1) + "\n")
         return
     cost = json.loads(options.out.read_text())
     say_what_runs("A plan from the figures of `measure`.")

@@ -124,13 +124,12 @@ class NoiseSource:
 
     def _fill(self, batch: Tensor, index: int, rows: range) -> None:
         """Draws some rows of a batch."""
-        generator = (
-            torch.Generator()
-        )  # making one costs as much as seeding it, so it is seeded again
+        # Making a generator costs as much as seeding it, so it is seeded again.
+        generator, several = torch.Generator(), batch.unbind()
         with torch.no_grad():
             for row in rows:
                 generator.manual_seed(_seed_at((self.seed, self.samples[row], index)))
-                batch[row].normal_(generator=generator)
+                several[row].normal_(generator=generator)
 
 
 def generator_at(*address: int | str) -> torch.Generator:

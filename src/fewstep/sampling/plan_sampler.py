@@ -21,6 +21,9 @@ from fewstep.sampling.plausibility import peak, warn_if_absurd
 from fewstep.sampling.protocol import Run, Trajectory, refusal
 from fewstep.sampling.residual import Residual
 
+AHEAD = 3
+"""The draws that threads make ahead of the step that needs them, on a device."""
+
 
 @dataclass(frozen=True)
 class PlanSampler:
@@ -116,13 +119,14 @@ class PlanSampler:
 
         def draw(index: int) -> Tensor:
             drawn = noise.draw(index, x.shape[1:], dtype=x.dtype, device=x.device)
-            if index + 1 < draws:
-                noise.prepare(index + 1, x.shape[1:], device=x.device)
+            if index + ahead < draws:
+                noise.prepare(index + ahead, x.shape[1:], device=x.device)
             return drawn
 
-        draws = self.native.n_noise
-        if draws:
-            noise.prepare(0, x.shape[1:], device=x.device)
+        # The host is ahead of a device, so that one evaluation may be too short for the next draw.
+        draws, ahead = self.native.n_noise, 1 if x.device.type == "cpu" else AHEAD
+        for index in range(min(ahead, draws)):
+            noise.prepare(index, x.shape[1:], device=x.device)
         execution = Execution(self.native, x, draw=draw, on_state=on_state)
         evaluate = bind(self.denoiser, self.native, len(x), run.cond, x)
         if self.residual is None:
