@@ -257,8 +257,11 @@ def _litter(out: Path) -> list[str]:
 class Work:
     """Inputs, the results without faults, and the counts so far."""
 
-    def __init__(self, folder: Path, counts: dict[str, Any], deadline: float) -> None:
+    def __init__(
+        self, folder: Path, counts: dict[str, Any], results: Path, deadline: float
+    ) -> None:
         self.folder, self.counts, self.deadline = folder, counts, deadline
+        self.results = results
         self.inputs = folder / "inputs"
         self.whole: dict[str, tuple[str, float, int]] = {}
         code, text = Child(lambda: make_inputs(self.inputs) or 0).wait()
@@ -294,7 +297,7 @@ class Work:
         row[what] = row.get(what, 0) + 1
         if example:
             row.setdefault("examples", {}).setdefault(what, example[-500:])
-        write_json(RESULTS, self.counts)
+        write_json(self.results, self.counts)
 
 
 def kills(work: Work, name: str, goal: int) -> None:
@@ -372,7 +375,7 @@ def damage(work: Work, name: str, bits: int) -> None:
         **found,
         **({"examples": examples} if examples else {}),
     }
-    write_json(RESULTS, work.counts)
+    write_json(work.results, work.counts)
 
 
 def disk(work: Work, name: str, goal: int) -> None:
@@ -470,18 +473,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--goal", type=int, default=50, help="kills of each command")
     parser.add_argument("--bits", type=int, default=200, help="flipped bits of each file")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of the counts")
     parser.add_argument("--new", action="store_true", help="forget the counts so far")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in NEEDED:  # once for all forks
         importlib.import_module(name)
     counts: dict[str, Any] = {}
-    if RESULTS.exists() and not options.new:
-        counts = {k: v for k, v in json.loads(RESULTS.read_text()).items() if k in PARTS}
+    if options.results.exists() and not options.new:
+        counts = {k: v for k, v in json.loads(options.results.read_text()).items() if k in PARTS}
     deadline = time.monotonic() + options.seconds
     chosen = options.only.split(",") if options.only else None
     with tempfile.TemporaryDirectory() as temporary:
-        work = Work(Path(temporary), counts, deadline)
+        work = Work(Path(temporary), counts, options.results, deadline)
         for part in options.part.split(","):
             names = (
                 [kind.name for kind in every_file.KINDS] if part == "damage" else list(COMMANDS)

@@ -373,3 +373,7 @@ def test_litter_of_others_is_left_alone(tmp_path):
     os.utime(old, (0, 0))
     sweep(tmp_path, older=LITTER_AGE)
     assert os.listdir(tmp_path) == [new.name]
+    sweep(tmp_path, of="old")
+    assert os.listdir(tmp_path) == [new.name]
+    sweep(tmp_path, of="new")
+    assert os.listdir(tmp_path) == []

@@ -113,6 +113,7 @@ def _write_once(
             _link(temporary, path)
         else:
             os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -122,7 +123,6 @@ def _write_once(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    sync_folder(path.parent)
     return path
 
 
@@ -189,17 +189,18 @@ def _link(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def sweep(folder: Path, *, older: float | None = None) -> None:
+def sweep(folder: Path, *, older: float | None = None, of: str | None = None) -> None:
     """Removes temporary files that killed processes left; only the one writer of a folder may.
 
     Arguments:
         folder: The folder.
         older: The least age in seconds, where others may be writing.
+        of: The name of the file whose temporary files are removed; left out, those of all.
     """
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        if LITTER.fullmatch(path.name):
+        if LITTER.fullmatch(path.name) and (of is None or path.name[1:-21] == of):
             with contextlib.suppress(FileNotFoundError):
                 if older is None or time.time() - path.stat().st_mtime > older:
                     path.unlink()

@@ -437,7 +437,8 @@ def _finished(out: Path) -> Callable[[str], bool]:
 
         if not all((out / name).exists() for name in (SAMPLES, PICTURE, RECIPE)):
             return False
-        about = read_json(out / RECIPE, what="recipe").get("about")
+        recipe = read_json(out / RECIPE, what="recipe")
+        about = recipe.get("about") if isinstance(recipe, dict) else None
         return isinstance(about, dict) and about.get("inputs") == digest
 
     return finished

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep import __version__
+from fewstep.base.files import sweep
 from fewstep.base.progress import SILENT, Progress
 from fewstep.base.tables import Column, Table
 from fewstep.diffusion.grids import TimeGrid
@@ -117,6 +118,7 @@ class TunedSampler:
         Raises:
             OSError: If the file cannot be written.
         """
+        sweep(Path(path).parent, of=Path(path).name)  # of a killed process
         return self.recipe.save(path)
 
 

@@ -35,7 +35,10 @@ class LossLog:
         rows: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         self.path = out / LOG
-        self.rows = _rows(self.path, start) if rows is None else [json.dumps(row) for row in rows]
+        whole = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+        self.rows = (
+            [json.dumps(row) for row in rows] if whole and rows else _rows(self.path, start)
+        )
         write_atomic(self.path, "".join(f"{row}\n" for row in self.rows))
         self.board: Any = None
         if tensorboard:
