@@ -369,3 +369,22 @@ def test_parts_that_a_killed_finish_left_are_removed(tmp_path):
         begin(tmp_path)
     assert os.listdir(tmp_path / "parts") == ["of mine.txt"]
     assert (tmp_path / "result.json").exists()
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path):
+    """Its process was suspended for so long that another machine took it for dead."""
+    folder = folder_at(tmp_path)
+    path = tmp_path / ".lock"
+    with folder.running(INPUTS):
+        folder.write_record("a", 1)
+        path.unlink()
+        owner_on(path, host="elsewhere")
+        os.utime(path, (1, 1))
+        folder._lock.renew()
+        assert path.stat().st_mtime == 1  # the other's heartbeat is its own
+        with pytest.raises(ValueError, match="was taken over by another run"):
+            folder.write_record("b", 1)
+        with pytest.raises(ValueError, match="was taken over by another run"):
+            folder.finish()
+    assert path.exists()
+    assert os.listdir(folder.parts) == ["a.json"]

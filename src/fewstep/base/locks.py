@@ -57,7 +57,13 @@ class Lock:
     def renew(self) -> None:
         """Renews the heartbeat: the owner is alive."""
         with contextlib.suppress(OSError):
-            os.utime(self.path)
+            if not self.is_lost():
+                os.utime(self.path)
+
+    def is_lost(self) -> bool:
+        """Whether another process took the lock over, since this one gave no heartbeat for long."""
+        owner = self.owner()
+        return owner.get("token") != self._token if owner else not self.path.exists()
 
     def drop(self) -> None:
         """Releases the lock, if it is still ours."""

@@ -202,6 +202,7 @@ class RunFolder:
         self.state, self.parts = self.folder / state, self.folder / parts
         self._forgets_empty = forgets_empty
         self._digest = ""
+        self._lock: Lock | None = None
 
     @contextmanager
     def running(
@@ -229,7 +230,7 @@ class RunFolder:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{str(self.folder)!r} is a file; it must be a folder")
-        with locked(self.folder, progress=progress):
+        with locked(self.folder, progress=progress) as self._lock:
             self._begin(inputs, overwrite=overwrite, changed=changed, earlier=earlier)
             yield
 
@@ -350,8 +351,17 @@ class RunFolder:
     def _results(self) -> list[Path]:
         return [path for name in self.outputs for path in self.folder.glob(name)]
 
+    def check(self) -> None:
+        """Raises ``ValueError`` if another run took the folder over while this process was suspended."""
+        if self._lock is not None and self._lock.is_lost():
+            raise ValueError(
+                f"{str(self.folder)!r} was taken over by another run, since this process gave no sign of life for "
+                "minutes (it was suspended, or the file system was away); nothing more is written"
+            )
+
     def finish(self) -> None:
         """Removes state and parts; the results remain."""
+        self.check()
         # The state goes first: without it a folder with results is finished, parts or not.
         self.state.unlink(missing_ok=True)
         shutil.rmtree(self.parts, ignore_errors=True)
@@ -362,6 +372,7 @@ class RunFolder:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes a part of tensors."""
+        self.check()
         about = {"inputs": self._digest, "part": name}
         write_tensors(self.tensors_file(name), tensors, about)
 
@@ -379,6 +390,7 @@ class RunFolder:
 
     def write_record(self, name: str, value: Any) -> None:
         """Writes a part of JSON."""
+        self.check()
         content = {"inputs": self._digest, "part": name, "value": value}
         write_json(self.record_file(name), content)
 
@@ -405,7 +417,7 @@ class RunFolder:
 
 
 @contextmanager
-def locked(folder: Path, *, progress: Progress = SILENT, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, progress: Progress = SILENT, wait: bool = False) -> Iterator[Lock]:
     """Holds the lock of a folder, which is created if it does not exist.
 
     Arguments:
@@ -439,7 +451,7 @@ def locked(folder: Path, *, progress: Progress = SILENT, wait: bool = False) -> 
         time.sleep(POLL)
     try:
         with lock.held():
-            yield
+            yield lock
     finally:
         if is_new:
             with suppress(OSError):

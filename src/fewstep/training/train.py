@@ -136,6 +136,7 @@ def train(
     def save() -> None:
         if not processes.own.first:
             return
+        run.check()
         assert loss_mean is not None
         save_checkpoint(
             out,
