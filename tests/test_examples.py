@@ -80,19 +80,18 @@ def cases():
 
 
 @pytest.mark.parametrize("example", list(cases()))
-def test_the_example_runs(example, tmp_path, monkeypatch):
+def test_the_example_runs(example, tmp_path, monkeypatch, caplog):
     place, name = example.name.split(":")
     if "diffusers" in place:
         pytest.importorskip("diffusers")
     if name == "distill":
         pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
-    logging.getLogger("fewstep").setLevel(logging.ERROR)
     module = importlib.import_module(f"fewstep.{place}")
     example.globs = {"fewstep": fewstep, "torch": torch, name: getattr(module, name, None)}
     said: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), caplog.at_level(logging.ERROR, "fewstep"):
         torch.manual_seed(0)
         failed, tried = runner.run(example, out=said.append)
     assert tried, "no example"

@@ -91,7 +91,7 @@ def test_fractional_times_of_a_tabulated_schedule():
         return x
 
     denoiser = fewstep.Denoiser.wrap(network, schedule=DDPM, prediction="eps", event_shape=(2,))
-    fewstep.sample(denoiser, 1, solver="ddim", nfe=4)
+    fewstep.sample(denoiser, 1, solver="ddim", nfe=4, grid="uniform")
     assert seen == [999.0, 749.25, 499.5, 249.75]
 
 
@@ -107,13 +107,13 @@ def integer_network(seen):
 
 def test_integer_times_round_the_grid():
     seen: list[torch.Tensor] = []
-    fewstep.sample(integer_network(seen), 1, solver="ddim", nfe=4)
+    fewstep.sample(integer_network(seen), 1, solver="ddim", nfe=4, grid="uniform")
     assert [t.dtype for t in seen] == [torch.int64] * 4
     assert [t.item() for t in seen] == [999, 749, 500, 250]  # 499.5 goes to the even one
     # The coefficients are those of the rounded grid, not of the fractional one.
     grid = fewstep.grid("explicit", DDPM, None, times=[999.0, 749.0, 500.0, 250.0, 0.0])
     noise = states(2)
-    ours = fewstep.sample(integer_network([]), noise=noise, solver="ddim", nfe=4)
+    ours = fewstep.sample(integer_network([]), noise=noise, solver="ddim", nfe=4, grid="uniform")
     by_hand = fewstep.sample(integer_network([]), noise=noise, solver="ddim", grid=grid)
     assert torch.equal(ours, by_hand)
 
