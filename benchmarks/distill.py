@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from _common import print_table, say_what_runs
+from _common import about, print_table, say_what_runs
 from fewstep import metrics
 from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
 from fewstep.diffusion.noise import INITIAL, NoiseSource
@@ -172,8 +172,8 @@ def quality(options: argparse.Namespace) -> None:
     picture.save(options.out / "samples.png")
     print("\ncost: in evaluations of the teacher's network, counted in FLOPs.")
     if options.json:
-        about = {"n": n, "seed": options.seed, "teacher": model.fingerprint()}
-        write_json(options.json, {**about, "cells": results})
+        origin = about(n=n, seed=options.seed, teacher=model.fingerprint())
+        write_json(options.json, {"about": origin, "cells": results})
 
 
 def one_call(model: fewstep.Denoiser) -> int:
@@ -203,6 +203,9 @@ def speed(options: argparse.Namespace) -> None:
                 kind = "dsno" if frames > 1 else "endpoint"
                 made = make_student(model, DistillRecipe(mode=kind, frames=frames), stored)
                 runs[f"untrained {kind}, {frames} frames"] = lambda o=made: o(x, class_labels=y)  # noqa: B023
+            flow = make_student(model, DistillRecipe(mode="flow-map"), [999.0, 435.0, 0.0])
+            assert isinstance(flow, FlowMap)
+            runs["untrained flow map"] = lambda: flow.step(x, 0, 2, class_labels=y)  # noqa: B023
             spent: dict[str, list[float]] = {name: [] for name in runs}
             for _ in range(rounds + 1):
                 for name, run in runs.items():
@@ -322,7 +325,7 @@ def ablation(options: argparse.Namespace) -> None:
         "error of the sample with other numbers of evaluations or frames."
     )
     if options.json:
-        write_json(options.json, results)
+        write_json(options.json, {"about": about(), **results})
 
 
 class Limit:
