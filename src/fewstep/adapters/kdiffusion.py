@@ -117,7 +117,7 @@ def sampler(
     check_sources(SamplerRequest(own, grid=grid, options=options, **given))
     if sources and schedule is not None:
         raise Contradiction(f"a {sources[0]} has its schedule already; leave schedule out")
-    if not sources and is_adaptive(_own(solver)):
+    if not sources and is_adaptive(_our_name(solver)):
         if schedule is not None:
             raise Contradiction(
                 f"{solver} steps in the noise level itself, whatever the schedule; leave schedule out"
@@ -173,7 +173,7 @@ def named(solver: str, **options: Any) -> Callable[..., Tensor]:
         SOLVERS[solver]
     function = functools.partial(sampler, solver=solver, **options)
     functools.update_wrapper(function, sampler)
-    function.__name__ = f"sample_{_own(solver).replace('-', '_')}"  # type: ignore[attr-defined]
+    function.__name__ = f"sample_{_our_name(solver).replace('-', '_')}"  # type: ignore[attr-defined]
     return function
 
 
@@ -184,7 +184,7 @@ def _plain(solver: str) -> str:
     return solver.removeprefix("sample_")
 
 
-def _own(solver: str) -> str:
+def _our_name(solver: str) -> str:
     return SOLVERS.own(solver)[0]
 
 

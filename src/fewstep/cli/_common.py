@@ -252,7 +252,7 @@ def budgets_of(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def kept_files(folder: Path, pattern: str, what: str) -> str | None:
+def saved_files(folder: Path, pattern: str, what: str) -> str | None:
     """Returns in words the number of saved files of an interrupted run, for :func:`keeping`."""
     count = len(list(folder.glob(pattern)))
     return f"{count} {what} {'is' if count == 1 else 'are'} saved" if count else None

@@ -39,7 +39,7 @@ def _checkpoint(out: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else {}
 
 
-def kept_step(out: Path) -> str | None:
+def saved_step(out: Path) -> str | None:
     """Returns in words the step of an interrupted run's checkpoint."""
     step = (_checkpoint(out) or {}).get("step")
     return f"the checkpoint of step {step} is saved" if step else None

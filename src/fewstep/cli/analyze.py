@@ -13,11 +13,11 @@ from fewstep.cli._common import (
     budgets_of,
     event_shape,
     follows,
-    kept_files,
     left_to_first,
     load_model,
     parse_labels,
     positive,
+    saved_files,
     say,
 )
 from fewstep.reporting.commands import command
@@ -88,7 +88,7 @@ def analyze(
         command=_command(model, data, nfe, n, class_labels, guidance, seed, out),
         class_labels=class_labels,
     )
-    with keeping(lambda: kept_files(out, "parts/*", "parts")):
+    with keeping(lambda: saved_files(out, "parts/*", "parts")):
         analysis = run(
             denoiser,
             data=data,

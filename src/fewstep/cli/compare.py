@@ -12,10 +12,10 @@ from fewstep.base.processes import processes
 from fewstep.cli._common import (
     Flag,
     follows,
-    kept_files,
     load_model,
     parse_labels,
     positive,
+    saved_files,
     say,
 )
 from fewstep.reporting.commands import command
@@ -97,7 +97,7 @@ def compare(
         class_labels=class_labels,
         device=None if device == "auto" else device,
     )
-    with keeping(lambda: kept_files(out, "cells/*.json", "finished cells")):
+    with keeping(lambda: saved_files(out, "cells/*.json", "finished cells")):
         result = run(
             denoiser,
             solvers,

@@ -22,7 +22,7 @@ from fewstep.cli._common import (
     positive,
     say,
 )
-from fewstep.cli._training import Resumed, kept_step
+from fewstep.cli._training import Resumed, saved_step
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def distill(
     first = team.first
     report = say if first else lambda _: None
     report(f"{len(store)} trajectories; {settings.mode}, {settings.steps} steps on {device}")
-    with keeping(lambda: kept_step(out)), progress_of(follows()) as progress:
+    with keeping(lambda: saved_step(out)), progress_of(follows()) as progress:
         student = run(
             teacher,
             store,

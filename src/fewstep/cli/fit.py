@@ -18,10 +18,10 @@ from fewstep.cli._common import (
     event_shape,
     exists,
     follows,
-    kept_files,
     load_model,
     parse_labels,
     positive,
+    saved_files,
     say,
 )
 from fewstep.reporting.commands import command
@@ -90,7 +90,7 @@ def fit(
     parts = file.with_name(f"{file.name}.parts")
     with (
         progress_of(follows()) as progress,
-        keeping(lambda: kept_files(parts, "parts/*", "parts")),
+        keeping(lambda: saved_files(parts, "parts/*", "parts")),
     ):
         profile = measure(
             denoiser,

@@ -119,7 +119,7 @@ def _record(model: str, out: Path, given: dict[str, Any], device: str, *, overwr
         )
     options = parse_options(given.pop("option", None))
     denoiser = load_model(model, device)
-    with keeping(lambda: _kept(out)):
+    with keeping(lambda: _saved(out)):
         store = _recorded(denoiser, out, given, options, model, overwrite=overwrite)
     size = store_bytes(store.folder, store.manifest)
     say(
@@ -158,7 +158,7 @@ def _recorded(
     )
 
 
-def _kept(out: Path) -> str | None:
+def _saved(out: Path) -> str | None:
     """Returns in words the number of complete files of an interrupted store."""
     from fewstep.trajectories.manifest import read_manifest
 

@@ -270,11 +270,11 @@ def sample(
             _write_singles(out / SINGLES, parts(), denoiser)
         run.finish()
 
-    def kept() -> str | None:
+    def saved() -> str | None:
         done = sum(run.tensors_file(_name(rows)).exists() for rows in batches)
         return f"{done} of {len(batches)} batches are saved" if done else None
 
-    with keeping(kept), progress_of(follows()) as progress, compiled(denoiser, mode):
+    with keeping(saved), progress_of(follows()) as progress, compiled(denoiser, mode):
         evaluations = sampler.nfe or 0
         if team.several:
             if run.join(inputs, finished=_finished(out), progress=progress):

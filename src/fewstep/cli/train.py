@@ -19,7 +19,7 @@ from fewstep.cli._common import (
     positive,
     say,
 )
-from fewstep.cli._training import Resumed, kept_step
+from fewstep.cli._training import Resumed, saved_step
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def train(
             f"{chosen.prediction}, {chosen.schedule['name']}; {chosen.steps} steps on {device}"
         )
 
-    with keeping(lambda: kept_step(out)), progress_of(follows()) as progress:
+    with keeping(lambda: saved_step(out)), progress_of(follows()) as progress:
         trained = run(
             data,
             out,

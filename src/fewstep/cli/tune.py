@@ -12,10 +12,10 @@ from fewstep.cli._common import (
     Options,
     chosen_labels,
     follows,
-    kept_files,
     load_model,
     parse_options,
     positive,
+    saved_files,
     say,
 )
 from fewstep.reporting.commands import command
@@ -107,7 +107,7 @@ def tune(
     texts = _prompts(prompt, prompts)
     if texts is not None:
         cond["prompt"] = texts
-    with keeping(lambda: kept_files(checkpoint_folder(out), "state.safetensors", "checkpoint")):
+    with keeping(lambda: saved_files(checkpoint_folder(out), "state.safetensors", "checkpoint")):
         tuned = run(
             denoiser,
             nfe=nfe,

@@ -76,7 +76,7 @@ def verify(
             damaged[shard] = problem
     allowed = 4 * torch.finfo(DTYPES[manifest.dtype]).eps + NETWORK_ERROR
     bad = {*missing, *damaged}
-    rows = [] if writer is None else _some(manifest, bad, n, seed)
+    rows = [] if writer is None else _rows_to_check(manifest, bad, n, seed)
     error = None
     if writer is not None and rows:
         stored = TrajectoryStore(folder, manifest).read(rows)
@@ -87,7 +87,7 @@ def verify(
     )
 
 
-def _some(manifest: Manifest, bad: set[int], n: int, seed: int) -> list[int]:
+def _rows_to_check(manifest: Manifest, bad: set[int], n: int, seed: int) -> list[int]:
     """Returns random trajectories of intact shards."""
     good = [shard for shard in range(shard_count(manifest)) if shard not in bad]
     if not good:

@@ -54,15 +54,15 @@ class DiffusersSampler:
 
     @cached_property
     def _evaluations(self) -> int:
-        return len(self._ready().timesteps)
+        return len(self._prepared().timesteps)
 
     def start(self, noise: Tensor) -> Tensor:
         """Returns the initial state of the scheduler."""
-        return noise * float(getattr(self._ready(), "init_noise_sigma", 1.0))
+        return noise * float(getattr(self._prepared(), "init_noise_sigma", 1.0))
 
     def run(self, x: Tensor, run: Run) -> Trajectory:
         """Returns the samples; saved states are the inputs of the evaluations, in the model's scale."""
-        scheduler = self._ready()
+        scheduler = self._prepared()
         evaluations = _Evaluations(scheduler, self.denoiser)
         first, between = x, list[Tensor]()
         shape = tuple(x.shape[1:])
@@ -88,7 +88,7 @@ class DiffusersSampler:
         states = torch.stack([*between, x]) if run.save else None
         return Trajectory(x, times if run.save else times[-1:], states, self.nfe)
 
-    def _ready(self) -> Any:
+    def _prepared(self) -> Any:
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(self.steps, **self.setting)
         return scheduler
@@ -194,7 +194,7 @@ def diffusers_sampler(denoiser: Denoiser, name: str, nfe: int, **options: Any) -
         raise ValueError(f"{kind.__name__} cannot be made: {error}") from None
     check_levels(scheduler, configuration)
 
-    def made(count: int) -> DiffusersSampler:
+    def with_steps(count: int) -> DiffusersSampler:
         return DiffusersSampler(scheduler, denoiser, count, stepping, setting)
 
-    return made(steps_for(lambda count: made(count).nfe, nfe, kind.__name__))
+    return with_steps(steps_for(lambda count: with_steps(count).nfe, nfe, kind.__name__))

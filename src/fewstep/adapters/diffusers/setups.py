@@ -275,7 +275,7 @@ class Planner:
             raise ValueError(
                 "timesteps of a model with timestep_type='continuous' are 0.25 ln(sigma); give sigmas"
             )
-        return spacing.given(
+        return spacing.given_points(
             schedule,
             config,
             times=times if levels is None else None,

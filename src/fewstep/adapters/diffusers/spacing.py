@@ -163,7 +163,7 @@ def spaced(
     return from_sigmas(schedule, sigmas, to_zero=to_zero)
 
 
-def given(
+def given_points(
     schedule: NoiseSchedule,
     config: Mapping[str, Any],
     *,
