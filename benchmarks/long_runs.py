@@ -1,10 +1,10 @@
 """Long runs: many small samples, many tuning steps; memory and open files over time.
 
-Usage: python benchmarks/long_runs.py [samples|tuning] [-n 100000] [--steps 10000] [--out FILE]
+Usage: python benchmarks/long_runs.py [samples|tuning] [-n 100000] [--steps 10000] [--objective endpoint] [--out FILE]
 
 ``samples``: the command ``fewstep sample`` draws n samples of a two-dimensional mixture in batches, with
 parts on disk, and ``fewstep.sample`` as many in Python calls of 1,000. ``tuning``: a plan of the
-same model is tuned for that many steps. A thread reads the resident memory and the open descriptors of
+same model is tuned for that many steps towards a teacher. A thread reads the resident memory and the open descriptors of
 the process ten times a second; printed are those after the first tenth and at the end, and the most.
 """
 
@@ -93,13 +93,14 @@ def samples(n: int, folder: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def tuning(steps: int, folder: Path) -> dict[str, dict[str, float]]:
+def tuning(steps: int, objective: str, folder: Path) -> dict[str, dict[str, float]]:
     """Tunes a plan for many steps."""
     arguments = ["tune", "mixture-smooth", "--nfe", "3", "--steps", str(steps), "--keep-worse"]
+    arguments += ["--objective", objective]
     for setting in ("batch_size=16", "pairs=64", "heldout=64", "test=64", f"patience={steps}"):
         arguments += ["--setting", setting]
     return {
-        f"fewstep tune --steps {steps}": metered(
+        f"fewstep tune --objective {objective} --steps {steps}": metered(
             lambda: command([*arguments, "--out", str(folder / "tuned.json")])
         )
     }
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("what", choices=("samples", "tuning", "all"), nargs="?", default="all")
     parser.add_argument("-n", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--objective", default="endpoint")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -120,7 +122,7 @@ def main() -> None:
         if chosen.what != "tuning":
             results |= samples(chosen.n, Path(folder) / "samples")
         if chosen.what != "samples":
-            results |= tuning(chosen.steps, Path(folder))
+            results |= tuning(chosen.steps, chosen.objective, Path(folder))
     say_what_runs("Resident memory and open descriptors of one process.")
     names = list(next(iter(results.values())))
     print_table(("what", *names), [[what, *row.values()] for what, row in results.items()])

@@ -193,6 +193,10 @@ def plan(cost: dict[str, Any], options: argparse.Namespace) -> list[tuple[str, s
             f"{(hours * gpus + lost) * options.dollars:,.0f} $",
         ),
         (
+            "cost of a million trajectories",
+            f"{(hours * gpus + lost) * options.dollars / n * 1e6:,.2f} $",
+        ),
+        (
             f"storage at {options.storage:g} $ a TB and month",
             f"{total / 1e12 * options.storage:,.0f} $ a month",
         ),
