@@ -343,8 +343,9 @@ class GradientEstimation(Solver):
         x, before = tape.x, None
         for i in range(grid.steps):
             _, f = tape.evaluate(x, grid.times[i])
-            plain = before is None or (grid.ends_at_zero and i + 1 == grid.steps)
-            direction = f if plain else self.gamma * f + (1 - self.gamma) * before
+            direction = f
+            if before is not None and not (grid.ends_at_zero and i + 1 == grid.steps):
+                direction = self.gamma * f + (1 - self.gamma) * before
             x = tape.state(transfer(x, direction, grid, i, i + 1), i + 1)
             before = f
         return x
