@@ -83,6 +83,16 @@ def test_no_parameter_is_dead(basis, frames, modes):
             assert bool((parameter.grad != 0).all()), name
 
 
+def test_every_parameter_has_a_gradient_with_any_number_of_frames():
+    """Processes that train together wait for the gradient of each parameter, also where it is zero."""
+    for basis in ("dft", "dct"):
+        for frames in range(1, 9):
+            block = filled(TemporalConv(4, 3, frames=4, basis=basis))
+            block.set_frames(frames)
+            block(torch.randn(2 * frames, 4, 2, 2)).sum().backward()
+            assert all(p.grad is not None for p in block.parameters()), (basis, frames)
+
+
 def test_the_published_layout_has_a_dead_quarter():
     block = filled(TemporalConv(4, 2, compat=True))
     out = block(torch.randn(8, 4, 2, 2))

@@ -168,6 +168,10 @@ class TemporalConv(nn.Module):
                     k, l = k - b @ imag[j - 1], l + a @ imag[j - 1]  # noqa: E741
                 sines.append(l)
             cosines.append(k)
+        if not sines and imag.numel() and imag.requires_grad:
+            # Two frames have no sines: the parameter gets a gradient of zero all the same, for which processes
+            # that train together wait.
+            cosines[0] = cosines[0] + 0 * imag.sum()
         return torch.stack([*cosines, *sines], 1)
 
     def _complex(self) -> tuple[Tensor, Tensor]:
