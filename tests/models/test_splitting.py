@@ -7,6 +7,7 @@ import fewstep
 from fewstep.models.guidance import ProjectedGuidance
 from fewstep.models.splitting import split_evaluations
 from fewstep.models.wrappers import Guided
+from fewstep.studies import model_check
 from tiny_trajectories import teacher
 
 
@@ -54,3 +55,19 @@ def test_a_measurement_goes_on_with_half_of_its_samples():
     result = fewstep.fit(limited(model, 2, []), **options).table()
     assert result[0]["solver"] == right[0]["solver"]
     assert result[0]["error"] == pytest.approx(right[0]["error"], rel=1e-2)
+
+
+def test_the_model_check_goes_on_with_half_of_its_samples():
+    """An evaluation that is out of memory is no sign of another convention."""
+    model = fewstep.load("mixture-smooth", device="cpu")
+    right = model_check(model, n=4).to_record()
+    found = model_check(limited(model, 2, []), n=4).to_record()
+    assert found["verdict"] == right["verdict"]
+    network = fewstep.Denoiser.wrap(
+        lambda x, t: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")),
+        schedule=fewstep.schedule("vp-linear"),
+        prediction="eps",
+        event_shape=(2,),
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model_check(network, n=4)

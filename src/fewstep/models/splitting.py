@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,19 +25,39 @@ def split_evaluations(denoiser: Denoiser) -> Iterator[None]:
     raw, halving = place.raw, Halving()
 
     def split(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        def part(rows: range) -> Tensor:
-            if len(rows) == len(x):
-                return raw(x, t, **cond)
-            part = slice(rows.start, rows.stop)
-            return raw(x[part], t[part], **select(cond, rows))
-
-        return in_parts(part, len(x), halving)
+        return evaluated(raw, x, t, cond, halving)
 
     place.raw = split  # type: ignore[method-assign]
     try:
         yield
     finally:
         del place.raw
+
+
+def evaluated(
+    raw: Callable[..., Tensor],
+    x: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Any],
+    halving: Halving | None = None,
+) -> Tensor:
+    r"""Returns the model output at a state (B, \*) and times (B), in parts if it is out of memory.
+
+    Arguments:
+        raw: :meth:`Denoiser.raw` of the model.
+        x: The state.
+        t: The times.
+        cond: The conditions, ready for this batch.
+        halving: Remembers the size that fits.
+    """
+
+    def part(rows: range) -> Tensor:
+        if len(rows) == len(x):
+            return raw(x, t, **cond)
+        some = slice(rows.start, rows.stop)
+        return raw(x[some], t[some], **select(cond, rows))
+
+    return in_parts(part, len(x), halving)
 
 
 def _place(denoiser: Denoiser) -> Denoiser:

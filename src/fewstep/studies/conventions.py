@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.base.memory import is_out_of_memory
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import SCHEDULES, NoiseSchedule, schedule
 from fewstep.models.denoiser import Denoiser, WrappedNetwork
+from fewstep.models.splitting import evaluated
 
 AS_CLAIMED = "as claimed"
 
@@ -172,15 +174,17 @@ class Probe:
         times = torch.full((len(x),), t, dtype=torch.float64)
         with torch.no_grad():
             if hypothesis.time == AS_CLAIMED:
-                return self.claimed.raw(x, times.to(x.device, dtype), **self.cond)
+                return evaluated(self.claimed.raw, x, times.to(x.device, dtype), self.cond)
             given = hypothesis.model_time(times)
             if self.whole and hypothesis.time in ("t", "t_max - t"):
                 given = given.round().long()
             else:
                 given = given.to(dtype)
             try:
-                value = self.network.raw(x, given.to(x.device), **self.cond)
-            except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
+                value = evaluated(self.network.raw, x, given.to(x.device), self.cond)
+            except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                if is_out_of_memory(error):
+                    raise
                 return None  # for example a network of integer timesteps that is given fractions
         return value if bool(value.isfinite().all()) else None
 
