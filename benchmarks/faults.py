@@ -413,7 +413,10 @@ def disk(work: Work, name: str, goal: int) -> None:
             work.count("disk", name, f"OTHERWISE ({code})", text)
         more = ["--overwrite"] if code == 0 else []
         code, text = work.start(command, out, *more).wait()
-        if code != 0:
+        complete = code == 2 and " exists; give " in text  # the disk was full after the last file
+        if complete:
+            work.count("disk", name, "was complete")
+        if code != 0 and not complete:
             work.count("disk", name, f"REFUSED ({code})", text)
         else:
             same = command.digest(out) == whole

@@ -78,6 +78,7 @@ def save_checkpoint(
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     tensors |= {f"more.{k}": v for k, v in (more or {}).items()}
     metadata = {"step": str(step), "loss": repr(loss), "run": _run_digest(about)}
+    metadata["tensors"] = digest_of(sorted(tensors))
     write_tensors(out / f"{CHECKPOINT}.safetensors", tensors, metadata)
     write_json(out / f"{CHECKPOINT}.json", {"step": step, "loss": loss, **about})
 
@@ -257,6 +258,9 @@ def _load(
         average[key].copy_(value)
     if optimizer is not None:
         _load_moments(optimizer, part("optimizer."))
+    stored_names = digest_of(sorted(tensors))
+    if metadata.get("tensors", stored_names) != stored_names:
+        raise ValueError("some of its tensors are missing")
     return step, loss, part("more.")
 
 
