@@ -506,3 +506,31 @@ def test_two_processes_do_what_one_does(model, store, tmp_path):
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-6)
     rows = [json.loads((tmp_path / part / "log.jsonl").read_text()) for part in ("one", "two")]
     assert rows[1]["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4)
+
+
+def test_a_kill_between_the_two_files_of_a_checkpoint_changes_nothing(
+    model, store, tmp_path, monkeypatch
+):
+    """The tensors are then newer than their description, which has the held-out error and the log."""
+    from fewstep.training import checkpoints
+
+    class Killed(BaseException):
+        pass
+
+    short = {**SHORT, "steps": 4}
+    distill(model, store, tmp_path / "whole", checkpoint_every=2, **short)
+    write, count = checkpoints.write_json, []
+
+    def killed(*args, **options):
+        count.append(1)
+        if len(count) == 2:
+            raise Killed  # of the fourth step, the last
+        return write(*args, **options)
+
+    monkeypatch.setattr(checkpoints, "write_json", killed)
+    with pytest.raises(Killed):
+        distill(model, store, tmp_path / "killed", checkpoint_every=2, **short)
+    distill(model, store, tmp_path / "killed", checkpoint_every=2, **short)
+    one, two = tmp_path / "whole", tmp_path / "killed"
+    for name in ("operator.json", "operator.safetensors", "log.jsonl"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()

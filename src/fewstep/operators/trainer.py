@@ -340,9 +340,10 @@ class Trainer:
             optimizer=self.optimizer,
         )
         self.loss = None if math.isnan(loss) else loss
-        self.heldout = state.get("heldout")
-        # If the process died between the two writes the tensors are newer: then the file's rows are used.
-        self.rows = state.get("log") if step == state["step"] else None
+        self.heldout, self.rows = state.get("heldout"), state.get("log")
+        if step != state["step"]:
+            # The process died between the two writes: the tensors are newer.
+            self.heldout, self.rows = self.evaluate()[-1], None
         if "losses" in more:
             self.pending = list(more["losses"].to(self.accelerator.device).unbind())
         return step
