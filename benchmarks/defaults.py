@@ -104,9 +104,18 @@ def measure(entry: Entry, found: dict[str, Any], only: frozenset[str]) -> None:
         old = found[entry.name]
         if old["samples"] != n:
             raise SystemExit(f"{entry.name} was measured on {old['samples']} samples, not {n}")
+        if "profile" in only:
+            profile = fewstep.fit(base, seed=SEED, guidance=scale, **profile_given)
+            old["evaluations"] = profile.about["evaluations"]
+            old["chosen"] = {str(row["nfe"]): row["solver"] for row in profile.table()}
+            for nfe in BUDGETS:
+                x = fewstep.sample(
+                    base, noise=noise, guidance=scale, nfe=nfe, profile=profile, **given
+                )
+                old["errors"][f"{nfe} profile"] = rms(x - end)
         for key in old["errors"]:
             nfe, solver, *grid = key.replace("@", " ").split()
-            if solver in only:
+            if solver in only and solver != "profile":
                 options = {"grid": grid[0]} if grid else {}
                 x = fewstep.sample(
                     base,

@@ -274,3 +274,15 @@ def test_processes_of_a_launch_share_the_parts(tmp_path, monkeypatch):
     assert second.count == whole.about["evaluations"] - 4 * (3 * 40 + 1)
     assert fewstep.Profile.load(tmp_path / "out.json") == profile
     assert not (tmp_path / "parts" / "parts").exists()
+
+
+def test_the_last_step_takes_all_of_the_noise():
+    """Exact for a constant prediction: x / alpha changes by the change of rho, times the sum of the weights."""
+    model = fewstep.load("mixture-sharp")
+    profile = fewstep.fit(model, nfe=(1, 3, 5), n=8)
+    fitted = [entry for entry in profile.entries if entry.weights]
+    assert {len(entry.times) - 1 for entry in fitted} == {1, 3, 5}
+    for entry in fitted:
+        state, *weights = entry.weights[-1]
+        assert state == 1
+        assert abs(sum(weights) - 1) < 1e-12

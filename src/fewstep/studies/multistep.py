@@ -55,7 +55,9 @@ def fit_multistep(
 
     minimise the mean square distance of :math:`x_{k+1}` to the reference trajectory from the same
     noise. The states :math:`x_k` are those of the method itself, not of the reference, so that a step
-    also corrects the errors of the steps before it. There are at most ``history + 1`` weights for as many
+    also corrects the errors of the steps before it. The last step has :math:`v = 1` and weights of sum 1, so that
+    it is exact where :math:`\varepsilon` is constant, and no noise is left in the sample: without that the distance is a
+    tenth smaller at 5 evaluations, and samples are grainy. There are at most ``history + 1`` weights for as many
     equations as the samples have coordinates: nothing is trained, and little can be overfitted.
 
     Cost: one evaluation of each sample per step.
@@ -83,7 +85,10 @@ def fit_multistep(
         span = sigma[k + 1] - ratio * sigma[k]
         # Predictions of neighbouring steps are nearly equal: the penalty is on their differences.
         parts = [ratio * x, span * output, *(span * (past - output) for past in outputs[1:])]
-        change = _ridge(parts, reference.x[int(nodes[k + 1])] - parts[0] - parts[1], ridge)
+        lacks = reference.x[int(nodes[k + 1])] - parts[0] - parts[1]
+        # The last step takes all of the noise: the nearest combination would leave some of it.
+        free = 2 if k == len(times) - 2 else 0
+        change = [0.0] * free + _ridge(parts[free:], lacks, ridge)
         state, newest, *past = change
         rows.append((1 + state, 1 + newest - sum(past), *past))
         x = parts[0] + parts[1]
@@ -123,6 +128,8 @@ def fit_on(
 
 def _ridge(terms: list[Tensor], target: Tensor, ridge: float) -> list[float]:
     """Returns the weights of the terms that fit the target, in float64 on the CPU."""
+    if not terms:
+        return []
     columns = torch.stack([term.flatten() for term in terms]).cpu().double()
     # Scaled to unit size: positive definite by the ridge, and solved to the same bits each time, which
     # least squares of LAPACK are not. A term that is zero gets no weight.
