@@ -317,11 +317,20 @@ def faults() -> str:
     result = load("faults")
     if result is None:
         return "# Faults\n\nNot measured yet: `python benchmarks/faults.py`.\n"
-    from faults import show
-
-    with redirect_stdout(StringIO()) as text:
-        show(result)
-    return f"# Faults\n\n`python benchmarks/faults.py`:\n\n{text.getvalue().strip()}\n"
+    parts = ["# Faults\n", "`python benchmarks/faults.py`, counts over several runs of it.\n"]
+    titles = {
+        "kills": "SIGKILL at random moments, then the same command until it ends",
+        "disk": "A disk that is full at some file operation, then again with space",
+        "writers": "Two and six processes with one output",
+        "damage": "Bits flipped, files cut, keys and tensors dropped, files swapped",
+    }
+    for key, title in titles.items():
+        rows = result.get(key, {})
+        heads = list(dict.fromkeys(name for row in rows.values() for name in row))
+        cells = [[what, *(row.get(name, "") for name in heads)] for what, row in rows.items()]
+        parts.append(f"**{title}**:\n")
+        parts.append(table(["", *heads], cells))
+    return "\n".join(parts)
 
 
 def pipelines() -> str:

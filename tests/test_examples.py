@@ -84,7 +84,7 @@ def test_the_example_runs(example, tmp_path, monkeypatch, caplog):
     place, name = example.name.split(":")
     if "diffusers" in place:
         pytest.importorskip("diffusers")
-    if name == "distill":
+    if name in ("distill", "continued"):
         pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(f"fewstep.{place}")

@@ -54,9 +54,12 @@ def continued(
         ValueError: If there is no such frame, or the teacher is another model.
 
     Example:
-        >>> student = fewstep.load("student")  # of four frames
-        >>> model = fewstep.operators.continued(student, fewstep.load("fashion"), 2, solver="unipc3")
-        >>> images = fewstep.sample(model, 16, nfe=4, class_labels=3)  # 1 and 3 evaluations
+        >>> teacher = fewstep.load("fashion", device="cpu")
+        >>> paths = fewstep.record(teacher, "paths", n=4, solver="ddim", nfe=2, keep=2, class_labels=3)
+        >>> student = fewstep.distill(teacher, paths, "student", mode="folded", steps=1, batch_size=1)
+        >>> model = fewstep.operators.continued(student, teacher, 1, solver="unipc3")
+        >>> fewstep.sample(model, 1, nfe=4, class_labels=3).shape  # 1 and 3 evaluations
+        torch.Size([1, 1, 28, 28])
     """
     if not isinstance(student, OperatorModel):
         raise TypeError(f"only an operator has frames, got {type(student).__name__}")
