@@ -147,7 +147,7 @@ def compare(
     every += [(job.entry.name, job.nfe, job.identity) for job in jobs]
     with progress_of(progress) as shown_progress, ExitStack() as whole:
 
-        def hold() -> AbstractContextManager[None]:
+        def hold() -> AbstractContextManager[object]:
             return locked(store.folder, progress=shown_progress, wait=team.several)
 
         # Alone it has the folder to itself; processes of a launch lock it only to begin and to end.
