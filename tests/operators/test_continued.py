@@ -14,11 +14,6 @@ LABELS = {"class_labels": torch.tensor([0, 1, 2])}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return teacher()
-
-
-@pytest.fixture(scope="module")
 def times(model):
     return record(model, n=1).times.tolist()
 

@@ -24,16 +24,6 @@ pytest.importorskip("accelerate")
 SHORT = {"steps": 6, "batch_size": 4, "warmup": 2, "learning_rate": 1e-3}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return teacher()
-
-
-@pytest.fixture(scope="module")
-def store(model):
-    return record(model)
-
-
 class Stop(Exception):
     pass
 

@@ -18,19 +18,9 @@ from fewstep.operators.losses import L2, mean_slope
 from fewstep.operators.objectives import FlowMapObjective
 from fewstep.operators.second_time import SecondTime
 from fewstep.operators.students import make_student
-from tiny_trajectories import record, teacher
+from tiny_trajectories import teacher
 
 LABELS = {"class_labels": torch.tensor([0, 1, 2])}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return teacher()
-
-
-@pytest.fixture(scope="module")
-def store(model):
-    return record(model)
 
 
 def untrained(model, times, **change):

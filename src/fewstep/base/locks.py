@@ -9,7 +9,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,24 @@ HEARTBEAT = 5.0
 
 _seen: dict[Path, tuple[object, float]] = {}
 """The last state of a lock that this process saw, and since when by its monotonic clock."""
+
+
+@contextlib.contextmanager
+def beating(beat: Callable[[], None], seconds: float, name: str) -> Iterator[None]:
+    """Calls a function every so many seconds, in a thread of this name, until the block ends."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(seconds):
+            beat()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 class Lock:
@@ -104,19 +122,10 @@ class Lock:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Renews the heartbeat from a thread, and releases the lock at the end; acquire it first."""
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(HEARTBEAT):
-                self.renew()
-
-        thread = threading.Thread(target=beat, name=f"heartbeat of {self.path.name}", daemon=True)
-        thread.start()
         try:
-            yield
+            with beating(self.renew, HEARTBEAT, f"heartbeat of {self.path.name}"):
+                yield
         finally:
-            stop.set()
-            thread.join()
             self.drop()
 
     def sweep(self) -> None:

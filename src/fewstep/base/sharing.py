@@ -8,14 +8,13 @@ others remove: at once on the same machine, after two minutes on another.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from fewstep.base.locks import HEARTBEAT, Lock
+from fewstep.base.locks import HEARTBEAT, Lock, beating
 from fewstep.base.progress import SILENT, Progress
 
 T = TypeVar("T")
@@ -64,8 +63,7 @@ class Sharing(Generic[T]):
         self._file, self._ready, self._over, self._progress = file, ready, over, progress
         self._held: dict[Path, tuple[T, Lock]] = {}
         self._idle: float | None = None  # since when others have all that is left
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat of claims", daemon=True)
+        self._beating = beating(self._renew, HEARTBEAT, "heartbeat of claims")
 
     def unfinished(self) -> bool:
         """Returns whether parts are left; waits a moment if others have claimed all of them."""
@@ -113,13 +111,12 @@ class Sharing(Generic[T]):
         self._progress.stage(f"waiting for {who}, which computes {file.stem}")
         self._idle = float("inf")
 
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT):
-            for _, lock in list(self._held.values()):
-                lock.renew()
+    def _renew(self) -> None:
+        for _, lock in list(self._held.values()):
+            lock.renew()
 
     def __enter__(self) -> Sharing[T]:
-        self._thread.start()
+        self._beating.__enter__()
         return self
 
     def __exit__(
@@ -128,8 +125,7 @@ class Sharing(Generic[T]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._beating.__exit__(None, None, None)
         for file, (item, lock) in self._held.items():
             lock.drop()
             if self._over() or self._done(item):  # a claim after the end made the folder anew

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.base.locks import PATIENCE, Lock
+from fewstep.base.locks import PATIENCE, Lock, beating
 from fewstep.base.processes import processes
 from fewstep.base.urls import OWNER, WHOLE, Remote, is_internal, show_as
 
@@ -58,22 +58,17 @@ def owned(remote: Remote) -> Iterator[None]:
         lock.take()
         mine = dict(lock.owner())
         _own(remote, mine, Path(folder) / "other")
-    stop = threading.Event()
+    numbers = itertools.count(1)
 
     def beat() -> None:
-        number = 0
-        while not stop.wait(BEAT):
-            number += 1
-            with contextlib.suppress(OSError):
-                remote.fs.pipe_file(_owner(remote), json.dumps({**mine, "beat": number}).encode())
+        content = json.dumps({**mine, "beat": next(numbers)}).encode()
+        with contextlib.suppress(OSError):
+            remote.fs.pipe_file(_owner(remote), content)
 
-    thread = threading.Thread(target=beat, name=f"heartbeat of {remote.url}", daemon=True)
-    thread.start()
     try:
-        yield
+        with beating(beat, BEAT, f"heartbeat of {remote.url}"):
+            yield
     finally:
-        stop.set()
-        thread.join()
         if _read_owner(remote).get("token") == mine["token"]:
             with contextlib.suppress(OSError):
                 remote.fs.rm_file(_owner(remote))

@@ -204,7 +204,5 @@ class AdversarialData(Adversarial):
         )
 
     def compared(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        generator = generator_at("search", "real samples", self.seed, *batch.address)
-        chosen = torch.randint(len(self.real), (len(x),), generator=generator)
         fake = self.extract(x).flatten(1) * self.scale
-        return fake, self.real[chosen].to(fake)
+        return fake, batch.drawn(self.real, len(x), self.seed).to(fake)

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.noise import generator_at
 from fewstep.learned.learned_plan import LearnedPlan
 from fewstep.learned.settings import Search
 from fewstep.metrics.reference import Reference
@@ -42,6 +43,11 @@ class Batch(NamedTuple):
     pairs: int
     target: Tensor | None = None
     states: tuple[Tensor, ...] = ()
+
+    def drawn(self, real: Tensor, n: int, seed: int) -> Tensor:
+        """Returns n of the rows of real samples, by the seed of the search and the address."""
+        generator = generator_at("search", "real samples", seed, *self.address)
+        return real[torch.randint(len(real), (n,), generator=generator)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fewstep.base.registry import Registry
-from fewstep.diffusion.noise import generator_at
 from fewstep.learned.adversarial import Adversarial, AdversarialData
 from fewstep.learned.distances import Distance, distance_of, mse
 from fewstep.learned.kernels import named_kernel
@@ -141,11 +140,9 @@ class MMD(Objective):
         )
 
     def loss(self, outcome: Outcome, batch: Batch) -> Tensor:
-        generator = generator_at("search", "real samples", self.seed, *batch.address)
-        chosen = torch.randint(len(self.real), (self.real_batch,), generator=generator)
         # Features may be on another device than the samples.
         x = self.extract(outcome.x).flatten(1)
-        return self.value(x, self.real[chosen].to(x))
+        return self.value(x, batch.drawn(self.real, self.real_batch, self.seed).to(x))
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the discrepancy of features x (n, D) from scaled real ones y (m, D)."""
