@@ -57,11 +57,6 @@ def origin(about: Mapping[str, Any]) -> str:
     return f"`{about['command']}` ({', '.join(str(value) for value in shown if value)})"
 
 
-def mean(values: Sequence[float]) -> float:
-    """Returns the geometric mean."""
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def shares(found: Mapping[str, Any], who: str, nfe: int) -> dict[str, float]:
     """Returns the error of a choice over that of the best peer, for each network."""
     from defaults import best_peer
@@ -79,6 +74,8 @@ def networks() -> dict[str, Any]:
 
 def readme() -> str:
     """The table of the README: the error beside that of the best peer."""
+    from defaults import mean
+
     found = networks()
     rows = []
     for who, what in (("profile", "fewstep, measured once"), ("auto", "fewstep, default")):
@@ -104,6 +101,8 @@ def with_table(text: str) -> str:
 
 def index() -> str:
     """How far ahead, of whom, on what, at what cost, and where behind."""
+    from defaults import mean
+
     found = networks()
     rows = []
     for who, what in (
@@ -136,8 +135,8 @@ The measurement costs {cost:,} evaluations of one image, once a model. All netwo
 | question | page |
 | --- | --- |
 {_list_of_pages()}
-Each page is written by `make results` from `benchmarks/results/*.json`; the command, date, commit and seeds are there. Machines were noisy, so ratios and
-counts are what to read. Nothing here was run on a GPU.
+Each page is written by `make results` from `benchmarks/results/*.json` and names the command; date, commit and seeds where the file has them. Machines were
+noisy, so ratios and counts are what to read. Nothing here was run on a GPU.
 """
     return text
 
@@ -184,12 +183,12 @@ def _behind(found: Mapping[str, Any]) -> str:
     from defaults import BUDGETS
 
     lines = []
-    for who, most in (("profile", 1.0), ("auto", 1.0)):
+    for who in ("profile", "auto"):
         above = [
             f"{name} at {nfe} ({value:.2f})"
             for nfe in BUDGETS
             for name, value in shares(found, who, nfe).items()
-            if value > most
+            if value > 1
         ]
         if above:
             lines.append(

@@ -39,6 +39,13 @@ NOISE, DATA = -6.0, 5.5
 """Schedules differ in whether they reach below, or above, these half log-SNRs."""
 
 
+def lam_range(schedule: NoiseSchedule) -> tuple[float, float]:
+    """Returns the half log-SNR at the largest and at the smallest time of a schedule."""
+    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
+    first, last = schedule.lam(ends).tolist()
+    return first, last
+
+
 def useful_start(schedule: NoiseSchedule) -> float | None:
     r"""Returns the time at :math:`\lambda = -6` if a VP schedule begins lower, else ``None``.
 
@@ -48,8 +55,7 @@ def useful_start(schedule: NoiseSchedule) -> float | None:
     :math:`e^{\Delta\lambda}`, which ruins the sample. Schedules that end above 5.5 (rectified flow, EDM) do
     not take part: their networks predict the data well from pure noise.
     """
-    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
-    first, last = schedule.lam(ends).tolist()
+    first, last = lam_range(schedule)
     if first >= NOISE or last > DATA:
         return None
     return float(schedule.time(torch.tensor(NOISE, dtype=torch.float64)))
@@ -57,8 +63,9 @@ def useful_start(schedule: NoiseSchedule) -> float | None:
 
 def late_start(schedule: NoiseSchedule, steps: int) -> float | None:
     """Returns the time T (1 - 1 / K) of K steps for a schedule as in :func:`useful_start`, else ``None``."""
-    last = float(schedule.lam(torch.tensor(schedule.t_min, dtype=torch.float64)))
-    return None if steps == 1 or last > DATA else schedule.t_max * (1 - 1 / steps)
+    return (
+        None if steps == 1 or lam_range(schedule)[1] > DATA else schedule.t_max * (1 - 1 / steps)
+    )
 
 
 def over_default(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from fewstep.diffusion.grids import CENTER, DATA, NOISE, SCALE, useful_start
+from fewstep.diffusion.grids import CENTER, DATA, NOISE, SCALE, lam_range, useful_start
 from fewstep.diffusion.schedules import NoiseSchedule
 
 AUTO = "auto"
@@ -67,8 +65,7 @@ def choose(schedule: NoiseSchedule, nfe: int) -> Choice:
     """
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise ValueError(f"nfe must be a positive integer, got {nfe!r}")
-    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
-    first, last = schedule.lam(ends).tolist()
+    first, last = lam_range(schedule)
     below = first < NOISE
     if nfe > MANY:
         center, scale = CENTER, SCALE

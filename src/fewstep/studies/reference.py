@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.progress import SILENT, Progress
-from fewstep.diffusion.grids import TimeGrid, explicit
+from fewstep.diffusion.grids import TimeGrid, explicit, lam_range
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.prediction import Prediction, convert
 from fewstep.diffusion.schedules import NoiseSchedule
@@ -86,7 +86,7 @@ def place_nodes(
     """Returns times that are even in :func:`coordinate`, decreasing, float64."""
     power = torch.linspace(schedule.t_max ** (2 / 3), schedule.t_min ** (2 / 3), 2001).double()
     ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
-    low, high = schedule.lam(ends).tolist()
+    low, high = lam_range(schedule)
     second = schedule.time(torch.linspace(low, high, 2001, dtype=torch.float64))
     mesh = torch.cat([power.pow(1.5), second, ends]).clamp(schedule.t_min, schedule.t_max)
     mesh = mesh.unique().flip(0)
