@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fewstep.base.urls import Remote, is_remote, write_remote
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -80,9 +82,7 @@ def write_atomic(
     """
     data = content.encode() if isinstance(content, str) else content
     pieces = [data] if isinstance(data, bytes) else data
-    if isinstance(path, str) and "://" in path:
-        from fewstep.base.urls import write_remote
-
+    if is_remote(path):
         write_remote(path, list(pieces), new=new)
         return Path(path)
     path = Path(path)
@@ -246,9 +246,7 @@ def read_json(
             checksum; the message names the file.
     """
     name = f"{what} {str(path)!r}"
-    if isinstance(path, str) and "://" in path:
-        from fewstep.base.urls import Remote
-
+    if is_remote(path):
         content = Remote(path).read()
     else:
         content = read_limited(path, what=name)
