@@ -30,6 +30,7 @@ from fewstep.models.wrappers import Clipped, Guided
 from fewstep.sampling import batches
 from fewstep.sampling.adaptive import AdaptiveSampler
 from fewstep.sampling.plan_sampler import PlanSampler
+from fewstep.sampling.profile import Profile, ProfileEntry
 from fewstep.sampling.protocol import Run
 from fewstep.trajectories import Cycle, TrajectoryStore, Uniform, shards, verify, writing
 from fewstep.trajectories.claims import Claim
@@ -183,6 +184,23 @@ def test_every_solver_is_bent_to_the_kept_times(tmp_path, solver):
     wanted = fewstep.grid("quadratic", MODEL.schedule, 3, t_start=start).times
     torch.testing.assert_close(store.times[:-1], wanted[:-1], rtol=1e-12, atol=0)
     assert store.times[-1] == plain.knots[-1]
+
+
+def test_auto_records_the_measured_plan_where_its_own_knots_are_recorded(tmp_path):
+    """Its weights hold at its own times alone; for others auto takes the schedule's default."""
+    model = fewstep.load("mixture-smooth")
+    times = (1.0, 0.5, 0.2, 0.05, model.schedule.t_min)
+    entry = ProfileEntry("ddim", times)
+    model.profile = Profile(model.schedule, model.fingerprint(), (entry,), {4: "ddim"})
+    options = {"n": 4, "nfe": 4, "dtype": "float32"}
+    for name, keep in {"all": "all", "knots": [2], "times": [0.5, 0.05]}.items():
+        store = fewstep.record(model, tmp_path / name, **options, keep=keep)
+        assert set(store.times.tolist()) <= set(times)
+        samples = fewstep.sample(model, 4, nfe=4)
+        assert torch.equal(store.read(range(4)).states[:, -1], samples)
+    bent = fewstep.record(model, tmp_path / "bent", **options, keep="uniform:2").manifest
+    default = fewstep.record(MODEL, tmp_path / "default", **options, keep="uniform:2").manifest
+    assert bent.sampler == default.sampler
 
 
 def test_kept_knots_of_an_uneven_set(tmp_path):

@@ -71,7 +71,7 @@ def recorded_states(
     integer = denoiser.integer_times
     plan = sampler.plan
     if _is_spaced(request):
-        plan = _bent_plan(denoiser, keep, request, integer=integer)
+        plan = _through(plan, denoiser, keep, request)
     if plan.stochastic:
         raise ValueError(
             f"{plan.name or 'the plan'} is stochastic, so x_T does not determine the "
@@ -110,17 +110,28 @@ def _is_spaced(request: SamplerRequest) -> bool:
     return grid is None or (isinstance(grid, str) and grid in GRIDS and grid != "explicit")
 
 
-def _bent_plan(denoiser: Denoiser, keep: Keep, request: SamplerRequest, *, integer: bool) -> Plan:
-    """Returns the plan of a solver, its grid adjusted so that the recorded times are among its knots."""
+def _through(plan: Plan, denoiser: Denoiser, keep: Keep, request: SamplerRequest) -> Plan:
+    """Returns the plan if the recorded times are among its knots, else the solver's on an adjusted grid.
+
+    The weights of a measured plan hold at its own times alone, so a profile's plan is not adjusted: ``auto``
+    then takes the default of the model's schedule.
+    """
+    integer = denoiser.integer_times
+    if plan.head or _reaches(plan.grid, _wanted(keep, plan.grid, integer)):
+        return plan
     schedule = denoiser.schedule
     first = resolve_plan(schedule, request, integer_times=integer, default_nfe=DEFAULT_NFE)
     times = _wanted(keep, first.grid, integer)
-    known = set(first.grid.times.tolist())
-    if first.plan.head or all(isinstance(t, int) for t in times) or set(times) <= known:
+    if first.plan.head or _reaches(first.grid, times):
         return first.plan
     bent = _bent(first.grid, [float(t) for t in times], integer)
     grid = TimeGrid(schedule, bent, first.grid.ends_at_zero)
     return resolve_plan(schedule, SamplerRequest(first.solver, grid=grid)).plan
+
+
+def _reaches(grid: TimeGrid, wanted: list[int] | list[float]) -> bool:
+    """Whether all states are knots of the grid: knots by number, or the same times."""
+    return all(isinstance(t, int) for t in wanted) or set(wanted) <= set(grid.times.tolist())
 
 
 def _wanted(keep: Keep, grid: TimeGrid, integer: bool) -> list[int] | list[float]:

@@ -85,7 +85,8 @@ def record(
         recipe: a recipe, or the file of one; or
         profile: the profile of the model, or the file of one.
         grid: The name of a grid, or a grid. Grids with a name are adjusted slightly, so that
-            the recorded times are among their points.
+            the recorded times are among their points. The plan of a profile is not adjusted: where
+            ``auto`` would take it and it has not these times, the default of the schedule is recorded.
         options: Further options of solver and grid.
         keep: The states to record after :math:`x_T`: a number M (on the quadratic grid, as
             ``"quadratic:4"``; for the schedule ``edm`` on the Karras grid), another grid
