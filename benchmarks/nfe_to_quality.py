@@ -11,7 +11,7 @@ times the target; "settled" is from where on it stays within that share on eithe
 calls FID can be lower than that of the exact flow of the network. All samplers start from the same noise, so
 each difference to the target has a paired jackknife interval (95 %), and the interval of a result is
 where the two ends of that band meet zero. "<" and ">" say that this is beyond the budgets
-measured. If DIR has the `quality-1000.json` of `quality.py score`, a third column says where the RMS
+measured. If DIR has the `quality-fashion-1000.json` of `quality.py score`, a third column says where the RMS
 distance to the reference, interpolated in logarithms, first is below `--rms`.
 """
 
@@ -98,7 +98,7 @@ def crossing_cells(at: list[int], above: list[Estimate], below: list[Estimate]) 
 
 def close(name: str, budgets: list[int], limit: float) -> str:
     """Returns where the RMS to the reference comes below a limit, from the scores of quality.py."""
-    scores = quality.RESULTS / f"quality-{quality.N}.json"
+    scores = quality.Subject().file(quality.N)
     if not scores.exists():
         return ""
     cells = read_json(scores, what="scores")["cells"]

@@ -3,12 +3,13 @@
 Usage: python benchmarks/quality.py draw --out DIR [--names tab3,unipc3,...] [--nfe 5,6,8,10,15,20,50]
        python benchmarks/quality.py score --out DIR [--samples 1000]
        python benchmarks/quality.py show [FILE]
+       (with --model FOLDER --data IMAGES --features FOLDER,FOLDER --name NAME: of another model)
 
-``draw`` runs `fewstep.comparison` on the embedded model: every sampler and budget from the same noise and the same
+``draw`` runs `fewstep.comparison` on the embedded model, or another: every sampler and budget from the same noise and the same
 labels, cell by cell, in DIR; it can be interrupted and given again, and other names or budgets are added to what is
 there. ``score`` prints the table of all cells and writes it: FID to the real images in the features of two
-classifiers (``fashion``, which saw clean images, and ``fashion-robust``, which saw noisy and blurred ones), KID, with
-95 % intervals, and the RMS distance to the reference. ``show`` prints the table of such a file, by default the one in
+classifiers (the first saw clean images, the second noisy and blurred ones) and of a third with random weights, KID and
+inception score of the first, with 95 % intervals, and the RMS distance to the reference. ``show`` prints the table of such a file, by default the one in
 benchmarks/results. FID depends on the number of samples, so compare within one table only.
 
 The reference is ``tab3`` with 100 evaluations. Libraries end differently, at the schedule's last level (sigma = 0.01) or
@@ -21,12 +22,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fewstep
 from _common import RESULTS, about, say_what_runs
@@ -35,17 +36,62 @@ from fewstep.base.files import read_json, write_json
 from fewstep.comparison import Cell, Comparison, compare
 from fewstep.comparison.scores import less_fid
 from fewstep.comparison.store import STATE, Store
-from fewstep.metrics import Estimate, Reference, fid
-from fewstep.metrics.features import EMBEDDED
+from fewstep.metrics import Estimate, Features, Reference, fid, inception_score
+from fewstep.metrics.features import EMBEDDED, FeatureMap
+from fewstep.metrics.reference import unused_images
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.networks.classifier import SmallClassifier
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.sample import sampler
 
 MODEL, SEED, N, CHUNK = "fashion", 5000, 1000, 100
+RANDOM_WIDTH = 16
 BUDGETS = (5, 6, 8, 10, 15, 20, 50)
 REFERENCE, REFERENCE_NFE = "tab3", 100
 
-MEASURED = ("fid", "robust", "kid", "rms")
+MEASURED = ("fid", "robust", "random", "kid", "inception", "rms")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is sampled and what it is compared with.
+
+    Attributes:
+        name: The name in the result's file.
+        model: An embedded model, or a folder.
+        data: The real images: embedded, or a file or folder of images.
+        features: Two classifiers as feature extractors: of clean images, of noisy and blurred ones.
+    """
+
+    name: str = MODEL
+    model: str = MODEL
+    data: str = MODEL
+    features: tuple[str, str] = EMBEDDED
+
+    def file(self, n: int) -> Path:
+        """Returns the file of the scores of n samples."""
+        return RESULTS / f"quality-{self.name}-{n}.json"
+
+    def real(self, features: FeatureMap) -> Reference:
+        """Returns the statistics of the real images in some features."""
+        if not isinstance(features, str) and self.data == MODEL:
+            # What is embedded has its features only: the images themselves are needed for others.
+            unused = unused_images(self.data)
+            return Reference.of(unused, unused, features=features, name=self.data)
+        return Reference.load(self.data, features)
+
+
+def random_features(channels: int) -> Features:
+    """Returns an untrained classifier as extractor: features that no training has shaped."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = SmallClassifier(in_channels=channels, width=RANDOM_WIDTH)
+        for part in network.modules():  # features of the scale of the pixels
+            if isinstance(part, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(part.weight)
+    network.eval().requires_grad_(False)
+    digest = f"random weights, seed 0, {channels} channels, width {RANDOM_WIDTH}"
+    return Features(network.features, name="random", sha256=digest, module=network)
 
 
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,9 +169,15 @@ def labels(rows: Iterable[int]) -> Tensor:
 
 
 def run(
-    asked: Sequence[str], budgets: Sequence[int], folder: Path, denoiser: Denoiser, n: int
+    asked: Sequence[str],
+    budgets: Sequence[int],
+    folder: Path,
+    denoiser: Denoiser,
+    n: int,
+    subject: Subject | None = None,
 ) -> Comparison:
     """Runs the cells that are missing; the samples of all are stored with them."""
+    subject = subject or Subject()
     samplers = {}
     for name in asked:
         reasons = []
@@ -145,7 +197,7 @@ def run(
         folder=folder,
         n=n,
         seed=SEED,
-        data=Reference.load(MODEL, EMBEDDED[0]),
+        data=subject.real(subject.features[0]),
         metrics=("fid", "kid"),
         reference=REFERENCE,
         reference_nfe=REFERENCE_NFE,
@@ -175,32 +227,41 @@ def gather(
     return (samples, cell.seconds[1] * len(samples)) if len(samples) >= n else None
 
 
-def score_record(cell: Cell, robust: Estimate, n: int) -> dict[str, Any]:
+def score_record(cell: Cell, more: Mapping[str, Estimate], n: int) -> dict[str, Any]:
     """Returns the scores of a cell as a JSON object."""
-    scores = {**cell.scores, "robust": robust}
+    scores = {**cell.scores, **more}
     record: dict[str, Any] = {"name": cell.name, "nfe": cell.nfe, "seconds": cell.seconds[1] * n}
     values = {key: scores[key] for key in MEASURED if key in scores}
     return record | {key: [e.value, e.low, e.high] for key, e in values.items()}
 
 
-def score(found: Comparison, n: int) -> dict[str, Any]:
+def score(found: Comparison, n: int, subject: Subject) -> dict[str, Any]:
     """Returns all scores, with the differences to the best of each budget in pairs."""
-    real, robust = (Reference.load(MODEL, features) for features in EMBEDDED)
+    clean, robust = (subject.real(features) for features in subject.features)
+    classifier = Features.load(subject.features[0])
+    channels = found.store.tensors(found.reference)["shown"].shape[1]
+    untrained = subject.real(random_features(channels))
 
     def record(cell: Cell) -> dict[str, Any]:
-        return score_record(cell, fid(found.store.tensors(cell)["shown"], robust), n)
+        samples = found.store.tensors(cell)["shown"]
+        more = {
+            "robust": fid(samples, robust),
+            "random": fid(samples, untrained),
+            "inception": inception_score(samples, classifier),
+        }
+        return score_record(cell, more, n)
 
     rows = []
     for nfe in sorted({cell.nfe for cell in found.cells}):
         column = [cell for cell in found.cells if cell.nfe == nfe]
         column.sort(key=lambda cell: cell.scores["fid"].value)
         features = [found.store.tensors(cell)["features"] for cell in column]
-        more = less_fid(features[1:], features[0], real) if len(column) > 1 else []
+        more = less_fid(features[1:], features[0], clean) if len(column) > 1 else []
         rows.append(record(column[0]) | {"more": [0.0, 0.0, 0.0], "tie": True})
         for cell, e in zip(column[1:], more, strict=True):
             rows.append(record(cell) | {"more": [e.value, e.low, e.high], "tie": e.low <= 0})
     reference = record(found.reference) | {"rms": [0.0, 0.0, 0.0]}
-    origin = {"n": n, "seed": SEED, "model": found.question["model"]}
+    origin = {"n": n, "seed": SEED, "model": found.question["model"], "name": subject.name}
     return {"about": about(), **origin, "reference": reference, "cells": rows}
 
 
@@ -215,7 +276,7 @@ def show(scores: Mapping[str, Any]) -> None:
         print(f"{nfe} evaluations")
         print(
             f"  {'sampler':26} {'FID (95 %)':>22} {'more than the best':>24} {'FID, robust':>22}"
-            f" {'RMS':>8} {'KID':>10}"
+            f" {'random':>8} {'RMS':>8} {'KID':>10} {'IS':>6}"
         )
         column = sorted((r for r in scores["cells"] if r["nfe"] == nfe), key=lambda r: r["fid"][0])
         for place, row in enumerate(column):
@@ -223,7 +284,8 @@ def show(scores: Mapping[str, Any]) -> None:
             more = f"{d:.2f} ({e:.2f} to {f:.2f}){' tie' if row['tie'] else ''}"
             print(
                 f"  {row['name']:26} {a:7.2f} ({b:5.2f} to {c:5.2f}) {more if place else 'best':>24}"
-                f" {g:8.2f} ({h:5.2f} to {i:5.2f}) {row['rms'][0]:8.4f} {row['kid'][0]:10.3f}"
+                f" {g:8.2f} ({h:5.2f} to {i:5.2f}) {row['random'][0]:8.3f} {row['rms'][0]:8.4f}"
+                f" {row['kid'][0]:10.3f} {row['inception'][0]:6.2f}"
             )
         print(flush=True)
 
@@ -234,9 +296,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("draw", "score", "show"))
-    parser.add_argument(
-        "file", type=Path, nargs="?", default=RESULTS / f"quality-{N}.json", help="for show"
-    )
+    parser.add_argument("file", type=Path, nargs="?", default=Subject().file(N), help="for show")
     parser.add_argument("--out", type=Path, help="the folder, for draw and score")
     parser.add_argument(
         "--names", default="", help="samplers, separated by commas; all if left out"
@@ -244,6 +304,10 @@ def main() -> None:
     parser.add_argument("--nfe", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--samples", type=int, default=N)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", default=MODEL, help="an embedded model, or a folder")
+    parser.add_argument("--data", default=MODEL, help="its real images")
+    parser.add_argument("--features", default=",".join(EMBEDDED), help="two feature extractors")
+    parser.add_argument("--name", default=MODEL, help="the model's name in the result's file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.what == "show":
@@ -252,21 +316,26 @@ def main() -> None:
     if arguments.out is None:
         parser.error("--out is needed")
     n = arguments.samples
-    say_what_runs(f"{MODEL}, {n} samples, classes in turn, seed {SEED}.", ("diffusers", "azula"))
-    denoiser = fewstep.load(MODEL)
+    features = arguments.features.split(",")
+    if len(features) != 2:
+        parser.error(f"--features takes two extractors, got {len(features)}")
+    subject = Subject(arguments.name, arguments.model, arguments.data, (features[0], features[1]))
+    what = f"{subject.name}, {n} samples, classes in turn, seed {SEED}."
+    say_what_runs(what, ("diffusers", "azula"))
+    denoiser = fewstep.load(subject.model)
     asked = [name for name in arguments.names.split(",") if name]
     budgets = [int(k) for k in arguments.nfe.split(",")]
     if arguments.what == "draw":
-        run(asked or names(), budgets, arguments.out, denoiser, n)
+        run(asked or names(), budgets, arguments.out, denoiser, n, subject)
         return
     # Scored is what was drawn: nothing is run again.
     drawn = [c for c in Store(arguments.out).all() if c.name != "reference" and c.nfe in budgets]
     there = list(dict.fromkeys(c.name for c in drawn if not asked or c.name in asked))
-    found = run(there, sorted({c.nfe for c in drawn}), arguments.out, denoiser, n)
+    found = run(there, sorted({c.nfe for c in drawn}), arguments.out, denoiser, n, subject)
     keys = {c.key for c in drawn}
-    scores = score(replace(found, cells=[c for c in found.cells if c.key in keys]), n)
+    scores = score(replace(found, cells=[c for c in found.cells if c.key in keys]), n, subject)
     show(scores)
-    file = RESULTS / f"quality-{n}.json"
+    file = subject.file(n)
     write_json(file, scores)
     print(f"wrote {file}")
 

@@ -315,3 +315,47 @@ def test_features_of_the_embedded_classifier_pass_gradients() -> None:
         ]
     expected = float((gradient.double() * step.double()).sum())
     assert float(change[0] - change[1]) / 2 == pytest.approx(expected, rel=0.05)
+
+
+class _Given(metrics.Features):
+    """A classifier of samples that are themselves the probabilities."""
+
+    def log_probabilities(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+        return images.log()
+
+
+GIVEN = _Given(lambda images: images, name="given", sha256="")
+
+
+@pytest.mark.parametrize(
+    ("rows", "score"),
+    [
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], 3.0),
+        ([[1, 0, 0], [1, 0, 0], [1, 0, 0]], 1.0),
+        ([[0.2, 0.3, 0.5]] * 3, 1.0),
+        # KL(p_i || p) of (0.9, 0.1) and (0.1, 0.9) to (0.5, 0.5): ln 2 - H(0.9).
+        ([[0.9, 0.1], [0.1, 0.9]], 2 * 0.9**0.9 * 0.1**0.1),
+    ],
+)
+def test_inception_score_in_closed_form(rows: list[list[float]], score: float) -> None:
+    p = torch.tensor(rows, dtype=torch.float64).repeat(20, 1)
+    assert metrics.inception_score(p, GIVEN).value == pytest.approx(score, rel=1e-12)
+
+
+def test_inception_score_of_images_is_that_of_their_logits() -> None:
+    images = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    known = metrics.Features.load("fashion")
+    p = torch.softmax(known.module(images).double(), 1)  # pyright: ignore
+    expected = (p * (p / p.mean(0)).log()).sum(1).mean().exp()
+    found = metrics.inception_score(images)
+    assert found.value == pytest.approx(float(expected), rel=1e-5)
+    assert found.low < found.value < found.high
+
+
+def test_inception_score_refuses_what_it_cannot_score() -> None:
+    with pytest.raises(ValueError, match="does not classify"):
+        metrics.inception_score(torch.zeros(4, 1, 28, 28), metrics.Features.load("pixels"))
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        metrics.inception_score(torch.zeros(1, 1, 28, 28))
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.inception_score(torch.full((4, 1, 28, 28), float("nan")))

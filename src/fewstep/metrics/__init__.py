@@ -3,6 +3,7 @@
 from fewstep.metrics.features import Features as Features
 from fewstep.metrics.frechet import fid as fid
 from fewstep.metrics.frechet import frechet_distance as frechet_distance
+from fewstep.metrics.inception import inception_score as inception_score
 from fewstep.metrics.intervals import Estimate as Estimate
 from fewstep.metrics.kernel import KERNELS as KERNELS
 from fewstep.metrics.kernel import kid as kid

@@ -84,10 +84,18 @@ class Features:
         Raises:
             ValueError: If the extractor is not a classifier.
         """
+        return self.log_probabilities(images, batch_size=batch_size).argmax(1)
+
+    def log_probabilities(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+        r"""Returns the logarithm of each class's probability, (n, classes), of images (n, C, H, W).
+
+        Raises:
+            ValueError: If the extractor is not a classifier.
+        """
         if not isinstance(self.module, SmallClassifier):
             raise ValueError(f"the feature extractor {self.name!r} does not classify")
-        classes = [self.module(part).argmax(1) for part in self._batches(images, batch_size)]
-        return torch.cat(classes)
+        logits = [self.module(part) for part in self._batches(images, batch_size)]
+        return torch.cat(logits).log_softmax(1)
 
     def _batches(self, images: Tensor, size: int | None) -> Iterator[Tensor]:
         weight = None if self.module is None else next(self.module.parameters(), None)
