@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from fewstep.base.files import loads_json
 from fewstep.base.progress import SILENT, Progress
 from fewstep.base.registry import unknown
 from fewstep.base.urls import shown
@@ -104,23 +103,6 @@ def fail(text: str, *, kind: str = "error") -> None:
     )
 
 
-def parse_options(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """Returns ``["eta=0.5", "times=[1, 0.5]"]`` as a dictionary; values are JSON, or else texts."""
-    options: dict[str, Any] = {}
-    for pair in pairs or ():
-        key, sign, text = pair.partition("=")
-        key = key.strip().replace("-", "_")
-        if not sign or not key.isidentifier():
-            raise ValueError(f"--option is key=value, for example eta=0.5, got {pair!r:.60}")
-        if key in options:
-            raise ValueError(f"--option {key} is given twice")
-        try:
-            options[key] = loads_json(text, what="the value")
-        except ValueError:
-            options[key] = text
-    return options
-
-
 def check_device(name: str) -> str:
     """Returns the name of an available device; ``auto`` becomes CUDA, MPS or the CPU.
 
@@ -163,40 +145,6 @@ def load_model(
         raise ValueError(unknown("--dtype", dtype, list(DTYPES)))
     kind = None if dtype is None else getattr(torch, dtype)
     return load(name, device=device, dtype=kind, download=download)
-
-
-def parse_labels(text: str | None, denoiser: Denoiser, n: int) -> list[int] | None:
-    """Returns n class labels: ``"3"``, ``"0,1,2"`` repeated, names of classes, or ``"all"``."""
-    if text is None:
-        return None
-    chosen = chosen_labels(text, denoiser)
-    return [chosen[i % len(chosen)] for i in range(n)]
-
-
-def chosen_labels(text: str, denoiser: Denoiser) -> list[int]:
-    """Returns the class labels in a text, each once."""
-    classes = getattr(getattr(denoiser, "network", None), "num_classes", None)
-    names = getattr(denoiser, "class_names", None) or ()
-    if text.strip() != "all":
-        return [_label(part.strip(), names) for part in text.split(",")]
-    if not isinstance(classes, int):
-        raise ValueError(
-            "--class-labels all: the number of this model's classes is not known; "
-            "give the labels themselves, for example 0,1,2"
-        )
-    return list(range(classes))
-
-
-def _label(text: str, names: Sequence[str]) -> int:
-    if text.isascii() and text.removeprefix("-").isdigit() and len(text) < 10:
-        return int(text)
-    if text in names:
-        return list(names).index(text)
-    if names:
-        raise ValueError(unknown("class", text, list(names)))
-    raise ValueError(
-        f"--class-labels are integers, for example 3 or 0,1,2, or 'all'; got {text!r:.40}"
-    )
 
 
 def draw(

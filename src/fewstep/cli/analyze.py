@@ -15,11 +15,11 @@ from fewstep.cli._common import (
     follows,
     left_to_first,
     load_model,
-    parse_labels,
     positive,
     saved_files,
     say,
 )
+from fewstep.models.labels import parse_labels
 from fewstep.reporting.commands import command
 
 

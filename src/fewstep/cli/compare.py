@@ -9,15 +9,8 @@ from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
 from fewstep.base.processes import processes
-from fewstep.cli._common import (
-    Flag,
-    follows,
-    load_model,
-    parse_labels,
-    positive,
-    saved_files,
-    say,
-)
+from fewstep.cli._common import Flag, follows, load_model, positive, saved_files, say
+from fewstep.models.labels import parse_labels
 from fewstep.reporting.commands import command
 
 SOLVERS = "auto,tab3,ddim,dpmpp-2m,unipc3"

@@ -19,11 +19,11 @@ from fewstep.cli._common import (
     exists,
     follows,
     load_model,
-    parse_labels,
     positive,
     saved_files,
     say,
 )
+from fewstep.models.labels import parse_labels
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:

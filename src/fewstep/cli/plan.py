@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from fewstep.cli._common import (
-    Flag,
-    Options,
-    console,
-    exists,
-    parse_options,
-    read_plan,
-    say,
-    say_result,
-)
+from fewstep.base.options import parse_options
+from fewstep.cli._common import Flag, Options, console, exists, read_plan, say, say_result
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:

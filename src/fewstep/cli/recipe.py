@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from fewstep.cli._common import Flag, Options, exists, parse_options, read_plan, say, say_result
+from fewstep.base.options import parse_options
+from fewstep.cli._common import Flag, Options, exists, read_plan, say, say_result
 from fewstep.cli.plan import show as show_plan
 from fewstep.reporting.commands import command
 

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
+from fewstep.base.options import parse_options
 from fewstep.cli._common import (
     Flag,
     Options,
-    chosen_labels,
     console,
     follows,
     load_model,
     output_folder,
-    parse_options,
     positive,
     say,
     say_result,
 )
+from fewstep.models.labels import chosen_labels
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
+from fewstep.base.options import parse_options
 from fewstep.base.progress import progress_of
 from fewstep.base.runs import RunFolder, hash_inputs
 from fewstep.cli._common import (
@@ -20,11 +21,10 @@ from fewstep.cli._common import (
     follows,
     load_model,
     output_folder,
-    parse_labels,
-    parse_options,
     positive,
     say,
 )
+from fewstep.models.labels import parse_labels
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:

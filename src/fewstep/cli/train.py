@@ -8,17 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
+from fewstep.base.options import parse_options
 from fewstep.base.progress import progress_of
-from fewstep.cli._common import (
-    Flag,
-    Options,
-    check_device,
-    exists,
-    follows,
-    parse_options,
-    positive,
-    say,
-)
+from fewstep.cli._common import Flag, Options, check_device, exists, follows, positive, say
 from fewstep.cli._training import Resumed, saved_step
 from fewstep.reporting.commands import command
 
