@@ -5,7 +5,8 @@ Usage: python benchmarks/quality.py draw --out DIR [--names tab3,unipc3,...] [--
        python benchmarks/quality.py show [FILE]
        (with --model FOLDER --data IMAGES --features FOLDER,FOLDER --name NAME: of another model)
 
-``draw`` runs `fewstep.comparison` on the embedded model, or another: every sampler and budget from the same noise and the same
+A name is that of a solver (``ddim``, or on another grid than its own ``ddim@quadratic``), ``auto``, ``profile``,
+``diffusers:NAME`` or ``azula:NAME``. ``draw`` runs `fewstep.comparison` on the embedded model, or another: every sampler and budget from the same noise and the same
 labels, cell by cell, in DIR; it can be interrupted and given again, and other names or budgets are added to what is
 there. ``score`` prints the table of all cells and writes it: FID to the real images in the features of two
 classifiers (the first saw clean images, the second noisy and blurred ones) and of a third with random weights, KID and
@@ -160,7 +161,8 @@ def build(name: str, denoiser: Denoiser, nfe: int) -> Sampler:
         return sampler(denoiser, solver="auto", nfe=nfe)
     if name == "auto":  # without the profile that the model brings
         return sampler(denoiser, plan=fewstep.plan("auto", denoiser.schedule, nfe=nfe))
-    return sampler(denoiser, solver=name, nfe=nfe)
+    solver, _, grid = name.partition("@")  # ddim@quadratic: on another grid than its own
+    return sampler(denoiser, solver=solver, nfe=nfe, **({"grid": grid} if grid else {}))
 
 
 def labels(rows: Iterable[int]) -> Tensor:
