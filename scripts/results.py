@@ -9,10 +9,12 @@ line that names the script.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,15 @@ from fewstep.base.files import read_json, write_atomic
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGES_FOLDER = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+
+from papers import beside, cells_of, published, quality_of  # noqa: E402
 
 JUDGED = (5, 10, 20)
 """The budgets of the tables on the first page."""
+
+SAMPLED = ("fashion", "cifar10")
+"""The models with tables of quality."""
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -146,32 +153,35 @@ def _list_of_pages() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _quality_cells() -> tuple[dict[str, Any], dict[tuple[str, int], Any]]:
-    result = load("quality-1000") or {}
-    return result, {(row["name"], row["nfe"]): row for row in result.get("cells", [])}
-
-
 def _quality_summary() -> str:
-    result, cells = _quality_cells()
-    if not cells:
-        return ""
-    rows = []
-    for nfe in JUDGED:
-        peers = [row for (name, k), row in cells.items() if k == nfe and "diffusers" in name]
-        if not peers or ("profile", nfe) not in cells:
+    parts = []
+    for model in SAMPLED:
+        result = quality_of(model)
+        if result is None:
             continue
-        best = min(peers, key=lambda row: row["fid"][0])
-        rows.append(
-            [
-                nfe,
-                *(_interval(cells[who, nfe]["fid"]) for who in ("profile", "auto")),
-                f"{_interval(best['fid'])} ({best['name'].removeprefix('diffusers:')})",
-            ]
-        )
-    top = result["reference"]
-    return f"""FID of the embedded `fashion` ({result["n"]} samples; {top["nfe"]} evaluations: {_interval(top["fid"])}), see [quality](quality.md):
+        cells = cells_of(result)
+        rows = []
+        for nfe in JUDGED:
+            peers = [row for (name, k), row in cells.items() if k == nfe and ":" in name]
+            if not peers or ("profile", nfe) not in cells:
+                continue
+            best = min(peers, key=lambda row: row["fid"][0])
+            rows.append(
+                [
+                    nfe,
+                    *(_interval(cells[who, nfe]["fid"]) for who in ("profile", "auto")),
+                    f"{_interval(best['fid'])} ({best['name'].partition(':')[2]})",
+                ]
+            )
+        top = result["reference"]
+        head = f"FID of `{model}` ({result['n']} samples; {top['nfe']} evaluations: {_interval(top['fid'])}), see [quality]({_page_of(model)}.md):"
+        names = ["evaluations", "measured once", "`auto`", "best peer of that row"]
+        parts.append(f"{head}\n\n{table(names, rows)}")
+    return "\n".join(parts)
 
-{table(["evaluations", "with its profile", "`auto`", "best peer of that column"], rows)}"""
+
+def _page_of(model: str) -> str:
+    return "quality" if model == SAMPLED[0] else f"quality-{model}"
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -194,23 +204,29 @@ def _behind(found: Mapping[str, Any]) -> str:
             lines.append(
                 f"- `{who}` has a larger error than the best peer on: {', '.join(above)}."
             )
-    _, cells = _quality_cells()
-    for nfe in JUDGED:
-        column = {name: row["fid"][0] for (name, k), row in cells.items() if k == nfe}
-        ours = {n: v for n, v in column.items() if not n.startswith(("diffusers", "azula"))}
-        peers = {n: v for n, v in column.items() if n not in ours}
-        if ours and peers and "profile" in ours and min(peers.values()) < ours["profile"]:
-            name = min(peers, key=lambda n: peers[n])
+    for model, nfe in itertools.product(SAMPLED, JUDGED):
+        column = {
+            name: row["fid"][0]
+            for (name, k), row in cells_of(quality_of(model)).items()
+            if k == nfe
+        }
+        peers = {name: value for name, value in column.items() if ":" in name}
+        name = min(peers, key=lambda n: peers[n], default=None)
+        if name is not None and peers[name] < column.get("profile", 0):
             lines.append(
-                f"- FID of `fashion` at {nfe}: {name} {peers[name]:.2f}, the profile {ours['profile']:.2f}."
+                f"- FID of `{model}` at {nfe}: {name} {peers[name]:.2f}, the profile {column['profile']:.2f}."
             )
     for limit in (load("overhead") or {}).get("limits", []):
         if limit["worst"] > limit["most"]:
             lines.append(
                 f"- {limit['name']}: {limit['worst']:.2f} ({limit['solver']}), wanted {limit['most']:g}."
             )
+    cifar = quality_of("cifar10")
     lines.append(
-        "- The papers' tables on CIFAR-10 have not been made again on a network of their kind: that needs a GPU."
+        "- The papers' tables on CIFAR-10 have not been made again."
+        if cifar is None
+        else f"- The papers' tables are made again with {cifar['n']} samples of a network that two cores can sample, not 50,000 of theirs: "
+        "ratios can be compared, values cannot."
     )
     return "**Where we are behind, or do not know.**\n\n" + "\n".join(lines) + "\n"
 
@@ -231,40 +247,51 @@ What follows from it for your model: [choosing](../choosing.md).
 """
 
 
-def quality() -> str:
-    """FID of the embedded model."""
-    result, cells = _quality_cells()
-    if not cells:
-        return "# Quality beside the peers\n\nNot measured yet: `python benchmarks/quality.py`.\n"
+def quality(model: str = SAMPLED[0]) -> str:
+    """FID of all samplers on a model."""
+    head = f"# Quality beside the peers: `{model}`\n\n"
+    result = quality_of(model)
+    if result is None:
+        return f"{head}Not measured yet: `python benchmarks/quality.py`.\n"
+    return head + _quality_of(result)
+
+
+def _quality_of(result: Mapping[str, Any]) -> str:
+    cells = cells_of(result)
     budgets = sorted({nfe for _, nfe in cells})
+    judged = JUDGED[1] if JUDGED[1] in budgets else budgets[0]
     names = sorted(
         {name for name, _ in cells},
-        key=lambda name: cells.get((name, budgets[0]), {"fid": [math.inf]})["fid"][0],
+        key=lambda name: cells.get((name, judged), {"fid": [math.inf]})["fid"][0],
     )
 
-    def of(key: str, show: Callable[[Sequence[float]], str]) -> str:
-        rows = [
-            [n, *(show(cells[n, k][key]) if (n, k) in cells else "" for k in budgets)]
-            for n in names
-        ]
-        return table(["sampler", *map(str, budgets)], rows)
+    def cell(name: str, nfe: int) -> str:
+        row = cells.get((name, nfe))
+        if row is None:
+            return ""
+        values = " / ".join(f"{row[key][0]:.3g}" for key in ("fid", "robust", "random"))
+        return f"{values}; {row['inception'][0]:.2f}; {row['rms'][0]:.3f}"
 
+    def width(nfe: int) -> float:
+        shown = [row["fid"] for (_, k), row in cells.items() if k == nfe]
+        return sorted((high - low) / 2 for _, low, high in shown)[len(shown) // 2]
+
+    rows = [[name, *(cell(name, nfe) for nfe in budgets)] for name in names]
+    best = []
+    for nfe in budgets:
+        ties = [name for name in names if (name, nfe) in cells and cells[name, nfe]["tie"]]
+        best.append([nfe, ", ".join(ties), f"{width(nfe):.2f}"])
     top = result["reference"]
-    return f"""# Quality beside the peers: the embedded `fashion`
+    shown = " / ".join(f"{top[key][0]:.3g}" for key in ("fid", "robust", "random"))
+    return f"""{origin(result["about"])}; {result["n"]} samples of seed {result["seed"]}, classes in turn. A cell has FID against the training images in three feature
+spaces (a classifier, one that saw noisy and blurred images, one with random weights), inception score of the first, and RMS to the reference from the same
+noise. FID is biased upwards by the number of samples, alike in a table. The reference ({top["nfe"]} evaluations of tab3) has {shown}; {top["inception"][0]:.2f}.
+`profile` is `auto` with the model's measured profile, `auto` without it. Sorted by the first FID at {judged}.
 
-{origin(result["about"])}; {result["n"]} samples of seed {result["seed"]}, classes in turn; FID against all training images, biased upwards by the number of
-samples alike, ± half of the 95 % interval. The reference ({top["nfe"]} evaluations of tab3) has {_interval(top["fid"])}, in the other features {_interval(top["robust"])}.
-`profile` is `auto` with the profile that the model brings, `auto` without it.
+{table(["sampler", *map(str, budgets)], rows)}
+The best by the first FID, with those whose paired difference to it is within the 95 % interval; and the median half-width of a single interval:
 
-FID, features of the classifier `fashion`:
-
-{of("fid", _interval)}
-FID, features of `fashion-robust`, which saw noisy and blurred images:
-
-{of("robust", _interval)}
-RMS to the reference from the same noise:
-
-{of("rms", lambda v: f"{v[0]:.4f}")}"""
+{table(["evaluations", "best or tied", "±"], best)}"""
 
 
 def speed() -> str:
@@ -361,9 +388,11 @@ def deis() -> str:
     """The first paper: orders and ingredients."""
     return f"""# DEIS (Zhang, Chen, 2023): orders and ingredients
 
-The paper's figures on CIFAR-10 (continuous VP network, tAB3, FID): 4.17, 3.37, 2.86, 2.57 at 10, 15, 20, 50 evaluations (abstracts of arXiv:2204.13902, table 1
-of SciRE-Solver). Not made again: no such network here. Its method and its ablation are, on exact models and on the embedded one.
+## The table on CIFAR-10
 
+{_cells("tab*, rhoab*, ddim: FID on `cifar10`, the ratio to ddim; the paper's", "deis")}
+{_cells("The same with its discrete network", "deis-discrete")}
+{_cells("Ingredients, uniform grid", "ablation")}
 ## Orders
 
 {printed("convergence-deis", script="python benchmarks/convergence.py --only deis")}
@@ -375,13 +404,95 @@ of SciRE-Solver). Not made again: no such network here. Its method and its ablat
 {printed("sde-line", script="python benchmarks/sde.py --only line")}"""
 
 
+def _cells(title: str, paper: str, key: str = "fid") -> str:
+    result = quality_of("cifar10")
+    if result is None:
+        return f"{title}: not measured yet: `python benchmarks/quality.py draw --model cifar10`.\n"
+    return f"{title} behind the bar ({result['n']} samples):\n\n{beside(paper, result, key)}"
+
+
+def _accelerated_rows() -> str:
+    cells = cells_of(quality_of("cifar10"))
+    names = [
+        "ddim@uniform",
+        "accelerated-ddim",
+        "ddim@quadratic",
+        "accelerated-ddim@quadratic",
+        "ddpm",
+        "accelerated-ddpm",
+    ]
+    budgets = sorted({nfe for name, nfe in cells if name in names})
+    if not budgets:
+        return ""
+    rows = [
+        [name, *(_fid_and_rms(cells.get((name, nfe))) for nfe in budgets)]
+        for name in names
+        if any((name, nfe) in cells for nfe in budgets)
+    ]
+    return f"FID, and RMS to the reference, plain beside accelerated:\n\n{table(['', *map(str, budgets)], rows)}"
+
+
+def _fid_and_rms(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None else f"{row['fid'][0]:.3g}; {row['rms'][0]:.3f}"
+
+
+def ddss() -> str:
+    """The third paper: strides of DDPM and DDIM beside the searched sampler."""
+    return f"""# DDSS (Watson et al., 2022): searched samplers
+
+{_cells("FID on `cifar10`, the ratio to DDIM with quadratic stride; the paper's", "ddss")}
+{_cells("Inception score (our classifier's; the paper's is Inception's), the ratio; the paper's", "ddss", "inception")}
+What our own search brings: [tuning](tuning.md).
+"""
+
+
+def dsno() -> str:
+    """The fourth paper: students of one evaluation."""
+    told = published("dsno")
+    base = told["fid"]["teacher's trajectories, 512 evaluations"]
+    rows = [[name, value, f"{value / base:.2f}"] for name, value in told["fid"].items()]
+    return f"""# DSNO (Zheng et al., 2023): students of one evaluation
+
+Published FID on CIFAR-10, and its ratio to that of the teacher's trajectories ({told["source"]}):
+
+{table(["student", "FID", "ratio"], rows)}
+{_students()}
+How they are trained, what they cost, where they fail: [distilling](../distilling.md).
+"""
+
+
+def _students() -> str:
+    result = load("distill")
+    if result is None:
+        return "Ours: not measured yet: `python benchmarks/distill.py quality`.\n"
+    cells = result["cells"]
+    best = min(row["fid"]["fashion"][0] for row in cells.values())
+    rows = [
+        [
+            name,
+            f"{row['cost']:g}",
+            *(_interval(row["fid"][key]) for key in ("fashion", "fashion-robust")),
+            f"{row['fid']['fashion'][0] / best:.2f}",
+            f"{row['rms']:.3f}",
+            f"{row['right']:.2f}",
+        ]
+        for name, row in cells.items()
+    ]
+    head = ["sampler", "evaluations", "FID", "FID, robust", "ratio to the best", "RMS", "right"]
+    return f"""Ours, on `fashion` ({origin(result["about"])}; {result["about"]["n"]} samples). The last columns: RMS to ten evaluations of `auto`, and the share of samples
+that a classifier finds of the requested class.
+
+{table(head, rows)}"""
+
+
 def accelerated() -> str:
     """The second paper: slopes."""
     return f"""# Provably accelerated DDIM and DDPM (Li et al., 2024): slopes
 
-The authors' logs on CIFAR-10 (their repository, 10 evaluations): FID 13.64 for the plain, 8.53 for the accelerated deterministic sampler. Not made again: no such
-network here. The orders that the theorems state are measured against the exact law.
+The orders that the theorems state are measured against the exact law; quality on a network of CIFAR-10.
 
+{_cells("FID on `cifar10`, the ratio to plain DDIM; the authors' figures", "accelerated")}
+{_accelerated_rows()}
 {printed("convergence-accelerated", script="python benchmarks/convergence.py --only accelerated")}"""
 
 
@@ -428,12 +539,15 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
         "How near to the model's own solution, on which networks, beside whom?",
         distance,
     ),
-    "quality": ("What FID does that give?", quality),
+    "quality": ("What FID does that give on grey images of clothes?", quality),
+    "quality-cifar10": ("What FID does that give on photographs?", partial(quality, "cifar10")),
     "speed": ("What does it cost beside the network? Does a long run stay flat?", speed),
     "faults": ("What survives kills, damage, full disks?", faults),
     "pipelines": ("Which pipelines of diffusers work?", pipelines),
     "tuning": ("What does a search bring?", tuning),
     "deis": ("DEIS: do the orders and the ingredients hold?", deis),
+    "ddss": ("DDSS: do its ratios hold, and what beats it?", ddss),
+    "dsno": ("DSNO: what are students of one evaluation worth?", dsno),
     "accelerated": ("Accelerated DDIM and DDPM: do the rates hold?", accelerated),
 }
 """The question and the writer of each page."""
