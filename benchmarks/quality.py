@@ -2,6 +2,7 @@
 
 Usage: python benchmarks/quality.py draw --out DIR [--names tab3,unipc3,...] [--nfe 5,6,8,10,15,20,50]
        python benchmarks/quality.py score --out DIR [--samples 1000]
+       python benchmarks/quality.py picture FILE.png --out DIR --cells "auto 5,diffusers:ddim 5"
        python benchmarks/quality.py show [FILE]
        (with --model FOLDER --data IMAGES --features FOLDER,FOLDER --name NAME: of another model)
 
@@ -10,7 +11,7 @@ A name is that of a solver (``ddim``, or on another grid than its own ``ddim@qua
 labels, cell by cell, in DIR; it can be interrupted and given again, and other names or budgets are added to what is
 there. ``score`` prints the table of all cells and writes it: FID to the real images in the features of two
 classifiers (the first saw clean images, the second noisy and blurred ones) and of a third with random weights, KID and
-inception score of the first, with 95 % intervals, and the RMS distance to the reference. ``show`` prints the table of such a file, by default the one in
+inception score of the first, with 95 % intervals, and the RMS distance to the reference. ``picture`` draws samples of the same noise, a cell a row, and the reference as the last. ``show`` prints the table of such a file, by default the one in
 benchmarks/results. FID depends on the number of samples, so compare within one table only.
 
 The reference is ``tab3`` with 100 evaluations. Libraries end differently, at the schedule's last level (sigma = 0.01) or
@@ -42,6 +43,7 @@ from fewstep.metrics.features import EMBEDDED, FeatureMap
 from fewstep.metrics.reference import unused_images
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.networks.classifier import SmallClassifier
+from fewstep.reporting.plots import image_grid
 from fewstep.sampling.protocol import Sampler
 from fewstep.sampling.sample import sampler
 
@@ -292,13 +294,31 @@ def show(scores: Mapping[str, Any]) -> None:
         print(flush=True)
 
 
+def picture(file: Path, folder: Path, cells: Sequence[str], columns: int) -> None:
+    """Draws the first samples of some cells, a row each, and those of the reference.
+
+    Raises:
+        ValueError: If a cell has not been drawn.
+    """
+    store = Store(folder)
+    drawn = {f"{cell.name} {cell.nfe}": cell for cell in store.all()}
+    last = f"reference {REFERENCE_NFE}"
+    missing = [name for name in (*cells, last) if name not in drawn]
+    if missing:
+        raise ValueError(f"not drawn yet: {', '.join(missing)}; there are {', '.join(drawn)}")
+    rows = [store.tensors(drawn[name])["shown"][:columns] for name in (*cells, last)]
+    image_grid(torch.cat(rows), columns=columns, row_labels=[*cells, last]).save(file)
+
+
 def main() -> None:
     """Draws, scores or shows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("draw", "score", "show"))
-    parser.add_argument("file", type=Path, nargs="?", default=Subject().file(N), help="for show")
+    parser.add_argument("what", choices=("draw", "score", "picture", "show"))
+    parser.add_argument(
+        "file", type=Path, nargs="?", default=Subject().file(N), help="for show, picture"
+    )
     parser.add_argument("--out", type=Path, help="the folder, for draw and score")
     parser.add_argument(
         "--names", default="", help="samplers, separated by commas; all if left out"
@@ -309,6 +329,8 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL, help="an embedded model, or a folder")
     parser.add_argument("--data", default=MODEL, help="its real images")
     parser.add_argument("--features", default=",".join(EMBEDDED), help="two feature extractors")
+    parser.add_argument("--cells", default="", help="the rows of a picture, as 'auto 5,ddim 10'")
+    parser.add_argument("--columns", type=int, default=16, help="the samples of a row")
     parser.add_argument("--name", default=MODEL, help="the model's name in the result's file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -317,6 +339,10 @@ def main() -> None:
         return
     if arguments.out is None:
         parser.error("--out is needed")
+    if arguments.what == "picture":
+        cells = arguments.cells.split(",")
+        picture(arguments.file, arguments.out, cells, arguments.columns)
+        return
     n = arguments.samples
     features = arguments.features.split(",")
     if len(features) != 2:

@@ -17,6 +17,7 @@ from fewstep.base.runs import locked
 from fewstep.comparison import compare, read_entries, read_entry
 from fewstep.comparison.entries import identity
 from fewstep.comparison.scores import less_fid, less_rms, root
+from fewstep.comparison.store import Store
 from fewstep.comparison.verdicts import best_recipe, judge, measure_of, pareto
 from fewstep.metrics import Reference
 from fewstep.models.exact import smooth
@@ -207,6 +208,17 @@ def test_numbers_are_those_of_the_samples(tmp_path, model, data):
     assert result.reference.scores["fid"].value == pytest.approx(
         metrics.fid(end, data).value, rel=1e-4
     )
+
+
+def test_the_samples_are_read_again_from_the_folder_alone(tmp_path, model):
+    result = run(model, tmp_path)
+    read = Store(tmp_path)
+    cells = {cell.key: cell for cell in read.all()}
+    for cell in (result.reference, *result.cells):
+        expected = result.store.tensors(cell)
+        got = read.tensors(cells[cell.key])
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
 def test_a_sampler_that_ends_at_zero_is_compared_with_that_end(tmp_path, model):

@@ -281,7 +281,13 @@ class Store:
 
     def _mark(self, cell: Cell) -> str:
         """Returns what a cell's files are of: the sampler and the comparison."""
-        return f"{cell.name}, {cell.nfe}: {cell.identity}, {self._question}"
+        return f"{cell.name}, {cell.nfe}: {cell.identity}, {self._asked()}"
+
+    def _asked(self) -> str:
+        """Returns the checksum of the comparison's inputs, from its folder if it is only read."""
+        if not self._question:
+            self._question = digest_of(_read_state(self.folder / STATE)["question"])
+        return self._question
 
     def part(self, name: str, nfe: int, identity: str, start: int) -> Path:
         """Returns the file of a batch."""
@@ -304,7 +310,7 @@ class Store:
         write_tensors(path, tensors, {BATCH: self._batch_mark(path)})
 
     def _batch_mark(self, path: Path) -> str:
-        return f"{path.parent.name}/{path.name}, {self._question}"
+        return f"{path.parent.name}/{path.name}, {self._asked()}"
 
 
 def _read_state(file: Path) -> dict[str, Any]:
