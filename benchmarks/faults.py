@@ -57,7 +57,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 import every_file  # noqa: E402
-from fewstep.base.files import LITTER, write_json  # noqa: E402
+from fewstep.base.files import write_json  # noqa: E402
+from fewstep.base.temporary import LITTER  # noqa: E402
 from fewstep.cli import run  # noqa: E402
 from tiny_models import write_tiny  # noqa: E402
 from tiny_training import RECIPE  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import os
 import random
@@ -16,12 +17,15 @@ from unittest import mock
 
 import numpy
 import torch
+from PIL import Image
 from safetensors.torch import load
 
 import fewstep
-from fewstep.base.files import CHECKSUM, write_json, write_tensors
+from fewstep.base.files import write_atomic, write_json, write_tensors
 from fewstep.base.progress import Silent
 from fewstep.base.runs import RunFolder
+from fewstep.base.sealing import CHECKSUM
+from fewstep.base.verifying import verify_file
 from fewstep.cli import run
 from fewstep.comparison import compare
 from fewstep.metrics.features import Features, write_features
@@ -30,6 +34,7 @@ from fewstep.models.folder import read_model
 from fewstep.models.networks.classifier import SmallClassifier
 from fewstep.operators.folder import read_operator
 from fewstep.plans.plan import Plan
+from fewstep.reporting.page import Page
 from fewstep.sampling.profile import GRIDS_FORMAT, Profile
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.trajectories import TrajectoryStore
@@ -117,6 +122,33 @@ class Stop(Silent):
 @functools.cache
 def mixture() -> Any:
     return fewstep.load("mixture-smooth")
+
+
+# --- pictures and pages -------------------------------------------------------------------------
+
+
+def _picture(folder: Path, colour: int = 0) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), colour).save(buffer, "PNG")
+    write_atomic(folder / "grid.png", buffer.getvalue())
+
+
+def _page(folder: Path) -> None:
+    page = Page("A page")
+    page.paragraph("Its text.")
+    page.write(folder / "report.html")
+
+
+def _verified(name: str) -> Callable[[Path], str]:
+    """Nothing of ours reads these, so they are verified; edited ones without a checksum are not used here."""
+
+    def read(folder: Path) -> str:
+        verdict = verify_file(folder / name, {})
+        if verdict.state != "ok":
+            raise ValueError(f"{str(folder / name)!r} is {verdict.state}: {verdict.reason}")
+        return digest((folder / name).read_bytes().hex())
+
+    return read
 
 
 # --- samplers -----------------------------------------------------------------------------------
@@ -357,6 +389,8 @@ SEARCH_FILES = ["tuned.search/search.json", "tuned.search/state.safetensors"]
 CHECKPOINT = ["checkpoint.json", "checkpoint.safetensors"]
 
 KINDS = [
+    Kind("picture", _picture, ["grid.png"], _verified("grid.png")),
+    Kind("page", _page, ["report.html"], _verified("report.html")),
     Kind("plan", _plan, ["plan.json"], _loaded(Plan, "plan.json")),
     Kind("recipe", _recipe, ["recipe.json"], _loaded(SamplerRecipe, "recipe.json")),
     Kind("profile", _profile, ["profile.json"], _loaded(Profile, "profile.json")),

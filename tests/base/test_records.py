@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import pytest
 
-from fewstep.base.files import CHECKSUM
 from fewstep.base.records import Positive, Record
+from fewstep.base.sealing import CHECKSUM
 
 
 class Place(Record, name="test.place", version=2, what="place"):

@@ -15,14 +15,14 @@ import json
 import logging
 import math
 import os
-import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fewstep.base.sealing import CHECKSUM, with_checksum
+from fewstep.base.temporary import LITTER, target_of, temporary_path
 from fewstep.base.urls import Remote, is_remote, write_remote
 
 if TYPE_CHECKING:
@@ -31,12 +31,6 @@ if TYPE_CHECKING:
 
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 """The errors of file systems on which a folder cannot be synced."""
-
-CHECKSUM = "content_sha256"
-"""The key of the checksum in the files that we write."""
-
-LITTER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
-"""The names of temporary files; they remain where a process was killed."""
 
 LITTER_AGE = 86_400.0
 """The age in seconds at which temporary files of a shared folder are litter."""
@@ -68,7 +62,8 @@ def write_atomic(
 ) -> Path:
     """Writes a file atomically: temporary file, fsync, rename, fsync of the folder.
 
-    After a power cut the file is whole, and there if this function had returned.
+    After a power cut the file is whole, and there if this function had returned. A whole PNG or HTML page gets a
+    checksum (:mod:`fewstep.base.sealing`).
 
     Arguments:
         path: The file.
@@ -81,7 +76,7 @@ def write_atomic(
         OSError: If there is no space left; the message names the file and the number of bytes.
     """
     data = content.encode() if isinstance(content, str) else content
-    pieces = [data] if isinstance(data, bytes) else data
+    pieces = [with_checksum(data)] if isinstance(data, bytes) else data
     if is_remote(path):
         write_remote(path, list(pieces), new=new)
         return Path(path)
@@ -100,8 +95,7 @@ def write_atomic(
 def _write_once(
     path: Path, pieces: Iterable[bytes | memoryview], new: bool, size: int | None
 ) -> Path:
-    # Not the process id: on a shared folder another machine may have the same.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_path(path)
     try:
         make_folder(path.parent)
         with open(temporary, "wb") as stream:
@@ -200,7 +194,7 @@ def sweep(folder: Path, *, older: float | None = None, of: str | None = None) ->
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        if LITTER.fullmatch(path.name) and (of is None or path.name[1:-21] == of):
+        if LITTER.fullmatch(path.name) and (of is None or target_of(path.name) == of):
             with contextlib.suppress(FileNotFoundError):
                 if older is None or time.time() - path.stat().st_mtime > older:
                     path.unlink()
@@ -222,6 +216,12 @@ def _json_digest(value: Any) -> str:
     """Returns the SHA-256 of a JSON value, independent of its formatting."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """Returns an object as a line of JSON with a checksum, which :func:`loads_json` verifies and removes."""
+    plain = json.loads(json.dumps(value, allow_nan=False))
+    return json.dumps({**plain, CHECKSUM: _json_digest(plain)})
 
 
 def read_json(

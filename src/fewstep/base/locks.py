@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.base.files import write_atomic
+from fewstep.base.temporary import temporary_path
 
 PATIENCE = 120.0
 """Seconds without a heartbeat after which the owner of a lock, on another machine, is taken to be
@@ -134,7 +135,7 @@ class Lock:
             return
         # Renamed first, which succeeds for one of many; a lock acquired meanwhile is restored.
         before = self.owner().get("token")
-        aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.tmp")
+        aside = temporary_path(self.path)
         try:
             os.rename(self.path, aside)
         except OSError:

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.base.files import (
-    LITTER,
     read_json,
     read_tensors_and_metadata,
     sha256,
@@ -45,6 +44,7 @@ from fewstep.base.files import (
 from fewstep.base.locks import Lock
 from fewstep.base.progress import SILENT, Progress
 from fewstep.base.records import Record
+from fewstep.base.temporary import LITTER
 
 if TYPE_CHECKING:
     from torch import Tensor

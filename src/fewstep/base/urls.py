@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeGuard
+
+from fewstep.base.temporary import temporary_name, temporary_path
 
 URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://(.*)", re.DOTALL)
 """A protocol of at least two letters: ``C:`` is a drive."""
@@ -120,7 +121,7 @@ class Remote:
     def get(self, name: str, file: Path) -> None:
         """Copies an object to a local file, which appears complete."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+        temporary = temporary_path(file)
         try:
             self.fs.get_file(self.place(name), str(temporary))
             os.replace(temporary, file)
@@ -140,7 +141,7 @@ class Remote:
             return
         folder, _, last = place.rpartition("/")
         self.fs.makedirs(folder, exist_ok=True)
-        temporary = f"{folder}/.{last}.{secrets.token_hex(8)}.tmp"
+        temporary = f"{folder}/{temporary_name(last)}"
         try:
             yield temporary
             self.fs.mv(temporary, place)

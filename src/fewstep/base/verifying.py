@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fewstep.base.files import (
-    CHECKSUM,
-    LITTER,
     MOST_JSON,
     check_tensors,
     loads_json,
     read_limited,
     sha256,
 )
+from fewstep.base.sealing import CHECKSUM, PNG, checked, is_page
+from fewstep.base.temporary import LITTER
 
 State = Literal["ok", "damaged", "without checksum", "unknown"]
 
@@ -53,8 +53,6 @@ METADATA = {
     "fewstep": "shard of trajectories",
 }
 """The kinds of safetensors files, by an entry of their metadata."""
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Verdict(NamedTuple):
@@ -112,10 +110,10 @@ def verify_file(path: Path, readers: Mapping[str, Reader]) -> Verdict:
             return _tensors(path, readers)
         if path.suffix == ".png" or start.startswith(PNG):
             return _picture(path)
+        if is_page(start):
+            return _page(path)
     except ValueError as error:
         return Verdict(path, path.suffix.removeprefix("."), "damaged", str(error))
-    if start.lower().startswith(b"<!doctype html"):
-        return _page(path)
     return Verdict(path, "", "unknown")
 
 
@@ -186,16 +184,19 @@ def _sha256_in(about: Path) -> str | None:
 
 def _lines(path: Path) -> Verdict:
     content = read_limited(path, what="it", most=16 * MOST_JSON)
-    for number, line in enumerate(content.splitlines(), start=1):
+    lines = content.splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             loads_json(line, what="it")
-        except ValueError:
-            raise ValueError(f"line {number} is not JSON; the run makes it again") from None
-    return Verdict(path, "log", "without checksum")
+        except ValueError as error:
+            what = "does not match its checksum" if CHECKSUM in str(error) else "is not JSON"
+            raise ValueError(f"line {number} {what}; the run makes it again") from None
+    has_checksums = all(CHECKSUM.encode() in line for line in lines)
+    return Verdict(path, "log", "ok" if has_checksums else "without checksum")
 
 
 def _picture(path: Path) -> Verdict:
-    """Verifies the checksums that each block of a PNG has."""
+    """Verifies the CRC that each block of a PNG has, and the checksum of the whole if it is ours."""
     with open(path, "rb") as stream:
         if stream.read(8) != PNG:
             raise ValueError("it is not a PNG")
@@ -209,13 +210,10 @@ def _picture(path: Path) -> Verdict:
                 raise ValueError("its checksums do not match, or it is cut")
     if kind != b"IEND":
         raise ValueError("it is cut")
+    checked(read_limited(path, what="it", most=16 * MOST_JSON))
     return Verdict(path, "picture", "ok")
 
 
 def _page(path: Path) -> Verdict:
-    with open(path, "rb") as stream:
-        stream.seek(max(0, path.stat().st_size - 64))
-        end = stream.read()
-    if not end.rstrip().lower().endswith(b"</html>"):
-        return Verdict(path, "page", "damaged", "it is cut")
-    return Verdict(path, "page", "without checksum")
+    has_checksum = checked(read_limited(path, what="it", most=16 * MOST_JSON))
+    return Verdict(path, "page", "ok" if has_checksum else "without checksum")

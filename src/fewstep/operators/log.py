@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.base.files import FULL, no_space, write_atomic
+from fewstep.base.files import FULL, json_line, loads_json, no_space, write_atomic
 
 logger = logging.getLogger("fewstep")
 
@@ -36,9 +35,7 @@ class LossLog:
     ) -> None:
         self.path = out / LOG
         whole = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-        self.rows = (
-            [json.dumps(row) for row in rows] if whole and rows else _rows(self.path, start)
-        )
+        self.rows = [json_line(row) for row in rows] if whole and rows else _rows(self.path, start)
         write_atomic(self.path, "".join(f"{row}\n" for row in self.rows))
         self.board: Any = None
         if tensorboard:
@@ -50,7 +47,7 @@ class LossLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row: ``step``, ``loss``, ``losses`` of the frames, and in some rows ``heldout``."""
-        self.rows.append(json.dumps(row))
+        self.rows.append(json_line(row))
         line = f"{self.rows[-1]}\n"
         try:
             with open(self.path, "a", encoding="utf-8") as stream:
@@ -64,6 +61,10 @@ class LossLog:
             for name in ("losses", "heldout"):
                 for frame, value in enumerate(row.get(name, [])):
                     self.board.add_scalar(f"{name}/frame{frame + 1}", value, row["step"])
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the rows, without their checksums."""
+        return [loads_json(row, what="a row of the log") for row in self.rows]
 
     def close(self) -> None:
         """Flushes what TensorBoard buffers."""
@@ -84,6 +85,6 @@ def _rows(path: Path, start: int) -> list[str]:
 
 def _step_of(row: str) -> float:
     try:
-        return float(json.loads(row)["step"])
+        return float(loads_json(row, what="a row")["step"])
     except (ValueError, KeyError, TypeError, RecursionError):  # a truncated line
         return math.inf

@@ -187,7 +187,7 @@ class Trainer:
                         "recipe": asdict(recipe),
                         "inputs": dict(self.inputs),
                         "heldout": self.heldout,
-                        "log": [json.loads(line) for line in log.rows] if log is not None else [],
+                        "log": log.records() if log is not None else [],
                     },
                     step=done,
                     loss=self.loss if self.loss is not None else math.nan,

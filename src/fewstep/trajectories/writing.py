@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.base.files import LITTER
 from fewstep.base.interrupts import unbroken
 from fewstep.base.locks import PATIENCE, Lock
 from fewstep.base.processes import processes
 from fewstep.base.progress import SILENT, Progress
 from fewstep.base.staging import remote_of
+from fewstep.base.temporary import LITTER, PATTERN, target_of
 from fewstep.base.urls import Remote
 from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
@@ -267,11 +267,11 @@ class Writer:
                 Claim(self.folder, int(path.name)).sweep()
         # Without a claim nobody writes a shard; a manifest may be written by one who begins.
         alone = not any(path.name.isdigit() for path in claims.glob("*"))
-        for path in [*self.folder.glob(".*.tmp"), *claims.glob(".*.tmp")]:
+        for path in [*self.folder.glob(PATTERN), *claims.glob(PATTERN)]:
             if not LITTER.fullmatch(path.name):
                 continue
             dead = path.parent == claims and Lock(path).is_alive() is False
-            safe = path.parent == self.folder and not path.name.startswith(f".{MANIFEST}.")
+            safe = path.parent == self.folder and target_of(path.name) != MANIFEST
             if dead or (alone and safe) or self._is_old(path):
                 path.unlink(missing_ok=True)
         for shard in self._complete():
