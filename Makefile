@@ -11,7 +11,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[diffusers,report,distill]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[diffusers,report,distill,studio]" --group dev
 	touch $@
 
 demo: setup

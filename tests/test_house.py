@@ -147,6 +147,7 @@ OPTIONAL = {
     "PIL": {"reporting"},
     "matplotlib": set(),
     "scipy": set(),
+    "nicegui": {"studio"},
 }
 
 

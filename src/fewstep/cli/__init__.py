@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from fewstep import __version__
 from fewstep.base.interrupts import Terminated, raise_on_sigterm
+from fewstep.base.messages import message_of
 from fewstep.cli._common import Flag, fail, is_verbose, set_verbosity
 from fewstep.cli._remote import local_arguments
 
@@ -58,6 +59,7 @@ def app() -> App:
             "Show, check, import and export recipes and tables of levels.",
         ),
         ("verify", "verify", "verify", "Check whether files and folders of fewstep are whole."),
+        ("studio", "studio", "studio", "Show samplers side by side on a page in the browser."),
         ("solvers", "listing", "solvers", "List the solvers, or describe one."),
         ("grids", "listing", "grids", "List the time grids, or describe one."),
         ("models", "listing", "models", "List the embedded models."),
@@ -114,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
             raise
         if is_verbose():
             traceback.print_exc()
-        fail(_message(error))
+        fail(message_of(error))
         return 2
     except (RuntimeError, MemoryError) as error:
         from fewstep.base.memory import is_out_of_memory
@@ -124,7 +126,7 @@ def run(arguments: Sequence[str]) -> int:
         if is_verbose():
             traceback.print_exc()
         fail(
-            f"out of memory: {_message(error):.300}; give fewer at once (--batch-size, the batch_size of a "
+            f"out of memory: {message_of(error):.300}; give fewer at once (--batch-size, the batch_size of a "
             "recipe or setting, a smaller --size), or another --device. What was finished is saved, and "
             "the same command resumes it"
         )
@@ -138,9 +140,3 @@ def main() -> None:
     """Runs the command line of the process."""
     raise_on_sigterm()
     sys.exit(run(sys.argv[1:]))
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__

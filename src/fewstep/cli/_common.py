@@ -191,15 +191,6 @@ def positive(name: str, value: int | None) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value}")
 
 
-def budgets_of(text: str) -> list[int]:
-    """Returns the numbers of evaluations in a text, in order."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    right = [p.isascii() and p.isdigit() and len(p) < 3 and 2 <= int(p) <= 40 for p in parts]
-    if not parts or not all(right):
-        raise ValueError(f"--nfe is integers from 2 to 40, for example 5,10,20; got {text!r:.40}")
-    return sorted({int(part) for part in parts})
-
-
 def saved_files(folder: Path, pattern: str, what: str) -> str | None:
     """Returns in words the number of saved files of an interrupted run, for :func:`keeping`."""
     count = len(list(folder.glob(pattern)))

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
+from fewstep.base.options import budgets_of, parse_labels
 from fewstep.cli._common import (
     Flag,
-    budgets_of,
     event_shape,
     follows,
     left_to_first,
@@ -19,7 +19,6 @@ from fewstep.cli._common import (
     saved_files,
     say,
 )
-from fewstep.models.labels import parse_labels
 from fewstep.reporting.commands import command
 
 

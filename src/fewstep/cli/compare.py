@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
+from fewstep.base.options import parse_labels
 from fewstep.base.processes import processes
 from fewstep.cli._common import Flag, follows, load_model, positive, saved_files, say
-from fewstep.models.labels import parse_labels
 from fewstep.reporting.commands import command
 
 SOLVERS = "auto,tab3,ddim,dpmpp-2m,unipc3"

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
+from fewstep.base.options import budgets_of, parse_labels
 from fewstep.base.processes import processes
 from fewstep.base.progress import progress_of
 from fewstep.cli._common import (
     Flag,
-    budgets_of,
     event_shape,
     exists,
     follows,
@@ -23,7 +23,6 @@ from fewstep.cli._common import (
     saved_files,
     say,
 )
-from fewstep.models.labels import parse_labels
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
-from fewstep.base.options import parse_options
+from fewstep.base.options import chosen_labels, parse_options
 from fewstep.cli._common import (
     Flag,
     Options,
@@ -20,7 +20,6 @@ from fewstep.cli._common import (
     say,
     say_result,
 )
-from fewstep.models.labels import chosen_labels
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
-from fewstep.base.options import parse_options
+from fewstep.base.options import parse_labels, parse_options
 from fewstep.base.progress import progress_of
 from fewstep.base.runs import RunFolder, hash_inputs
 from fewstep.cli._common import (
@@ -24,7 +24,6 @@ from fewstep.cli._common import (
     positive,
     say,
 )
-from fewstep.models.labels import parse_labels
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.base.interrupts import keeping
-from fewstep.base.options import parse_options
+from fewstep.base.options import chosen_labels, parse_options
 from fewstep.base.processes import processes
 from fewstep.cli._common import Flag, Options, follows, load_model, positive, saved_files, say
-from fewstep.models.labels import chosen_labels
 from fewstep.reporting.commands import command
 
 if TYPE_CHECKING:

@@ -41,6 +41,8 @@ def image_grid(
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     title: str | None = None,
+    margin: int = MARGIN,
+    ground: str | None = "white",
 ) -> Image.Image:
     r"""Returns one picture of many images, row by row.
 
@@ -52,6 +54,8 @@ def image_grid(
         row_labels: One text for each row, written at its left; may have several lines.
         column_labels: One text for each column, written above it; may have several lines.
         title: A text above all.
+        margin: The width of the margin in pixels.
+        ground: The colour between the images; ``None`` for none, so that the page shows.
 
     Raises:
         ValueError: If shapes or the number of labels do not fit.
@@ -79,31 +83,31 @@ def image_grid(
 
     size = 13 if tile_w < 120 else 15
     font, title_font = ImageFont.load_default(size), ImageFont.load_default(size + 5)
-    left = MARGIN + (max(_width(t, font) for t in row_labels) + 12 if row_labels else 0)
-    top = MARGIN + (_height(title, title_font) + 12 if title else 0)
+    left = margin + (max(_width(t, font) for t in row_labels) + 12 if row_labels else 0)
+    top = margin + (_height(title, title_font) + 12 if title else 0)
     pitch = tile_w + GAP
     if column_labels:
         pitch = max(pitch, max(_width(t, font) for t in column_labels) + 6)
     head = max(_height(t, font) for t in column_labels) + 8 if column_labels else 0
-    full_w = left + columns * pitch - (pitch - tile_w) + MARGIN
+    full_w = left + columns * pitch - (pitch - tile_w) + margin
     if column_labels:
         full_w += (pitch - tile_w) // 2
         left += (pitch - tile_w) // 2
     if title:
-        full_w = max(full_w, 2 * MARGIN + _width(title, title_font))
-    full_h = top + head + rows * (tile_h + GAP) - GAP + MARGIN
+        full_w = max(full_w, 2 * margin + _width(title, title_font))
+    full_h = top + head + rows * (tile_h + GAP) - GAP + margin
 
-    canvas = Image.new("RGB", (full_w, full_h), "white")
+    canvas = _canvas((full_w, full_h), ground)
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text((MARGIN, MARGIN), title, fill=INK, font=title_font)
+        draw.text((margin, margin), title, fill=INK, font=title_font)
     for column, text in enumerate(column_labels or ()):
         x = left + column * pitch + tile_w / 2
         y = top + head - 8 - _height(text, font)
         draw.multiline_text((x, y), text, fill=INK, font=font, anchor="ma", align="center")
     for row, text in enumerate(row_labels or ()):
         y = top + head + row * (tile_h + GAP) + (tile_h - _height(text, font)) / 2
-        draw.multiline_text((MARGIN, y), text, fill=INK, font=font)
+        draw.multiline_text((margin, y), text, fill=INK, font=font)
     pixels = to_uint8(images)
     for index, image in enumerate(pixels):
         row, column = divmod(index, columns)
@@ -118,6 +122,7 @@ def scatter(
     limit: float | None = None,
     size: int = 640,
     title: str | None = None,
+    ground: str | None = "white",
 ) -> Image.Image:
     r"""Returns a picture of points in the plane, a colour for each set.
 
@@ -128,6 +133,7 @@ def scatter(
             holds all points.
         size: The side of the square, in pixels.
         title: A text above it.
+        ground: The colour behind the points; ``None`` for none, so that the page shows.
 
     Raises:
         ValueError: If shapes or the number of labels do not fit.
@@ -153,7 +159,7 @@ def scatter(
     over = 3
     font, title_font = ImageFont.load_default(13), ImageFont.load_default(18)
     side = size * over
-    field = Image.new("RGB", (side, side), "white")
+    field = _canvas((side, side), ground)
     draw = ImageDraw.Draw(field)
     step = _tick(limit)
     ticks = [k * step for k in range(-int(limit / step), int(limit / step) + 1)]
@@ -162,7 +168,7 @@ def scatter(
         return (value / limit + 1) / 2 * side
 
     for tick in ticks:
-        at, color = place(tick), (228, 228, 231) if tick else (200, 200, 205)
+        at, color = place(tick), _line(ground, axis=not tick)
         draw.line((at, 0, at, side), fill=color, width=over)
         draw.line((0, side - at, side, side - at), fill=color, width=over)
     largest = max(len(p) for p in sets)
@@ -181,7 +187,7 @@ def scatter(
     top = MARGIN + (_height(title, title_font) + 12 if title else 0)
     legend = 24 if labels else 0
     bottom = 22 + legend
-    canvas = Image.new("RGB", (left + size + MARGIN, top + size + bottom + MARGIN), "white")
+    canvas = _canvas((left + size + MARGIN, top + size + bottom + MARGIN), ground)
     draw = ImageDraw.Draw(canvas)
     if title:
         draw.text((MARGIN, MARGIN), title, fill=INK, font=title_font)
@@ -233,6 +239,18 @@ def picture(samples: Tensor, *, title: str | None = None) -> Image.Image:
         column_labels=[f"channel {c}" for c in range(channels)],
         title=title,
     )
+
+
+def _canvas(size: tuple[int, int], ground: str | None) -> Image.Image:
+    """Returns an empty picture, of a colour or of none."""
+    return Image.new("RGBA", size) if ground is None else Image.new("RGB", size, ground)
+
+
+def _line(ground: str | None, *, axis: bool) -> tuple[int, ...]:
+    """Returns the colour of a line of the grid; on no ground it is grey, and lets the page through."""
+    if ground is None:
+        return (128, 128, 136, 130 if axis else 60)
+    return (200, 200, 205) if axis else (228, 228, 231)
 
 
 def _picture(image: torch.Tensor) -> Image.Image:
