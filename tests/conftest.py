@@ -183,6 +183,12 @@ def coarse_references(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def few_real_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches are scored against 100 real samples instead of 2000, where the scores are not what is tested."""
+    monkeypatch.setattr("fewstep.learned.real_data.MOST", 100)
+
+
+@pytest.fixture
 def quiet_diffusers() -> None:
     """Its logger writes advice to the error stream."""
     diffusers = pytest.importorskip("diffusers")

@@ -11,6 +11,8 @@ from every_file import KINDS, damages
 
 SLOW = {"tuned recipe", "search", "teacher", "training", "distilling", "log"}
 
+pytestmark = pytest.mark.usefixtures("few_real_samples")
+
 EVERY = [
     pytest.param(kind, id=kind.name, marks=pytest.mark.slow if kind.name in SLOW else ())
     for kind in KINDS

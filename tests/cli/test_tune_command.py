@@ -26,7 +26,7 @@ from fewstep.sampling.recipe import SamplerRecipe
 from next_lines import carry_out, proposed
 from tiny_searches import RING
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn", "few_real_samples")]
 
 TINY = {
     "steps": 6, "pairs": 24, "heldout": 30, "test": 40, "teacher_nfe": 8, "batch_size": 8,

@@ -26,7 +26,7 @@ from fewstep.learned.verdict import (
 from fewstep.metrics.features import EMBEDDED, Features, identity, name_of, pixels
 from fewstep.metrics.frechet import fid
 from fewstep.metrics.intervals import Estimate, jackknife, student
-from fewstep.metrics.kernel import kid
+from fewstep.metrics.kernel import discrepancy
 from fewstep.metrics.manifold import precision_recall
 from fewstep.metrics.transport import rms
 
@@ -195,7 +195,9 @@ def final_scores(
         if features.shape[1] <= MOST_FID and min(len(features), len(real)) > 1:
             value = fid(features, real)
             scores.append(Score(f"FID ({space.name})", DISTANCE, value, space.role))
-        estimate = kid(features * judge.scale, judge.real, kernel=judge.kernel)
+        scaled = features * judge.scale
+        matrices = judge.kernel(scaled, scaled), judge.inside, judge.kernel(scaled, judge.real)
+        estimate = discrepancy(*matrices)
         change = None if before is None else discrepancy_change(judge, features, before)
         scores.append(Score(f"MMD2 ({space.name})", DISTANCE, estimate, space.role, change))
         count = min(len(features), len(real))

@@ -109,18 +109,39 @@ def kid(
             function = lambda x, y: gaussian(x, y, width=width)  # noqa: E731 - one width for all blocks
     else:
         function = kernel
-    xx, yy, xy = function(fa, fa), function(fb, fb), function(fa, fb)
+    matrices = function(fa, fa), function(fb, fb), function(fa, fb)
+    return discrepancy(*matrices, level=level, blocks=blocks, seed=seed)
 
+
+def discrepancy(
+    xx: Tensor,
+    yy: Tensor,
+    xy: Tensor,
+    *,
+    level: float = 0.95,
+    blocks: int = 20,
+    seed: int = 0,
+) -> Estimate:
+    r"""Returns the unbiased squared discrepancy :func:`mmd2` from three kernel matrices, with an interval.
+
+    Arguments:
+        xx: The kernel matrix (n, n) within the first samples.
+        yy: That within the second samples, shape (m, m).
+        xy: That between them, shape (n, m).
+        level: The probability that the interval covers.
+        blocks: The number of blocks of the jackknife.
+        seed: The seed of the blocks.
+    """
     left, right, across = _Sums(xx), _Sums(yy), _Sums(xy)
 
     def statistic(i: Tensor, j: Tensor) -> Tensor:
         n, m = len(i), len(j)
-        out_i, out_j = _others(i, len(fa)), _others(j, len(fb))
+        out_i, out_j = _others(i, len(xx)), _others(j, len(yy))
         inside = left.without(out_i, out_i, diagonal=False) / (n * (n - 1))
         inside = inside + right.without(out_j, out_j, diagonal=False) / (m * (m - 1))
         return (inside - 2 * across.without(out_i, out_j) / (n * m))[None]
 
-    return jackknife(statistic, (len(fa), len(fb)), level=level, blocks=blocks, seed=seed)[0]
+    return jackknife(statistic, (len(xx), len(yy)), level=level, blocks=blocks, seed=seed)[0]
 
 
 class _Sums:
