@@ -30,6 +30,7 @@ from fewstep.solvers.ancestral import (
 from fewstep.solvers.base import Solver
 from fewstep.solvers.ddim import DDIM, DDPM, GDDIM, AnalyticDDIM, EIScore, Euler, EulerMaruyama
 from fewstep.solvers.dpm import DPMpp2M, DPMpp2MSDE, DPMpp3M
+from fewstep.solvers.dpm_v3 import DPMSolverV3
 from fewstep.solvers.exponential import (
     RES2S,
     RES3S,
@@ -94,6 +95,7 @@ SOLVERS: Registry[Callable[..., Solver]] = Registry(
         "dpmpp-2m": DPMpp2M,
         "dpmpp-3m": DPMpp3M,
         "dpmpp-2m-sde": DPMpp2MSDE,
+        "dpm-solver-v3": DPMSolverV3,
         "unipc2": partial(UniPC, 2),
         "unipc3": partial(UniPC, 3),
         "res-2m": partial(RESMultistep, 2),
