@@ -119,7 +119,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "advise", stop)
+        patch.setattr(stages, "advice_of", stop)
         assert analyze(out) == 130
     assert "to resume: fewstep analyze" in capsys.readouterr().err
     assert (out / "unfinished.json").exists()
@@ -129,7 +129,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         # What was done is not done again.
         patch.setattr(stages, "model_check", stop)
-        patch.setattr(stages, "measure_gain", stop)
+        patch.setattr(stages, "log_gain_at", stop)
         patch.setattr(stages, "follow", stop)
         assert analyze(out) == 0
     text = " ".join(capsys.readouterr().out.split())

@@ -700,12 +700,3 @@ def test_demo_makes_table_picture_and_results(command, tiny, tmp_path, monkeypat
     assert width > 16 * 72
     assert height > 11 * 72
     assert "exists; give --overwrite" in command("demo", "--model", tiny, "--out", out, code=2)
-
-
-@pytest.mark.parametrize("name", ["analyze"])
-def test_what_is_not_shared_is_left_to_the_first_process(monkeypatch, tmp_path, capsys, name):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert run([name, "mixture-smooth", "--out", str(tmp_path / "out")]) == 0
-    assert "rank 0 of 2 does it" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()

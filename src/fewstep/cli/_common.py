@@ -114,21 +114,6 @@ def check_device(name: str) -> str:
     return str(find_device(name))
 
 
-def left_to_first(name: str) -> bool:
-    """Returns whether this is not the first of several processes of a launch, which does it all.
-
-    For commands that do not share their work: the others end at once, successfully.
-    """
-    from fewstep.base.processes import processes
-
-    team = processes()
-    if not team.first:
-        say(
-            f"{name} runs in one process: rank 0 of {team.count} does it, rank {team.rank} has nothing to do"
-        )
-    return not team.first
-
-
 DTYPES = ("float32", "float16", "bfloat16")
 """The types of weights."""
 

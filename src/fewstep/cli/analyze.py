@@ -9,11 +9,11 @@ from cyclopts import Parameter
 
 from fewstep.base.interrupts import keeping
 from fewstep.base.options import budgets_of, parse_labels
+from fewstep.base.processes import processes
 from fewstep.cli._common import (
     Flag,
     event_shape,
     follows,
-    left_to_first,
     load_model,
     positive,
     saved_files,
@@ -59,8 +59,6 @@ def analyze(
         device: Where to run: auto, cpu, cuda, mps.
         overwrite: Replace existing results.
     """
-    if left_to_first("analyze"):
-        return
     budgets = budgets_of(nfe)
     positive("-n", n)
     if n < 4:
@@ -102,6 +100,8 @@ def analyze(
             progress=follows(),
             **conditions,
         )
+    if not processes().first:
+        return
     say(analysis.verdict)
     say(str(analysis))
     if analysis.enough is not None:

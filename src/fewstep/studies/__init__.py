@@ -24,4 +24,5 @@ from fewstep.studies.spectrum import Basis as Basis
 from fewstep.studies.spectrum import Spectrum as Spectrum
 from fewstep.studies.spectrum import time_spectrum as time_spectrum
 from fewstep.studies.stages import Subject as Subject
+from fewstep.studies.stages import share_study as share_study
 from fewstep.studies.stages import study as study

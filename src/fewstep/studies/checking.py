@@ -16,6 +16,7 @@ from fewstep.diffusion.noise import NoiseSource
 from fewstep.diffusion.prediction import Prediction, coefficients
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.kept import KeptEvaluations
 from fewstep.studies.conventions import (
     AS_CLAIMED,
     NEGATED,
@@ -184,6 +185,7 @@ def model_check(
     n: int | None = None,
     seed: int = 0,
     cond: Mapping[str, Any] | None = None,
+    kept: KeptEvaluations | None = None,
 ) -> ModelCheck:
     r"""Checks prediction, its sign, schedule, conditioning timesteps and data range of a model on a batch.
 
@@ -212,6 +214,7 @@ def model_check(
             8, and more where samples are small: similar schedules differ in averages only.
         seed: The seed of the noise.
         cond: The conditions, of the first n of these data.
+        kept: Keeps the evaluations of an interrupted check.
 
     Raises:
         ValueError: If the data do not have the model's shape, or without data its shape is unknown.
@@ -232,7 +235,7 @@ def model_check(
     if data is not None:
         rows = torch.arange(n) % len(data)
         data = data[rows.to(data.device)]
-    bench = _Bench(denoiser, data, n, shape, seed, denoiser.prepare(n, cond or {}))
+    bench = _Bench(denoiser, data, n, shape, seed, denoiser.prepare(n, cond or {}), kept)
     return bench.check()
 
 
@@ -247,8 +250,9 @@ class _Bench:
         shape: tuple[int, ...],
         seed: int,
         cond: Mapping[str, Any],
+        kept: KeptEvaluations | None,
     ) -> None:
-        self.probe = Probe(denoiser, cond)
+        self.probe = Probe(denoiser, cond, kept)
         device = denoiser.device
         tensors = [*denoiser.parameters(), *denoiser.buffers()]
         double = any(t.dtype == torch.float64 for t in tensors)

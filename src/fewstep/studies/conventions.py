@@ -13,6 +13,7 @@ from fewstep.base.memory import is_out_of_memory
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import SCHEDULES, NoiseSchedule, schedule
 from fewstep.models.denoiser import Denoiser, WrappedNetwork
+from fewstep.models.kept import KeptEvaluations
 from fewstep.models.splitting import evaluated
 
 AS_CLAIMED = "as claimed"
@@ -157,9 +158,12 @@ class Probe:
     Arguments:
         denoiser: The denoiser; guidance and clipping around it are removed.
         cond: The conditions, ready for the batch.
+        kept: Keeps the evaluations of an interrupted check.
     """
 
-    def __init__(self, denoiser: Denoiser, cond: Mapping[str, Any]) -> None:
+    def __init__(
+        self, denoiser: Denoiser, cond: Mapping[str, Any], kept: KeptEvaluations | None = None
+    ) -> None:
         while isinstance(inner := getattr(denoiser, "inner", None), Denoiser):
             denoiser = inner
         self.claimed, self.cond = denoiser, cond
@@ -167,6 +171,9 @@ class Probe:
         if isinstance(denoiser, WrappedNetwork):
             self.network = denoiser.as_called()
         self.whole = denoiser.integer_times
+        kept = kept or KeptEvaluations(None)
+        self._raw = kept.wrapped(denoiser.raw)
+        self._as_called = kept.wrapped(self.network.raw, "as called")
 
     def output(self, hypothesis: Hypothesis, x: Tensor, t: float) -> Tensor | None:
         r"""Returns the network's output at a state (B, \*) and a time, or ``None`` if it raises an error."""
@@ -174,14 +181,14 @@ class Probe:
         times = torch.full((len(x),), t, dtype=torch.float64)
         with torch.no_grad():
             if hypothesis.time == AS_CLAIMED:
-                return evaluated(self.claimed.raw, x, times.to(x.device, dtype), self.cond)
+                return evaluated(self._raw, x, times.to(x.device, dtype), self.cond)
             given = hypothesis.model_time(times)
             if self.whole and hypothesis.time in ("t", "t_max - t"):
                 given = given.round().long()
             else:
                 given = given.to(dtype)
             try:
-                value = evaluated(self.network.raw, x, given.to(x.device), self.cond)
+                value = evaluated(self._as_called, x, given.to(x.device), self.cond)
             except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 if is_out_of_memory(error):
                     raise

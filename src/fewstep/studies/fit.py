@@ -19,6 +19,7 @@ from fewstep.base.runs import RunFolder
 from fewstep.base.sharing import Sharing
 from fewstep.models.conditions import Conditions, classes_in_turn, select
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.kept import KeptEvaluations
 from fewstep.models.splitting import split_evaluations
 from fewstep.models.wrappers import Guided
 from fewstep.plans.plan import Plan
@@ -42,6 +43,7 @@ from fewstep.studies.local_errors import (
 from fewstep.studies.multistep import fit_on, fitting_grids
 from fewstep.studies.polishing import robust_mean
 from fewstep.studies.reference import (
+    BLOCK,
     Reference,
     digest_input,
     draw_noise,
@@ -64,9 +66,6 @@ SUBSTEPS = 3
 
 PLACES, GAIN_SAMPLES = 4, 8
 """The number of places, and of samples, at which the gain of errors is measured."""
-
-BLOCK = 8
-"""The trajectories of the reference that are solved together, however many processes share them."""
 
 FITTED_SHARE = 5 / 8
 """The share of the trajectories to fit to; the others are held out for the selection."""
@@ -183,7 +182,8 @@ def fit(
     def profile(run: RunFolder | None, shown: Progress) -> Profile:
         meter = _Meter(shown, total)
         work = _Work(denoiser, noise, conditions, budgets, meter, run)
-        entries, recommended = work.entries()
+        with work.kept.of(denoiser):
+            entries, recommended = work.entries()
         measured = Profile(
             denoiser.schedule,
             base.fingerprint(),
@@ -223,7 +223,9 @@ def fit(
             return measured
         run.join(inputs, finished=lambda _: False, progress=shown)
         meter = _Meter(shown, total, resumes=False)
-        _Work(denoiser, noise, conditions, budgets, meter, run).share(team)
+        work = _Work(denoiser, noise, conditions, budgets, meter, run)
+        with work.kept.of(denoiser):
+            work.share(team)
         with run.finishing(progress=shown) as left:
             measured = profile(run, SILENT) if left else Profile.load(out)
             if left:
@@ -292,6 +294,7 @@ class _Work:
         run: RunFolder | None,
     ) -> None:
         self.denoiser, self.noise, self.meter, self.run = denoiser, noise, meter, run
+        self.kept = KeptEvaluations(run)
         self.budgets, self.intervals = budgets, _intervals(budgets)
         fitted = _split(len(noise))
         self.fitted, self.held_out = range(fitted), range(fitted, len(noise))
@@ -367,9 +370,10 @@ class _Work:
         cached = self.run.read_record(name)
         if cached is None:
             before = self.meter.count
-            cached = {"value": make()}
-            cached["evaluations"] = self.meter.count - before
-            self.run.write_record(name, cached)
+            with self.kept.part(name):
+                cached = {"value": make()}
+                cached["evaluations"] = self.meter.count - before
+                self.run.write_record(name, cached)
         else:
             self.meter.resume(cached["evaluations"])
         return cached["value"]
@@ -410,17 +414,18 @@ class _Work:
             self.meter.resume(nfe * len(rows))
             x, eps = (cached[key].to(device) for key in ("x", "eps"))
             return Reference(self.denoiser.schedule, cached["times"], x, eps, noise, cond, nfe)
-        part = follow(
-            self.denoiser,
-            noise,
-            cond,
-            intervals=self.intervals,
-            substeps=SUBSTEPS,
-            progress=self.meter.of(len(rows)),
-        )
-        self.meter.add(1, len(rows))  # the last node's
-        if self.run is not None:
-            self.run.write_tensors(name, part.tensors())
+        with self.kept.part(name):
+            part = follow(
+                self.denoiser,
+                noise,
+                cond,
+                intervals=self.intervals,
+                substeps=SUBSTEPS,
+                progress=self.meter.of(len(rows)),
+            )
+            self.meter.add(1, len(rows))  # the last node's
+            if self.run is not None:
+                self.run.write_tensors(name, part.tensors())
         return part
 
     def _measured_path(self) -> Path:

@@ -189,6 +189,141 @@ def candidates(
     return sorted(tested, key=lambda item: item.predicted or 0.0)
 
 
+@dataclass(frozen=True)
+class Front:
+    """The samplers of a number of evaluations that were run, before times are polished.
+
+    Attributes:
+        tried: Every solver on every grid with its predicted error, the best first.
+        measured: The default and of each solver the best grid, run on the samples to fit to.
+        held_out: The best of these, the default first, run on held-out samples.
+        order: Places in ``held_out`` whose times are to be polished.
+        middle: The median of the mean square distances of the predicted best.
+    """
+
+    tried: tuple[Tried, ...]
+    measured: tuple[Tried, ...]
+    held_out: tuple[Tried, ...]
+    order: tuple[int, ...]
+    middle: float
+
+    def to_record(self) -> dict[str, Any]:
+        """Returns it as a JSON object."""
+        lists = {k: [item.to_record() for item in getattr(self, k)] for k in _LISTS}
+        return {**lists, "order": list(self.order), "middle": self.middle}
+
+    @classmethod
+    def from_record(cls, content: Mapping[str, Any]) -> Front:
+        """Returns it from its JSON object."""
+        lists = {k: tuple(Tried.from_record(item) for item in content[k]) for k in _LISTS}
+        return cls(**lists, order=tuple(content["order"]), middle=content["middle"])
+
+
+_LISTS = ("tried", "measured", "held_out")
+
+
+def polished_count(nfe: int) -> int:
+    """Returns of how many candidates the times are polished: two up to 10 evaluations, then one."""
+    return 2 if nfe <= 10 else 1
+
+
+def run_front(
+    denoiser: Denoiser,
+    path: Path,
+    nfe: int,
+    fit: Batch,
+    held_out: Batch,
+    dynamic: Mapping[str, Mapping[int, BestGrid]],
+    *,
+    solvers: Sequence[str] = SOLVERS,
+    progress: Progress = SILENT,
+) -> Front:
+    """Returns the first part of :func:`advise`, whose arguments it has: what was predicted, and run."""
+    tried = candidates(denoiser, path, nfe, dynamic, solvers)
+    some = fit.first(min(16, len(fit.noise)))
+    middle = _middle(denoiser, tried[0], some, progress)
+    default = _default(denoiser, path, nfe)
+    leaders, names = [default], set[str]()
+    for item in tried:
+        if item.solver not in names:
+            names.add(item.solver)
+            if (item.solver, item.grid) != (default.solver, default.grid):
+                leaders.append(item)
+    measured = [_measure(denoiser, item, some, middle, progress) for item in leaders]
+    by_score = sorted(measured, key=lambda item: item.score or 0.0)
+    front = [measured[0], *(item for item in by_score[:FRONT] if item is not measured[0])]
+    finals = [_hold_out(denoiser, path, item, held_out, middle, progress) for item in front]
+    # Both sets of samples decide which to polish: one alone has too few samples.
+    both = [
+        (one.score or 0.0) + (two.score or 0.0) for one, two in zip(front, finals, strict=True)
+    ]
+    order = sorted(range(len(front)), key=both.__getitem__)[: polished_count(nfe)]
+    return Front(tuple(tried), tuple(measured), tuple(finals), tuple(order), middle)
+
+
+def polish_one(
+    denoiser: Denoiser,
+    path: Path,
+    nfe: int,
+    front: Front,
+    place: int,
+    fit: Batch,
+    held_out: Batch,
+    *,
+    deadline: float | None = None,
+    iterations: int = 3,
+    progress: Progress = SILENT,
+) -> list[Tried] | None:
+    """Returns a candidate of the front with polished times, run on held-out samples.
+
+    None in the list: polishing moved nothing. ``None``: the deadline had passed.
+    """
+    if deadline is not None and time.monotonic() > deadline:
+        return None
+    item = front.held_out[place]
+    polished = polish(
+        denoiser,
+        item.candidate,
+        fit.noise,
+        fit.end,
+        fit.cond,
+        iterations=iterations if nfe <= 10 else max(1, iterations - 1),
+        progress=progress,
+    )
+    if not polished.history:
+        return []
+    name, times = f"{item.grid}, polished", tuple(polished.candidate.times.tolist())
+    moved = replace(item, grid=name, times=times, measured=polished.history[-1])
+    return [_hold_out(denoiser, path, moved, held_out, front.middle, progress)]
+
+
+def advice_of(
+    denoiser: Denoiser,
+    path: Path,
+    nfe: int,
+    front: Front,
+    polished: Sequence[Sequence[Tried] | None],
+    held_out: Batch,
+    *,
+    fitted: Sequence[Tried] = (),
+    progress: Progress = SILENT,
+) -> Advice:
+    """Returns the last part of :func:`advise`: the best on held-out samples of all that was run."""
+    finals = [*front.held_out, *(item for items in polished for item in items or ())]
+    finals += [
+        _hold_out(denoiser, path, item, held_out, front.middle, progress) for item in fitted
+    ]
+    best = min(finals, key=lambda item: item.score or 0.0)
+    rest = [replace(item, score=None) for item in front.measured]
+    known = {(item.solver, item.grid) for item in [*finals, *rest]}
+    unrun = [item for item in front.tried if (item.solver, item.grid) not in known]
+    final_names = {(item.solver, item.grid) for item in finals}
+    rest = [item for item in rest if (item.solver, item.grid) not in final_names]
+    everything = sorted([*finals, *rest, *unrun], key=lambda item: item.predicted or 0.0)
+    in_time = all(items is not None for items in polished)
+    return Advice(nfe, best, finals[0], tuple(everything), in_time)
+
+
 def advise(
     denoiser: Denoiser,
     path: Path,
@@ -226,52 +361,27 @@ def advise(
         iterations: The most iterations of polishing.
         progress: Follows the evaluations.
     """
-    tried = candidates(denoiser, path, nfe, dynamic, solvers)
-    some = fit.first(min(16, len(fit.noise)))
-    middle = _middle(denoiser, tried[0], some, progress)
-    default = _default(denoiser, path, nfe)
-    leaders, names = [default], set[str]()
-    for item in tried:
-        if item.solver not in names:
-            names.add(item.solver)
-            if (item.solver, item.grid) != (default.solver, default.grid):
-                leaders.append(item)
-    measured = [_measure(denoiser, item, some, middle, progress) for item in leaders]
-    by_score = sorted(measured, key=lambda item: item.score or 0.0)
-    front = [measured[0], *(item for item in by_score[:FRONT] if item is not measured[0])]
-    finals = [_hold_out(denoiser, path, item, held_out, middle, progress) for item in front]
-    late = deadline is not None and time.monotonic() > deadline
-    if not late:
-        # Both sets of samples decide which to polish: one alone has too few samples.
-        both = [
-            (one.score or 0.0) + (two.score or 0.0) for one, two in zip(front, finals, strict=True)
-        ]
-        order = sorted(range(len(front)), key=both.__getitem__)
-        for k in order[: 2 if nfe <= 10 else 1]:
-            polished = polish(
-                denoiser,
-                front[k].candidate,
-                fit.noise,
-                fit.end,
-                fit.cond,
-                iterations=iterations if nfe <= 10 else max(1, iterations - 1),
-                progress=progress,
-            )
-            if polished.history:
-                name = f"{front[k].grid}, polished"
-                times = tuple(polished.candidate.times.tolist())
-                item = replace(front[k], grid=name, times=times, measured=polished.history[-1])
-                finals.append(_hold_out(denoiser, path, item, held_out, middle, progress))
-    finals += [_hold_out(denoiser, path, item, held_out, middle, progress) for item in fitted]
-    best = min(finals, key=lambda item: item.score or 0.0)
-    default = finals[0]
-    rest = [replace(item, score=None) for item in measured]
-    known = {(item.solver, item.grid) for item in [*finals, *rest]}
-    unrun = [item for item in tried if (item.solver, item.grid) not in known]
-    final_names = {(item.solver, item.grid) for item in finals}
-    rest = [item for item in rest if (item.solver, item.grid) not in final_names]
-    everything = sorted([*finals, *rest, *unrun], key=lambda item: item.predicted or 0.0)
-    return Advice(nfe, best, default, tuple(everything), not late)
+    front = run_front(
+        denoiser, path, nfe, fit, held_out, dynamic, solvers=solvers, progress=progress
+    )
+    polished = [
+        polish_one(
+            denoiser,
+            path,
+            nfe,
+            front,
+            place,
+            fit,
+            held_out,
+            deadline=deadline,
+            iterations=iterations,
+            progress=progress,
+        )
+        for place in front.order
+    ]
+    return advice_of(
+        denoiser, path, nfe, front, polished, held_out, fitted=fitted, progress=progress
+    )
 
 
 def _default(denoiser: Denoiser, path: Path, nfe: int) -> Tried:

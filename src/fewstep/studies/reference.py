@@ -29,6 +29,9 @@ NODES = 48
 SUBSTEPS = 2
 """The steps of the reference in each interval."""
 
+BLOCK = 8
+"""The trajectories that a study solves together, however many processes share them."""
+
 
 Evaluation = tuple[float, Tensor, Tensor]
 """The time, the input and the output of a network evaluation."""

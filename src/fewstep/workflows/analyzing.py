@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.base.files import write_json
-from fewstep.base.progress import Progress, progress_of
+from fewstep.base.files import read_json, write_json
+from fewstep.base.processes import processes
+from fewstep.base.progress import SILENT, Progress, progress_of
 from fewstep.base.runs import RunFolder, hash_inputs
 from fewstep.base.tables import Column, Table
 from fewstep.comparison.results import Invocation
@@ -24,7 +25,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
 from fewstep.sampling.profile import Profile
 from fewstep.sampling.recipe import SamplerRecipe
-from fewstep.studies import Advice, Subject, fitted_grids, study
+from fewstep.studies import Advice, Subject, fitted_grids, share_study, study
 from fewstep.studies.reference import digest_input
 from fewstep.training.data import read_images
 from fewstep.workflows.files import EXACT, check_report, check_tensor, name_of, prepared_folder
@@ -177,7 +178,8 @@ def analyze(
         seed: The seed.
         out: The folder for report, results and recipes, in which an interrupted study is resumed by the
             same call; left out, there is none: :meth:`Analysis.save` writes them.
-        overwrite: Whether to replace results in the folder.
+        overwrite: Whether to replace results in the folder. The processes of one launch (``torchrun``,
+            ``srun``) share the parts of a study with ``out``, and each returns the same.
         invocation: The names of model and data and the command, for the report.
         progress: ``True`` for a bar, or a :class:`fewstep.base.progress.Progress`.
         cond: The conditions, one value for all or 2 n. A class-conditional model without given
@@ -197,6 +199,11 @@ def analyze(
     """
     budgets = _checked(denoiser, nfe, n, budget)
     NoiseSource(seed, ())
+    team = processes()
+    if overwrite and team.several:
+        raise ValueError(
+            "--overwrite with several processes could replace what another has finished; remove the folder first"
+        )
     if out is not None:
         check_report()
         prepared_folder(Path(out))
@@ -218,7 +225,7 @@ def analyze(
         "class_labels": named.class_labels,
         "guidance": guidance,
         "seed": seed,
-        "device": str(denoiser.device),
+        "device": denoiser.device.type if team.several else str(denoiser.device),
         "budget": budget,
     }
     inputs = {
@@ -229,37 +236,59 @@ def analyze(
     }
     folder = Path(tempfile.mkdtemp(prefix="fewstep-analyze-")) if out is None else Path(out)
     run = RunFolder(folder, "run of fewstep analyze", outputs=outputs(budgets))
+    subject = Subject(denoiser, points, labels, cond, settings)
+    command = named.command or "fewstep.analyze, from Python"
+
+    def analysis(shown: Progress) -> Analysis:
+        results, advice = study(
+            subject, run, nfe=budgets, n=n, seed=seed, minutes=budget, progress=shown
+        )
+        recipes = {
+            item.nfe: _recipe(item, denoiser, guidance, fingerprint, named.model)
+            for item in advice
+        }
+        profile = fitted_grids(denoiser, advice, fingerprint=fingerprint)
+        results["inputs"] = run.digest
+        found = Analysis(results, advice, profile, recipes, command)
+        if out is not None:
+            found._write(folder)
+        run.finish()
+        return found
+
     try:
-        with (
-            progress_of(progress) as shown,
-            run.running(inputs, overwrite=overwrite, progress=shown),
-        ):
-            results, advice = study(
-                Subject(denoiser, points, labels, cond, settings),
-                run,
-                nfe=budgets,
-                n=n,
-                seed=seed,
-                minutes=budget,
-                progress=shown,
-            )
-            analysis = Analysis(
-                results,
-                advice,
-                fitted_grids(denoiser, advice, fingerprint=fingerprint),
-                {
-                    item.nfe: _recipe(item, denoiser, guidance, fingerprint, named.model)
-                    for item in advice
-                },
-                named.command or "fewstep.analyze, from Python",
-            )
-            if out is not None:
-                analysis._write(folder)
-            run.finish()
+        with progress_of(progress) as shown:
+            if out is None or not team.several:
+                with run.running(inputs, overwrite=overwrite, progress=shown):
+                    return analysis(shown)
+            if run.join(inputs, finished=lambda own: _is_of(folder, own), progress=shown):
+                share_study(
+                    subject,
+                    run,
+                    team,
+                    nfe=budgets,
+                    n=n,
+                    seed=seed,
+                    minutes=budget,
+                    progress=shown,
+                )
+            with run.finishing(progress=shown) as left:
+                return analysis(SILENT) if left else _written(folder, command)
     finally:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)
-    return analysis
+
+
+def _is_of(folder: Path, inputs: str) -> bool:
+    """Returns whether the results in a folder are those of inputs with this digest."""
+    return read_json(folder / RESULTS, what="results").get("inputs") == inputs
+
+
+def _written(folder: Path, command: str) -> Analysis:
+    """Returns the analysis that another process of the launch has written."""
+    results = read_json(folder / RESULTS, what="results")
+    advice = [Advice.from_record(item) for item in results["advice"]]
+    recipes = {a.nfe: SamplerRecipe.load(folder / f"recipe-{a.nfe}.json") for a in advice}
+    return Analysis(results, advice, Profile.load(folder / GRID), recipes, command)
 
 
 def _checked(denoiser: Denoiser, nfe: Sequence[int], n: int, budget: float) -> list[int]:
