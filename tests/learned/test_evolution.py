@@ -99,6 +99,7 @@ def test_an_interrupted_search_ends_as_a_whole_one(tmp_path):
     assert torch.equal(again.plan.values, whole.plan.values)
 
 
+@pytest.mark.usefixtures("few_real_samples")
 def test_a_reward_of_the_user():
     """More samples to the right, in a model whose start is right: the reward grows, the law is the guard."""
 

@@ -703,8 +703,9 @@ def test_two_processes_search_what_one_does(tmp_path):
     def search_into(out) -> None:
         import fewstep
 
+        model = fewstep.load("mixture-smooth")
         fewstep.tune(
-            fewstep.load("mixture-smooth"), nfe=3, objective="endpoint,mmd", search=search, out=out,
+            model, nfe=3, objective="endpoint,mmd", data=model.draw(200), search=search, out=out,
             keep_worse=True,
         )  # fmt: skip
 

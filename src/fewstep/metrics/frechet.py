@@ -2,7 +2,7 @@ r"""The Fréchet distance between Gaussians fitted to features (FID)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from fewstep.metrics.sides import against, two_sides
 from fewstep.metrics.statistics import Statistics
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> Tensor:
+def frechet_distance(a: Statistics, b: Statistics, *, root: Tensor | None = None) -> Tensor:
     r"""Returns the squared Fréchet distance, a float64 scalar; differentiable.
 
     .. math:: \| m_a - m_b \|^2 + \operatorname{tr} \left( S_a + S_b - 2 (S_a^{1/2} S_b S_a^{1/2})^{1/2} \right)
@@ -22,9 +22,14 @@ def frechet_distance(a: Statistics, b: Statistics) -> Tensor:
     References:
         | GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel et al., 2017)
         | https://arxiv.org/abs/1706.08500
+
+    Arguments:
+        a: The statistics of one side.
+        b: Those of the other side.
+        root: The square root of the covariance of ``a``, if it is there already.
     """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    if root is None:
+        root = square_root(a.covariance)
     product = root @ b.covariance @ root
     cross = torch.linalg.eigvalsh((product + product.T) / 2)
     # At zero eigenvalues the root has no derivative; they contribute nothing to the trace.
@@ -33,6 +38,12 @@ def frechet_distance(a: Statistics, b: Statistics) -> Tensor:
     trace = torch.where(positive, trace, torch.zeros_like(trace)).sum()
     gap = (a.mean - b.mean).square().sum()
     return gap + a.covariance.trace() + b.covariance.trace() - 2 * trace
+
+
+def square_root(covariance: Tensor) -> Tensor:
+    """Returns the symmetric square root of a covariance (D, D)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 def fid(
@@ -92,32 +103,55 @@ def fid(
             other features are requested than those of the reference.
     """
     least = 8 if extrapolate else 2
-    distance = _extrapolated if extrapolate else _plain
     settings = {"level": level, "blocks": blocks, "seed": seed}
+    fixed = (False, isinstance(b, Reference) and not heldout)
     if isinstance(b, Reference) and not heldout:
-        fa, known = against(a, b, features, least=least), b.statistics
-        return jackknife(
-            lambda i, _: distance(fa[i], known, seed)[None],
-            (len(fa), known.n),
-            fixed=(False, True),
-            **settings,
-        )[0]
-    fa, fb = two_sides(a, b, features, least=least, heldout=heldout)
-    return jackknife(
-        lambda i, j: distance(fa[i], fb[j], seed)[None], (len(fa), len(fb)), **settings
-    )[0]
+        fa, right = against(a, b, features, least=least), b.statistics
+        sizes = (len(fa), right.n)
+    else:
+        fa, right = two_sides(a, b, features, least=least, heldout=heldout)
+        sizes = (len(fa), len(right))
+    statistic = _extrapolated(fa, right, seed) if extrapolate else _plain(fa, right)
+    return jackknife(statistic, sizes, fixed=fixed, **settings)[0]
 
 
 Side = Tensor | Statistics
+Statistic = Callable[[Tensor, Tensor], Tensor]
+"""Takes the rows of each side, returns the statistics of a jackknife."""
 
 
-def _plain(a: Side, b: Side, seed: int) -> Tensor:
-    del seed
-    left, right = (s if isinstance(s, Statistics) else Statistics.of(s) for s in (a, b))
-    return frechet_distance(left, right)
+def _of(side: Side) -> Statistics:
+    return side if isinstance(side, Statistics) else Statistics.of(side)
 
 
-def _extrapolated(a: Side, b: Side, seed: int) -> Tensor:
+def _plain(a: Tensor, b: Side) -> Statistic:
+    """The distance between some rows of each side.
+
+    One side is whole at a time: its statistics and the root of its covariance are computed once.
+    """
+    wholes = Statistics.of(a), _of(b)
+    roots = [square_root(whole.covariance) for whole in wholes]
+
+    def statistic(i: Tensor, j: Tensor) -> Tensor:
+        if len(i) < len(a):
+            return frechet_distance(wholes[1], Statistics.of(a[i]), root=roots[1])[None]
+        right = wholes[1]
+        if isinstance(b, Tensor) and len(j) < len(b):
+            right = Statistics.of(b[j])
+        return frechet_distance(wholes[0], right, root=roots[0])[None]
+
+    return statistic
+
+
+def _extrapolated(a: Tensor, b: Side, seed: int) -> Statistic:
+    def statistic(i: Tensor, j: Tensor) -> Tensor:
+        return _extrapolate(a[i], b if isinstance(b, Statistics) else b[j], seed)[None]
+
+    return statistic
+
+
+def _extrapolate(a: Side, b: Side, seed: int) -> Tensor:
+    """Returns the distance at 1 / n = 0, by a line through those of n, n/2 and n/4 samples."""
     generator = torch.Generator().manual_seed(seed + 1)
 
     def shuffled(side: Side) -> Side:
@@ -134,7 +168,7 @@ def _extrapolated(a: Side, b: Side, seed: int) -> Tensor:
     inverse, values = list[float](), list[Tensor]()
     for parts in (1, 2, 4):
         pairs = zip(pieces(a, parts), pieces(b, parts), strict=True)
-        distances = [_plain(left, right, seed) for left, right in pairs]
+        distances = [frechet_distance(_of(left), _of(right)) for left, right in pairs]
         inverse.append(float(parts))
         values.append(torch.stack(distances).mean())
     x = torch.tensor(inverse, dtype=torch.float64)
