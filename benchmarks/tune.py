@@ -8,7 +8,7 @@ Usage: python benchmarks/tune.py mixtures --out DIR [--only families,losses,budg
        python benchmarks/tune.py memory --out DIR
        python benchmarks/tune.py table --out DIR [--model fashion] [--data fashion] [--features A,B]
                                  [--budgets 3,4,5] [--variants default,...] [--seconds S] [-n 1000]
-       python benchmarks/tune.py ratios --out DIR [--write benchmarks/results/tune_table.json]
+       python benchmarks/tune.py ratios --out DIR [--write benchmarks/results/tune.json]
        python benchmarks/tune.py show --out DIR [--write benchmarks/results/tune.json]
 
 Each cell is a file in DIR; what is there is not done again, and a cell that was stopped goes on.

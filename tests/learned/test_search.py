@@ -184,7 +184,7 @@ def test_descriptions_of_stages():
     assert one.paired
     first, second = stages_of("endpoint, mmd", small=False, learning_rate=0.01)
     assert second.terms == (("mmd", 1.0), ("endpoint", 0.1))
-    assert second.learning_rate == pytest.approx(first.learning_rate / 5)
+    assert second.learning_rate == pytest.approx(first.learning_rate / 25)
     (mixed,) = stages_of("2*mmd + 0.5*trajectory", small=True, steps=7, batch_size=3)
     assert mixed.terms == (("mmd", 2.0), ("trajectory", 0.5))
     assert (mixed.steps, mixed.batch_size, mixed.paired) == (7, 3, False)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.learned.judges import random_features
+from fewstep.learned.judges import discrepancy_change, random_features
 from fewstep.learned.real_data import real_data
 from fewstep.learned.unseen import (
     Space,
-    discrepancy_change,
     final_scores,
     unseen_extractors,
     wavelets,

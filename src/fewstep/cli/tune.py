@@ -56,10 +56,10 @@ def tune(
         nfe: The number of network evaluations of the sampler.
         family: The parameters that are learned: gs (times and corrections of a solver), ld3,
             schedule, free, ggdm, ggdm+pred+time and others.
-        objective: endpoint, trajectory, mmd; sums (mmd+0.1*endpoint), stages (endpoint,mmd); auto is
-            endpoint,mmd with data and endpoint without.
+        objective: endpoint, perceptual, trajectory, mmd; sums (mmd+0.1*endpoint), stages (endpoint,mmd);
+            auto is endpoint+perceptual for images with data, else endpoint.
         data: Real data: an embedded name (fashion), a folder of images, an idx or npz file.
-        features: The features of mmd: fashion, fashion-robust, pixels, or a folder or file.
+        features: The features of perceptual and mmd: fashion, fashion-robust, pixels, or a folder or file.
         unseen: Further features for the final scores alone (a folder or file); can be repeated.
         solver: The solver to start from; left out, that of the model's profile or else the best for this
             kind of schedule (auto); ddim for the families ggdm.

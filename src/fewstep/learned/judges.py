@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.learned.kernels import named_kernel
 from fewstep.metrics.features import Features, pixels
+from fewstep.metrics.intervals import Estimate, jackknife
 from fewstep.metrics.kernel import mmd2
 from fewstep.metrics.manifold import precision_recall
 
@@ -18,6 +19,8 @@ IMAGE = 3
 """The dimensions of an image: channels, height, width."""
 LEAST = 20
 """The fewest samples for precision and recall."""
+LEVEL = 0.95
+"""The level of the intervals of scores."""
 
 
 def random_features(shape: tuple[int, ...], *, seed: int = 0) -> Features:
@@ -106,3 +109,41 @@ class Judge:
             return 1.0, 1.0
         manifold = precision_recall(features[:count], self.real[:count], blocks=2)
         return manifold.precision.value, manifold.recall.value
+
+
+def discrepancy_change(
+    judge: Judge, features: Tensor, before: Tensor, *, level: float = LEVEL
+) -> Estimate:
+    """Returns how much larger the squared discrepancy of features (n, D) is than that of others.
+
+    Sample i of both comes from the same noise, so most of the variance of the samples and that of
+    the reference cancel; the interval is that of the jackknife over both.
+
+    Arguments:
+        judge: The judge.
+        features: The features of samples, unscaled.
+        before: Those of the others.
+        level: The level of the interval.
+    """
+    a, b = features * judge.scale, before * judge.scale
+    kernel, real = judge.kernel, judge.real
+    inside = kernel(a, a) - kernel(b, b)
+    inside.fill_diagonal_(0)
+    across = kernel(a, real) - kernel(b, real)
+    rows, row_across, column_across = inside.sum(1), across.sum(1), across.sum(0)
+
+    def statistic(i: Tensor, j: Tensor) -> Tensor:
+        n, m = len(i), len(j)
+        if m == len(real):
+            within = rows[i].sum()
+            if n < len(a):
+                out = torch.ones(len(a), dtype=torch.bool)
+                out[i] = False
+                left = out.nonzero().flatten()
+                within = within - rows[left].sum() + inside[left][:, left].sum()
+            between = row_across[i].sum()
+        else:
+            within, between = rows.sum(), column_across[j].sum()
+        return (within / (n * (n - 1)) - 2 * between / (n * m))[None]
+
+    return jackknife(statistic, (len(a), len(real)), level=level)[0]

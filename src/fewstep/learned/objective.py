@@ -3,7 +3,7 @@ r"""The base class of search objectives, and what they are given."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -58,6 +58,7 @@ class Given:
         learned: The learned plan, at its start.
         settings: The settings of the search.
         reference: Real data in the features of the loss, or ``None``.
+        extract: The feature extractor of the loss, with data or without.
         dtype: The type of states.
         seed: The seed of the search.
     """
@@ -65,6 +66,7 @@ class Given:
     learned: LearnedPlan
     settings: Search
     reference: Reference | None
+    extract: Callable[[Tensor], Tensor]
     dtype: torch.dtype
     seed: int
 
@@ -119,6 +121,16 @@ class Objective(ABC):
     def learn(self, outcome: Outcome, batch: Batch) -> None:
         """Updates what the objective itself learns, before the loss of each step; by default nothing."""
         del outcome, batch
+
+    def typical(self, value: float, x: Tensor) -> float:
+        r"""Returns the size to which weights of this objective in a sum are relative; never 0.
+
+        Arguments:
+            value: The loss at the start.
+            x: The samples at the start, with shape (n, \*).
+        """
+        del x
+        return max(abs(value), 1e-8)
 
     def score(self, x: Tensor) -> Tensor:
         r"""Returns how bad each sample x (B, \*) is, shape (B), if the objective is ``scored``.

@@ -38,8 +38,7 @@ class Endpoint(Objective):
 
     @classmethod
     def build(cls, given: Given) -> Endpoint:
-        features = None if given.reference is None else given.reference.extractor
-        return cls(given.settings.distance, features=features)
+        return cls(given.settings.distance, features=given.extract)
 
     def distances(self, x: Tensor, target: Tensor) -> Tensor:
         return self.distance(x, target)
@@ -47,6 +46,25 @@ class Endpoint(Objective):
     def loss(self, outcome: Outcome, batch: Batch) -> Tensor:
         assert batch.target is not None
         return self.distances(outcome.x[: batch.pairs], batch.target).mean()
+
+
+class Perceptual(Endpoint):
+    r"""The distance from the samples of a teacher with the same noise, in the features of the loss.
+
+    .. math:: L = \frac1B \sum_b \| \phi(x^b) - \phi(\hat x^b) \|^2 / D
+
+    The least squares of points alone are met by samples that are smoother than the teacher's, and features see that.
+
+    Arguments:
+        features: The feature extractor.
+    """
+
+    def __init__(self, features: FeatureMap) -> None:
+        super().__init__("features", features=features)
+
+    @classmethod
+    def build(cls, given: Given) -> Perceptual:
+        return cls(given.extract)
 
 
 class Trajectory(Endpoint):
@@ -72,8 +90,7 @@ class Trajectory(Endpoint):
                 "the objective trajectory needs states at common times: a family without learned "
                 "times (ggdm, ggdm+pred, vars, ddim-sigma; gs with times=False), one evaluation per step"
             )
-        features = None if given.reference is None else given.reference.extractor
-        return cls(given.settings.distance, features=features)
+        return cls(given.settings.distance, features=given.extract)
 
     def loss(self, outcome: Outcome, batch: Batch) -> Tensor:
         total = super().loss(outcome, batch)
@@ -144,6 +161,14 @@ class MMD(Objective):
         x = self.extract(outcome.x).flatten(1)
         return self.value(x, batch.drawn(self.real, self.real_batch, self.seed).to(x))
 
+    @torch.no_grad()
+    def typical(self, value: float, x: Tensor) -> float:
+        # Near the data the unbiased value of n samples is noise of this order, of either sign.
+        features = self.extract(x).flatten(1) * self.scale
+        within = self.kernel(features, features)
+        noise = float(within.diagonal().mean() - within.mean()) / max(1, len(x) - 1)
+        return max(abs(value), noise, 1e-8)
+
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the discrepancy of features x (n, D) from scaled real ones y (m, D)."""
         x = x * self.scale
@@ -194,6 +219,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective",
     {
         "endpoint": Endpoint,
+        "perceptual": Perceptual,
         "trajectory": Trajectory,
         "mmd": MMD,
         "adversarial": Adversarial,

@@ -25,7 +25,7 @@ from fewstep.learned.families import FAMILIES, family
 from fewstep.learned.judges import IMAGE, Judge, random_features
 from fewstep.learned.learned_plan import Base, LearnedPlan
 from fewstep.learned.objectives import OBJECTIVES, Given, Objective
-from fewstep.learned.real_data import RealData, real_data
+from fewstep.learned.real_data import RealData, loss_features, real_data
 from fewstep.learned.search import Searcher
 from fewstep.learned.search_state import State
 from fewstep.learned.settings import Search
@@ -202,7 +202,7 @@ class Problem:
         if data is None and isinstance(denoiser, GaussianMixture):
             data = denoiser.draw(20_000, seed=seed + TEST)
         if objective == "auto":
-            objective = "endpoint" if data is None else "endpoint,mmd"
+            objective = "endpoint" if small or data is None else "endpoint+perceptual"
         stages = stages_of(
             objective,
             small=small,
@@ -224,7 +224,10 @@ class Problem:
         real = real_data(data, features, source.shape)
         reference = None if real is None else real.loss
         more = [extractor(f) for f in unseen]
-        given = Given(learned, search, reference, source.dtype, seed)
+        extract = extractor(
+            loss_features(features, source.shape) if reference is None else reference.extractor
+        )
+        given = Given(learned, search, reference, extract, source.dtype, seed)
         objectives = {name: kinds[name].build(given) for name in sorted(kinds)}
         if search.optimizer == "cmaes":
             check_evolution(learned.count)

@@ -79,7 +79,7 @@ def real_data(data: Any, features: FeatureMap, shape: tuple[int, ...]) -> RealDa
             )
         half = len(data) // 2
         parts = (data[:half], data[half:])
-        own = _features(features, shape)
+        own = loss_features(features, shape)
         loss, judge = Reference.of(*parts, features=own), Reference.of(*parts, features=unseen)
         return _parts(loss, judge, len(parts[1]), lambda index: parts[1][index])
     if not isinstance(data, (str, Path)):
@@ -88,7 +88,7 @@ def real_data(data: Any, features: FeatureMap, shape: tuple[int, ...]) -> RealDa
         raise ValueError(f"{str(data)!r} holds images, the model's samples have shape {shape}")
     size = shape[1] if shape[1] == shape[2] else None
     embedded = str(data) in EMBEDDED
-    own = extractor(_features(features, shape))
+    own = extractor(loss_features(features, shape))
     reference = Reference.load(data, own, size=None if embedded else size)
     if reference.event_shape is not None and tuple(reference.event_shape) != shape:
         raise ValueError(
@@ -122,7 +122,8 @@ def _other(name: str) -> str:
     return next(other for other in EXTRACTORS if other != name)
 
 
-def _features(features: FeatureMap, shape: tuple[int, ...]) -> FeatureMap:
+def loss_features(features: FeatureMap, shape: tuple[int, ...]) -> FeatureMap:
+    """Returns the features of the loss: those given, or those that suit the shape of a sample."""
     if features is not None or len(shape) != IMAGE:
         return features
     if shape == (1, 28, 28):

@@ -19,7 +19,7 @@ from fewstep.base.interrupts import unbroken
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import generator_at
 from fewstep.learned.evolution import Evolution
-from fewstep.learned.judges import Judge
+from fewstep.learned.judges import Judge, discrepancy_change
 from fewstep.learned.learned_plan import LearnedPlan
 from fewstep.learned.objectives import Batch, Objective, Outcome
 from fewstep.learned.search_state import STATE, State
@@ -33,6 +33,8 @@ from fewstep.sampling.residual import Residual
 MOST_WORSE, LEAST_WORSE = 0.1, 2e-4
 """The tolerated increase of the distance to real data in a paired stage: a share, and a minimum."""
 MOST_STEPS = 10**9
+STANDARD_ERROR = 0.683
+"""The level of the interval of one standard error."""
 NORM_ROWS = 128
 """The samples from which the value of each objective at the start is estimated."""
 
@@ -97,6 +99,8 @@ class Searcher:
         self.optimizer = torch.optim.Adam(learned.parameters())
         self._evolution: Evolution | None = None
         self._unsaved: State | None = None
+        self._best_features: Tensor | None = None
+        self._latest_features: Tensor | None = None
 
     def run(self) -> State:
         """Runs the remaining steps of all stages; the plan has the best parameters afterwards.
@@ -194,6 +198,7 @@ class Searcher:
         self._evolution = None
         state.stage, state.step, state.updates, state.stale = state.stage + 1, 0, 0, 0
         state.start, state.best_score = None, math.inf
+        self._best_features = None
         self._save()
 
     # A stage
@@ -204,10 +209,11 @@ class Searcher:
         self.progress.stage(f"search{more}", stage.steps, done=state.step)
         if state.start is None:
             state.tensors["first"] = state.tensors["best"].clone()
-            judgement = self._judgement(stage, state.tensors["best"])
-            state.start, state.best_score = judgement, judgement["score"]
             if not state.norms:
                 state.norms = self._norms()
+            judgement = self._judgement(stage, state.tensors["best"])
+            del judgement["above"]
+            state.start, state.best_score = judgement, judgement["score"]
             self._note(judgement, math.nan)
             self._save()
         self._judge(stage)  # if it was interrupted there
@@ -232,9 +238,14 @@ class Searcher:
         self._save()
 
     def _consider(self, stage: Stage, loss: float) -> None:
-        """Evaluates the average; accepts it if better, not less diverse and not further from real data."""
+        """Evaluates the average; accepts it if better, not less diverse and not further from real data.
+
+        Better by the law is better beyond one standard error of the paired change: the best of many noisy
+        values is not the best candidate.
+        """
         state = self.state
         judgement = self._judgement(stage, state.tensors["average"])
+        above = judgement.pop("above")
         assert state.start is not None
         least = (1 - self.settings.recall_drop) * state.start["recall"]
         most = state.start["law"] + max(MOST_WORSE * abs(state.start["law"]), LEAST_WORSE)
@@ -242,8 +253,10 @@ class Searcher:
             judgement["score"] < state.best_score
             and judgement["recall"] >= least
             and (judgement["law"] <= most or not (stage.paired or stage.scored))
+            and above < 0
         )
         if better:
+            self._best_features = self._latest_features
             state.best_score, state.stale = judgement["score"], 0
             state.tensors["best"] = state.tensors["average"].clone()
         else:
@@ -265,27 +278,20 @@ class Searcher:
         )
 
     def _judgement(self, stage: Stage, vector: Tensor) -> dict[str, float]:
-        """Returns score, law, precision and recall of parameters on the held-out noise.
+        """Returns score, law, precision, recall and ``above`` of parameters on the held-out noise.
 
         ``score`` is the distance from the teacher in a paired stage, the objective's own score if it has
-        one, and else ``law``, the discrepancy from the judge's reference.
+        one, and else ``law``, the discrepancy from the judge's reference. ``above`` is how much larger than that of
+        the best so far the law may be, by one standard error, in a stage that the law decides; elsewhere
+        minus infinity.
         """
-        present = self.learned.vector()
-        self.learned.load_vector(vector)
         try:
-            x, _ = self.source.sampled(
-                self.learned.plan(),
-                self.heldout_seed,
-                self.heldout_size,
-                batch_size=self.settings.sampling_batch,
-                residual=_detached(self.learned),
-            )
+            x = self._heldout(vector)
         except (
             ValueError
         ):  # samples that are not finite, or coefficients that are not a valid plan
-            return {"score": math.inf, "law": math.inf, "precision": 0.0, "recall": 0.0}
-        finally:
-            self.learned.load_vector(present)
+            worst = {"score": math.inf, "law": math.inf, "precision": 0.0, "recall": 0.0}
+            return {**worst, "above": math.inf}
         precision, recall = self.judge.diversity(x)
         law = 0.0 if stage.paired and not self.real else self.judge.score(x)
         score = law
@@ -296,20 +302,59 @@ class Searcher:
             with torch.no_grad():
                 parts = x.to(self.source.device).split(self.settings.sampling_batch)
                 score = float(torch.cat([objective.score(part) for part in parts]).double().mean())
-        values = torch.tensor([score, law, precision, recall], dtype=torch.float64)
-        names = ("score", "law", "precision", "recall")
+        above = -math.inf if stage.paired or stage.scored else self._above(x, vector)
+        values = torch.tensor([score, law, precision, recall, above], dtype=torch.float64)
+        names = ("score", "law", "precision", "recall", "above")
         return dict(zip(names, self.source.team.of_first(values).tolist(), strict=True))
+
+    def _heldout(self, vector: Tensor) -> Tensor:
+        """Returns the samples of parameters from the held-out noise."""
+        present = self.learned.vector()
+        self.learned.load_vector(vector)
+        try:
+            x, _ = self.source.sampled(
+                self.learned.plan(),
+                self.heldout_seed,
+                self.heldout_size,
+                batch_size=self.settings.sampling_batch,
+                residual=_detached(self.learned),
+            )
+            return x
+        finally:
+            self.learned.load_vector(present)
+
+    def _above(self, x: Tensor, vector: Tensor) -> float:
+        """Returns the upper end of the change of the discrepancy from that of the best so far, paired."""
+        judge, best = self.judge, self.state.tensors["best"]
+        self._latest_features = features = judge.features(x) / judge.scale
+        if vector is best:
+            self._best_features = features
+            return -math.inf
+        if self._best_features is None:  # resumed within the stage
+            self._best_features = judge.features(self._heldout(best)) / judge.scale
+        return discrepancy_change(judge, features, self._best_features, level=STANDARD_ERROR).high
 
     @torch.no_grad()
     def _distance(self, stage: Stage, x: Tensor) -> float:
         assert self.heldout is not None
-        objective, size = self.objectives[stage.names[0]], self.settings.sampling_batch
+        size = self.settings.sampling_batch
         device = self.source.device
         parts = [
-            objective.distances(a.to(device), b.to(device)).cpu()
+            self._distances(stage, a.to(device), b.to(device)).cpu()
             for a, b in zip(x.split(size), self.heldout.target.split(size), strict=True)
         ]
         return float(torch.cat(parts).double().mean())
+
+    def _distances(self, stage: Stage, x: Tensor, target: Tensor) -> Tensor:
+        """Returns the distance of each sample from the teacher's; of several paired terms their weighted sum."""
+        paired = [(name, weight) for name, weight in stage.terms if self.objectives[name].paired]
+        if len(paired) == 1:
+            return self.objectives[paired[0][0]].distances(x, target)
+        total = x.new_zeros(len(x))
+        for name, weight in paired:
+            scale = weight / self.state.norms[name]
+            total = total + scale * self.objectives[name].distances(x, target)
+        return total
 
     @torch.no_grad()
     def _norms(self) -> dict[str, float]:
@@ -320,8 +365,9 @@ class Searcher:
         for name, objective in self.objectives.items():
             rows = min(len(self.pairs), NORM_ROWS) if self.pairs is not None else NORM_ROWS
             x, cond, draws, batch = self._batch(range(rows), 0, step=-1)
-            value = float(objective.loss(self.run_plan(self.learned(), x, draws, cond), batch))
-            norms[name] = max(abs(value), 1e-8)
+            outcome = self.run_plan(self.learned(), x, draws, cond)
+            value = float(objective.loss(outcome, batch))
+            norms[name] = objective.typical(value, outcome.x)
         return norms
 
     # A step

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from fewstep.learned.objectives import OBJECTIVES
 
+SLOWER = 25
+"""How many times smaller the rate of later stages is: near the end of the first one the gradient of a
+discrepancy is mostly noise, in which Adam wanders at its rate."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -63,7 +67,7 @@ def stages_of(
 ) -> tuple[Stage, ...]:
     """Returns the stages of a description: ``"endpoint"``, ``"endpoint,mmd"``, ``"mmd+0.1*endpoint"``.
 
-    Commas separate stages, plus signs separate terms, a star gives a weight. A later stage has a fifth of the
+    Commas separate stages, plus signs separate terms, a star gives a weight. A later stage has a twenty-fifth of the
     learning rate and, if it is one objective alone, that objective's anchor (``mmd``: 0.1 times
     ``endpoint``).
 
@@ -91,7 +95,7 @@ def stages_of(
                 tuple(terms),
                 steps or (300 if small else first.steps),
                 batch_size or first.batch_size[0 if small else 1],
-                rate / 5 if stages else rate,
+                rate / SLOWER if stages else rate,
             )
         )
     return tuple(stages)

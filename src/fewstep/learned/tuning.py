@@ -91,12 +91,12 @@ def tune(
         nfe: The number of network evaluations of the sampler.
         family: The parameters that are learned, a name in :data:`fewstep.learned.FAMILIES`.
         objective: Names in :data:`fewstep.learned.OBJECTIVES` (``"endpoint"``, ``"trajectory"``,
-            ``"mmd"``, ``"adversarial"``, ``"adversarial-data"``, ``"reward"``), weighted sums (``"mmd+0.1*endpoint"``) and stages (``"endpoint,mmd"``);
-            ``"auto"`` is ``"endpoint,mmd"`` with data and ``"endpoint"`` without.
+            ``"perceptual"``, ``"mmd"``, ``"adversarial"``, ``"adversarial-data"``, ``"reward"``), weighted sums (``"mmd+0.1*endpoint"``) and stages (``"endpoint,mmd"``);
+            ``"auto"`` is ``"endpoint+perceptual"`` for images with data, else ``"endpoint"``.
         data: Real data, needed by ``mmd``: an embedded name (``"fashion"``), a folder of images, an
             idx or npz file, a tensor of samples (n, \*), or a :class:`~fewstep.metrics.Reference`.
             Exact mixtures have their own.
-        features: The features of ``mmd``; left out, those of the embedded classifier for images
+        features: The features of ``perceptual`` and ``mmd``; left out, those of the embedded classifier for images
             of its shape, a random network's for other images, and the samples themselves else.
         unseen: Further features for the final scores alone, beside at least two of our own; neither the loss
             nor the selection of candidates uses them.

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fewstep.learned.judges import IMAGE, LEAST, Judge, random_features
+from fewstep.learned.judges import IMAGE, LEAST, LEVEL, Judge, discrepancy_change, random_features
 from fewstep.learned.verdict import (
     DISTANCE,
     PRECISION,
@@ -25,12 +25,11 @@ from fewstep.learned.verdict import (
 )
 from fewstep.metrics.features import EMBEDDED, Features, identity, name_of, pixels
 from fewstep.metrics.frechet import fid
-from fewstep.metrics.intervals import Estimate, jackknife, student
+from fewstep.metrics.intervals import Estimate, student
 from fewstep.metrics.kernel import discrepancy
 from fewstep.metrics.manifold import precision_recall
 from fewstep.metrics.transport import rms
 
-LEVEL = 0.95
 MOST_FID = 256
 """The largest number of features of which FID is shown."""
 MOST_SURPLUS = 4.0
@@ -209,36 +208,6 @@ def final_scores(
     if unseen is not None:
         scores.append(_spread(unseen, x, x if start is None else start, groups))
     return scores
-
-
-def discrepancy_change(judge: Judge, features: Tensor, before: Tensor) -> Estimate:
-    """Returns how much larger the squared discrepancy of features (n, D) is than that of others.
-
-    Sample i of both comes from the same noise, so most of the variance of the samples and that of
-    the reference cancel; the interval is that of the jackknife over both.
-    """
-    a, b = features * judge.scale, before * judge.scale
-    kernel, real = judge.kernel, judge.real
-    inside = kernel(a, a) - kernel(b, b)
-    inside.fill_diagonal_(0)
-    across = kernel(a, real) - kernel(b, real)
-    rows, row_across, column_across = inside.sum(1), across.sum(1), across.sum(0)
-
-    def statistic(i: Tensor, j: Tensor) -> Tensor:
-        n, m = len(i), len(j)
-        if m == len(real):
-            within = rows[i].sum()
-            if n < len(a):
-                out = torch.ones(len(a), dtype=torch.bool)
-                out[i] = False
-                left = out.nonzero().flatten()
-                within = within - rows[left].sum() + inside[left][:, left].sum()
-            between = row_across[i].sum()
-        else:
-            within, between = rows.sum(), column_across[j].sum()
-        return (within / (n * (n - 1)) - 2 * between / (n * m))[None]
-
-    return jackknife(statistic, (len(a), len(real)), level=LEVEL)[0]
 
 
 def _reward(reward: Callable[[Tensor], Tensor], x: Tensor, start: Tensor | None) -> Score:
