@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -69,3 +71,23 @@ def test_a_profile_with_a_solver_is_refused(file):
         ValueError, match="a profile has its solver, times and options already, got solver"
     ):
         PlanScheduler(profile=file, solver="tab3")
+
+
+def test_statistics_of_a_profile_are_stored_in_the_configuration(file):
+    scheduler = PlanScheduler(
+        solver="dpm-solver-v3", solver_options={"statistics": file}, grid="logistic"
+    )
+    scheduler = PlanScheduler.from_config(json.loads(json.dumps(dict(scheduler.config))))
+    scheduler.set_timesteps(6)
+    noise = draw_noise(MODEL, 4, 3, dtype=torch.float64)
+    result = run(scheduler, noise * scheduler.init_noise_sigma)
+    want = fewstep.sample(
+        MODEL,
+        noise=noise / DDPM.prior_std(),
+        solver="dpm-solver-v3",
+        nfe=6,
+        grid="logistic",
+        options={"statistics": file},
+    )
+    # Their table of levels is in float32, so the times of the grid differ by 0.003 of 1000.
+    assert torch.allclose(result, want, atol=1e-4)

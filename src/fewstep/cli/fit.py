@@ -44,7 +44,7 @@ def fit(
 ) -> None:
     """Measure which sampler suits a model best at each budget: OUT, a profile.
 
-    At most 5,728 evaluations of one image for the seven budgets: a minute for a small model. The same
+    At most 6,138 evaluations of one image for the seven budgets: a minute for a small model. The same
     command resumes an interrupted measurement; started several times together (torchrun, accelerate launch,
     srun) the processes share its parts. Nothing is trained and no data is needed. `fewstep
     sample MODEL --profile OUT` uses the profile; a profile in the model's own folder is used by default.

@@ -20,8 +20,9 @@ from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.sampling.planning import NO_BUDGET, planned
 from fewstep.sampling.recipe import SamplerRecipe, recipe_of
 from fewstep.sampling.request import SamplerRequest
-from fewstep.solvers import Solver
+from fewstep.solvers import SOLVERS, Solver
 from fewstep.solvers import solver as make_solver
+from fewstep.solvers.dpm_v3 import check_statistics
 from fewstep.solvers.multistep import Multistep
 
 FORMAT, VERSION = "fewstep.profile", 1
@@ -123,7 +124,7 @@ class ProfileEntry:
 
 @dataclass(frozen=True)
 class Profile:
-    """Solvers and times for several budgets, measured on one model.
+    r"""Solvers and times for several budgets, measured on one model.
 
     Errors are root mean square distances to the model's own many-step solution from the same noise, in the units
     of a sample; costs are evaluations of one image.
@@ -136,6 +137,8 @@ class Profile:
         guidance: The scale of guidance that it was measured with, 1 for none; ``None`` if it is not
             known.
         about: The settings of the measurement: evaluations, seconds, samples, seed, conditions. For readers.
+        statistics: Of the model, for ``dpm-solver-v3`` at any number of steps: rows :math:`(\lambda, l, s)`. Empty
+            in profiles of earlier versions.
 
     Example:
         >>> profile = fewstep.load("fashion", device="cpu").profile
@@ -150,8 +153,10 @@ class Profile:
     recommended: Mapping[int, str]
     guidance: float | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Sequence[Sequence[float]] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "statistics", check_statistics(self.statistics))
         if not self.entries:
             raise ValueError("there are no times in it")
         keys = {(entry.solver, entry.steps) for entry in self.entries}
@@ -218,9 +223,25 @@ class Profile:
         )
 
     def options_for(self, solver: str, steps: int) -> dict[str, Any]:
-        """Returns the options of a solver on its times: the measured weights, if any."""
+        """Returns the options of a solver on its times: the measured weights or statistics, if any."""
+        option = make_solver(solver).measured if solver in SOLVERS else None
+        if option is not None and self.statistics:
+            return {option: self.statistics}
         entry = self._entry(solver, steps)
         return {"weights": entry.weights} if entry is not None and entry.weights else {}
+
+    def of_model(self) -> Sequence[Sequence[float]]:
+        """Returns the statistics of the model.
+
+        Raises:
+            ValueError: If it has none.
+        """
+        if not self.statistics:
+            raise ValueError(
+                "the profile has no statistics, since an earlier version measured it; measure the model again "
+                "(fewstep fit)"
+            )
+        return self.statistics
 
     def _entry(self, solver: str, steps: int) -> ProfileEntry | None:
         wanted = (solver, steps)
@@ -322,6 +343,7 @@ class Profile:
             "fingerprint": self.fingerprint,
             "guidance": self.guidance,
             **({"about": dict(self.about)} if self.about else {}),
+            **({"statistics": [list(row) for row in self.statistics]} if self.statistics else {}),
             "recommended": {str(k): name for k, name in sorted(self.recommended.items())},
             "entries": [entry.to_record() for entry in self.entries],
         }
@@ -342,8 +364,9 @@ class Profile:
         of = "entries" if content["format"] == FORMAT else "grids"
         expected = {"format", "version", "schedule", "fingerprint", "recommended", of}
         expected |= {"guidance"} if content["format"] == FORMAT else set()
-        if set(content) - {"about"} != expected:
-            wrong = sorted((set(content) - {"about"}) ^ expected)
+        optional = {"about", "statistics"}
+        if set(content) - optional != expected:
+            wrong = sorted((set(content) - optional) ^ expected)
             raise ValueError(
                 f"its keys must be {sorted(expected)}; {wrong[0]!r:.40} is not as expected"
             )
@@ -372,6 +395,7 @@ class Profile:
             {int(steps): name for steps, name in recommended.items()},
             guidance,
             about,
+            check_statistics(content.get("statistics", [])),
         )
 
     @classmethod

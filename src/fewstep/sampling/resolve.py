@@ -58,7 +58,7 @@ from fewstep.sampling.profile import Profile, names_profile, read_profile
 from fewstep.sampling.protocol import BuiltInSampler, Sampler, refusal
 from fewstep.sampling.recipe import SamplerRecipe, recipe_of
 from fewstep.sampling.request import UNSET, Contradiction, SamplerRequest, as_text
-from fewstep.solvers import Solver
+from fewstep.solvers import SOLVERS, Solver
 
 logger = logging.getLogger("fewstep")
 
@@ -126,6 +126,7 @@ def resolve(
     if not isinstance(request, SamplerRequest):
         raise TypeError(f"request must be a SamplerRequest, got {type(request).__name__}")
     check_sources(request)
+    request = _with_measured(denoiser.schedule, request, denoiser, guidance, force=force)
     if isinstance(request.profile, (str, Path, Profile)):
         budget = request.steps or request.nfe or default_nfe
         _check_operator(denoiser, request, guidance, image=image)
@@ -185,6 +186,7 @@ def resolve_plan(
             f"schedule must be a NoiseSchedule, got {schedule!r}; make one with fewstep.schedule(name)"
         )
     check_sources(request)
+    request = _with_measured(schedule, request)
     if request.plan is not UNSET:
         raise TypeError("this is a plan already; run it as it is")
     chose = request.profile is not UNSET
@@ -551,7 +553,50 @@ def _unfolded(
         steps=request.steps,
         solver=solver,  # type: ignore[arg-type]
     )
-    return replace(unfolded, options=request.options)
+    return replace(unfolded, options={**unfolded.options, **request.options})
+
+
+def _with_measured(
+    schedule: NoiseSchedule,
+    request: SamplerRequest,
+    denoiser: Denoiser | None = None,
+    guidance: float | None = None,
+    *,
+    force: bool = False,
+) -> SamplerRequest:
+    """Returns a request with the statistics of its solver: those of the profile in the option, or else of the model's.
+
+    Without any the solver has a documented default, which the log says.
+    """
+    solver = request.solver
+    named = isinstance(solver, str) and solver != AUTO and solver in SOLVERS
+    option = SOLVERS[solver]().measured if named else None  # type: ignore[index]
+    if option is None:
+        return request
+    given = request.options.get(option)
+    if isinstance(given, (str, Path, Profile)):
+        profile = read_profile(given, schedule)
+        if denoiser is not None:
+            _check_profile(profile, denoiser, guidance, force=force)
+        return replace(request, options={**request.options, option: profile.of_model()})
+    if given is not None or names_profile(request.grid):
+        return request
+    own = None
+    if denoiser is not None:
+        own = (denoiser.inner if isinstance(denoiser, Guided) else denoiser).profile
+    if own is not None and own.statistics and denoiser is not None:
+        scale = _scale(denoiser, guidance)
+        if own.guidance in (None, scale):
+            return replace(request, options={**request.options, option: own.statistics})
+    logger.warning(
+        "%s has no %s of this model%s and takes its default, data prediction; measure them with fewstep fit, and "
+        "give the profile as the option %s",
+        solver,
+        option,
+        "" if guidance in (None, 1) else " with this guidance",
+        option,
+    )
+    return request
 
 
 def _measured(resolved: Planned) -> str:

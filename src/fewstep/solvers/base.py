@@ -68,6 +68,7 @@ class Solver(ABC):
         ends_above_zero: Whether it ends at the lowest training timestep and not at :math:`\sigma = 0`.
         lowers_final: Whether it obeys ``lower_order_final``: the option is ``lower_final`` here.
         always_lowers_final: Whether at any number of steps; else below 15.
+        measured: The option that :func:`fewstep.fit` measures for every number of steps, or ``None``.
         starts_flows_at_noise: Whether it starts at pure noise with ``use_flow_sigmas``; else at the
             noisiest training timestep.
 
@@ -92,6 +93,7 @@ class Solver(ABC):
     ends_above_zero: ClassVar[bool] = False
     lowers_final: ClassVar[bool] = False
     always_lowers_final: ClassVar[bool] = False
+    measured: ClassVar[str | None] = None
     starts_flows_at_noise: ClassVar[bool] = False
 
     def prediction_on(self, schedule: NoiseSchedule) -> Prediction:

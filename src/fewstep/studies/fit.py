@@ -52,6 +52,7 @@ from fewstep.studies.reference import (
     mean_squares,
     run_plan,
 )
+from fewstep.studies.statistics import measure_statistics
 
 logger = logging.getLogger("fewstep")
 
@@ -69,6 +70,9 @@ PLACES, GAIN_SAMPLES = 4, 8
 
 FITTED_SHARE = 5 / 8
 """The share of the trajectories to fit to; the others are held out for the selection."""
+
+STATISTICS = "statistics"
+"""The name of the part with the statistics of DPM-Solver-v3."""
 
 SOLVERS = ("tab2", "tab3", "unipc2", "unipc3", "ipndm", "dpmpp-2m", "ddim")
 """The named solvers of which the best is stored too: for starts in mid-schedule, and other budgets."""
@@ -107,9 +111,10 @@ def evaluations(nfe: Sequence[int] = BUDGETS, n: int = 16) -> int:
     """Returns how many evaluations of one image :func:`fit` makes at most."""
     fitted, intervals = _split(n), _intervals(nfe)
     reference = n * (SUBSTEPS * intervals + 1)
+    statistics = fitted * (intervals + 1)
     gain = 2 * min(GAIN_SAMPLES, fitted) * gain_evaluations(intervals + 1, PLACES)
     grids = 2
-    return reference + gain + sum(nfe) * (grids * n + 2 * (n - fitted))
+    return reference + statistics + gain + sum(nfe) * (grids * n + 2 * (n - fitted))
 
 
 def fit(
@@ -136,10 +141,13 @@ def fit(
     3. that method, the best of the named solvers on these times and the static default are run on
        held-out noises, and the nearest is recommended.
 
+    The statistics of DPM-Solver-v3 are measured too (:func:`fewstep.studies.statistics.measure_statistics`): the solver
+    ``dpm-solver-v3`` takes them from the model's profile at any number of steps.
+
     The distance is the root mean square difference to the model's own many-step solution from the
     same noise. Only a few numbers per step are fitted, so n = 16 is enough for any model.
 
-    Cost: at most 5,728 evaluations of one image for the seven budgets and n = 16
+    Cost: at most 6,138 evaluations of one image for the seven budgets and n = 16
     (:func:`evaluations`); the log shows it beforehand, in evaluations and seconds.
 
     Arguments:
@@ -181,15 +189,17 @@ def fit(
 
     def profile(run: RunFolder | None, shown: Progress) -> Profile:
         meter = _Meter(shown, total)
-        work = _Work(denoiser, noise, conditions, budgets, meter, run)
+        work = _Work(denoiser, noise, conditions, budgets, meter, run, seed)
         with work.kept.of(denoiser):
             entries, recommended = work.entries()
+            statistics = work.statistics()
         measured = Profile(
             denoiser.schedule,
             base.fingerprint(),
             tuple(entries),
             recommended,
             scale,
+            statistics=statistics,
             about={
                 "evaluations": meter.count,
                 "seconds": round(time.monotonic() - began, 1),
@@ -223,7 +233,7 @@ def fit(
             return measured
         run.join(inputs, finished=lambda _: False, progress=shown)
         meter = _Meter(shown, total, resumes=False)
-        work = _Work(denoiser, noise, conditions, budgets, meter, run)
+        work = _Work(denoiser, noise, conditions, budgets, meter, run, seed)
         with work.kept.of(denoiser):
             work.share(team)
         with run.finishing(progress=shown) as left:
@@ -292,7 +302,9 @@ class _Work:
         budgets: Sequence[int],
         meter: _Meter,
         run: RunFolder | None,
+        seed: int,
     ) -> None:
+        self.seed = seed
         self.denoiser, self.noise, self.meter, self.run = denoiser, noise, meter, run
         self.kept = KeptEvaluations(run)
         self.budgets, self.intervals = budgets, _intervals(budgets)
@@ -309,7 +321,9 @@ class _Work:
         run = self.run
         assert run is not None
         blocks = {f"reference-{rows.start}": partial(self._block, rows) for rows in self.blocks}
+        gains: dict[str, Callable[[], object]]
         gains = {f"gain-{k}": partial(self._gain_at, k) for k in range(PLACES)}
+        gains[STATISTICS] = self.statistics
         budgets = {f"budget-{nfe}": partial(self._records, nfe) for nfe in self.budgets}
         stages = [blocks, gains, budgets]
         tasks: dict[str, Callable[[], object]] = {**blocks, **gains, **budgets}
@@ -336,6 +350,18 @@ class _Work:
             recommended[nfe] = stored[0].solver
             entries += stored
         return entries, recommended
+
+    def statistics(self) -> Sequence[Sequence[float]]:
+        """Returns the statistics of DPM-Solver-v3."""
+
+        def measure() -> list[list[float]]:
+            shown = self.meter.of(len(self.fitted))
+            rows = measure_statistics(
+                self.denoiser, self._reference(), seed=self.seed, progress=shown
+            )
+            return [list(row) for row in rows]
+
+        return self._record(STATISTICS, measure)
 
     def _records(self, nfe: int) -> Any:
         """Returns the entries of a budget as records, the recommended one first."""

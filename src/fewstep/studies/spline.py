@@ -50,6 +50,20 @@ def spline_matrix(knots: Tensor, points: Tensor) -> Tensor:
     )
 
 
+def spline_slopes(knots: Tensor) -> Tensor:
+    """Returns the matrix that maps values at knots to the slopes there of the spline of :func:`spline_matrix`.
+
+    Arguments:
+        knots: The n increasing knots, at least 4, float64, shape (n).
+
+    Raises:
+        ValueError: If there are fewer than 4 knots, or they do not increase strictly.
+    """
+    if len(knots) < 4 or not bool((knots.diff() > 0).all()):
+        raise ValueError(f"slopes need at least 4 increasing knots, got {knots.tolist()!r:.60}")
+    return _slopes(tuple(knots.tolist()))
+
+
 @functools.lru_cache(16)
 def _slopes(places: tuple[float, ...]) -> Tensor:
     """Returns the matrix that maps values at knots to the spline's slopes there, (n, n)."""

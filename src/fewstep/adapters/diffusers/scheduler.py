@@ -40,7 +40,7 @@ from fewstep.sampling.profile import Profile, names_profile
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.sampling.request import SamplerRequest
 from fewstep.sampling.resolve import check_sources
-from fewstep.solvers import Solver
+from fewstep.solvers import SOLVERS, Solver
 from fewstep.solvers import solver as make_solver
 from fewstep.solvers.base import NO_PLAN
 
@@ -94,7 +94,8 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
     Arguments:
         solver: A name in :data:`fewstep.SOLVERS`, ``"auto"``, or a family (``"tab"``, ``"rhoab"``,
             ``"logrhoab"``, ``"dpmpp"``, ``"unipc"``) whose order is ``solver_order``.
-        solver_options: Options of the solver, e.g. ``{"eta": 0.5}``.
+        solver_options: Options of the solver, e.g. ``{"eta": 0.5}``; the statistics of ``dpm-solver-v3`` may be the path of
+            a profile, whose numbers are then stored in the configuration.
         solver_order: The order of a solver given by its family.
         grid: A name in :data:`fewstep.GRIDS`, ``"auto"``, ``"auto:FILE"`` for the grids that
             ``fewstep analyze`` fitted, or nothing: see above.
@@ -257,6 +258,7 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
             Profile.load(profile)  # for its message, if it cannot be read
         method = None
         if name != "auto":  # wrong names and options end here
+            solver_options = self._with_statistics(name, solver_options)
             method = make_solver(name, **(solver_options or {}))
             if method.adaptive:
                 raise ValueError(NO_PLAN.format(name))
@@ -282,6 +284,18 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         if self._recipe is not None and self._recipe.plan is not None:
             self.init_noise_sigma = without_scaling(self._recipe.plan)[1]
         self._reset(*self._initial_tensors())
+
+    def _with_statistics(
+        self, name: str, options: Mapping[str, Any] | None
+    ) -> Mapping[str, Any] | None:
+        """Returns the options of a solver with the statistics of a profile in place of its path, also in the configuration."""
+        key = SOLVERS[name]().measured
+        path = (options or {}).get(key) if key is not None else None
+        if not isinstance(path, str):
+            return options
+        options = {**(options or {}), key: [list(row) for row in Profile.load(path).of_model()]}
+        self.register_to_config(solver_options=options)
+        return options
 
     def _settle(
         self, method: Solver | None, spaces: str | None, final: str | None, to_one: bool | None
