@@ -6,7 +6,6 @@ noise and labels, so that ratios are paired.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from _common import print_table
+from _common import about, print_table
 from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
 from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.judges import random_features
@@ -51,6 +50,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ggdm": {"family": "ggdm+pred+time", "objective": "mmd", "search": {"kernel": "cubic"}},
 }
 """The default search, and the same without or with one ingredient."""
+
+
+COMMAND = "python benchmarks/tune.py table --out DIR, and mixtures --only ingredients"
+"""What makes the cells; where they lie is of no interest."""
 
 
 class TimeIsUp(Exception):
@@ -90,14 +93,24 @@ def spaces(data: str, features: Sequence[str], shape: tuple[int, ...]) -> dict[s
     return found
 
 
-def share_pairs(out: Path, file: Path) -> None:
-    """Copies the teacher's samples of another search, which are checked, and sampled again if they are of other inputs."""
-    folder = file.with_suffix(".search")
-    if folder.exists():
-        return
-    for pairs in sorted(out.glob("*.search/teacher-*.safetensors")):
-        folder.mkdir(exist_ok=True)
-        (folder / pairs.name).write_bytes(pairs.read_bytes())
+class Shared:
+    """A progress that copies the teacher's samples of another search before they are sampled.
+
+    They are checked, and sampled again if they are of other inputs.
+    """
+
+    def __init__(self, deadline: Deadline, out: Path, folder: Path) -> None:
+        self.deadline, self.out, self.folder = deadline, out, folder
+        self.tick = deadline.tick
+
+    def stage(self, name: str, total: int | None = None, *, done: int = 0) -> None:
+        self.deadline.stage(name, total, done=done)
+        if name != "teacher":
+            return
+        for pairs in sorted(self.out.glob("default.*.search/teacher-*.safetensors")):
+            own = self.folder / pairs.name
+            if not own.exists():
+                own.write_bytes(pairs.read_bytes())
 
 
 def draw(
@@ -164,9 +177,9 @@ def table(
                 **given,
             }
             options["search"] = {**search, **given.get("search", {})}
-            share_pairs(out, file)
+            shared = Shared(deadline, out, file.with_suffix(".search"))
             made = fewstep.tune(
-                own, nfe=nfe, out=file, keep_worse=True, progress=deadline, **options
+                own, nfe=nfe, out=file, keep_worse=True, progress=shared, **options
             )  # fmt: skip
             print(name, nfe, made.verdict.sentence[:400], flush=True)
             write_json(file.with_suffix(".cpu"), {"seconds": time.process_time() - begun})
@@ -201,9 +214,9 @@ def ratio(a: Tensor, b: Tensor, real: Statistics, teacher: Tensor | None = None)
     return jackknife(statistic, (len(a), real.n), fixed=(False, True), blocks=10)[0]
 
 
-def show(out: Path, write: Path | None) -> None:
+def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
     """Prints the table of the cells that there are."""
-    about = read_json(out / "about.json")
+    settings = read_json(out / "about.json")
     stored = read_tensors(out / "real.safetensors")
     cells: dict[tuple[str, int], dict[str, Tensor]] = {}
     for file in sorted(out.glob("*.*.safetensors")):
@@ -211,12 +224,18 @@ def show(out: Path, write: Path | None) -> None:
         if nfe.isdigit():
             cells[name, int(nfe)] = read_tensors(file)
     teacher = next((each for (name, _), each in cells.items() if name == "teacher"), None)
-    result: dict[str, Any] = {**about, "cells": {}}
+    result: dict[str, Any] = {
+        "about": about(command=f"{COMMAND}, then ratios"),
+        **settings,
+        "cells": {},
+    }
     roles = dict(
-        zip(about["features"], ("trained on", "selected with", "unseen", "unseen"), strict=True)
+        zip(settings["features"], ("trained on", "selected with", "unseen", "unseen"), strict=True)
     )
-    print(f"{about['model']}: {about['n']} samples of seed {SEED}, FID against all real images\n")
-    for space in about["features"]:
+    print(
+        f"{settings['model']}: {settings['n']} samples of seed {SEED}, FID against all real images\n"
+    )
+    for space in settings["features"]:
         real = Statistics(stored[f"{space}.mean"], stored[f"{space}.covariance"], 10**6)
 
         def value(
@@ -264,8 +283,23 @@ def show(out: Path, write: Path | None) -> None:
             cell["verdict"], cell["start"] = made["verdict"], made["base"]["origin"]
             if (seconds := file.with_suffix(".cpu")).exists():
                 cell["CPU seconds"] = read_json(seconds)["seconds"]
+    if mixtures is not None:
+        cells_of = sorted(mixtures.glob("ingredients.*.json"))
+        result["mixture"] = {
+            file.name.removeprefix("ingredients.").removesuffix(".json"): read_json(file)
+            for file in cells_of
+        }
     if write is not None:
-        write_json(write, json.loads(json.dumps(result)))
+        write_json(write, rounded(result))
+
+
+def rounded(value: Any) -> Any:
+    """Returns numbers with five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _text(estimate: Estimate) -> str:

@@ -8,8 +8,8 @@ Usage: python benchmarks/tune.py mixtures --out DIR [--only families,losses,budg
        python benchmarks/tune.py memory --out DIR
        python benchmarks/tune.py table --out DIR [--model fashion] [--data fashion] [--features A,B]
                                  [--budgets 3,4,5] [--variants default,...] [--seconds S] [-n 1000]
-       python benchmarks/tune.py ratios --out DIR [--write benchmarks/results/tune.json]
-       python benchmarks/tune.py show --out DIR [--write benchmarks/results/tune.json]
+       python benchmarks/tune.py ratios --out DIR [--mixtures DIR] [--write benchmarks/results/tune.json]
+       python benchmarks/tune.py show --out DIR [--write FILE]
 
 Each cell is a file in DIR; what is there is not done again, and a cell that was stopped goes on.
 ``show`` prints the tables.
@@ -66,7 +66,7 @@ MIXTURES = ("mixture-smooth", "mixture-sharp")
 WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
 JUDGED = 3000
 SEARCH = {
-    "steps": 600, "pairs": 2048, "heldout": 2000, "test": 100, "teacher_nfe": 60, "real_batch": 500,
+    "steps": 300, "pairs": 1024, "heldout": 2000, "test": 100, "teacher_nfe": 60, "real_batch": 500,
     "patience": 15,
 }  # fmt: skip
 """On mixtures: judged on so many noises that the judge can tell."""
@@ -78,8 +78,8 @@ LOSSES = ("linear", "cubic", "random", "gaussian", "mixture", "endpoint")
 SEARCHED = (("gs", "endpoint", None), ("ggdm+pred+time", "mmd", "gaussian"))
 """What is searched on mixtures at each budget: in the plane KID is of no use (see the losses)."""
 INGREDIENTS = (
-    ("gs", "endpoint"), ("gs", "endpoint+0.1*adversarial"), ("gs", "endpoint,adversarial-data"),
-    ("gs", "endpoint,mmd"), ("gs", "mmd"), ("gs+noise", "mmd"), ("gs+noise", "endpoint"),
+    ("gs", "endpoint"), ("gs", "endpoint,mmd"), ("gs", "mmd"), ("gs", "endpoint+0.1*adversarial"),
+    ("gs+noise", "mmd"),
 )  # fmt: skip
 """On mixtures, at 3 and 5 evaluations: what an adversarial term and noise on the way bring."""
 SEED, N = 5000, 1000
@@ -514,15 +514,6 @@ def shown_cells(out: Path) -> dict[str, Any]:
     }
 
 
-def rounded(value: Any) -> Any:
-    """Returns numbers with five digits."""
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
 def by_budget(cells: dict[str, Any]) -> None:
     """Prints the tuned samplers of `fashion` beside the best of each kind, by FID in two features."""
     for score in ("FID", "FID robust"):
@@ -585,6 +576,9 @@ def main() -> None:
     parser.add_argument("--pairs")
     parser.add_argument("--budgets", default="5")
     parser.add_argument("--search", default="{}", help="settings of the search, JSON")
+    parser.add_argument(
+        "--mixtures", type=Path, help="ratios: the folder of `mixtures --only ingredients`"
+    )
     parser.add_argument("--write", type=Path, help="show: the cells of fashion as one file")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -614,13 +608,13 @@ def main() -> None:
             seconds=options.seconds,
         )
     elif options.what == "ratios":
-        _tune_table.show(options.out, options.write)
+        _tune_table.show(options.out, options.write, options.mixtures)
     elif options.what == "memory":
         memory(options.out)
     else:
         show(options.out)
         if options.write is not None:
-            write_json(options.write, rounded(shown_cells(options.out)))
+            write_json(options.write, _tune_table.rounded(shown_cells(options.out)))
 
 
 if __name__ == "__main__":
