@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types results setup
+.PHONY: demo test test-studio lint types results setup
 
 setup: $(VENV)/.ready
 
@@ -20,6 +20,10 @@ demo: setup
 # Each process would compile the tests anew where Python is told to write no bytecode.
 test: setup
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
+
+# The page of `fewstep studio` in headless Chromium (apt-get install chromium chromium-driver).
+test-studio: setup
+	$(BIN)/python -m pytest -m studio tests/studio
 
 # The pages of docs/results from benchmarks/results/*.json.
 results: setup

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +210,13 @@ def test_what_is_wrong_is_said_before_any_evaluation(settings, message, models, 
         events_of(samplers({"nfe": 4}, settings), models)
     assert message in str(caught.value)
     assert caught.value.index == 1
+
+
+def test_the_python_of_the_document_runs(capsys):
+    page = Path(__file__).parents[2] / "docs" / "studio.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(block, str(page), "exec"), {})
+    assert capsys.readouterr().out == "torch.Size([8, 2])\n"
 
 
 def test_numbers_out_of_range_are_refused():

@@ -28,9 +28,15 @@ def studio(
         device: Where to run: auto, cpu, cuda, mps.
         open_browser: Open the page in the browser of this machine.
     """
-    from fewstep.studio.server import address_of, bound, serve
+    from fewstep.studio.server import address_of, application, bound, is_local, serve
 
-    place = check_device(device) if device != "auto" else device
+    place = device if device == "auto" else check_device(device)
     with bound(host, port) as listening:
+        local = is_local(listening)
+        app = application(model, device=place, local=local)
+        if not local:
+            say(
+                "other machines reach this address: who opens it can run models and name files of this one"
+            )
         say(f"fewstep studio: {address_of(listening)} (Ctrl-C ends it)")
-        serve(listening, model, device=place, open_browser=open_browser)
+        serve(listening, app, open_browser=open_browser)

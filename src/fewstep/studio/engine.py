@@ -35,6 +35,7 @@ from fewstep.studies.reference import NODES, SUBSTEPS, draw_noise, follow, mean_
 from fewstep.studio.drawing import errors_svg, plans_svg, tiles
 from fewstep.studio.events import (
     Event,
+    Failed,
     Frame,
     Measured,
     ModelLoaded,
@@ -178,7 +179,10 @@ def run_samples(request: SampleRequest, context: Context) -> None:
     if request.reference and model.denoiser.built_in_sampler() is None:
         references = _references(request, prepared, model, context, ticks)
     for one in prepared:
-        _run(request, one, references.get(one.index), context, ticks)
+        try:
+            _run(request, one, references.get(one.index), context, ticks)
+        except ValueError as error:  # NaN, or an adaptive solver without an end: the others go on
+            context.emit(Failed(str(error), one.index))
     samplers = {f"{LETTERS[one.index]} {_name(one)}": one.resolved.sampler for one in prepared}
     plans = {name: s.plan for name, s in samplers.items() if isinstance(s, PlanSampler)}
     if context.draws_plans and plans:

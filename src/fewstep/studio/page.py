@@ -33,7 +33,6 @@ from fewstep.studio.models import ModelInfo, Models
 from fewstep.studio.session import Session
 from fewstep.studio.settings import (
     MOST_SAMPLERS,
-    MOST_SAMPLES,
     FitRequest,
     Reproduction,
     SampleRequest,
@@ -51,6 +50,10 @@ STYLE = Path(__file__).with_name("studio.css")
 SECONDS = 0.1
 """The seconds between two looks at the events of a session."""
 
+RECONNECTED = 30.0
+"""The seconds after which a browser that has gone is given up, and its run cancelled. A machine that samples on all its
+cores is slow to take the signs of life of a browser."""
+
 KIND_NAMES = {
     "solver": "Solver",
     "recipe": "Recipe or plan (file)",
@@ -64,15 +67,15 @@ EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAO
 """A picture of nothing."""
 
 
-def install(app: FastAPI, model: str, device: str) -> None:
+def install(app: FastAPI, models: Models, model: str, device: str) -> None:
     """Adds the page to a web application.
 
     Arguments:
         app: The application.
+        models: The models in memory.
         model: The model that a page begins with.
         device: The device of all models.
     """
-    models = Models()
 
     @ui.page("/", title="fewstep studio")
     def studio() -> None:  # pyright: ignore[reportUnusedFunction]
@@ -86,6 +89,7 @@ def install(app: FastAPI, model: str, device: str) -> None:
         favicon="🎲",
         dark=None,
         language="en-US",
+        reconnect_timeout=RECONNECTED,
         tailwind=False,
         show_welcome_message=False,
     )
@@ -144,8 +148,8 @@ class StudioPage:
                     on_change=self._load,
                 ).props("outlined dense")
                 self.model.classes("wide")
-                self.n = _number("Samples", 4, low=1, high=MOST_SAMPLES)
-                self.seed = _number("Seed", 0, low=0)
+                self.n = _number("Samples", 4)
+                self.seed = _number("Seed", 0)
                 self.compare = ui.checkbox("Compare with the model's own solution", value=True)
                 self.compare.classes("wide")
             self.facts = ui.label("").classes("facts")
@@ -178,7 +182,7 @@ class StudioPage:
         ).classes("note")
         with ui.element("div").classes("measure"):
             self.budgets = ui.input("NFE", value="5,8,10,15,20").props("outlined dense")
-            self.trajectories = _number("Trajectories", 16, low=4)
+            self.trajectories = _number("Trajectories", 16)
             self.fit_labels = ui.input("Classes", placeholder="all in turn").props(
                 "outlined dense"
             )
@@ -305,7 +309,8 @@ class StudioPage:
 
     def _say_where(self, place: int) -> None:
         most = max((card.evaluations for card in self.cards), default=0)
-        self.where.text = "" if not most else f"evaluation {min(place, most)} of {most}"
+        shown = "sample" if place > most else f"evaluation {place} of {most}"
+        self.where.text = shown if most else ""
 
     async def _save_picture(self) -> None:
         if not self.samples or self.request is None or self.info is None:
@@ -315,7 +320,8 @@ class StudioPage:
         if shared is not None and len({id(v) for v in self.references.values()}) == 1:
             rows["reference"] = shared
         for index, samples in sorted(self.samples.items()):
-            rows[f"{LETTERS[index]}  {self.running[index].name}"] = samples
+            card = self.running[index]
+            rows[f"{card.letter.content}  {card.name}"] = samples
         title = f"{Path(self.request.model).name} · seed {self.request.seed}"
         image = await run.io_bound(self.session.picture, self.request, rows, title)
         if image is not None:
@@ -386,6 +392,9 @@ class StudioPage:
         if self.info == info:
             return
         self.info = info
+        self.errors.content, self.errors_table.content = "", ""
+        self.fit_code.box.set_visibility(False)
+        self.save_profile.set_visibility(False)
         shape = "?" if info.event_shape is None else " × ".join(map(str, info.event_shape))
         facts = [f"{shape}", info.schedule, f"predicts {info.prediction}", info.device]
         if info.classes:
@@ -485,7 +494,7 @@ class SamplerCard:
             self.kind = ui.select(
                 KIND_NAMES, value="solver", label="Kind", on_change=self._suit_kind
             ).props("outlined dense")
-            self.nfe = _number("NFE", 10, low=1)
+            self.nfe = _number("NFE", 10)
             self.solver = ui.select(
                 ["auto", *SOLVERS], value=solver, label="Solver", with_input=True
             ).props("outlined dense")
@@ -543,8 +552,8 @@ class SamplerCard:
         self.options.set_visibility(kind in ("solver", "student"))
         self.source.set_visibility(kind != "solver")
         names = {
-            "recipe": "File of a recipe or a plan",
-            "profile": "File of a profile; empty: the one measured here",
+            "recipe": "File of a recipe or plan",
+            "profile": "File; empty: measured here",
             "student": "Name or folder of the student",
         }
         self.source.props["label"] = names.get(kind, "File")
@@ -660,10 +669,9 @@ def _escaped(text: str) -> str:
     return escape(text, quote=False)
 
 
-def _number(
-    label: str, value: float | None, *, low: float | None = None, high: float | None = None
-) -> ui.number:
-    return ui.number(label, value=value, min=low, max=high).props("outlined dense")
+def _number(label: str, value: float | None) -> ui.number:
+    """Returns a field for a number, without limits: those would change what was typed, and say nothing."""
+    return ui.number(label, value=value).props("outlined dense")
 
 
 def _alarm() -> ui.label:

@@ -16,7 +16,7 @@ from fewstep.base.interrupts import Terminated
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-MISSING = "the studio needs NiceGUI: pip install 'fewstep[studio]'"
+MISSING = "the studio needs NiceGUI: pip install fewstep[studio]"
 """The message where the extra is not installed."""
 
 LOCAL_NAMES = ["127.0.0.1", "localhost", "[::1]"]
@@ -79,7 +79,16 @@ def application(model: str, *, device: str = "auto", local: bool = True) -> Fast
         device: The device of all models.
         local: Whether requests that name another host are refused: a page of another site cannot reach
             this machine under a name of its own then.
+
+    Raises:
+        ValueError: If NiceGUI is not installed, or the model cannot be loaded.
     """
+    from fewstep.studio.models import Models
+
+    check_installed()
+    models = Models()
+    models.get(model, device)
+
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -88,24 +97,20 @@ def application(model: str, *, device: str = "auto", local: bool = True) -> Fast
     app = FastAPI(openapi_url=None)
     if local:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES)
-    install(app, model, device)
+    install(app, models, model, device)
     return app
 
 
-def serve(
-    listening: socket.socket, model: str, *, device: str = "auto", open_browser: bool = False
-) -> None:
+def serve(listening: socket.socket, app: FastAPI, *, open_browser: bool = False) -> None:
     """Serves the studio until it is interrupted.
 
     Arguments:
         listening: A bound socket.
-        model: The model that a page begins with.
-        device: The device of all models.
+        app: The application.
         open_browser: Whether the page is opened in the browser of this machine.
     """
     import uvicorn
 
-    app = application(model, device=device, local=is_local(listening))
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
     )
