@@ -12,7 +12,7 @@ calls FID can be lower than that of the exact flow of the network. All samplers 
 each difference to the target has a paired jackknife interval (95 %), and the interval of a result is
 where the two ends of that band meet zero. "<" and ">" say that this is beyond the budgets
 measured. If DIR has the `quality-fashion-1000.json` of `quality.py score`, a third column says where the RMS
-distance to the reference, interpolated in logarithms, first is below `--rms`.
+distance to the reference, interpolated in logarithms, first is below `--rms`. What is printed is stored for docs/results too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 import fewstep
 import quality
-from _common import FIGURES, figure, legend_beside, print_table, say_what_runs, ticks
+from _common import FIGURES, figure, legend_beside, print_table, printed_to, say_what_runs, ticks
 from fewstep.base.files import read_json
 from fewstep.comparison.store import Store
 from fewstep.metrics import Estimate, Reference, Statistics, frechet_distance
@@ -35,7 +35,7 @@ from fewstep.metrics.intervals import jackknife
 from fewstep.models.denoiser import Denoiser
 
 SHOWN = (
-    "auto", "recommended", "tab3", "unipc3", "ddim", "diffusers:ddim", "diffusers:deis-3", "diffusers:dpmpp-2m-karras",
+    "auto", "profile", "tab3", "unipc3", "ddim", "diffusers:ddim", "diffusers:deis-3", "diffusers:dpmpp-2m-karras",
     "diffusers:unipc-3",
 )  # fmt: skip
 """What the figure has."""
@@ -204,7 +204,8 @@ def main() -> None:
         f"{quality.MODEL}, {quality.N} samples, classes in turn, seed {quality.SEED}.",
         ("diffusers", "azula"),
     )
-    measure(options, fewstep.load(quality.MODEL))
+    with printed_to("nfe-to-quality"):
+        measure(options, fewstep.load(quality.MODEL))
 
 
 if __name__ == "__main__":

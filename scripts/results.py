@@ -253,7 +253,17 @@ def quality(model: str = SAMPLED[0]) -> str:
     result = quality_of(model)
     if result is None:
         return f"{head}Not measured yet: `python benchmarks/quality.py`.\n"
-    return head + _quality_of(result)
+    return head + _quality_of(result) + (_evaluations_needed() if model == SAMPLED[0] else "")
+
+
+def _evaluations_needed() -> str:
+    script = "python benchmarks/nfe_to_quality.py --results DIR"
+    return f"""
+## Evaluations needed for the quality of many
+
+{printed("nfe-to-quality", script=script)}
+![FID against evaluations, with the band of the reference](../figures/nfe-to-quality.svg)
+"""
 
 
 def _quality_of(result: Mapping[str, Any]) -> str:
