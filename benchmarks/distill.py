@@ -42,10 +42,8 @@ from fewstep.training.train import TrainRecipe, train
 TEACHER = "auto 10"
 """What the distance is measured to: the best sampler of as many evaluations as the recorded one has."""
 
-SOLVERS: dict[str, dict[str, Any]] = {
-    **{f"ddim {k}": {"solver": "ddim", "nfe": k} for k in range(1, 11)},
-    **{f"auto {k}": {"solver": "auto", "nfe": k} for k in (1, 2, 3, 4, 5, 6, 8, 10)},
-}
+BESIDE = "ddim 1,ddim 2,ddim 4,auto 2,auto 4,auto 5,profile 4,profile 5,auto 20"
+"""The samplers that students are compared with, as in benchmarks/quality.py: ``profile`` is ``auto`` with the model's profile."""
 
 SHOWN = 16
 """The samples of each row of the picture."""
@@ -57,7 +55,7 @@ def main() -> None:
     parser.add_argument("what", choices=("quality", "speed", "ablation"))
     parser.add_argument("--student", action="append", default=[], help="name=folder")
     parser.add_argument("--tuned", action="append", default=[], help="name=recipe file")
-    parser.add_argument("--solvers", default=",".join(SOLVERS))
+    parser.add_argument("--solvers", default=BESIDE, help="names and budgets")
     parser.add_argument("-n", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("--seeds", default="0")
@@ -123,14 +121,17 @@ def quality(options: argparse.Namespace) -> None:
                 cost = flops(operator, {"class_labels": 0}) / base
             cells[title] = (cost, drawn(f"{title.replace(',', '')}-{mark}", student))
     chosen = [name for name in options.solvers.split(",") if name]
-    for name in chosen:
-        how = SOLVERS[name]
-        cells[name] = (float(how["nfe"]), drawn(name, model, **how))
+    for name, how in {name: solver_of(name, model) for name in chosen}.items():
+        cells[name] = (float(name.rpartition(" ")[2]), drawn(name, model, **how))
     for name, file in pairs(options.tuned).items():
         recipe = fewstep.SamplerRecipe.load(file)
         nfe = recipe.plan.nfe if recipe.plan is not None else recipe.nfe
         cells[f"tuned {name}"] = (float(nfe or 0), drawn(f"tuned-{name}", model, recipe=recipe))
-    teacher = cells[TEACHER][1] if TEACHER in cells else drawn(TEACHER, model, **SOLVERS[TEACHER])
+    teacher = (
+        cells[TEACHER][1]
+        if TEACHER in cells
+        else drawn(TEACHER, model, **solver_of(TEACHER, model))
+    )
     rows, results = [], {}
     for name, (cost, x) in cells.items():
         found = [metrics.fid(x, reference) for reference in references]
@@ -174,6 +175,20 @@ def quality(options: argparse.Namespace) -> None:
     if options.json:
         origin = about(n=n, seed=options.seed, teacher=model.fingerprint())
         write_json(options.json, {"about": origin, "cells": results})
+
+
+def solver_of(name: str, model: fewstep.Denoiser) -> dict[str, Any]:
+    """Returns the arguments of :func:`fewstep.sample` for a name and budget such as ``"ddim 4"``.
+
+    Raises:
+        ValueError: If there is no such solver, or it cannot meet the budget.
+    """
+    solver, _, nfe = name.rpartition(" ")
+    if not solver or not nfe.isdigit():
+        raise ValueError(f"a sampler is a name and a budget, as 'ddim 4', got {name!r}")
+    if solver == "profile":
+        return {"solver": "auto", "nfe": int(nfe)}
+    return {"plan": fewstep.plan(solver, model.schedule, nfe=int(nfe))}
 
 
 def one_call(model: fewstep.Denoiser) -> int:
