@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--student", action="append", default=[], help="name=folder")
     parser.add_argument("--tuned", action="append", default=[], help="name=recipe file")
     parser.add_argument("--solvers", default=BESIDE, help="names and budgets")
+    parser.add_argument(
+        "--continued", default="", help="'KNOT SOLVER NFE' of flow maps and solvers from there"
+    )
     parser.add_argument("-n", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("--seeds", default="0")
@@ -110,6 +113,12 @@ def quality(options: argparse.Namespace) -> None:
                     how: dict[str, Any] = {"nfe": nfe, "options": {"fresh": fresh}}
                     samples = drawn(f"{title.replace(',', '')}-{mark}", student, **how)
                     cells[title] = (nfe * cost, samples)
+            for text in filter(None, options.continued.split(",")):
+                frame, solver, nfe = text.split()
+                whole = continued(student, model, int(frame), solver=solver)
+                title = f"student {name} to knot {frame}, then {solver}, {nfe}"
+                samples = drawn(f"{title.replace(',', '')}-{mark}", whole, nfe=int(nfe))
+                cells[title] = (int(nfe) - 1 + cost, samples)
             continue
         assert isinstance(operator, TrajectoryOperator)
         trained = operator.frames

@@ -23,7 +23,7 @@ EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 
 EMBEDDED: dict[str, str] = {
     "fashion": "class-conditional U-Net on Fashion-MNIST, 28x28, v-prediction, ddpm-linear",
-    "fashion-1step": "fashion in one evaluation: an operator, distilled from its trajectories",
+    "fashion-1step": "fashion in 1, 2 or 4 evaluations: a flow map, distilled from its trajectories",
     "mixture-smooth": "exact: four overlapping Gaussians in the plane, vp-linear",
     "mixture-sharp": "exact: eight narrow Gaussians in the plane, vp-linear",
 }

@@ -19,6 +19,7 @@ from fewstep.base.interrupts import unbroken
 from fewstep.base.processes import VARIABLES, processes
 from fewstep.base.progress import SILENT, Progress
 from fewstep.base.runs import difference, digest_of, hash_inputs
+from fewstep.metrics.features import EMBEDDED, Features
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.folder import read_operator, write_operator
 from fewstep.operators.log import LossLog
@@ -87,6 +88,8 @@ def distill_inputs(
     about = [dict(store.settings), len(store), store.times.tolist(), _digest({"x": ends.states})]
     inputs: dict[str, Any] = {"teacher": denoiser.fingerprint(), "trajectories": digest_of(about)}
     inputs["features"] = hash_inputs(recipe.features) if isinstance(recipe.features, str) else None
+    if recipe.features in EMBEDDED and inputs["features"] is None:
+        inputs["features"] = {"sha256": Features.load(str(recipe.features)).sha256}
     if isinstance(distance, nn.Module):
         inputs["distance"] = _digest(distance.state_dict())
     if sites is not None:
