@@ -33,6 +33,7 @@ from fewstep.base.files import read_json, read_tensors, write_json, write_tensor
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.metrics.features import EMBEDDED
 from fewstep.operators import DistillRecipe, FlowMap, OperatorModel, TrajectoryOperator, flops
+from fewstep.operators.continued import continued
 from fewstep.operators.distillation import distill
 from fewstep.operators.students import make_student
 from fewstep.reporting.plots import image_grid
