@@ -47,8 +47,8 @@ def test_tables_are_read_as_they_are_written(text: str, tmp_path: Path) -> None:
         ("", "neither a file nor a list"),
         ("1, two, 3", "a list of numbers"),
         ("[1, true]", "number 1 of the table is True"),
-        ('{"levels": [1]}', "has 'sigmas' or 'timesteps'"),
-        ('{"sigmas": [1], "timesteps": [1]}', "has 'sigmas' or 'timesteps'"),
+        ('{"levels": [1]}', "has 'sigmas', 'timesteps' or 'times'"),
+        ('{"sigmas": [1], "timesteps": [1]}', "has 'sigmas', 'timesteps' or 'times'"),
         ("[]", "neither a file nor a list"),
         ("[NaN, 1]", "number 0 of the table is nan"),
         ('{"sigmas": "1"}', "list of 1 to"),
@@ -124,6 +124,34 @@ def test_the_exported_levels_are_taken_by_diffusers() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=both["sigmas"])
     assert scheduler.sigmas.tolist() == pytest.approx([0.999, 0.5, 0.0], rel=1e-6)
+
+
+def test_times_of_published_lists() -> None:
+    """Shares of the schedule with both ends: on a table of N levels t is the timestep N t - 1."""
+    list_of_times = (1.0, 0.86, 0.6, 0.3, 0.001)
+    recipe = recipe_of_table(Table("times", list_of_times), SD, "ddim")
+    assert recipe.nfe == 4
+    assert recipe.options["times"] == pytest.approx([999.0, 859.0, 599.0, 299.0, 0.0], abs=1e-9)
+    assert not recipe.plan_for(SD).ends_at_zero
+    vp = fewstep.schedule("vp-linear")
+    assert recipe_of_table(Table("times", list_of_times), vp).options["times"] == list(
+        list_of_times
+    )
+    edm = Table("times", (80.0, 10.98, 3.88, 1.58, 0.002))  # of EDM the time is sigma
+    sigmas = recipe_of_table(Table("sigmas", edm.values), fewstep.schedule("edm"))
+    made = recipe_of_table(edm, fewstep.schedule("edm"))
+    assert made.options["times"] == pytest.approx(sigmas.options["times"], rel=1e-12)
+    findings = {
+        (1.0, 0.5, 0.4): "noise left at the end: the last time is 0.4",
+        (0.8, 0.5, 0.001): "begins at timestep 799",
+        (999.0, 500.0, 0.0): "times are shares of the schedule",
+        (1.0,): "one level makes no step",
+        (1.0, 0.0): "out of range",
+    }
+    for values, text in findings.items():
+        with pytest.raises(ValueError, match=text):
+            recipe_of_table(Table("times", values), SD)
+    assert read_table('{"times": [1.0, 0.001]}').kind == "times"
 
 
 def test_plans_with_faults() -> None:

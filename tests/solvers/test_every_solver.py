@@ -358,3 +358,27 @@ def test_constant_eps_is_integrated_exactly(name: str, vp: NoiseSchedule) -> Non
     start = torch.full((1, 1), 1 / float(grid.sigma[0]), dtype=torch.float64)
     sample = float(run(constant, SOLVERS[name]().plan(grid), start))
     assert sample == pytest.approx(CONSTANT, abs=2e-11)
+
+
+@pytest.mark.parametrize(("name", "nodes", "weights"), [
+    ("rho-midpoint", [[0.5]], [0.0, 1.0]),
+    ("rho-heun", [[1.0]], [0.5, 0.5]),
+    ("rho-kutta3", [[0.5], [-1.0, 2.0]], [1 / 6, 4 / 6, 1 / 6]),
+    ("rho-rk4", [[0.5], [0.0, 0.5], [0.0, 0.0, 1.0]], [1 / 6, 2 / 6, 2 / 6, 1 / 6]),
+])  # fmt: skip
+def test_on_a_flow_the_methods_of_stages_step_in_its_time(
+    name: str, nodes: list[list[float]], weights: list[float]
+) -> None:
+    """The textbook method for dx / dt = v(x, t), as flow matching uses it."""
+    exact = smooth(schedule_of("flow"))
+    times = [0.9, 0.6, 0.4, 0.1]
+    plan = fewstep.plan(name, exact.schedule, times=times)
+    noise = normal(3, 2)
+    x = noise * exact.schedule.prior_std(0.9)
+    for t, end in itertools.pairwise(times):
+        h, slopes = end - t, [exact(x, t, prediction="flow")]
+        for row in nodes:
+            moved = sum(a * k for a, k in zip(row, slopes, strict=True))
+            slopes.append(exact(x + h * moved, t + sum(row) * h, prediction="flow"))
+        x = x + h * sum(w * k for w, k in zip(weights, slopes, strict=True))
+    assert rms(run(exact, plan, noise) - x) < 1e-12

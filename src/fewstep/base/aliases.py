@@ -40,6 +40,7 @@ BOTH = (COMFY, KDIFF)
 LAST = {"lower_final": False}
 FROM_15 = "below 15 steps; from there on with lower_final=False"
 RES4LYF = "RES4LYF"
+TORCHDIFFEQ = "torchdiffeq"
 SAME_TABLE = "from the same published table; the numbers were not compared"
 
 ALIASES: tuple[Alias, ...] = (
@@ -100,6 +101,8 @@ ALIASES: tuple[Alias, ...] = (
     Alias("solver", "LCMScheduler", "lcm", where=(DIFFUSERS,)),
     Alias("solver", "TCDScheduler", "tcd", where=(DIFFUSERS,)),
     Alias("solver", "RePaintScheduler", "repaint", {"passes": 10}, (DIFFUSERS,), NEAR, "theirs jumps over ten steps and has the mask; here that is fewstep.guidance.Inpainted"),
+    Alias("solver", "midpoint", "rho-midpoint", where=(TORCHDIFFEQ,), note="on a flow, whose time it steps in; elsewhere ours steps in sigma / alpha"),
+    Alias("solver", "rk4", "rho-rk4", where=(TORCHDIFFEQ,), match=NEAR, note="theirs is the 3/8 rule, ours the classical method of the same order"),
     Alias("grid", "normal", "normal", note="with the ends of the model"),
     Alias("grid", "linspace", "normal", where=(DIFFUSERS,), note="between timesteps theirs interpolates sigma, ours its logarithm"),
     Alias("grid", "sgm_uniform", "sgm-uniform"),

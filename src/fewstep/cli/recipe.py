@@ -31,6 +31,7 @@ def check(
     *,
     schedule: str | None = None,
     timesteps: Flag = False,
+    times: Flag = False,
     schedule_option: ScheduleOptions = None,
 ) -> int:
     """Check a recipe, a plan, or a table of noise levels for a schedule.
@@ -42,6 +43,7 @@ def check(
         table: A recipe or a plan; or with --schedule numbers (`14.615,6.475,0`) or a file of them.
         schedule: The name of the noise schedule of the model, for a table.
         timesteps: The numbers are timesteps and no sigmas.
+        times: The numbers are times from 1 down to the end, as those of LD3 and DPM-Solver.
         schedule_option: An option of the schedule as key=value; can be repeated.
     """
     from fewstep.sampling.tables import check_plan, check_table, read_table
@@ -50,7 +52,7 @@ def check(
         findings = check_plan(read_plan(Path(table)))
     else:
         on = _schedule(schedule, schedule_option)
-        findings = check_table(read_table(table, _kind(timesteps)), on)
+        findings = check_table(read_table(table, _kind(timesteps, times)), on)
     for finding in findings:
         say_result(finding.text)
     if not findings:
@@ -66,19 +68,21 @@ def import_(
     out: Path,
     solver: str = "unipc3",
     timesteps: Flag = False,
+    times: Flag = False,
     option: Options = None,
     schedule_option: ScheduleOptions = None,
     force: Flag = False,
     overwrite: Flag = False,
 ) -> None:
-    """Make a recipe of a table: published levels, sigmas of ComfyUI, timesteps of diffusers.
+    """Make a recipe of a table: published levels, sigmas of ComfyUI, timesteps of diffusers, times of LD3 or GITS.
 
     Args:
-        table: Numbers (`14.615,6.475,0`), a file of them, or JSON with sigmas or timesteps.
+        table: Numbers (`14.615,6.475,0`), a file of them, or JSON with sigmas, timesteps or times.
         schedule: The name of the noise schedule of the model, for example ddpm-scaled-linear.
         out: The file to write.
         solver: The solver (see `fewstep solvers`).
         timesteps: The numbers are timesteps and no sigmas.
+        times: The numbers are times from 1 down to the end, as those of LD3 and DPM-Solver.
         option: An option of the solver as key=value; can be repeated.
         schedule_option: An option of the schedule as key=value; can be repeated.
         force: Take a table that begins or ends elsewhere than the schedule.
@@ -90,7 +94,7 @@ def import_(
         raise exists(out)
     on = _schedule(schedule, schedule_option)
     recipe = recipe_of_table(
-        read_table(table, _kind(timesteps)),
+        read_table(table, _kind(timesteps, times)),
         on,
         solver,
         options=parse_options(option),
@@ -126,8 +130,10 @@ def export(
     say(f"wrote {out}")
 
 
-def _kind(timesteps: bool) -> Kind | None:
-    return "timesteps" if timesteps else None
+def _kind(timesteps: bool, times: bool) -> Kind | None:
+    if timesteps and times:
+        raise ValueError("--timesteps and --times both say what the numbers are; give one of them")
+    return "timesteps" if timesteps else "times" if times else None
 
 
 def _schedule(name: str, options: list[str] | None) -> NoiseSchedule:

@@ -24,8 +24,8 @@ from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.sampling.request import SamplerRequest
 from fewstep.sampling.resolve import resolve_plan
 
-Kind = Literal["sigmas", "timesteps"]
-KINDS: tuple[Kind, ...] = ("sigmas", "timesteps")
+Kind = Literal["sigmas", "timesteps", "times"]
+KINDS: tuple[Kind, ...] = ("sigmas", "timesteps", "times")
 MOST_TABLE = 1 << 20
 """The most bytes of a file with a table."""
 
@@ -40,9 +40,11 @@ class Table:
     """A table as it was given.
 
     Attributes:
-        kind: ``"sigmas"`` or ``"timesteps"``.
+        kind: ``"sigmas"``, ``"timesteps"`` or ``"times"``: shares of the schedule, 1 for its noisiest end, as DPM-Solver's
+            code and the lists of LD3 and GITS have them. On a table of N training timesteps t is the timestep N t - 1; on other
+            schedules it is their own time.
         values: Its numbers. A table of timesteps has one for each step, and the last step goes on to sigma = 0; one
-            of sigmas has the end too.
+            of sigmas or times has the end too.
     """
 
     kind: Kind
@@ -65,7 +67,7 @@ class Finding:
 
 
 def read_table(source: str | Path, kind: Kind | None = None) -> Table:
-    """Reads a table: a file or a text of numbers, or JSON with a list, or with ``sigmas`` or ``timesteps``.
+    """Reads a table: a file or a text of numbers, or JSON with a list, or with ``sigmas``, ``timesteps`` or ``times``.
 
     Arguments:
         source: A path, or the numbers themselves, e.g. ``"14.615, 6.475, 0"``.
@@ -96,7 +98,7 @@ def read_table(source: str | Path, kind: Kind | None = None) -> Table:
         kinds: list[Kind] = [name for name in KINDS if name in content]
         if len(kinds) != 1 and kind not in kinds:
             raise ValueError(
-                f"a table in JSON has 'sigmas' or 'timesteps', got the keys {', '.join(map(str, content))!r:.80}"
+                f"a table in JSON has 'sigmas', 'timesteps' or 'times', got the keys {', '.join(map(str, content))!r:.80}"
             )
         kind = kind if kind in kinds else kinds[0]
         content = content[kind]
@@ -120,6 +122,11 @@ def check_table(table: Table, schedule: NoiseSchedule) -> list[Finding]:
     """Returns what is wrong with a table for a schedule; an empty list if nothing is."""
     values, findings = list(table.values), list[Finding]()
     sigmas = table.kind == "sigmas"
+    if table.kind == "times":
+        if schedule.discrete and max(values) > 1:
+            text = f"out of range: time 0 is {max(values):g}; times are shares of the schedule, 1 for its noisiest end"
+            return [Finding("range", text, fatal=True)]
+        values = _timesteps(table, schedule)
     for k, (one, two) in enumerate(itertools.pairwise(values)):
         if two > one:
             text = f"levels out of order: number {k} is {one:g}, number {k + 1} is {two:g}, which is noisier"
@@ -143,7 +150,7 @@ def check_table(table: Table, schedule: NoiseSchedule) -> list[Finding]:
             f"{top:g}; samples would begin with too much noise"
         )
         findings.append(Finding("start", text))
-    if sigmas and len(values) == 1:
+    if table.kind != "timesteps" and len(values) == 1:
         findings.append(
             Finding("order", "one level makes no step; the end is missing", fatal=True)
         )
@@ -153,7 +160,27 @@ def check_table(table: Table, schedule: NoiseSchedule) -> list[Finding]:
             "end with 0"
         )
         findings.append(Finding("end", text))
+    elif table.kind == "times" and not findings:
+        left, lowest = (
+            float(schedule.rho(torch.tensor(t, dtype=torch.float64)))
+            for t in (values[-1], schedule.t_min)
+        )
+        if left > lowest * (1 + NEAR):
+            text = (
+                f"noise left at the end: the last time is {table.values[-1]:g}, of sigma {left:g}; {schedule.name!r} "
+                f"goes down to {lowest:g}"
+            )
+            findings.append(Finding("end", text))
     return findings
+
+
+def _timesteps(table: Table, schedule: NoiseSchedule) -> list[float]:
+    """Returns the schedule's own times of a table of times; a rounding beyond an end is that end."""
+    if not schedule.discrete:
+        return list(table.values)
+    levels = schedule.t_max + 1
+    inside = (levels * t - 1 for t in table.values)
+    return [min(max(t, 0.0), schedule.t_max) if -1e-3 < t else t for t in inside]
 
 
 def check_plan(plan: Plan) -> list[Finding]:
@@ -196,6 +223,8 @@ def recipe_of_table(
     values = list(table.values)
     if table.kind == "timesteps":
         times, to_zero = values, True
+    elif table.kind == "times":
+        times, to_zero = _timesteps(table, schedule), False
     else:
         to_zero = values[-1] == 0
         times = [_time(schedule, value) for value in (values[:-1] if to_zero else values)]

@@ -285,13 +285,11 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
             self.init_noise_sigma = without_scaling(self._recipe.plan)[1]
         self._reset(*self._initial_tensors())
 
-    def _with_statistics(
-        self, name: str, options: Mapping[str, Any] | None
-    ) -> Mapping[str, Any] | None:
+    def _with_statistics(self, name: str, options: dict[str, Any] | None) -> dict[str, Any] | None:
         """Returns the options of a solver with the statistics of a profile in place of its path, also in the configuration."""
         key = SOLVERS[name]().measured
         path = (options or {}).get(key) if key is not None else None
-        if not isinstance(path, str):
+        if key is None or not isinstance(path, str):
             return options
         options = {**(options or {}), key: [list(row) for row in Profile.load(path).of_model()]}
         self.register_to_config(solver_options=options)
