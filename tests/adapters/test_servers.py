@@ -7,8 +7,10 @@ steps its copy among the steps of other requests, with the timesteps of the orig
 from __future__ import annotations
 
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +102,25 @@ def test_requests_step_side_by_side(solver):
             pipeline.step_scheduler(state, pipeline.denoise_step(state))
     for state, wanted in zip(states, alone, strict=True):
         assert torch.equal(state.latents, wanted)
+
+
+def test_the_custom_pipeline_of_the_page():
+    """The class that docs/diffusers.md mixes into a pipeline, made with the keywords of the server's custom pipelines."""
+    page = (Path(__file__).parents[2] / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (source,) = (block for block in blocks if "class WithFewstep" in block)
+    names: dict[str, Any] = {}
+    exec(compile(source, "docs/diffusers.md", "exec"), names)
+
+    class Theirs(Pipeline):
+        def __init__(self, *, od_config, prefix=""):
+            super().__init__(THEIRS)
+
+    class Custom(names["WithFewstep"], Theirs):
+        pass
+
+    got = Custom(od_config=None, prefix="").forward(State(3, 4))
+    assert torch.equal(got, Pipeline(scheduler("unipc3")).forward(State(3, 4)))
 
 
 def test_ddim_is_their_scheduler():
