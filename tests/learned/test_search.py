@@ -243,6 +243,34 @@ def test_remat_and_micro_batches_change_nothing(name, states):
         torch.testing.assert_close(parts, plain, rtol=1e-10, atol=1e-12)
 
 
+class Exhausted(torch.autograd.Function):
+    """A backward pass that has no memory for more than five samples."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if len(gradient) > 5:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return gradient
+
+
+def test_out_of_memory_takes_micro_batches():
+    learned = family("ggdm", base_of("ddim", 4))
+    run = Unrolled(RING, learned.structure)
+
+    def small(numbers, x, draws, cond):
+        return run(numbers, Exhausted.apply(x.clone().requires_grad_()), draws, cond)
+
+    for microbatch in (None, 7):
+        value, plain = gradient(run, learned)
+        part, parts = gradient(small, learned, microbatch=microbatch)
+        assert float(part) == pytest.approx(float(value), rel=1e-12)
+        torch.testing.assert_close(parts, plain, rtol=1e-10, atol=1e-12)
+
+
 def test_cut_takes_model_outputs_as_constants():
     learned = family("gs", base_of("tab2", 4))
     run = Unrolled(RING, learned.structure, gradient="cut")

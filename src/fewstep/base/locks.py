@@ -65,13 +65,20 @@ class Lock:
     def take(self) -> bool:
         """Acquires the lock unless a live owner has it; returns whether it is ours."""
         self.sweep()
-        owner = {**_machine(), "pid": os.getpid(), "token": self._token}
-        owner |= {"process_start": _process_start(os.getpid()), "since": time.strftime("%F %T")}
         try:
-            write_atomic(self.path, json.dumps(owner), new=True)
+            write_atomic(self.path, self._content(), new=True)
         except (FileExistsError, FileNotFoundError):
             return False  # not found: the owner swept the folder while this file was temporary
         return True
+
+    def take_over(self) -> None:
+        """Makes the lock ours, whoever has it."""
+        write_atomic(self.path, self._content())
+
+    def _content(self) -> str:
+        owner = {**_machine(), "pid": os.getpid(), "token": self._token}
+        owner |= {"process_start": _process_start(os.getpid()), "since": time.strftime("%F %T")}
+        return json.dumps(owner)
 
     def renew(self) -> None:
         """Renews the heartbeat: the owner is alive."""

@@ -78,6 +78,56 @@ class Halving:
         return parts
 
 
+class MicroBatches:
+    """The most rows of a batch whose gradients fit into memory at once; half as many each time they do not.
+
+    A backward pass that is out of memory leaves a part of its gradients, so the step is begun again.
+    """
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+        """The rows that are tried at once; ``None`` if there is no limit."""
+        self.is_fixed = False
+        """Whether an error is raised instead of trying less: where other processes wait in the middle of a step."""
+
+    def __call__(self, rows: int, step: Callable[[int], T]) -> T:
+        """Returns the value of a step.
+
+        Arguments:
+            rows: The rows of the batch.
+            step: Takes the most rows at once. It clears the gradients first.
+
+        Raises:
+            RuntimeError: The error of the allocator, if one row is too much.
+        """
+        while True:
+            done, value = self.tried(rows, step)
+            if done:
+                return value  # type: ignore[return-value]
+
+    def tried(self, rows: int, step: Callable[[int], T]) -> tuple[bool, T | None]:
+        """Returns whether a step did fit, and its value; if it did not, the next one has half as many rows at once."""
+        size = rows if self.most is None else min(self.most, rows)
+        if self.is_fixed:
+            return True, step(size)
+        done, value = _tried(lambda some: step(len(some)), range(size))
+        if not done:
+            release_memory()
+            self.most = -(-size // 2)
+            logger.warning(
+                "out of memory with the gradients of %d samples at once: %d from now on, whose gradients are added, "
+                "which changes them by rounding only",
+                size,
+                self.most,
+            )
+        return done, value
+
+
+def parts_of(rows: int, size: int) -> list[slice]:
+    """Returns consecutive slices of at most ``size`` rows."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
 def in_parts(
     function: Callable[[range], Tensor], rows: int, halving: Halving | None = None
 ) -> Tensor:

@@ -139,4 +139,10 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> None:
     """Runs the command line of the process."""
     raise_on_sigterm()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # destructors of connections may wait forever
+    sys.exit(code)

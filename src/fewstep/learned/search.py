@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.base.interrupts import unbroken
+from fewstep.base.memory import Halving, MicroBatches
 from fewstep.base.progress import SILENT, Progress
 from fewstep.diffusion.noise import generator_at
 from fewstep.learned.evolution import Evolution
@@ -98,6 +99,8 @@ class Searcher:
         self.state = State({"average": vector, "best": vector.clone()})
         self.optimizer = torch.optim.Adam(learned.parameters())
         self._evolution: Evolution | None = None
+        self._micro, self._halving = MicroBatches(), Halving()
+        self._halving.most = settings.microbatch
         self._unsaved: State | None = None
         self._best_features: Tensor | None = None
         self._latest_features: Tensor | None = None
@@ -121,7 +124,10 @@ class Searcher:
             while self.state.stage < len(self.stages):
                 self._stage(self.stages[self.state.stage])
                 self._next_stage()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            # Without the other processes the next step fails, and the last one is whole.
+            if isinstance(error, RuntimeError) and not self.source.team.own.several:
+                raise
             if self.folder is not None and self._unsaved is not None:
                 with unbroken():  # schedulers send SIGTERM more than once
                     self._unsaved.save(self.folder, self.identity)
@@ -425,10 +431,12 @@ class Searcher:
             rows
         )
 
-    def _loss(self, stage: Stage, outcome: Outcome, batch: Batch) -> Tensor:
+    def _loss(
+        self, stage: Stage, outcome: Outcome, batch: Batch, *, learn: bool = False
+    ) -> Tensor:
         total = outcome.x.new_zeros(())
         for name, weight in stage.terms:
-            if self.settings.optimizer == "adam":
+            if learn:
                 self.objectives[name].learn(outcome, batch)
             scale = weight / self.state.norms[name]
             total = total + scale * self.objectives[name].loss(outcome, batch)
@@ -448,20 +456,18 @@ class Searcher:
             )
         rows, fresh = self._rows(stage)
         x, cond, draws, batch = self._batch(rows, fresh, step=state.step)
-        size = self.settings.microbatch or len(x)
         values = list[float]()
         for candidate in self._evolution.candidates():
             self.learned.load_vector(candidate)
             numbers = self.learned()
-            outcomes = [
-                self.run_plan(
-                    numbers,
-                    x[first : first + size],
-                    [z[first : first + size] for z in draws],
-                    select(cond, range(first, min(first + size, len(x)))),
+
+            def run(rows: range, numbers: Any = numbers) -> Outcome:
+                some = slice(rows.start, rows.stop)
+                return self.run_plan(
+                    numbers, x[some], [z[some] for z in draws], select(cond, rows)
                 )
-                for first in range(0, len(x), size)
-            ]
+
+            outcomes = self._halving(run, len(x))
             states = zip(*(o.states for o in outcomes), strict=True)
             whole = Outcome(
                 torch.cat([o.x for o in outcomes]), tuple(torch.cat(parts) for parts in states)
@@ -485,17 +491,25 @@ class Searcher:
         moving = settings.radius is not None and stage.paired and not fresh
         if moving:
             x = self._moved(x, rows).requires_grad_()
-        self.optimizer.zero_grad(set_to_none=True)
+        learned = False
+
+        def loss_of(outcome: Outcome) -> Tensor:
+            nonlocal learned
+            value = self._loss(stage, outcome, batch, learn=not learned)
+            learned = True  # not again, if the step is begun again out of memory
+            return value
+
         loss = backpropagate(
             self.learned,
             self.run_plan,
             x,
             draws,
             cond,
-            lambda outcome: self._loss(stage, outcome, batch),
+            loss_of,
             microbatch=settings.microbatch,
             leaf=x if moving else None,
             team=self.source.team,
+            micro=self._micro,
         )
         norm = nn.utils.clip_grad_norm_(self.learned.parameters(), settings.clip)
         if not bool(loss.isfinite() and norm.isfinite()):

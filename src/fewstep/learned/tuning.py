@@ -153,7 +153,8 @@ def tune(
     )
     file = None if out is None else Path(out)
     least, device = min(stage.batch_size for stage in problem.stages), problem.source.device
-    with progress_of(progress) as shown, frozen(denoiser), team(least, device) as together:
+    folder = None if file is None else checkpoint_folder(file)
+    with progress_of(progress) as shown, frozen(denoiser), team(least, device, folder) as together:
         problem = replace(problem, source=replace(problem.source, team=together))
         if file is None:
             return problem.solve(None, shown)

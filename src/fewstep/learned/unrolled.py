@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.base.memory import MicroBatches, parts_of
 from fewstep.learned.learned_plan import LearnedPlan, Numbers
 from fewstep.learned.objective import Outcome
 from fewstep.models.calling import evaluation_mode
@@ -104,12 +105,14 @@ def backpropagate(
     microbatch: int | None = None,
     leaf: Tensor | None = None,
     team: Team = ALONE,
+    micro: MicroBatches | None = None,
 ) -> Tensor:
-    r"""Adds the gradient of a loss of the whole batch to the parameters; returns the loss.
+    r"""Sets the gradient of a loss of the whole batch to the parameters; returns the loss.
 
     With micro-batches, exactly the gradient of the whole batch, whatever the loss: first all
     samples without a graph, then the gradient G of the loss with respect to them, then each
-    micro-batch again with a graph, back-propagating :math:`\langle G_i, x_i \rangle`.
+    micro-batch again with a graph, back-propagating :math:`\langle G_i, x_i \rangle`. Out of memory, micro-batches of half as many samples are taken; the loss
+    may be called again then.
 
     Arguments:
         learned: The learned plan.
@@ -122,45 +125,76 @@ def backpropagate(
         leaf: The initial states whose gradient is wanted too, if ``x`` follows from them.
         team: The processes that each run a part of the batch, as micro-batches; all have the same ``x``
             and get the same loss and gradient.
+        micro: Remembers how many samples fit into memory, for the next call.
 
     Raises:
         ValueError: If both ``microbatch`` and ``leaf`` are given.
 
     Cost: 3 K B network evaluations' worth of time (4 with ``remat``), and K B more with micro-batches.
     """
-    n = len(x)
-    several = team.own.several
-    size = n if microbatch is None else min(microbatch, n)
-    if size == n and not several:
+    n, several = len(x), team.own.several
+    if leaf is not None and microbatch is not None and microbatch < n:
+        raise ValueError("moving noise needs the whole batch at once; omit microbatch")
+    micro = MicroBatches() if micro is None else micro
+    leaves = [*learned.parameters(), *([] if leaf is None else [leaf])]
+    most = n if microbatch is None else min(microbatch, n)
+
+    def clear() -> None:
+        for parameter in leaves:
+            parameter.grad = None
+
+    def at_once(size: int) -> Tensor | None:
+        clear()
+        if size < n:
+            return None
         value = loss(run(learned(), x, draws, cond))
         if value.requires_grad:
             value.backward()
         return value.detach()
-    if leaf is not None and size < n:
-        raise ValueError("moving noise needs the whole batch at once; omit microbatch")
+
+    if most == n and not several:
+        done, value = micro.tried(n, at_once)
+        if done and value is not None:
+            return value
     own = team.part(n)
-    parts = [
-        slice(start, min(start + size, own.stop)) for start in range(own.start, own.stop, size)
-    ]
+
+    def slices(size: int) -> list[slice]:
+        rows = parts_of(own.stop - own.start, size)
+        return [slice(own.start + p.start, own.start + p.stop) for p in rows]
 
     def outcome_of(p: slice) -> Outcome:
         return run(learned(), x[p], [z[p] for z in draws], select(cond, range(p.start, p.stop)))
 
-    with torch.set_grad_enabled(len(parts) == 1):  # of one part the graph is kept
-        outcomes = [outcome_of(p) for p in parts]
+    def forward(size: int) -> list[Outcome]:
+        parts = slices(size)
+        with torch.set_grad_enabled(len(parts) == 1):  # of one part the graph is kept
+            return [outcome_of(p) for p in parts]
+
+    def backward(size: int) -> None:
+        nonlocal kept
+        clear()
+        parts = slices(size)
+        for p in parts:
+            again = kept if len(parts) == 1 and kept is not None else outcome_of(p)
+            kept = None
+            total = x.new_zeros(())
+            for tensor, gradient in zip([again.x, *again.states], gradients, strict=True):
+                if gradient is not None:
+                    total = total + (gradient[p] * tensor).sum()
+            if total.requires_grad:
+                total.backward()
+
+    # What is exchanged with other processes is exchanged between these two, so each of them may be begun again.
+    count = min(most, own.stop - own.start)
+    outcomes = micro(count, forward)
+    kept = outcomes[0] if len(outcomes) == 1 else None
     states = zip(*([o.x, *o.states] for o in outcomes), strict=True)
     tensors = [team.gathered(torch.cat(each).detach(), n).requires_grad_() for each in states]
+    del outcomes
     value = loss(Outcome(tensors[0], tuple(tensors[1:])))
     gradients = torch.autograd.grad(value, tensors, allow_unused=True)
-    for p in parts:
-        again = outcomes[0] if len(parts) == 1 else outcome_of(p)
-        total = x.new_zeros(())
-        for tensor, gradient in zip([again.x, *again.states], gradients, strict=True):
-            if gradient is not None:
-                total = total + (gradient[p] * tensor).sum()
-        if total.requires_grad:
-            total.backward()
+    micro(count, backward)
     if several:
-        for leaf_ in [*learned.parameters(), *([] if leaf is None else [leaf])]:
+        for leaf_ in leaves:
             leaf_.grad = team.summed(torch.zeros_like(leaf_) if leaf_.grad is None else leaf_.grad)
     return value.detach()

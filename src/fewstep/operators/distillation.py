@@ -25,6 +25,8 @@ from fewstep.operators.trainer import (
     distill_inputs,
 )
 from fewstep.training.checkpoints import changed_input, earlier_inputs
+from fewstep.training.parallel import keep_connected
+from fewstep.training.ranks import watching
 
 
 def distill(
@@ -107,10 +109,14 @@ def distill(
     loss = loss_of(recipe.loss, distance, denoiser, recipe.features)
     inputs = distill_inputs(denoiser, store, recipe, distance, sites)
     out = Path(out)
-    trainer = Trainer(denoiser, store, out, recipe, loss, sites, device, inputs)
     run = RunFolder(out, "run of fewstep distill", outputs=OUTPUTS, forgets_empty=True)
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(progress_of(progress))
+        ranks = stack.enter_context(watching(out))
+        trainer = Trainer(denoiser, store, out, recipe, loss, sites, device, inputs)
+        keep_connected()
+        if ranks is not None:
+            ranks.connected()
         if trainer.accelerator.is_main_process:
             running = run.running(
                 {"recipe": asdict(recipe), **inputs},

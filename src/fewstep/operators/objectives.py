@@ -35,9 +35,17 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(
-        self, call: Any, states: Tensor, cond: Mapping[str, Any], part: int, rank: int
+        self,
+        call: Any,
+        states: Tensor,
+        cond: Mapping[str, Any],
+        part: int,
+        rank: int,
+        *,
+        first: int = 0,
+        count: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        r"""Returns the loss of a forward pass, and the losses for the log, (columns).
+        r"""Returns the mean loss of rows of a forward pass, and the losses for the log, (columns).
 
         Arguments:
             call: The student, as prepared for its devices.
@@ -45,6 +53,8 @@ class Objective(ABC):
             cond: The conditions.
             part: The number of the forward pass, from which its draws follow.
             rank: The number of the process.
+            first: The first of these rows, if they are some of those of the pass.
+            count: The rows of the pass; left out, these.
         """
 
     @abstractmethod
@@ -112,8 +122,17 @@ class FrameObjective(Objective):
         return [*sorted(between.tolist()), self.frames[-1]]
 
     def losses(
-        self, call: Any, states: Tensor, cond: Mapping[str, Any], part: int, rank: int
+        self,
+        call: Any,
+        states: Tensor,
+        cond: Mapping[str, Any],
+        part: int,
+        rank: int,
+        *,
+        first: int = 0,
+        count: int | None = None,
     ) -> tuple[Tensor, Tensor]:
+        del rank, first, count  # all rows have the same frames
         frames = self.drawn(part)
         if self.counts is not None:
             self.student.set_times([self.stored[i] for i in frames])
@@ -171,14 +190,23 @@ class FlowMapObjective(Objective):
         return torch.tensor(first), torch.tensor(second)
 
     def losses(
-        self, call: Any, states: Tensor, cond: Mapping[str, Any], part: int, rank: int
+        self,
+        call: Any,
+        states: Tensor,
+        cond: Mapping[str, Any],
+        part: int,
+        rank: int,
+        *,
+        first: int = 0,
+        count: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(states), device=states.device)
-        first, second = (k.to(states.device) for k in self.pairs(len(states), part, rank))
-        x = states[rows, first]
-        keep, gain = self.student.coefficients(first, second, x)
-        target = mean_slope(x, states[rows, second], keep, gain)
-        outputs = call(x, first, second, **cond)
+        pairs = self.pairs(count or len(states), part, rank)
+        start, end = (k[first : first + len(states)].to(states.device) for k in pairs)
+        x = states[rows, start]
+        keep, gain = self.student.coefficients(start, end, x)
+        target = mean_slope(x, states[rows, end], keep, gain)
+        outputs = call(x, start, end, **cond)
         each = distances(self.distance, outputs[:, None], target[:, None])
         return each.mean(), each.detach()
 

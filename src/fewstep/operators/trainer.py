@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.base.interrupts import unbroken
+from fewstep.base.memory import MicroBatches, parts_of
 from fewstep.base.processes import VARIABLES, processes
 from fewstep.base.progress import SILENT, Progress
 from fewstep.base.runs import difference, digest_of, hash_inputs
 from fewstep.metrics.features import EMBEDDED, Features
+from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.folder import read_operator, write_operator
 from fewstep.operators.log import LossLog
@@ -155,6 +158,7 @@ class Trainer:
         self.heldout: float | None = None
         self.loss: float | None = None
         self.rows: list[dict[str, Any]] | None = None
+        self.micro = MicroBatches()
         self.pending: list[Tensor] = []  # losses of the frames since the last row of the log
 
     def train(
@@ -212,7 +216,10 @@ class Trainer:
                     save()
                     saved = done
                 progress.tick(1, self._note())
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            # Without the other processes the next step fails, and the last one is whole.
+            if isinstance(error, RuntimeError) and self.accelerator.num_processes == 1:
+                raise
             if done > saved:
                 with unbroken():  # schedulers send SIGTERM more than once
                     save()
@@ -250,24 +257,40 @@ class Trainer:
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(1 + self.objective.columns, device=self.accelerator.device)
-        for number in range(recipe.accumulate):
-            last = number + 1 == recipe.accumulate
-            quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(call)
-            part, rank = step * recipe.accumulate + number, self.accelerator.process_index
-            with quiet:
-                states, cond = self._batch(self._indices(part), self.objective.drawn(part))
-                with self._autocast():
-                    loss, each = self.objective.losses(call, states, cond, part, rank)
-                self.accelerator.backward(loss / recipe.accumulate)
-            total += torch.cat([loss.detach()[None], each]) / recipe.accumulate
+        if self.accelerator.num_processes > 1 and not self.micro.is_fixed:
+            # Not while gradients are exchanged, where the others wait.
+            self.micro(recipe.batch_size, partial(self._gradients, call, step, alone=True))
+            self.micro.is_fixed = True
+        total = self.micro(recipe.batch_size, partial(self._gradients, call, step))
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
         with unbroken():
             self.optimizer.step()
             update_average(self.average, self.network, step, recipe.ema)
             self.pending.append(total)
+
+    def _gradients(self, call: Any, step: int, size: int, *, alone: bool = False) -> Tensor:
+        """Sets the gradients of a step, so many trajectories at once; returns the loss and the losses for the log."""
+        accumulate, rank = self.recipe.accumulate, self.accelerator.process_index
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(1 + self.objective.columns, device=self.accelerator.device)
+        for number in range(accumulate):
+            part = step * accumulate + number
+            states, cond = self._batch(self._indices(part), self.objective.drawn(part))
+            count = len(states)
+            slices = parts_of(count, size)
+            for rows in slices:
+                last = number + 1 == accumulate and rows is slices[-1] and not alone
+                share = (rows.stop - rows.start) / count
+                own = cond if len(slices) == 1 else select(cond, range(rows.start, rows.stop))
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(call):
+                    with self._autocast():
+                        loss, each = self.objective.losses(
+                            call, states[rows], own, part, rank, first=rows.start, count=count
+                        )
+                    self.accelerator.backward(loss * share / accumulate)
+                total += torch.cat([loss.detach()[None], each]) * share / accumulate
+        return total
 
     def _indices(self, part: int) -> list[int]:
         """Returns the trajectories of a forward pass: a slice of the epoch's permutation."""

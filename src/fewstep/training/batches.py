@@ -56,6 +56,9 @@ class Batch:
         """Returns some rows of the batch."""
         return Batch(*(None if v is None else v[rows] for v in self._tensors()))  # type: ignore[arg-type]
 
+    def __len__(self) -> int:
+        return len(self.x)
+
     def pinned(self) -> Batch:
         """Returns the batch in pinned memory, from which copies to a GPU are asynchronous."""
         return Batch(*(None if v is None else v.pin_memory() for v in self._tensors()))  # type: ignore[arg-type]

@@ -6,16 +6,19 @@ of the whole batch in one process, up to the order of its sums.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.base.processes import Processes, processes
+from fewstep.training.ranks import watching
 
 CPU = torch.device("cpu")
 
@@ -55,6 +58,10 @@ class Team:
             return network
         ids = [device] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+
+    def without_exchange(self, parallel: Any) -> AbstractContextManager[object]:
+        """Within the block gradients are added up in this process only; they are exchanged after the next block."""
+        return parallel.no_sync() if self.own.several else nullcontext()
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Returns the loss whose averaged gradient is that of the whole batch: torch divides by the count."""
@@ -122,15 +129,21 @@ def check_address(own: Processes) -> None:
 
 
 @contextmanager
-def team(batch_size: int, device: torch.device) -> Iterator[Team]:
+def team(
+    batch_size: int, device: torch.device, folder: str | Path | None = None
+) -> Iterator[Team]:
     """Connects the processes of this launch (``torchrun``, ``accelerate launch``, ``srun``), if there are several.
+
+    They stay connected until the process ends, as with accelerate; a later team uses the same connection.
 
     Arguments:
         batch_size: The samples of a batch of all processes.
         device: The device of this one.
+        folder: The folder of the run, in which each process watches whether the others are alive.
 
     Raises:
-        ValueError: If a process would have no sample, or the address of the first process is not known.
+        ValueError: If a process would have no sample, or the address of the first process is not known; and a
+            :class:`~fewstep.training.ranks.LostRank`, in the block, if another process is gone.
     """
     own = processes()
     if not own.several:
@@ -141,10 +154,21 @@ def team(batch_size: int, device: torch.device) -> Iterator[Team]:
     starts = not torch.distributed.is_initialized()
     if starts:
         check_address(own)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, rank=own.rank, world_size=own.count)
-    try:
-        yield Team(own, batch_size, device)
-    finally:
+    with watching(folder) as ranks:
         if starts:
-            torch.distributed.destroy_process_group()
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, rank=own.rank, world_size=own.count)
+        keep_connected()
+        if ranks is not None:
+            ranks.connected()
+        yield Team(own, batch_size, device)
+
+
+def keep_connected() -> None:
+    """Keeps the connection of the processes until this one ends, without its destructor.
+
+    Gloo's joins threads that may never end: once in hundreds of runs a process hung there after its work. A
+    reference that is never given back prevents that, also when the interpreter ends.
+    """
+    if torch.distributed.is_initialized():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(torch.distributed.group.WORLD))

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.base.interrupts import unbroken
+from fewstep.base.memory import MicroBatches, parts_of
 from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import RunFolder, difference
 from fewstep.diffusion.schedules import NoiseSchedule
@@ -83,6 +84,8 @@ def train(
 
     Cost: one evaluation of the network and its gradient a step, for ``batch_size`` images.
 
+    Out of memory, the gradients of half as many images at once are added.
+
     Several processes of one launch (``torchrun``, ``accelerate launch``) each take a part of every batch; the
     gradients are those of one process to rounding. The first writes.
 
@@ -148,9 +151,31 @@ def train(
             optimizer=optimizer,
         )
 
+    def gradients(batch: Batch, size: int, *, alone: bool = False) -> Tensor:
+        """Sets the gradients of a batch, so many samples at once; returns its loss."""
+        optimizer.zero_grad(set_to_none=True)
+        total: Tensor | None = None
+        slices = parts_of(len(batch), size)
+        for rows in slices:
+            part = batch if len(slices) == 1 else batch.part(rows)
+            exchanged = rows is slices[-1] and not alone
+            with nullcontext() if exchanged else processes.without_exchange(parallel):
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
+                ):
+                    predicted = evaluate(*part.inputs)
+                loss = part.loss(predicted)
+                if len(slices) > 1:
+                    loss = loss * (len(part) / len(batch))
+                processes.scaled(loss).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    micro = MicroBatches()
     with ExitStack() as stack:
         shown = stack.enter_context(progress_of(progress))
-        processes = stack.enter_context(team(recipe.batch_size, device))
+        processes = stack.enter_context(team(recipe.batch_size, device, out))
         if processes.own.first:
             running = run.running(
                 identity,
@@ -173,18 +198,16 @@ def train(
             for step, batch in prepared:
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate * recipe.rate(step)
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
-                ):
-                    predicted = evaluate(*batch.inputs)
-                loss = batch.loss(predicted)
-                optimizer.zero_grad(set_to_none=True)
-                processes.scaled(loss).backward()
+                if step == start and processes.own.several:
+                    # Not while gradients are exchanged, where the others wait.
+                    micro(len(batch), partial(gradients, batch, alone=True))
+                    micro.is_fixed = True
+                loss = micro(len(batch), partial(gradients, batch))
                 nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
                 with unbroken():
                     optimizer.step()
                     update_average(average, network, step, recipe.ema)
-                    since.append(loss.detach())
+                    since.append(loss)
                     done = step + 1
                 saves = (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps
                 if saves or device.type == "cpu" or len(since) == READ_EVERY:
