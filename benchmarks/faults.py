@@ -29,6 +29,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -60,6 +61,7 @@ import every_file  # noqa: E402
 from fewstep.base.files import write_json  # noqa: E402
 from fewstep.base.temporary import LITTER  # noqa: E402
 from fewstep.cli import run  # noqa: E402
+from fewstep.workflows import pictures, training  # noqa: E402
 from tiny_models import write_tiny  # noqa: E402
 from tiny_training import RECIPE  # noqa: E402
 
@@ -467,6 +469,14 @@ def writers(work: Work, name: str, goal: int) -> None:
         work.count("writers", name, "same results" if same else "OTHER RESULTS")
 
 
+def _commit() -> str:
+    """Returns the commit of the code, with + if files were changed."""
+    git = ["git", "-C", str(HERE)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--short", "../src"], capture_output=True, text=True)
+    return commit.stdout.strip() + "+" * bool(changed.stdout)
+
+
 def main() -> None:
     """Disturbs, counts and prints."""
     parser = argparse.ArgumentParser(
@@ -483,9 +493,15 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in NEEDED:  # once for all forks
         importlib.import_module(name)
+    # Small pictures: drawing samples for them is most of what a short training costs.
+    pictures.SHOWN, training.SHOWN_NFE = 4, 2
     counts: dict[str, Any] = {}
     if options.results.exists() and not options.new:
-        counts = {k: v for k, v in json.loads(options.results.read_text()).items() if k in PARTS}
+        known = (*PARTS, "commit")
+        counts = {k: v for k, v in json.loads(options.results.read_text()).items() if k in known}
+    here = _commit()
+    if counts.setdefault("commit", here) != here:
+        counts["commit"] = "several"
     deadline = time.monotonic() + options.seconds
     chosen = options.only.split(",") if options.only else None
     with tempfile.TemporaryDirectory() as temporary:
@@ -494,14 +510,16 @@ def main() -> None:
             names = (
                 [kind.name for kind in every_file.KINDS] if part == "damage" else list(COMMANDS)
             )
-            for name in names:
+            # A few of each command at a time, so that a run that is cut has some of all.
+            few = [0] if part == "damage" else range(10, options.goal + 10, 10)
+            for goal, name in [(goal, name) for goal in few for name in names]:
                 if (chosen and name not in chosen) or work.is_late():
                     continue
                 if part == "damage":
                     costly = next(k for k in every_file.KINDS if k.name == name).costly
                     damage(work, name, max(1, options.bits // 20) if costly else options.bits)
                 else:
-                    goal = {"kills": options.goal, "disk": 12, "writers": 4}[part]
+                    goal = min(goal, {"kills": options.goal, "disk": 12, "writers": 4}[part])
                     {"kills": kills, "disk": disk, "writers": writers}[part](work, name, goal)
                 print(part, name, json.dumps(counts.get(part, {}).get(name, {})), flush=True)
 

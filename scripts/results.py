@@ -353,7 +353,12 @@ def faults() -> str:
     result = load("faults")
     if result is None:
         return "# Faults\n\nNot measured yet: `python benchmarks/faults.py`.\n"
-    parts = ["# Faults\n", "`python benchmarks/faults.py`, counts over several runs of it.\n"]
+    commit = result.get("commit", "several")
+    commit = "several commits" if commit == "several" else f"commit `{commit}`"
+    parts = [
+        "# Faults\n",
+        f"`python benchmarks/faults.py`, counts over several runs of it, on {commit}.\n",
+    ]
     titles = {
         "kills": "SIGKILL at random moments, then the same command until it ends",
         "disk": "A disk that is full at some file operation, then again with space",
