@@ -19,7 +19,7 @@ demo: setup
 
 # Each process would compile the tests anew where Python is told to write no bytecode.
 test: setup
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # The page of `fewstep studio` in headless Chromium (apt-get install chromium chromium-driver).
 test-studio: setup

@@ -16,6 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,17 +30,76 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
 
 
+gc.disable()  # until the tests are collected: imports make hardly any garbage
+
+OVER_DIFFUSERS = (
+    "tests/adapters/",
+    "tests/cli/test_hub_command.py",
+    "tests/solvers/test_twins.py",
+    "tests/test_docs.py",
+    "tests/test_new_users.py",
+)
+"""Files that import diffusers. Other tests that do, or compile, have the mark ``diffusers``."""
+
+
+def _is_without_diffusers(config: pytest.Config) -> bool:
+    """Whether this is not the first of the processes of a run: the first alone imports diffusers.
+
+    It costs a process five seconds. One that is started in place of one that crashed has all tests,
+    because it may have to take over for the first.
+    """
+    worker = getattr(config, "workerinput", None)
+    if worker is None or not config.option.loadgroup:
+        return False
+    return 0 < int(worker["workerid"].removeprefix("gw")) < worker["workercount"]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if not _is_without_diffusers(config):
+        return None
+    path = Path(os.path.relpath(collection_path, config.rootpath)).as_posix()
+    return True if f"{path}/".startswith(OVER_DIFFUSERS) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _is_without_diffusers(config):
+        items[:] = [
+            item
+            for item in items
+            if not item.get_closest_marker("diffusers")
+            and not item.nodeid.startswith(OVER_DIFFUSERS)
+        ]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """The tests of one file run in one process; those over diffusers, which costs seconds, all in one."""
-    if config.getvalue("dist") != "loadscope":
+    """The tests of one file run in one process; those that the first process alone has run there."""
+    if config.getvalue("dist") != "loadgroup":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
+        common: frozenset[str] = frozenset()
+
+        def _check_nodes_have_same_collection(self) -> bool:
+            """One process has collected more than the others; its collection is that of the run."""
+            collected = self.registered_collections
+            largest = max(collected, key=lambda node: len(collected[node]))
+            self.registered_collections = {largest: collected[largest], **collected}
+            self.common = frozenset.intersection(*map(frozenset, collected.values()))
+            return True
+
         def _split_scope(self, nodeid: str) -> str:
-            over_diffusers = nodeid.startswith("tests/adapters/")
-            return "tests/adapters" if over_diffusers else super()._split_scope(nodeid)
+            return super()._split_scope(nodeid) if nodeid in self.common else "diffusers"
+
+        def _assign_work_unit(self, node: Any) -> None:
+            """Assigns the next unit that the process has collected."""
+            collected = set(self.registered_collections[node])
+            for scope, unit in self.workqueue.items():
+                if collected.issuperset(unit):
+                    self.workqueue.move_to_end(scope, last=False)
+                    super()._assign_work_unit(node)
+                    return
 
     return Scheduling(config, log)
 
@@ -52,9 +112,9 @@ def pytest_unconfigure() -> None:
 
 def pytest_collection_finish() -> None:
     """What was imported stays: the garbage collector need not walk it again and again."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 class Log(logging.Handler):

@@ -76,7 +76,9 @@ def cases():
     """The examples; those that search or train are slow."""
     for example in examples():
         slow = example.name.split(":")[1] in ("analyze", "study", "tune", "distill")
-        yield pytest.param(example, id=example.name, marks=[pytest.mark.slow] * slow)
+        marks = [pytest.mark.slow] * slow
+        marks += [pytest.mark.diffusers] * ("diffusers" in example.name)
+        yield pytest.param(example, id=example.name, marks=marks)
 
 
 @pytest.mark.parametrize("example", list(cases()))
@@ -98,7 +100,13 @@ def test_the_example_runs(example, tmp_path, monkeypatch, caplog):
     assert not failed, "".join(said)
 
 
-@pytest.mark.parametrize("name", MOST_USED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.diffusers if "diffusers" in name else ())
+        for name in MOST_USED
+    ],
+)
 def test_docstrings_of_the_most_used_names(name):
     place, _, path = name.partition(":")
     if "diffusers" in place:

@@ -11,7 +11,14 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.diffusers if path.stem == "pipeline" else ())
+        for path in EXAMPLES
+    ],
+    ids=[path.stem for path in EXAMPLES],
+)
 def test_it_runs(path, capsys, monkeypatch, tmp_path):
     if path.stem == "pipeline":
         pytest.importorskip("diffusers")

@@ -533,6 +533,7 @@ def test_plan_diff_names_a_wasted_call(command, make, tmp_path):
     assert "of A" not in text.split("row", 1)[0]
 
 
+@pytest.mark.diffusers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_plan_diff_of_schedulers(command, tmp_path):
     """By name, by configuration; the wasted step is named; a missing number of steps is an error."""
@@ -556,6 +557,7 @@ def test_plan_diff_of_schedulers(command, tmp_path):
     )
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize(
     ("source", "message"),
     [

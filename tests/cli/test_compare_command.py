@@ -239,7 +239,10 @@ def test_images_stand_in_rows_by_sampler(images, tmp_path, command, monkeypatch)
     ("arguments", "message"),
     [
         (["--solvers", "tab9"], "Unknown solver 'tab9'"),
-        (["--solvers", "diffusers:Nothing"], "Unknown scheduler of diffusers 'Nothing'"),
+        pytest.param(
+            *(["--solvers", "diffusers:Nothing"], "Unknown scheduler of diffusers 'Nothing'"),
+            marks=pytest.mark.diffusers,
+        ),
         (["--solvers", ","], "at least one sampler"),
         (["--nfe", "ten"], "--nfe is one or more positive integers"),
         (["--nfe", "0"], "--nfe is one or more positive integers"),

@@ -398,6 +398,7 @@ def test_images_of_a_folder(tmp_path, monkeypatch):
     assert tuned.plan.nfe == 2
 
 
+@pytest.mark.diffusers
 @pytest.mark.peer
 @pytest.mark.parametrize("family", ["gs", "ggdm+pred"])
 def test_a_tuned_sampler_runs_as_a_scheduler_of_diffusers(tmp_path, family):

@@ -584,6 +584,7 @@ def test_the_recipe_of_the_best_makes_its_samples(tmp_path, model):
     assert recipe.about["rms"][0] == cell.scores["rms"].value
 
 
+@pytest.mark.diffusers
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -146,6 +146,7 @@ def test_dynamic_shift_is_exponential_in_the_number_of_tokens() -> None:
         assert got == pytest.approx(expected, abs=1e-7)
 
 
+@pytest.mark.diffusers
 def test_shift_is_the_scheduler_of_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -154,6 +155,7 @@ def test_shift_is_the_scheduler_of_diffusers() -> None:
     assert got == pytest.approx(scheduler.sigmas.numpy(), abs=1e-6)
 
 
+@pytest.mark.diffusers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_levels_of_diffusers() -> None:
     """At ten steps linspace has whole timesteps, between which theirs interpolates otherwise."""
@@ -177,6 +179,7 @@ def test_vp_levels_of_k_diffusion() -> None:
     assert got == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.diffusers
 def test_ays_has_the_published_levels() -> None:
     diffusers = pytest.importorskip("diffusers.schedulers")
     published = diffusers.AysSchedules

@@ -246,6 +246,7 @@ def test_a_search_with_a_residual(tmp_path):
     assert float((x - bare).abs().max()) > 1e-4
 
 
+@pytest.mark.diffusers
 @pytest.mark.peer
 @pytest.mark.parametrize("form", ["path", "text"])
 def test_it_runs_in_a_pipeline_of_diffusers(tmp_path, form):

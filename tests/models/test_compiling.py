@@ -9,7 +9,10 @@ from fewstep.models import exact
 from fewstep.models.compiling import compiled
 
 # Importing the compiler of torch warns about another part of torch.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.diffusers,
+]
 
 
 class Network(nn.Module):

@@ -87,6 +87,7 @@ def test_an_interval_runs_the_network_once_outside() -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.diffusers
 def test_rescaling_is_that_of_diffusers() -> None:
     utils = pytest.importorskip("diffusers.guiders.guider_utils")
     conditional, null = predictions(0.5, "eps")
@@ -96,6 +97,7 @@ def test_rescaling_is_that_of_diffusers() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize("options", [{}, {"eta": 0.3, "norm": 1.5}, {"eta": 1.0}, {"norm": 0.5}])
 def test_projected_guidance_is_that_of_diffusers(options: dict[str, float]) -> None:
     theirs = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
@@ -114,6 +116,7 @@ def test_projected_guidance_is_that_of_diffusers(options: dict[str, float]) -> N
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.diffusers
 def test_momentum_is_that_of_diffusers_and_ends_with_the_run() -> None:
     theirs = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
     guided = ProjectedGuidance(MODEL, 5.0, momentum=-0.5)

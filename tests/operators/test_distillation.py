@@ -175,13 +175,13 @@ def flow_of_patterns(model, n=192, std=0.5):
 
 @pytest.mark.slow
 def test_drawn_frames_make_the_error_independent_of_their_number(model, tmp_path):
-    """Error of the sample at 2, 4 and 8 frames: within 1.15 of each other; with 4 fixed frames it is not."""
+    """Error of the sample at 2, 4 and 8 frames: within 3 % of each other; with 4 fixed frames it is not."""
     store, worst = flow_of_patterns(model), {}
     for drawn in ("auto", "fixed"):
         student = distill(
-            model, store, tmp_path / drawn, mode="dsno", drawn=drawn, steps=160, batch_size=16,
+            model, store, tmp_path / drawn, mode="dsno", drawn=drawn, steps=100, batch_size=8,
             learning_rate=1e-2, warmup=10, ema=0.97, lambda_max=10.0, heldout=16,
-            checkpoint_every=160,
+            checkpoint_every=100,
         )  # fmt: skip
         rows, found = range(len(store) - 16, len(store)), []
         for frames in (2, 4, 8):
@@ -191,7 +191,7 @@ def test_drawn_frames_make_the_error_independent_of_their_number(model, tmp_path
             found.append(float(last.square().mean().sqrt()))
         assert max(found) < 0.15  # of a spread of 1.1: it has learned
         worst[drawn] = max(found) / min(found)
-    assert worst["auto"] < 1.15 < worst["fixed"]
+    assert worst["auto"] < 1.03 < 1.06 < worst["fixed"]
 
 
 def test_frames_are_drawn_from_an_address(model, store):

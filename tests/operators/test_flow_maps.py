@@ -292,6 +292,7 @@ def test_in_a_network_of_one_s_own():
         make_student(own, recipe, times)
 
 
+@pytest.mark.diffusers
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
 def test_in_a_network_of_diffusers(tmp_path):

@@ -329,6 +329,7 @@ def call(kind, network, x, t):
 SITES = {"unet": 2 + 4 + 1, "text": 2 + 4 + 1, "dit": 3}
 
 
+@pytest.mark.diffusers
 @pytest.mark.peer
 @pytest.mark.parametrize("kind", ["unet", "text", "dit"])
 @pytest.mark.filterwarnings("ignore")  # of diffusers itself
@@ -362,6 +363,7 @@ def test_blocks_in_networks_of_diffusers(kind):
     assert set(network.state_dict()) == keys
 
 
+@pytest.mark.diffusers
 @pytest.mark.peer
 @pytest.mark.parametrize("kind", ["unet", "text"])
 @pytest.mark.filterwarnings("ignore")
@@ -383,6 +385,7 @@ def test_checkpointing_of_diffusers_sees_the_blocks(kind):
         torch.testing.assert_close(gradients[1][name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.diffusers
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
 def test_an_operator_of_diffusers_comes_back(tmp_path):
@@ -607,6 +610,7 @@ def test_one_evaluation_under_autocast():
     assert low.labels.dtype == torch.float32  # times stay precise
 
 
+@pytest.mark.diffusers
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiles_as_a_whole():

@@ -386,6 +386,7 @@ def test_rematerialisation_stores_less():
 # Compilation
 
 
+@pytest.mark.diffusers
 def test_one_compilation_serves_two_grids():
     compilations = []
 
@@ -414,6 +415,7 @@ def test_one_compilation_serves_two_grids():
     torch._dynamo.reset()
 
 
+@pytest.mark.diffusers
 def test_structure_as_an_argument_compiles_once():
     """Each plan's own structure: equal, but another object."""
     compilations = []

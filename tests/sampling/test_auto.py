@@ -92,6 +92,7 @@ def test_the_first_time_stays_above_a_floor():
         fewstep.grid("logistic", schedule, 6, floor=float("nan"))
 
 
+@pytest.mark.diffusers
 def test_a_pipeline_of_a_shifted_flow_keeps_its_shift():
     from fewstep.adapters.diffusers import PlanScheduler
 

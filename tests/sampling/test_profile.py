@@ -220,6 +220,7 @@ def test_a_file_that_is_no_json(tmp_path):
         grids().fit("tab3", 0)
 
 
+@pytest.mark.diffusers
 def test_schedulers_take_fitted_grids(tmp_path):
     pytest.importorskip("diffusers")
     from fewstep.adapters.diffusers import PlanScheduler

@@ -110,6 +110,7 @@ def test_a_published_table_becomes_a_recipe_and_comes_back() -> None:
     torch.testing.assert_close(one, two)
 
 
+@pytest.mark.diffusers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_exported_levels_are_taken_by_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
