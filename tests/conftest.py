@@ -42,11 +42,20 @@ OVER_DIFFUSERS = (
 """Files that import diffusers. Other tests that do, or compile, have the mark ``diffusers``."""
 
 
-def _is_without_diffusers(config: pytest.Config) -> bool:
+def _is_for_the_first(item: pytest.Item) -> bool:
+    """Whether a test imports diffusers or starts the browser."""
+    return (
+        item.nodeid.startswith(OVER_DIFFUSERS)
+        or item.get_closest_marker("diffusers") is not None
+        or "browser" in getattr(item, "fixturenames", ())
+    )
+
+
+def _is_another(config: pytest.Config) -> bool:
     """Whether this is not the first of the processes of a run: the first alone imports diffusers.
 
-    It costs a process five seconds. One that is started in place of one that crashed has all tests,
-    because it may have to take over for the first.
+    It costs a process five seconds, and a browser two. One that is started in place of one that
+    crashed has all tests, because it may have to take over for the first.
     """
     worker = getattr(config, "workerinput", None)
     if worker is None or not config.option.loadgroup:
@@ -55,20 +64,15 @@ def _is_without_diffusers(config: pytest.Config) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    if not _is_without_diffusers(config):
+    if not _is_another(config):
         return None
     path = Path(os.path.relpath(collection_path, config.rootpath)).as_posix()
     return True if f"{path}/".startswith(OVER_DIFFUSERS) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _is_without_diffusers(config):
-        items[:] = [
-            item
-            for item in items
-            if not item.get_closest_marker("diffusers")
-            and not item.nodeid.startswith(OVER_DIFFUSERS)
-        ]
+    if _is_another(config):
+        items[:] = [item for item in items if not _is_for_the_first(item)]
 
 
 @pytest.hookimpl(optionalhook=True)

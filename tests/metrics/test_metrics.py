@@ -154,7 +154,7 @@ def _against_known(a: Tensor, b: Tensor, level: float) -> metrics.Estimate:
     known = metrics.Statistics(torch.zeros(2).double(), torch.eye(2).double(), 10**6)
     nothing = torch.zeros(2, 2)
     reference = metrics.Reference(nothing, nothing, known, "normal", "", "")
-    return metrics.fid(a, reference, level=level)
+    return metrics.fid(a, reference, level=level, blocks=10)
 
 
 COVERING = {
@@ -163,14 +163,16 @@ COVERING = {
     "fid, known": (80, _against_known),
     "fid, extrapolated": (
         30,
-        lambda a, b, level: metrics.fid(a, b, level=level, extrapolate=True),
+        lambda a, b, level: metrics.fid(a, b, level=level, extrapolate=True, blocks=10),
     ),
     "sliced": (
         60,
-        lambda a, b, level: metrics.sliced_wasserstein(a, b, level=level, projections=16),
+        lambda a, b, level: metrics.sliced_wasserstein(
+            a, b, level=level, projections=16, blocks=10
+        ),
     ),
     "rms": (80, lambda a, b, level: metrics.rms(a, b[:120], level=level)),
-    "manifold": (80, lambda a, b, level: metrics.precision_recall(a, b, level=level)),
+    "manifold": (80, lambda a, b, level: metrics.precision_recall(a, b, level=level, blocks=10)),
 }
 
 

@@ -50,7 +50,7 @@ def repeated(call, network, stops):
 
 
 def spread(count):
-    return [count // 9, count // 4, count // 2, 3 * count // 4]
+    return [count // 9, count // 2, 3 * count // 4]
 
 
 def test_a_measurement_makes_no_evaluation_twice(tmp_path):

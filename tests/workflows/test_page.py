@@ -11,6 +11,7 @@ import pytest
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 
 
+@pytest.mark.usefixtures("undrawn", "few_hypotheses", "coarse_references", "few_real_samples")
 @pytest.mark.slow
 def test_the_page_of_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -317,11 +317,12 @@ class Integration:
         self, states: Tensor, rows: _Rows, attempt: _Attempt, accepted: Tensor
     ) -> None:
         """Writes the states at the points that accepted steps passed."""
-        for k, point in enumerate(self.points[1:-1], start=1):
-            ahead, behind = (point - rows.u) * self.sign > 0, (point - attempt.u) * self.sign <= 0
-            hit = (accepted & ahead & behind).nonzero().flatten()
-            if not len(hit):
-                continue
+        points = self.points[1:-1, None]
+        ahead = (points - rows.u) * self.sign > 0
+        behind = (points - attempt.u) * self.sign <= 0
+        hits = accepted & ahead & behind
+        for k in (hits.any(1).nonzero().flatten() + 1).tolist():
+            point, hit = self.points[k], hits[k - 1].nonzero().flatten()
             there = hit.to(states.device)
             theta = ((point - rows.u) / attempt.h)[hit]
             h, place = attempt.h[hit], self._place(point.expand(len(hit)))
