@@ -81,6 +81,7 @@ def cases():
         yield pytest.param(example, id=example.name, marks=marks)
 
 
+@pytest.mark.usefixtures("few_real_samples", "few_hypotheses", "coarse_references", "undrawn")
 @pytest.mark.parametrize("example", list(cases()))
 def test_the_example_runs(example, tmp_path, monkeypatch, caplog):
     place, name = example.name.split(":")

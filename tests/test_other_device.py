@@ -159,6 +159,7 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("few_real_samples")
 def test_a_search(here, there):
     """Pairs, search, judgements and final scores, with data and conditions."""
     images = torch.rand((40, 1, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -11,6 +11,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_real_samples", "few_hypotheses", "coarse_references", "undrawn")
 @pytest.mark.parametrize(
     "path",
     [

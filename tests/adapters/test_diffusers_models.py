@@ -144,7 +144,7 @@ def test_the_command_line_samples_pipelines(tmp_path, kind, capsys):
 
 
 COMPARE = ("compare", ["--solvers", "ddim,tab2", "--nfe", "3", "--reference-nfe", "6"])
-ANALYZE = ("analyze", ["--nfe", "5", "--budget", "0.02"])
+ANALYZE = ("analyze", ["--nfe", "3", "--budget", "0.02"])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_the_other_commands_take_pipelines(tmp_path, capsys, kind, command, opti
     assert code == 0, capsys.readouterr()
     assert "report.html" in capsys.readouterr().out
     assert read_json(out / "results.json", what="results")
-    budget = "3" if command == "compare" else "5"
+    budget = "3"
     recipe = next(iter(out.glob(f"*-{budget}.json")))
     chosen = fewstep.SamplerRecipe.load(recipe)
     assert chosen.build(fewstep.load(tmp_path / "pipe")).nfe == int(budget)

@@ -108,7 +108,7 @@ PIPELINES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     ),
     "sdxl": (sdxl, {**TEXT, **POOLED, "height": 16, "width": 16}),
     "sd3": (sd3, {**TEXT, **POOLED, "height": 16, "width": 16}),
-    "video": (video, {**TEXT, "height": 16, "width": 16, "num_frames": 3}),
+    "video": (video, {**TEXT, "height": 16, "width": 16, "num_frames": 2}),
 }
 
 
