@@ -77,7 +77,7 @@ class Page:
         list(requests(driver))
         driver.get_log("browser")
         driver.get(address)
-        self.wait(lambda: self.enabled("Run"))
+        self.ended(1)  # the model is loaded
 
     def resize(self, size):
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1}
@@ -163,13 +163,19 @@ class Page:
             text,
         )
 
+    def runs(self):
+        """The number of runs that have ended."""
+        return int(self.find("document.querySelector('.studio')?.dataset.runs") or 0)
+
     def run(self, button="Run"):
         """Runs to the end."""
+        before = self.runs()
         self.press(button)
-        self.ended()
+        self.ended(before + 1)
 
-    def ended(self):
-        self.wait(lambda: not self.enabled("Cancel") and self.enabled("Run"), "the end")
+    def ended(self, count):
+        """Waits until so many runs have ended."""
+        self.wait(lambda: self.runs() >= count and self.enabled("Run"), "the end")
 
     def slide(self, key):
         """Presses a key on the slider."""
@@ -276,11 +282,8 @@ def test_choose_run_and_scrub(page, folder):
 
 def test_what_is_wrong_is_a_message_on_the_page(page):
     page.type("Options", "etta=1")
-    page.press("Run")
-    page.wait(
-        lambda: any("Did you mean 'eta'" in text or "etta" in text for text in page.alarms())
-    )
-    page.ended()
+    page.run()
+    assert "Did you mean 'eta'" in page.alarms()[0]
     page.type("Options", "")
     page.type("Samples", "99")
     page.press("Run")
@@ -294,7 +297,8 @@ def test_what_is_wrong_is_a_message_on_the_page(page):
 def long_run(page):
     """Begins a run that lasts, of another model, with 16 samples of 900 evaluations."""
     page.choose("Model: a name, or a folder", "fashion")
-    page.wait(lambda: "10 classes" in page.text() and page.enabled("Run"), "the model")
+    page.ended(2)
+    assert "10 classes" in page.text()
     page.choose("Solver", "ddim")
     page.type("NFE", "900")
     page.type("Samples", "16")
@@ -308,8 +312,8 @@ def test_a_long_run_is_cancelled_and_the_page_stays_responsive(page):
     page.press("light or dark")  # while it samples
     page.wait(lambda: page.all("body.body--dark"))
     page.press("Cancel")
-    page.wait(lambda: "cancelled" in page.text())
-    page.ended()
+    page.ended(3)
+    assert "cancelled" in page.text()
     assert not page.numbers()[0].endswith("✓")
     assert page.wrong() == FINE
 
@@ -326,7 +330,7 @@ def test_one_users_run_does_not_disturb_another(page, browser):
     assert page.enabled("Cancel")  # still running, or was: its numbers are its own
     assert "/ 900" in page.numbers()[0]
     page.press("Cancel")
-    page.ended()
+    page.ended(3)
 
 
 def downloaded(folder, pattern, page):
@@ -418,8 +422,8 @@ def test_by_keyboard_alone(page, browser):
     ring = browser.execute_script("return getComputedStyle(document.activeElement).boxShadow")
     assert ring != "none"
     press(Keys.ENTER)
-    page.wait(lambda: page.numbers(1)[0] == "10 / 10 ✓", "the sample")
-    page.ended()
+    page.ended(2)
+    assert page.numbers(1)[0] == "10 / 10 ✓"
     for _ in range(10):
         press(Keys.TAB)
         if focused() == "evaluation":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,9 +52,12 @@ STYLE = Path(__file__).with_name("studio.css")
 SECONDS = 0.1
 """The seconds between two looks at the events of a session."""
 
-RECONNECTED = 30.0
-"""The seconds after which a browser that has gone is given up, and its run cancelled. A machine that samples on all its
-cores is slow to take the signs of life of a browser."""
+RECONNECTED = 120.0
+"""The seconds after which a browser that has gone is given up. A machine that samples on all its cores is slow to take
+the signs of life of a browser, and a page that was given up begins from the start."""
+
+LEFT = 20.0
+"""The seconds after which the run of a browser that has gone is cancelled."""
 
 KIND_NAMES = {
     "solver": "Solver",
@@ -67,8 +72,8 @@ EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAO
 """A picture of nothing."""
 
 
-def install(app: FastAPI, models: Models, model: str, device: str) -> None:
-    """Adds the page to a web application.
+def install(app: FastAPI, models: Models, model: str, device: str) -> Callable[[], None]:
+    """Adds the page to a web application; returns what cancels all runs and waits for their ends.
 
     Arguments:
         app: The application.
@@ -76,12 +81,21 @@ def install(app: FastAPI, models: Models, model: str, device: str) -> None:
         model: The model that a page begins with.
         device: The device of all models.
     """
+    sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     @ui.page("/", title="fewstep studio")
     def studio() -> None:  # pyright: ignore[reportUnusedFunction]
-        page = StudioPage(Session(models), model, device)
-        client = ui.context.client
-        client.on_delete(page.session.cancel)
+        session, client = Session(models), ui.context.client
+        sessions.add(session)
+
+        async def left() -> None:
+            await asyncio.sleep(LEFT)
+            if not client.has_socket_connection:
+                session.cancel()
+
+        client.on_disconnect(left)
+        client.on_delete(session.cancel)
+        StudioPage(session, model, device)
 
     ui.run_with(
         app,
@@ -93,6 +107,15 @@ def install(app: FastAPI, models: Models, model: str, device: str) -> None:
         tailwind=False,
         show_welcome_message=False,
     )
+
+    def end() -> None:
+        running = [session for session in sessions if session.busy]
+        for session in running:
+            session.cancel()
+        for session in running:
+            session.wait(LEFT)
+
+    return end
 
 
 class StudioPage:
@@ -116,7 +139,9 @@ class StudioPage:
         self._follows = True
         ui.add_css(STYLE)
         self.dark = ui.dark_mode(None)
-        with ui.element("main").classes("studio"):
+        self.main = ui.element("div").classes("studio")
+        self.main.props["data-runs"] = 0
+        with self.main:
             self._head()
             self._setup(model)
             self.list = ui.element("div").classes("samplers")
@@ -386,6 +411,7 @@ class StudioPage:
                 _show(place, event.message)
             case Ended():
                 self.stage.text = "cancelled" if event.cancelled else ""
+                self.main.props["data-runs"] += 1
                 self._set_busy(False)
 
     def _show_model(self, info: ModelInfo) -> None:

@@ -97,7 +97,7 @@ def application(model: str, *, device: str = "auto", local: bool = True) -> Fast
     app = FastAPI(openapi_url=None)
     if local:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES)
-    install(app, models, model, device)
+    app.state.end = install(app, models, model, device)
     return app
 
 
@@ -124,3 +124,5 @@ def serve(listening: socket.socket, app: FastAPI, *, open_browser: bool = False)
     except KeyboardInterrupt as stop:
         if isinstance(stop, Terminated):
             raise
+    finally:
+        app.state.end()  # a thread that is still in torch when the interpreter ends aborts the process
