@@ -1,7 +1,7 @@
 """What a sample costs here, and a plan for a very large recording, computed from that.
 
 Usage: python benchmarks/scale.py measure [--out FILE]
-       python benchmarks/scale.py processes [--count 2] [-n 512] [--batch 32] [--out FILE]
+       python benchmarks/scale.py processes [--count 2] [-n 128] [--batch 32] [--out FILE]
        python benchmarks/scale.py plan [--trajectories 1e9] [--gpus 1000] [--rate EVALUATIONS_PER_SECOND] ...
 
 ``measure`` times the parts of the cost of a sample that do not depend on the network, on one core of this
@@ -127,9 +127,13 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the seconds of one process and of several, of the network alone and of ``sample``."""
     context = multiprocessing.get_context("spawn")
     seconds_of: dict[int, list[list[float]]] = {}
+    kept = {"samples": options.number, "rounds": options.rounds}
+    partial = options.out.with_suffix(".partial.json")
+    if partial.exists() and (before := json.loads(partial.read_text()))["settings"] == kept:
+        seconds_of = {int(count): rows for count, rows in before["seconds"].items()}
     with tempfile.TemporaryDirectory() as folder:
         options.folder = folder
-        for count in (1, options.count):
+        for count in (c for c in (1, options.count) if c not in seconds_of):
             gates, results = context.Barrier(count), context.SimpleQueue()
             arguments = (count, options, gates, results)
             group = [context.Process(target=worker, args=(r, *arguments)) for r in range(count)]
@@ -142,6 +146,8 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
             for one in group:
                 one.join()
             seconds_of[count] = [last[0::2], last[1::2]]
+            partial.write_text(json.dumps({"settings": kept, "seconds": seconds_of}))
+    partial.unlink(missing_ok=True)
     one, several = seconds_of[1], seconds_of[options.count]
     rows = {}
     for place, name in enumerate(("network alone", "fewstep sample")):
@@ -226,7 +232,7 @@ def main() -> None:
         "--storage", type=float, default=23, help="the price of a terabyte and month"
     )
     parser.add_argument("--count", type=int, default=2, help="processes at once")
-    parser.add_argument("-n", dest="number", type=int, default=512, help="samples they share")
+    parser.add_argument("-n", dest="number", type=int, default=128, help="samples they share")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10, help="evaluations of these samples")
     parser.add_argument("--rounds", type=int, default=3)
