@@ -481,19 +481,33 @@ def _students() -> str:
     if result is None:
         return "Ours: not measured yet: `python benchmarks/distill.py quality`.\n"
     cells = result["cells"]
-    best = min(row["fid"]["fashion"][0] for row in cells.values())
+    many = max(cells, key=lambda name: cells[name]["cost"])
+    base = cells[many]
     rows = [
         [
             name,
-            f"{row['cost']:g}",
+            f"{row['cost']:.3g}",
             *(_interval(row["fid"][key]) for key in ("fashion", "fashion-robust")),
-            f"{row['fid']['fashion'][0] / best:.2f}",
+            " / ".join(
+                f"{row['fid'][key][0] / base['fid'][key][0]:.2f}"
+                for key in ("fashion", "fashion-robust")
+            ),
+            "" if row["recall"] is None else f"{row['recall'][0]:.3f}",
             f"{row['rms']:.3f}",
             f"{row['right']:.2f}",
         ]
         for name, row in cells.items()
     ]
-    head = ["sampler", "evaluations", "FID", "FID, robust", "ratio to the best", "RMS", "right"]
+    head = [
+        "sampler",
+        "evaluations",
+        "FID",
+        "FID, robust",
+        f"ratios to {many}",
+        "recall",
+        "RMS",
+        "right",
+    ]
     return f"""Ours, on `fashion` ({origin(result["about"])}; {result["about"]["n"]} samples). The last columns: RMS to ten evaluations of `auto`, and the share of samples
 that a classifier finds of the requested class.
 
