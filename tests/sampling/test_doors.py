@@ -300,8 +300,8 @@ def said(capsys, *given) -> str:
 
 # What a door has no argument for.
 DOORS = {
-    "sample": (sample, {"steps"}),
-    "steps": (steps, {"steps"}),
+    "sample": (sample, set()),
+    "steps": (steps, set()),
     "sampler": (sampler, set()),
     "resolve": (resolving, set()),
     "record": (recording, {"steps", "head_start"}),
@@ -465,7 +465,6 @@ def test_an_argument_of_another_door_is_no_condition():
         open_ended, schedule=SCHEDULE, prediction="eps", event_shape=(2,)
     )
     for door, name in (
-        (fewstep.sample, "steps"),
         (fewstep.steps, "batch_size"),
         (fewstep.steps, "mask"),
         (fewstep.fit, "grid"),
@@ -479,6 +478,9 @@ def test_an_argument_of_another_door_is_no_condition():
     for name in ("eta", "times", "rho", "t_end"):
         message = f"{name} is an option of solvers and grids and no condition; give options="
         assert message in text(fewstep.sample, model, 2, **{name: 0.5})
+        assert message in text(
+            fewstep.sample, Counted(), 2, **{name: 0.5}
+        )  # it takes no conditions
 
 
 def test_the_names_that_are_no_conditions_are_those_of_the_doors():

@@ -469,3 +469,13 @@ def test_steps_take_the_file_of_a_recipe_as_sample_does(tmp_path):
     *_, last = fewstep.steps(model, 3, recipe=path)
     assert torch.equal(last.x, fewstep.sample(model, 3, recipe=path))
     assert torch.equal(last.x, fewstep.sample(model, 3, solver="tab2", nfe=4))
+
+
+def test_a_budget_in_steps_of_the_solver():
+    model = fewstep.load("mixture-smooth")
+    want = fewstep.sample(
+        model, 3, solver="heun", nfe=5
+    )  # its last step, onto the data, is one evaluation
+    assert torch.equal(fewstep.sample(model, 3, solver="heun", steps=3), want)
+    *_, last = fewstep.steps(model, 3, solver="heun", steps=3)
+    assert torch.equal(last.x, want)

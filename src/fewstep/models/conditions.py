@@ -72,18 +72,19 @@ class AcceptedConditions:
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raises ``ValueError`` if a name is not known, or a required one is missing."""
-        if self.names is not None and (others := sorted(set(names) - self.names)):
+        unknown_names = set(names) - (self.names or frozenset())
+        if options := sorted(unknown_names & OPTIONS):
+            raise ValueError(
+                f"{options[0]} is an option of solvers and grids and no condition; give "
+                f"options={{{options[0]!r}: ...}}"
+            )
+        if self.names is not None and (others := sorted(unknown_names)):
             if not self.names:
                 raise ValueError(
                     f"{self.owner} takes no conditions, got {', '.join(others)}; leave them out"
                 )
             hint = unknown("condition", others[0], sorted(self.names))
             raise ValueError(f"{self.owner} takes no condition {others[0]!r}. {hint}")
-        if self.names is None and (options := sorted(set(names) & OPTIONS)):
-            raise ValueError(
-                f"{options[0]} is an option of solvers and grids and no condition; give "
-                f"options={{{options[0]!r}: ...}}"
-            )
         if self.names is None and (others := sorted(set(names) & ARGUMENTS)):
             raise ValueError(
                 f"this function has no argument {others[0]}, and {self.owner} takes any condition; leave "
@@ -102,6 +103,7 @@ class AcceptedConditions:
 
 OPTIONS = frozenset(
     {
+        "statistics",
         "t_start",
         "t_end",
         "to_zero",

@@ -100,6 +100,7 @@ def sample(
     *,
     solver: str | Solver | None = None,
     nfe: int | None = None,
+    steps: int | None = None,
     plan: Plan | None = None,
     recipe: SamplerRecipe | str | Path | None = None,
     profile: Profile | str | Path | None = None,
@@ -131,7 +132,8 @@ def sample(
         denoiser: The model.
         n: The number of samples; left out, that of ``noise``.
         solver: A name in :data:`fewstep.SOLVERS`, ``"auto"`` (the default), or a solver.
-        nfe: The number of network evaluations, 10 by default.
+        nfe: The number of network evaluations, 10 by default; or
+        steps: the number of the solver's steps.
         plan: A plan to run, instead of a solver; or
         recipe: a recipe, or the path of one; or
         profile: the profile of the model, or the path of one.
@@ -183,6 +185,7 @@ def sample(
     request = SamplerRequest(
         solver=solver,
         nfe=nfe,
+        steps=steps,
         plan=plan,
         recipe=recipe,
         profile=profile,
@@ -253,6 +256,7 @@ def steps(
     options: Mapping[str, Any] | None = None,
     solver: str | Solver | None = None,
     nfe: int | None = None,
+    steps: int | None = None,
     plan: Plan | None = None,
     recipe: SamplerRecipe | str | Path | None = None,
     profile: Profile | str | Path | None = None,
@@ -281,6 +285,7 @@ def steps(
     request = SamplerRequest(
         solver=solver,
         nfe=nfe,
+        steps=steps,
         plan=plan,
         recipe=recipe,
         profile=profile,
