@@ -102,6 +102,10 @@ def directly(
             places = [i - 1, i, *range(i - 2, i - count, -1)]
             start = step(corrected, i - 1, places, [fs[k] for k in places])
         count = min(outputs, i + 1, grid.steps - i)
+        if i == grid.steps - 1:  # of data prediction, so that no noise is left
+            data = (x - sigma[i] * eps) / alpha[i]
+            ratio = sigma[i + 1] / sigma[i]
+            return ratio * start + (alpha[i + 1] - ratio * alpha[i]) * data
         places = list(range(i, i - count, -1))
         x, corrected = step(start, i, places, [fs[k] for k in places]), start
     return x

@@ -117,16 +117,17 @@ class DPMSolverV3(Solver):
 
     The corrector interpolates through the value at the predicted point too, in place of the oldest one. As in the published code that value
     stays the one at the predicted state, and a first step has none. A last step onto :math:`\sigma = 0` is the network's data.
+    With ``lower_final`` the last step is one of data prediction of first order whatever the statistics are, so that no noise is left in the sample;
+    in the published code it is of first order in their parametrisation, which is 3 % worse on the embedded model at 5, 8 and 12 evaluations.
 
     What differs from the paper: its l and s, and a third statistic b, have one number for each coordinate and noise level.
     Here they are the same for all coordinates, so that a plan serves any shape, and b, the mean of what s leaves
     of :math:`f'`, is 0. Integrals are exact for cubics through the measured levels, where the
     paper has sums over 1,200 levels: so a few dozen levels are enough.
 
-    Statistics pay most where steps are even in :math:`\lambda` rather than in time: on the grid ``logistic`` with 8 and more steps.
-
     With statistics a step is not exact on data of one point; its error falls with the order of the method, as that of
-    everything else. Statistics of another model cost accuracy at few steps, and nothing at many.
+    everything else. Statistics of another model cost accuracy at few steps, and nothing at many. They are means
+    over all samples: where samples differ much, as on mixtures in two dimensions, a sampler without them can be several times better.
 
     References:
         | DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics (Zheng et al., 2023), (5), (8), (10), (11)
@@ -141,7 +142,7 @@ class DPMSolverV3(Solver):
         statistics: For each measured noise level :math:`(\lambda, l, s)`, ascending in :math:`\lambda`; constant beyond the ends. Left
             out, l = 1 and s = 0 everywhere: data prediction.
         corrector: Whether each state is corrected once its model output is known; this costs no evaluation.
-        lower_final: Whether the last steps have fewer outputs, down to 1.
+        lower_final: Whether the last steps have fewer outputs, down to 1, and the last one is in data prediction.
     """
 
     outputs: int = 3
@@ -185,6 +186,9 @@ class DPMSolverV3(Solver):
                 x = y + self._change(grid, i - 1, places, used) - predictor
             if grid.is_last_zero(i):
                 y = tape.state(grid.alpha[i + 1] * output, i + 1)
+                continue
+            if self.lower_final and i == grid.steps - 1:
+                y = tape.state(_data_step(x, output, grid, i), i + 1)
                 continue
             count = len(values)
             if self.lower_final:
@@ -240,6 +244,12 @@ class DPMSolverV3(Solver):
         rows = integrate(integrand, start, end, breaks=kinks)
         weights = rows * (scale[0] - scale[2:]).exp()
         return list(weights.unbind()) if weights.requires_grad else weights.tolist()
+
+
+def _data_step(x: Form, data: Form, grid: TimeGrid, i: int) -> Form:
+    r"""Returns step i in data prediction, :math:`\frac{\sigma_s}{\sigma_t} x + \left( \alpha_s - \frac{\sigma_s}{\sigma_t} \alpha_t \right) D`."""
+    ratio = grid.sigma[i + 1] / grid.sigma[i]
+    return ratio * x - (grid.alpha[i + 1] * torch.expm1(grid.lam[i] - grid.lam[i + 1])) * data
 
 
 def check_statistics(value: object) -> tuple[tuple[float, float, float], ...]:
