@@ -6,7 +6,6 @@ hands tests out to the others runs this file, too.
 
 from __future__ import annotations
 
-import functools
 import gc
 import html
 import logging
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+import small_studies
 
 if TYPE_CHECKING:
     from fewstep.diffusion.schedules import NoiseSchedule
@@ -229,27 +230,17 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def few_hypotheses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model check's 116 hypotheses are tested on closed forms; elsewhere some of each kind will do."""
-    from fewstep.studies import checking
-
-    monkeypatch.setattr(checking, "schedules_to_try", lambda claimed: [claimed])
-    monkeypatch.setattr(checking, "conventions_for", lambda schedule: ["as claimed", "t / t_max"])
+    small_studies.few_hypotheses(monkeypatch)
 
 
 @pytest.fixture
 def coarse_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of the evaluations of reference trajectories, where their numbers are not what is tested."""
-    from fewstep.studies import fit, stages
-
-    follow = functools.partial(stages.follow, intervals=12)
-    monkeypatch.setattr(stages, "follow", follow)
-    monkeypatch.setattr(fit, "INTERVALS", 12)
+    small_studies.coarse_references(monkeypatch)
 
 
 @pytest.fixture
 def few_real_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Searches are scored against 100 real samples instead of 2000, where the scores are not what is tested."""
-    monkeypatch.setattr("fewstep.learned.real_data.MOST", 100)
+    small_studies.few_real_samples(monkeypatch)
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def result(folder, out, patterns):
     "name",
     [pytest.param(n, marks=pytest.mark.slow) if n in ("tune", "analyze") else n for n in COMMANDS],
 )
-@pytest.mark.usefixtures("few_real_samples", "undrawn", "coarse_references")
+@pytest.mark.usefixtures("few_real_samples", "undrawn", "few_hypotheses", "coarse_references")
 def test_a_signal_and_a_full_disk_change_no_result(name, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("FEWSTEP_CACHE", str(folder / "cache"))

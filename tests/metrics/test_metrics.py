@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy
 import pytest
-import scipy.linalg
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -26,9 +24,11 @@ def test_frechet_distance_of_two_gaussians_in_closed_form() -> None:
 
 
 def test_fid_equals_the_formula_with_a_matrix_root_by_scipy() -> None:
+    from scipy.linalg import sqrtm
+
     a, b = _normal(300, 6, seed=0) @ _normal(6, 6, seed=1), _normal(200, 6, seed=2, mean=0.3)
     sa, sb = numpy.cov(a.numpy(), rowvar=False), numpy.cov(b.numpy(), rowvar=False)
-    root = scipy.linalg.sqrtm(sa @ sb).real
+    root = sqrtm(sa @ sb).real
     gap = a.mean(0) - b.mean(0)
     expected = float(gap @ gap) + numpy.trace(sa + sb - 2 * root)
     assert metrics.fid(a, b).value == pytest.approx(expected, rel=1e-9)
@@ -132,11 +132,18 @@ def test_sliced_wasserstein_of_different_sizes_uses_quantiles() -> None:
     assert metrics.sliced_wasserstein(a, doubled).value == pytest.approx(0.0, abs=1e-12)
 
 
+def student_of_scipy(share: float, freedom: int) -> float:
+    """The quantile; scipy.stats is imported here because it costs every process of a run a second."""
+    from scipy.stats import t
+
+    return float(t.ppf(share, freedom))
+
+
 def test_rms_is_the_root_mean_square_and_its_interval_is_students() -> None:
     a, b = _normal(50, 4, seed=0), _normal(50, 4, seed=1)
     result = metrics.rms(a, b)
     squares = ((a - b) ** 2).mean(1).numpy()
-    half = scipy.stats.t.ppf(0.975, 49) * squares.std(ddof=1) / 50**0.5
+    half = student_of_scipy(0.975, 49) * squares.std(ddof=1) / 50**0.5
     assert result.value == pytest.approx(squares.mean() ** 0.5)
     assert result.low == pytest.approx((squares.mean() - half) ** 0.5, rel=1e-4)
     assert result.high == pytest.approx((squares.mean() + half) ** 0.5, rel=1e-4)
@@ -145,7 +152,7 @@ def test_rms_is_the_root_mean_square_and_its_interval_is_students() -> None:
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
 @pytest.mark.parametrize("freedom", [8, 18, 38])
 def test_student_quantiles(level: float, freedom: int) -> None:
-    expected = scipy.stats.t.ppf((1 + level) / 2, freedom)
+    expected = student_of_scipy((1 + level) / 2, freedom)
     assert student(level, freedom) == pytest.approx(expected, rel=1e-3)
 
 

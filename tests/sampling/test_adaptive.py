@@ -9,7 +9,6 @@ from functools import cache
 import numpy
 import pytest
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import fewstep
@@ -48,6 +47,8 @@ def rms(x: Tensor) -> float:
 
 def by_scipy(denoiser, x: Tensor, times: Tensor) -> Tensor:
     """The states at times of the ODE dy/dlog rho = rho eps, by scipy's method of order 8."""
+    from scipy.integrate import solve_ivp
+
     schedule, u = denoiser.schedule, -denoiser.schedule.lam(times)
 
     def slope(at: float, y: numpy.ndarray) -> numpy.ndarray:

@@ -9,6 +9,7 @@ import fewstep
 from fewstep.base import sharing
 from fewstep.models import kept
 from forks import FORKS, Fork
+from small_studies import coarse_references, few_hypotheses
 
 SMOOTH = fewstep.load("mixture-smooth")
 FILES = ("grid.json", "recipe-3.json", "recipe-4.json")
@@ -80,12 +81,8 @@ def analyzed(tmp_path_factory):
     """The folder of an analysis, and its evaluations."""
     folder = tmp_path_factory.mktemp("analysis") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        from fewstep.studies import checking, stages
-
-        follow = stages.follow
-        patch.setattr(checking, "schedules_to_try", lambda claimed: [claimed])
-        patch.setattr(checking, "conventions_for", lambda schedule: ["as claimed", "t / t_max"])
-        patch.setattr(stages, "follow", lambda *a, **o: follow(*a, **{"intervals": 12, **o}))
+        few_hypotheses(patch)
+        coarse_references(patch)
         network = Network()
         fewstep.analyze(network.model(), **SMALL, out=folder)
     return folder, network.count

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from scipy.fft import dct, rfft
-from scipy.interpolate import CubicSpline
 
 from fewstep.studies import time_spectrum
 from fewstep.studies.spline import spline_matrix
@@ -23,6 +21,8 @@ def some(shape, seed=0):
 
 @pytest.mark.parametrize("size", [16, 17])
 def test_energies_are_those_of_scipy(size):
+    from scipy.fft import dct, rfft
+
     states = some((3, size, 2, 5)).cumsum(1)
     found = time_spectrum(states, even(size))
     one = abs(rfft(states.numpy(), axis=1)) ** 2
@@ -111,6 +111,8 @@ def test_chunks_change_nothing():
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 9])
 def test_the_spline_is_that_of_scipy(n):
+    from scipy.interpolate import CubicSpline
+
     knots = some((n,), 3).abs().cumsum(0)
     values = some((n,), 4)
     points = torch.linspace(float(knots[0]), float(knots[-1]), 23, dtype=torch.float64)

@@ -10,6 +10,9 @@ import torch
 
 import fewstep
 from fewstep.cli import run
+from small_studies import coarse_references, few_hypotheses
+
+pytestmark = pytest.mark.usefixtures("few_hypotheses", "coarse_references")
 
 MODEL = fewstep.load("mixture-smooth")
 SMALL = {"nfe": [3], "n": 4, "budget": 0, "seed": 2}
@@ -21,6 +24,8 @@ def analysis(tmp_path_factory):
     folder = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
+        few_hypotheses(patch)
+        coarse_references(patch)
         made = fewstep.analyze(MODEL, **SMALL)
     assert not list(folder.iterdir())
     return made
