@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-studio lint types results setup
+.PHONY: demo test test-studio lint types results setup wheel-check test-lowest
 
 setup: $(VENV)/.ready
 
@@ -35,3 +35,11 @@ lint: setup
 
 types: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The wheel and the sdist, and the wheel in a new environment outside the repository, offline.
+wheel-check:
+	$(PYTHON) scripts/wheel_check.py
+
+# The lowest versions that pyproject.toml allows: the package alone, then with its extras.
+test-lowest:
+	$(PYTHON) scripts/lowest.py

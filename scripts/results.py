@@ -654,8 +654,106 @@ def _mixture(cells: Mapping[str, Any]) -> str:
 {table(["evaluations", "family", "objective", "start", "result", "verdict"], rows)}"""
 
 
+def deciding() -> str:
+    """Measure, tune or distill: what each costs and what it gave."""
+    from defaults import mean
+
+    found = networks()
+    evaluations = [entry["evaluations"] for entry in found.values()]
+    seconds = sorted(entry["seconds"] for entry in found.values())
+
+    def error(who: str) -> str:
+        return ", ".join(
+            f"{mean(list(shares(found, who, nfe).values())):.2f} at {nfe}" for nfe in JUDGED
+        )
+
+    searched, students = load("tune"), load("distill")
+    gave = "not measured yet: `benchmarks/tune.py`"
+    if searched is not None:
+        part = searched["fashion"]
+        first = [h["score"] for h in part["history"] if h["stage"] == 0]
+        gave = (
+            f"on `fashion` at {part['nfe']} evaluations, from its profile: the squared distance to the model's own solution falls to "
+            f"{first[-1] / first[0]:.2f} of it in the first stage, on noise not searched on"
+        )
+    rows = [
+        ["nothing: `auto`", "0", "0", f"error over the best peer's: {error('auto')}"],
+        [
+            "measure: `fewstep fit`",
+            f"{min(evaluations):,} to {max(evaluations):,}, once a model",
+            f"{seconds[0]:.0f} to {seconds[-1]:.0f} s on two cores, median {seconds[len(seconds) // 2]:.0f} s",
+            f"error over the best peer's: {error('profile')}",
+        ],
+        [
+            "tune: `fewstep tune`",
+            "(pairs + held-out + test samples) of the teacher, and 3 × steps × batch × budget",
+            "minutes to hours",
+            gave,
+        ],
+    ]
+    text = ""
+    if students is not None:
+        cells = students["cells"]
+        one = next(name for name in cells if name.startswith("student"))
+        fid = cells[one]["fid"]["fashion"][0]
+        worse = [c["cost"] for k, c in cells.items() if k != one and c["fid"]["fashion"][0] > fid]
+        rows.append(
+            [
+                "distill: `fewstep record`, `fewstep distill`",
+                "as many as the teacher makes for each of some 10⁵ trajectories, then training",
+                "hours",
+                f"`{one.removeprefix('student ')}`: FID {fid:.1f} in one evaluation; solvers of up to {max(worse):.0f} evaluations have more",
+            ]
+        )
+        text = f"""
+FID of {
+            students["about"][
+                "n"
+            ]:,} samples of `fashion` (features of its own extractor; with 95 % interval), {
+            origin(students["about"])
+        }:
+
+{
+            table(
+                [
+                    "sampler",
+                    "evaluations",
+                    "FID",
+                    "of the class asked for",
+                    "distance to the model's own solution",
+                ],
+                [
+                    [
+                        name,
+                        f"{cell['cost']:.0f}",
+                        f"{cell['fid']['fashion'][0]:.1f} ({cell['fid']['fashion'][1]:.1f} to {cell['fid']['fashion'][2]:.1f})",
+                        f"{cell['right']:.0%}",
+                        f"{cell['rms']:.3f}",
+                    ]
+                    for name, cell in sorted(
+                        cells.items(), key=lambda item: item[1]["fid"]["fashion"][0]
+                    )
+                ],
+            )
+        }"""
+    return f"""# Measure, tune or distill
+
+What each costs before the first sample, and what it gave. All of it is about a model that exists: its weights do not change, except that distilling
+trains a student beside it.
+
+{table(["do", "network evaluations of one sample", "time", "gave"], rows)}
+- **Start with nothing, then measure.** A measurement needs no data and no training; do it for every model that is used more than once.
+- **Tune** when the budget is at most some 6 evaluations and the same budget is used for long. The result is a file of a few kilobytes.
+- **Distill** when there must be one or two evaluations, and the hours are there. A student does not inherit guidance scales, other budgets or inversion.
+
+The error is the distance (RMS) to a model's own many-step solution over that of the best of seven samplers of diffusers, chosen for each network and budget; the geometric
+mean over {len(found)} networks ([distance](distance.md)). What a search brought in more detail: [tuning](tuning.md).
+{text}"""
+
+
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "index": ("", index),
+    "deciding": ("Measure, tune or distill: what does each cost and give?", deciding),
     "distance": (
         "How near to the model's own solution, on which networks, beside whom?",
         distance,

@@ -220,8 +220,3 @@ def test_sampling_again_says_what_the_recipe_does_not_hold(tmp_path, capsys):
     assert "not taken over from the recipe: -n 3, --seed 5" in capsys.readouterr().out
     assert run(["--quiet", *words, f"{again}-2"]) == 0
     assert "".join(capsys.readouterr()) == ""
-
-
-def test_completion_can_be_installed(capsys):
-    assert run(["--install-completion", "--help"]) == 0
-    assert "completion" in capsys.readouterr().out

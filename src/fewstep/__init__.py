@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from fewstep.workflows.comparing import compare as compare
     from fewstep.workflows.training import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "adapters": "adapters",
