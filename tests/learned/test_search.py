@@ -23,6 +23,7 @@ from fewstep.learned.objectives import (
     Endpoint,
     Objective,
     Outcome,
+    Perceptual,
     Trajectory,
 )
 from fewstep.learned.settings import Search
@@ -150,6 +151,32 @@ def test_mmd_scales_features_and_compares_with_a_choice_of_the_real_ones():
     assert float(whole) == pytest.approx(float(mmd2(cubic(a, a), cubic(b, b), cubic(a, b))))
 
 
+def test_weights_are_relative_to_no_less_than_the_noise_of_a_discrepancy():
+    """With a linear kernel and features of norm r in D dimensions: the bias of n samples, about r^2 / (D n)."""
+    n = 50
+    x = normal(n, 4)
+    x = 3 * x / x.norm(dim=1, keepdim=True)
+    loss = MMD(x, lambda a: a, kernel="linear")
+    scaled = x * loss.scale
+    within = float(scaled.square().sum(1).mean()) / 4
+    apart = float(scaled.mean(0).square().sum()) / 4
+    assert loss.typical(1e-9, x) == pytest.approx((within - apart) / (n - 1))
+    assert loss.typical(-7.0, x) == 7
+    assert Endpoint().typical(-7.0, x) == 7
+
+
+def test_a_sum_of_distances_judges_by_all_of_them():
+    """Relative to their values at the start on other noise, so each is about 1 there."""
+    arguments = {**WRONG_TEACHER, "objective": "endpoint+perceptual", "data": DATA}
+    both = tune(RING, **arguments)
+    alone = tune(RING, **{**arguments, "objective": "endpoint"})
+    assert 1 < both.history[0]["score"] < 4
+    # Points are their own features here: both terms are the same distance.
+    norm = 2 * alone.history[0]["score"] / both.history[0]["score"]
+    assert alone.history[0]["score"] / 2 < norm < 2 * alone.history[0]["score"]
+    assert both.history[-1]["score"] < both.history[0]["score"]
+
+
 @pytest.mark.parametrize("kernel", ["linear", "cubic", "gaussian", "mixture", "scales"])
 def test_kernels_are_positive_definite(kernel):
     points = normal(30, 4)
@@ -169,6 +196,9 @@ def test_distances():
         feature_distance(extract)(x, y), (extract(x) - extract(y)).square().mean(1)
     )
     batch = Batch((0, 0), 2, y[:2], (y[:2], y[:2]))
+    assert float(Perceptual(extract).loss(Outcome(x), batch)) == pytest.approx(
+        float((extract(x) - extract(y))[:2].square().mean())
+    )
     assert float(Endpoint().loss(Outcome(x), batch)) == pytest.approx(
         float((x - y)[:2].square().mean())
     )

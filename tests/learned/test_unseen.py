@@ -128,6 +128,9 @@ def test_the_change_of_a_discrepancy_is_paired():
     )
     assert change.value == pytest.approx(one.value - two.value, rel=1e-9, abs=1e-12)
     assert change.high - change.low < one.high - one.low + two.high - two.low
+    narrow = discrepancy_change(space.judge, a, b, level=0.683)
+    assert narrow.value == change.value
+    assert narrow.high - narrow.value == pytest.approx((change.high - change.value) / 2, rel=0.05)
     same = discrepancy_change(space.judge, b, b)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
