@@ -368,8 +368,7 @@ def test_real_data_in_memory_and_as_a_reference():
         assert "FID (pixels, trained on)" in tuned.scores["before"]
         assert tuned.recipe.about["data"]["features"] == "pixels"
     named = fewstep.tune(RING, nfe=2, search=TINY)
-    assert named.recipe.about["objective"] == "endpoint"
-    assert named.recipe.about["data"]["features"] == "pixels"  # exact models bring their data
+    assert named.recipe.about["objective"] == "endpoint,mmd"  # exact models bring their data
 
 
 def test_images_of_a_folder(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def tune(
         family: The parameters that are learned: gs (times and corrections of a solver), ld3,
             schedule, free, ggdm, ggdm+pred+time and others.
         objective: endpoint, perceptual, trajectory, mmd; sums (mmd+0.1*endpoint), stages (endpoint,mmd);
-            auto is endpoint+perceptual for images with data, else endpoint.
+            auto is endpoint+perceptual for images with data, endpoint,mmd for vectors, else endpoint.
         data: Real data: an embedded name (fashion), a folder of images, an idx or npz file.
         features: The features of perceptual and mmd: fashion, fashion-robust, pixels, or a folder or file.
         unseen: Further features for the final scores alone (a folder or file); can be repeated.

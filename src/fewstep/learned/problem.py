@@ -202,7 +202,9 @@ class Problem:
         if data is None and isinstance(denoiser, GaussianMixture):
             data = denoiser.draw(20_000, seed=seed + TEST)
         if objective == "auto":
-            objective = "endpoint" if small or data is None else "endpoint+perceptual"
+            # Features tell what least squares do not; the coordinates of vectors are no features.
+            objective = "endpoint,mmd" if small else "endpoint+perceptual"
+            objective = "endpoint" if data is None else objective
         stages = stages_of(
             objective,
             small=small,

@@ -92,7 +92,7 @@ def tune(
         family: The parameters that are learned, a name in :data:`fewstep.learned.FAMILIES`.
         objective: Names in :data:`fewstep.learned.OBJECTIVES` (``"endpoint"``, ``"trajectory"``,
             ``"perceptual"``, ``"mmd"``, ``"adversarial"``, ``"adversarial-data"``, ``"reward"``), weighted sums (``"mmd+0.1*endpoint"``) and stages (``"endpoint,mmd"``);
-            ``"auto"`` is ``"endpoint+perceptual"`` for images with data, else ``"endpoint"``.
+            ``"auto"`` is with data ``"endpoint+perceptual"`` for images, ``"endpoint,mmd"`` for vectors; without ``"endpoint"``.
         data: Real data, needed by ``mmd``: an embedded name (``"fashion"``), a folder of images, an
             idx or npz file, a tensor of samples (n, \*), or a :class:`~fewstep.metrics.Reference`.
             Exact mixtures have their own.
