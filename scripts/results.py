@@ -670,11 +670,11 @@ def deciding() -> str:
     searched, students = load("tune"), load("distill")
     gave = "not measured yet: `benchmarks/tune.py`"
     if searched is not None:
-        part = searched["fashion"]
-        first = [h["score"] for h in part["history"] if h["stage"] == 0]
+        cell, unseen = searched["cells"]["default 5"], searched["features"][2:]
+        over = " and ".join(f"{cell[space]['over the peer'][0]:.2f}" for space in unseen)
         gave = (
-            f"on `fashion` at {part['nfe']} evaluations, from its profile: the squared distance to the model's own solution falls to "
-            f"{first[-1] / first[0]:.2f} of it in the first stage, on noise not searched on"
+            f"on `{searched['model']}` at 5 evaluations, from its profile: FID over the best peer's {over} in two kinds of features "
+            "that the search did not see"
         )
     rows = [
         ["nothing: `auto`", "0", "0", f"error over the best peer's: {error('auto')}"],
