@@ -356,12 +356,17 @@ def main() -> None:
     if arguments.what == "draw":
         run(asked or names(), budgets, arguments.out, denoiser, n, subject)
         return
-    # Scored is what was drawn: nothing is run again.
-    drawn = [c for c in Store(arguments.out).all() if c.name != "reference" and c.nfe in budgets]
-    there = list(dict.fromkeys(c.name for c in drawn if not asked or c.name in asked))
-    found = run(there, sorted({c.nfe for c in drawn}), arguments.out, denoiser, n, subject)
-    keys = {c.key for c in drawn}
-    scores = score(replace(found, cells=[c for c in found.cells if c.key in keys]), n, subject)
+    # Scored is what was drawn: nothing is run again, and nothing that is missing.
+    drawn = dict[str, list[int]]()
+    for cell in Store(arguments.out).all():
+        if cell.name != "reference" and (not asked or cell.name in asked) and cell.nfe in budgets:
+            drawn.setdefault(cell.name, []).append(cell.nfe)
+    alike = dict[tuple[int, ...], list[str]]()
+    for name, at in drawn.items():
+        alike.setdefault(tuple(sorted(at)), []).append(name)
+    parts = [run(some, at, arguments.out, denoiser, n, subject) for at, some in alike.items()]
+    cells = [cell for part in parts for cell in part.cells]
+    scores = score(replace(parts[-1], cells=cells), n, subject)
     show(scores)
     file = subject.file(n)
     write_json(file, scores)
