@@ -165,8 +165,8 @@ def test_a_study_is_not_resumed_with_other_images(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--nfe", "0"], "--nfe is integers from 2 to 40"),
-        (["--nfe", "5,x"], "--nfe is integers"),
+        (["--nfe", "0"], "NFE are integers from 2 to 40"),
+        (["--nfe", "5,x"], "NFE are integers"),
         (["-n", "2"], "at least 4"),
         (["--budget", "-1"], "--budget"),
         (["--data", "nowhere"], "makes no images"),
