@@ -56,4 +56,8 @@ def beside(paper: str, result: Mapping[str, Any] | None, key: str = "fid") -> st
             rows.append(f"| {method} | " + " | ".join(shown) + " |")
     head = f"| | {' | '.join(map(str, budgets))} |\n|{' --- |' * (len(budgets) + 1)}\n"
     words = f"Ratios further than a factor of {APART} from the published: {', '.join(apart) if apart else 'none'}."
-    return f"{head}" + "\n".join(rows) + f"\n\n{words} Published: {told['source']}.\n"
+    return (
+        f"{head}"
+        + "\n".join(rows)
+        + f"\n\n{words} {told.get('remark', '')} Published: {told['source']}.\n"
+    )
