@@ -49,6 +49,9 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 """Arguments that make a call of the documents cheap, for the functions of ``fewstep`` that are dear."""
 
+SERVES = {"studio"}
+"""Commands that run until they are stopped; their arguments are parsed. tests/studio runs them."""
+
 OTHERS = {
     "fewstep --install-completion": "it writes into the reader's home; tests/test_release.py installs it",
     ".venv/bin/pytest": "it is what runs here",
@@ -176,7 +179,7 @@ def check_page(page: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> dic
             own = own_words(words)
             if own is None or " ".join(words) in OTHERS:
                 check_command(words)
-            elif block.reason is not None:
+            elif block.reason is not None or own[0] in SERVES:
                 check_parsed(own)
             else:
                 carry_out(own)
