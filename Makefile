@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-studio lint types results setup wheel-check test-lowest
+.PHONY: demo test test-studio lint types results setup docs wheel-check test-lowest
 
 setup: $(VENV)/.ready
 
@@ -43,3 +43,8 @@ wheel-check:
 # The lowest versions that pyproject.toml allows: the package alone, then with its extras.
 test-lowest:
 	$(PYTHON) scripts/lowest.py
+
+# The site of the documents, in build/site; a warning or a dead link is an error.
+docs: setup
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python scripts/site.py

@@ -42,6 +42,11 @@ def mathml(formula: str, *, block: bool) -> str:
     )
 
 
+def _within(formula: str) -> str:
+    """A formula within text: Markdown takes a tag at the beginning of a line for a block, so something precedes it."""
+    return "&#8203;" + formula
+
+
 def with_formulas(text: str) -> str:
     """Returns a page of Markdown with ``$…$`` and ``$$…$$`` as MathML; code stays as it is."""
     parts = re.split(r"(^```.*?^```$|`[^`\n]+`)", text, flags=re.DOTALL | re.MULTILINE)
@@ -53,7 +58,9 @@ def with_formulas(text: str) -> str:
             flags=re.DOTALL,
         )
         parts[k] = re.sub(
-            r"(?<![\\$\w])\$(?=\S)([^$]*?\S)\$(?!\w)", lambda m: mathml(m[1], block=False), part
+            r"(?<![\\$\w])\$(?=\S)([^$]*?\S)\$(?!\w)",
+            lambda m: _within(mathml(m[1], block=False)),
+            part,
         )
     return "".join(parts)
 
@@ -81,7 +88,7 @@ def inline(text: str, links: Links) -> str:
         kept.append(value)
         return f"\0{len(kept) - 1}\0"
 
-    text = re.sub(r":math:`([^`]+)`", lambda m: keep(mathml(m[1], block=False)), text)
+    text = re.sub(r":math:`([^`]+)`", lambda m: keep(_within(mathml(m[1], block=False))), text)
     text = re.sub(r":(\w+):`([^`]+)`", lambda m: keep(_reference(m, links)), text)
     text = re.sub(r"``(.+?)``", lambda m: keep(f"`{m[1]}`"), text, flags=re.DOTALL)
     text = html.escape(text, quote=False).replace("\\*", "\\*").replace("_", "\\_")
@@ -119,7 +126,7 @@ def prose(text: str, links: Links) -> str:
                 )
             )
         else:
-            shown = inline("\n".join(line.strip() for line in lines), links)
+            shown = inline(" ".join(line.strip() for line in lines), links)
             lead, _, rest = shown.partition(":")
             out.append(f"**{lead}.**{rest}" if lead in LEADS else shown)
     return "\n\n".join(out)
