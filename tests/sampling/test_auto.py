@@ -94,6 +94,7 @@ def test_the_first_time_stays_above_a_floor():
 
 @pytest.mark.diffusers
 def test_a_pipeline_of_a_shifted_flow_keeps_its_shift():
+    pytest.importorskip("diffusers")
     from fewstep.adapters.diffusers import PlanScheduler
 
     plain, shifted = (PlanScheduler(prediction_type="flow_prediction", shift=s) for s in (1, 3))
