@@ -272,7 +272,7 @@ def _quality_of(result: Mapping[str, Any]) -> str:
     judged = JUDGED[1] if JUDGED[1] in budgets else budgets[0]
     names = sorted(
         {name for name, _ in cells},
-        key=lambda name: cells.get((name, judged), {"fid": [math.inf]})["fid"][0],
+        key=lambda name: (cells.get((name, judged), {"fid": [math.inf]})["fid"][0], name),
     )
 
     def cell(name: str, nfe: int) -> str:
