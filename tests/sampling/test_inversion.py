@@ -50,3 +50,33 @@ def test_what_does_not_fit_is_said() -> None:
         fewstep.invert(model, [1.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rtol and atol cannot both be 0"):
         fewstep.invert(model, normal(2, 2), rtol=0, atol=0)
+
+
+Pair = tuple[GaussianMixture, torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def inverted() -> Pair:
+    """A model, data, and the noise that the data come from."""
+    model = smooth(VP)
+    x = model.draw(64, t=VP.t_min, seed=2)
+    return model, x, fewstep.invert(model, x, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        name
+        for name, build in fewstep.SOLVERS.items()
+        if not (build().adaptive or build().stochastic or name == "multistep")
+    ],
+)
+def test_every_deterministic_solver_comes_back_to_the_data(solver: str, inverted: Pair) -> None:
+    """Four times the steps leave at most 1 / 1.5 of the error: it is the solver's, not the inversion's."""
+    model, x, noise = inverted
+    few, many = (
+        float(rms(fewstep.sample(model, noise=noise, solver=solver, steps=k) - x))
+        for k in (12, 48)
+    )
+    assert many < 0.3
+    assert many < few / 1.5
