@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,12 @@ from fewstep.base.files import read_json
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 APART = 1.5
 """A ratio comes out if it is within this factor of the published one."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Returns a table in Markdown."""
+    lines = [[str(cell) for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def published(paper: str) -> dict[str, Any]:
@@ -33,7 +39,7 @@ def cells_of(result: Mapping[str, Any] | None) -> dict[tuple[str, int], Any]:
 def beside(paper: str, result: Mapping[str, Any] | None, key: str = "fid") -> str:
     """Returns a table of one score: ours and its ratio to the base's, the published ones behind the bar."""
     told, cells = published(paper), cells_of(result)
-    base, rows, apart = told["base"], list[str](), list[str]()
+    base, rows, apart = told["base"], list[list[str]](), list[str]()
     budgets = sorted({int(k) for row in told[key].values() for k in row})
     budgets = [k for k in budgets if any(nfe == k for _, nfe in cells)] or budgets
     for method, theirs in told[key].items():
@@ -53,11 +59,7 @@ def beside(paper: str, result: Mapping[str, Any] | None, key: str = "fid") -> st
                         apart.append(f"{method} at {nfe}")
             shown.append("" if left == right else f"{left} \\| {right}")
         if any(shown):
-            rows.append(f"| {method} | " + " | ".join(shown) + " |")
-    head = f"| | {' | '.join(map(str, budgets))} |\n|{' --- |' * (len(budgets) + 1)}\n"
+            rows.append([method, *shown])
     words = f"Ratios further than a factor of {APART} from the published: {', '.join(apart) if apart else 'none'}."
-    return (
-        f"{head}"
-        + "\n".join(rows)
-        + f"\n\n{words} {told.get('remark', '')} Published: {told['source']}.\n"
-    )
+    more = f"{words} {told.get('remark', '')} Published: {told['source']}.\n"
+    return f"{table(['', *map(str, budgets)], rows)}\n{more}"

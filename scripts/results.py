@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS, PAGES_FOLDER = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
-from papers import beside, cells_of, published, quality_of  # noqa: E402
+from papers import beside, cells_of, published, quality_of, table  # noqa: E402
 
 JUDGED = (5, 10, 20)
 """The budgets of the tables on the first page."""
@@ -38,12 +38,6 @@ def load(name: str) -> dict[str, Any] | None:
     """Returns a result, or ``None`` if it has not been measured."""
     path = RESULTS / f"{name}.json"
     return read_json(path, what="result") if path.exists() else None
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a table in Markdown."""
-    lines = [[str(cell) for cell in row] for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def printed(*names: str, script: str) -> str:
