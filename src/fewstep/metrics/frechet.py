@@ -104,15 +104,15 @@ def fid(
     """
     least = 8 if extrapolate else 2
     settings = {"level": level, "blocks": blocks, "seed": seed}
-    fixed = (False, isinstance(b, Reference) and not heldout)
+    right: Side
     if isinstance(b, Reference) and not heldout:
         fa, right = against(a, b, features, least=least), b.statistics
-        sizes = (len(fa), right.n)
+        known, size = True, right.n
     else:
         fa, right = two_sides(a, b, features, least=least, heldout=heldout)
-        sizes = (len(fa), len(right))
+        known, size = False, len(right)
     statistic = _extrapolated(fa, right, seed) if extrapolate else _plain(fa, right)
-    return jackknife(statistic, sizes, fixed=fixed, **settings)[0]
+    return jackknife(statistic, (len(fa), size), fixed=(False, known), **settings)[0]
 
 
 Side = Tensor | Statistics
