@@ -37,8 +37,10 @@ from fewstep.operators.continued import continued
 from fewstep.operators.distillation import distill
 from fewstep.operators.students import make_student
 from fewstep.reporting.plots import image_grid
+from fewstep.sampling.plan_sampler import PlanSampler
 from fewstep.training.data import read_images
 from fewstep.training.train import TrainRecipe, train
+from quality import build
 
 TEACHER = "auto 10"
 """What the distance is measured to: the best sampler of as many evaluations as the recorded one has."""
@@ -196,9 +198,10 @@ def solver_of(name: str, model: fewstep.Denoiser) -> dict[str, Any]:
     solver, _, nfe = name.rpartition(" ")
     if not solver or not nfe.isdigit():
         raise ValueError(f"a sampler is a name and a budget, as 'ddim 4', got {name!r}")
-    if solver == "profile":
-        return {"solver": "auto", "nfe": int(nfe)}
-    return {"plan": fewstep.plan(solver, model.schedule, nfe=int(nfe))}
+    made = build(solver, model, int(nfe))
+    if not isinstance(made, PlanSampler):
+        raise ValueError(f"{solver!r} has no plan; name a solver of fewstep")
+    return {"plan": made.plan}
 
 
 def one_call(model: fewstep.Denoiser) -> int:

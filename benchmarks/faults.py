@@ -511,7 +511,8 @@ def main() -> None:
                 [kind.name for kind in every_file.KINDS] if part == "damage" else list(COMMANDS)
             )
             # A few of each command at a time, so that a run that is cut has some of all.
-            few = [0] if part == "damage" else range(10, options.goal + 10, 10)
+            most = {"damage": 0, "kills": options.goal, "disk": 12, "writers": 4}[part]
+            few = sorted({min(goal, most) for goal in range(10, options.goal + 10, 10)})
             for goal, name in [(goal, name) for goal in few for name in names]:
                 if (chosen and name not in chosen) or work.is_late():
                     continue
@@ -519,7 +520,6 @@ def main() -> None:
                     costly = next(k for k in every_file.KINDS if k.name == name).costly
                     damage(work, name, max(1, options.bits // 20) if costly else options.bits)
                 else:
-                    goal = min(goal, {"kills": options.goal, "disk": 12, "writers": 4}[part])
                     {"kills": kills, "disk": disk, "writers": writers}[part](work, name, goal)
                 print(part, name, json.dumps(counts.get(part, {}).get(name, {})), flush=True)
 
