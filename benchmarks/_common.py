@@ -74,9 +74,8 @@ class Setting:
 
 def say_what_runs(what: str, packages: Iterable[str] = ()) -> None:
     """Prints the command, the date, the versions and what is measured."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     versions = ", ".join(f"{p} {version(p)}" for p in ("torch", *packages))
-    print(f"`{command}`\n")
+    print(f"`{command()}`\n")
     print(
         f"{date.today()}, fewstep {fewstep.__version__}, {versions}, Python "
         f"{platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} thread(s). {what}\n",
@@ -91,12 +90,18 @@ def about(**more: Any) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "commit": found or "unknown",
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(),
         "fewstep": fewstep.__version__,
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device_name()}",
         **more,
     }
+
+
+def command() -> str:
+    """Returns the command that runs, without the folders of this machine: of absolute paths the last part."""
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *shown])
 
 
 def device_name() -> str:

@@ -60,11 +60,16 @@ def page_of(model: str) -> str:
     return "quality" if model == SAMPLED[0] else f"quality-{model}"
 
 
+def qualities_of(name: str) -> list[dict[str, Any]]:
+    """Returns the quality tables of a model, those of the most samples first."""
+    files = (RESULTS).glob(f"quality-{name}-*.json")
+    found = sorted(files, key=lambda path: -int(path.stem.rpartition("-")[2]))
+    return [read_json(path, what="scores") for path in found]
+
+
 def quality_of(name: str) -> dict[str, Any] | None:
-    """Returns the quality tables of a model, those of the most samples, or ``None``."""
-    files = (BENCHMARKS / "results").glob(f"quality-{name}-*.json")
-    found = sorted(files, key=lambda path: int(path.stem.rpartition("-")[2]))
-    return read_json(found[-1], what="scores") if found else None
+    """Returns the quality table of the most samples of a model, or ``None``."""
+    return next(iter(qualities_of(name)), None)
 
 
 def cells_of(result: Mapping[str, Any] | None) -> dict[tuple[str, int], Any]:

@@ -6,29 +6,31 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from result_pages.parts import JUDGED, SAMPLED, cells_of, origin, printed, quality_of, table
+from result_pages.parts import JUDGED, SAMPLED, cells_of, origin, printed, qualities_of, table
+
+CELL = """A cell has FID against the training images in three feature spaces (a classifier, one that saw noisy and blurred images, one with random weights),
+inception score and KID of the first, and RMS to the reference from the same noise. FID is biased upwards by the number of samples, alike in a table: compare within one.
+`profile` is `auto` with the model's measured profile, `auto` without it.
+"""
+"""What the tables have."""
 
 
 def quality(model: str = SAMPLED[0]) -> str:
-    """FID of all samplers on a model."""
-    head = f"# Quality beside the peers: `{model}`\n\n"
-    result = quality_of(model)
-    if result is None:
-        return f"{head}Not measured yet: `python benchmarks/quality.py`.\n"
-    return head + _quality_of(result) + (_evaluations_needed() if model == SAMPLED[0] else "")
+    """FID of all samplers on a model, the table of the most samples first."""
+    parts = [f"# Quality beside the peers: `{model}`\n", CELL]
+    found = qualities_of(model)
+    if not found:
+        parts.append("Not measured yet: `python benchmarks/quality.py`.\n")
+    for result in found:
+        parts += [f"## {result['n']:,} samples\n", _tables(result)]
+    if model == SAMPLED[0]:
+        script = "python benchmarks/nfe_to_quality.py --results DIR"
+        parts.append("## Evaluations needed for the quality of many\n")
+        parts.append(printed("nfe-to-quality", script=script))
+    return "\n".join(parts)
 
 
-def _evaluations_needed() -> str:
-    script = "python benchmarks/nfe_to_quality.py --results DIR"
-    return f"""
-## Evaluations needed for the quality of many
-
-{printed("nfe-to-quality", script=script)}
-![FID against evaluations, with the band of the reference](../figures/nfe-to-quality.svg)
-"""
-
-
-def _quality_of(result: Mapping[str, Any]) -> str:
+def _tables(result: Mapping[str, Any]) -> str:
     cells = cells_of(result)
     budgets = sorted({nfe for _, nfe in cells})
     judged = JUDGED[1] if JUDGED[1] in budgets else budgets[0]
@@ -42,7 +44,7 @@ def _quality_of(result: Mapping[str, Any]) -> str:
         if row is None:
             return ""
         values = " / ".join(f"{row[key][0]:.3g}" for key in ("fid", "robust", "random"))
-        return f"{values}; {row['inception'][0]:.2f}; {row['rms'][0]:.3f}"
+        return f"{values}; {row['inception'][0]:.2f}; {row['kid'][0]:.2g}; {row['rms'][0]:.3f}"
 
     def width(nfe: int) -> float:
         shown = [row["fid"] for (_, k), row in cells.items() if k == nfe]
@@ -55,10 +57,7 @@ def _quality_of(result: Mapping[str, Any]) -> str:
         best.append([nfe, ", ".join(ties), f"{width(nfe):.2f}"])
     top = result["reference"]
     shown = " / ".join(f"{top[key][0]:.3g}" for key in ("fid", "robust", "random"))
-    return f"""{origin(result["about"])}; {result["n"]} samples of seed {result["seed"]}, classes in turn. A cell has FID against the training images in three feature
-spaces (a classifier, one that saw noisy and blurred images, one with random weights), inception score of the first, and RMS to the reference from the same
-noise. FID is biased upwards by the number of samples, alike in a table. The reference ({top["nfe"]} evaluations of tab3) has {shown}; {top["inception"][0]:.2f}.
-`profile` is `auto` with the model's measured profile, `auto` without it. Sorted by the first FID at {judged}.
+    return f"""{origin(result["about"])}; seed {result["seed"]}, classes in turn. The reference ({top["nfe"]} evaluations of tab3) has {shown}; {top["inception"][0]:.2f}. Sorted by the first FID at {judged}.
 
 {table(["sampler", *map(str, budgets)], rows)}
 The best by the first FID, with those whose paired difference to it is within the 95 % interval; and the median half-width of a single interval:
