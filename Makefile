@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-studio lint types results setup docs wheel-check test-lowest
+.PHONY: demo test test-studio lint types results setup docs wheel-check test-lowest test-newest
 
 setup: $(VENV)/.ready
 
@@ -40,9 +40,12 @@ types: setup
 wheel-check:
 	$(PYTHON) scripts/wheel_check.py
 
-# The lowest versions that pyproject.toml allows: the package alone, then with its extras.
+# The lowest, and the newest, versions that pyproject.toml allows: the package alone, then with its extras.
 test-lowest:
 	$(PYTHON) scripts/lowest.py
+
+test-newest:
+	$(PYTHON) scripts/lowest.py --newest
 
 # The site of the documents, in build/site; a warning or a dead link is an error.
 docs: setup

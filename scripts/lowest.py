@@ -1,10 +1,12 @@
-"""Runs tests with the lowest versions of the dependencies that pyproject.toml allows.
+"""Runs tests with the lowest, or the newest, versions of the dependencies that pyproject.toml allows.
 
-Run by ``make test-lowest``. Two environments, as users have them: the package alone, and the package with its
-extras; in each every dependency is at the lower bound that pyproject.toml says, which is thereby the one place that says it.
-pip refuses bounds that exclude each other. What tests with is the newest.
+Run by ``make test-lowest`` and ``make test-newest``. In a new environment the package alone is installed and tested, then, in
+the same environment, with its extras; at each stage every dependency is at the lower bound that pyproject.toml says, which is thereby the one
+place that says it. pip refuses bounds that exclude each other. What tests with (pytest, hypothesis, scipy) is the newest at any time.
 
-PyPI has no build of torch for the CPU alone on Linux: there the old torch comes with gigabytes of CUDA, unless pip is
+``--newest`` takes the newest of everything instead, within the upper bounds of pyproject.toml and of pip's own configuration.
+
+PyPI has no build of torch for the CPU alone on Linux: there torch comes with gigabytes of CUDA, unless pip is
 shown torch's own index (``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu``). ``--torch 2.13.0`` takes another torch.
 """
 
@@ -20,15 +22,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("diffusers", "report", "distill", "search", "remote")
+EXTRAS = ("diffusers", "report", "distill", "search", "remote", "studio")
 """Ray is left out: of it only the newest is tested, by hand."""
 
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.12")
-ROOMS = {
+STAGES = {
     (): "test_house.py test_loading.py cli/test_cli.py diffusion models plans solvers sampling training",
-    EXTRAS: "test_house.py adapters reporting comparison trajectories operators learned studies workflows",
+    EXTRAS: "test_house.py adapters reporting comparison trajectories operators learned studies workflows studio",
 }
-"""The tests of each environment."""
+"""The extras of each stage, and its tests."""
 
 
 def lower_bounds(requirements: Iterable[str]) -> dict[str, str]:
@@ -55,40 +57,60 @@ def wanted(extras: Sequence[str]) -> dict[str, str]:
     return lower_bounds([*project["dependencies"], *(text for e in extras for text in own[e])])
 
 
+def pins(extras: Sequence[str], *, newest: bool, torch: str | None) -> dict[str, str]:
+    """Returns the version of each package that is not left to pip."""
+    versions = {} if newest else wanted(extras)
+    return versions | ({"torch": torch} if torch is not None else {})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Installs and tests."""
+    """Installs and tests, stage by stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where the environments are kept")
-    parser.add_argument("--torch", help="another torch than the lowest")
-    parser.add_argument("--only", choices=("core", "extras"), help="one environment only")
+    parser.add_argument("--newest", action="store_true", help="the newest versions instead")
+    parser.add_argument("--folder", type=Path, help="where the environment is kept")
+    parser.add_argument("--torch", help="another torch than the lowest, or the newest")
+    parser.add_argument("--only", choices=("core", "extras"), help="one stage only")
     parser.add_argument("tests", nargs="*", help="other tests than those listed here")
     given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="fewstep-lowest-") as name:
-        folder = given.folder or Path(name)
-        for extras, rooms in ROOMS.items():
-            kind = "extras" if extras else "core"
-            if given.only in (None, kind):
-                test(folder / kind, extras, given.torch, given.tests or rooms.split())
+    with tempfile.TemporaryDirectory(prefix="fewstep-versions-") as name:
+        folder = given.folder or Path(name) / "environment"
+        if not folder.exists():
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        for extras, rooms in STAGES.items():
+            if given.only in (None, "extras" if extras else "core"):
+                versions = pins(extras, newest=given.newest, torch=given.torch)
+                install(folder, extras, versions, newest=given.newest)
+                test(folder, given.tests or rooms.split())
 
 
-def test(folder: Path, extras: Sequence[str], torch: str | None, tests: Sequence[str]) -> None:
-    """Makes one environment and runs its tests; a failure ends the run."""
-    versions = wanted(extras)
-    if torch is not None:
-        versions["torch"] = torch
-    if not folder.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    pins = folder / "lowest.txt"
-    pins.write_text("".join(f"{k}=={v}\n" for k, v in versions.items()), encoding="utf-8")
-    print(f"{folder.name}:", ", ".join(f"{k} {v}" for k, v in versions.items()), flush=True)
+def install(
+    folder: Path, extras: Sequence[str], versions: dict[str, str], *, newest: bool
+) -> None:
+    """Installs the package with these extras, and what tests with, and prints the versions of its dependencies."""
+    file = folder / "pins.txt"
+    file.write_text("".join(f"{k}=={v}\n" for k, v in versions.items()), encoding="utf-8")
     own = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir"]
-    subprocess.run([*pip, "--constraint", pins, "--editable", own, *TOOLS], check=True)
+    pip = [folder / "bin" / "python", "-m", "pip"]
+    wish = ["--upgrade", "--upgrade-strategy", "eager"] if newest else []
+    words = [*pip, "install", "--quiet", "--no-cache-dir", *wish, "--constraint", file]
+    subprocess.run([*words, "--editable", own, *TOOLS], check=True)
+    listed = subprocess.run([*pip, "freeze"], check=True, stdout=subprocess.PIPE, text=True)
+    found = dict(line.split("==") for line in listed.stdout.splitlines() if "==" in line)
+    has = {name.lower().replace("_", "-"): version for name, version in found.items()}
+    print(
+        f"{'package alone' if not extras else 'with ' + ', '.join(extras)}:",
+        ", ".join(f"{name} {has.get(name, '?')}" for name in wanted(extras)),
+        flush=True,
+    )
+
+
+def test(folder: Path, tests: Sequence[str]) -> None:
+    """Runs tests in the environment; a failure ends the run."""
     paths = [str(ROOT / "tests" / t) for t in tests]
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *paths]
-    if code := subprocess.run(pytest, cwd=ROOT, check=False).returncode:
-        sys.exit(code)
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not studio"]
+    done = subprocess.run([folder / "bin" / "python", *words, *paths], cwd=ROOT, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 if __name__ == "__main__":

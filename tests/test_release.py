@@ -47,7 +47,7 @@ def test_every_dependency_has_a_lower_bound():
 
 
 def test_the_tests_of_the_lowest_versions_exist():
-    for rooms in script("lowest").ROOMS.values():
+    for rooms in script("lowest").STAGES.values():
         for room in rooms.split():
             assert (ROOT / "tests" / room).exists(), room
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from fewstep.studio.events import (
     Stage,
 )
 from fewstep.studio.models import ModelInfo, Models
-from fewstep.studio.session import Session
+from fewstep.studio.session import Session, Sessions
 from fewstep.studio.settings import (
     MOST_SAMPLERS,
     FitRequest,
@@ -72,8 +71,8 @@ EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAO
 """A picture of nothing."""
 
 
-def install(app: FastAPI, models: Models, model: str, device: str) -> Callable[[], None]:
-    """Adds the page to a web application; returns what cancels all runs and waits for their ends.
+def install(app: FastAPI, models: Models, model: str, device: str) -> Sessions:
+    """Adds the page to a web application; returns the sessions of its users.
 
     Arguments:
         app: The application.
@@ -81,12 +80,11 @@ def install(app: FastAPI, models: Models, model: str, device: str) -> Callable[[
         model: The model that a page begins with.
         device: The device of all models.
     """
-    sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+    sessions = Sessions()
 
     @ui.page("/", title="fewstep studio")
     def studio() -> None:  # pyright: ignore[reportUnusedFunction]
-        session, client = Session(models), ui.context.client
-        sessions.add(session)
+        session, client = sessions.new(models), ui.context.client
 
         async def left() -> None:
             await asyncio.sleep(LEFT)
@@ -108,14 +106,7 @@ def install(app: FastAPI, models: Models, model: str, device: str) -> Callable[[
         show_welcome_message=False,
     )
 
-    def end() -> None:
-        running = [session for session in sessions if session.busy]
-        for session in running:
-            session.cancel()
-        for session in running:
-            session.wait(LEFT)
-
-    return end
+    return sessions
 
 
 class StudioPage:

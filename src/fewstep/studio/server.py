@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
+import os
 import socket
+import sys
 import warnings
 import webbrowser
 from collections.abc import Iterator
@@ -16,8 +19,15 @@ from fewstep.base.interrupts import Terminated
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from fewstep.studio.session import Sessions
+
 MISSING = "the studio needs NiceGUI: pip install fewstep[studio]"
 """The message where the extra is not installed."""
+
+logger = logging.getLogger("fewstep")
+
+PATIENCE = 2.0
+"""The seconds that a cancelled run has to end, before something is said."""
 
 LOCAL_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 """The names by which a browser of this machine asks for a page of this machine."""
@@ -97,7 +107,7 @@ def application(model: str, *, device: str = "auto", local: bool = True) -> Fast
     app = FastAPI(openapi_url=None)
     if local:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES)
-    app.state.end = install(app, models, model, device)
+    app.state.sessions = install(app, models, model, device)
     return app
 
 
@@ -125,4 +135,21 @@ def serve(listening: socket.socket, app: FastAPI, *, open_browser: bool = False)
         if isinstance(stop, Terminated):
             raise
     finally:
-        app.state.end()  # a thread that is still in torch when the interpreter ends aborts the process
+        end_runs(app.state.sessions)
+
+
+def end_runs(sessions: Sessions) -> None:
+    """Cancels all runs and waits for their ends; a second Ctrl-C ends the process without them.
+
+    The interpreter must not end before: a thread that is in torch then aborts the process (SIGABRT).
+    """
+    try:
+        sessions.cancel()
+        sessions.wait(PATIENCE)
+        if sessions.busy:
+            logger.warning("waiting for the last evaluation; Ctrl-C again ends at once")
+            sessions.wait()
+    except KeyboardInterrupt as stop:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(143 if isinstance(stop, Terminated) else 130)  # as other commands do

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -110,8 +111,9 @@ class Session:
             profile,
             self._references,
         )
+        # No daemon: a thread that is in torch when the interpreter ends aborts the process.
         self._thread = threading.Thread(
-            target=self._run, args=(run, context), name="fewstep studio", daemon=True
+            target=self._run, args=(run, context), name="fewstep studio", daemon=False
         )
         self._thread.start()
 
@@ -135,3 +137,31 @@ class Session:
             else:
                 context.emit(Failed(message_of(error)))
         context.emit(Ended(cancelled))
+
+
+class Sessions:
+    """The sessions of a studio: each lives as long as its page or its run, and all end with the studio."""
+
+    def __init__(self) -> None:
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a run is going on in any of them."""
+        return any(session.busy for session in list(self._sessions))
+
+    def new(self, models: Models) -> Session:
+        """Returns a new session."""
+        session = Session(models)
+        self._sessions.add(session)
+        return session
+
+    def cancel(self) -> None:
+        """Cancels all runs before their next network evaluation."""
+        for session in list(self._sessions):
+            session.cancel()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Waits for the ends of all runs, for each at most so many seconds."""
+        for session in list(self._sessions):
+            session.wait(seconds)
