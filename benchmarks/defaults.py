@@ -1,11 +1,10 @@
 """Regret of what fewstep takes by itself, on every network of the zoo: ``auto``, a measured profile, own default grids.
 
-Usage: python benchmarks/defaults.py measure [--networks flow,edm] [--only auto,ddim]; python benchmarks/defaults.py show;
-python benchmarks/defaults.py write
+Usage: python benchmarks/defaults.py measure [--networks flow,edm] [--only auto,ddim]; python benchmarks/defaults.py show
 
 ``measure`` runs one network after the other (a cell that is in the result file is not run again) and writes
-``benchmarks/results/defaults.json``; ``show`` prints the tables from it and exits with 1 where a claim does not hold; ``write`` puts
-them into docs/choosing.md.
+``benchmarks/results/defaults.json``; ``show`` prints the tables from it and exits with 1 where a claim does not hold;
+``make results`` puts them into docs/choosing.md.
 
 Errors are root mean squares over samples and coordinates to the model's own many-step solution (tab3, 257
 evaluations) from the same noise. Seeds: 0 for the profile, 5000 for choosing the defaults, 9000 for everything that is judged. A peer is a scheduler of
@@ -18,9 +17,7 @@ import argparse
 import math
 import sys
 import time
-from contextlib import redirect_stdout
 from datetime import date
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ from torch import Tensor
 import fewstep
 from _common import print_table, rms, say_what_runs
 from fewstep.adapters.diffusers.peers import diffusers_sampler
-from fewstep.base.files import read_json, write_atomic, write_json
+from fewstep.base.files import read_json, write_json
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
@@ -40,8 +37,6 @@ from fewstep.studies.reference import draw_noise, follow
 from zoo import SHARED, Entry, zoo
 
 RESULTS = Path(__file__).parent / "results" / "defaults.json"
-CHOOSING = Path(__file__).parent.parent / "docs" / "choosing.md"
-BEGIN, END = "<!-- written by benchmarks/defaults.py -->", "<!-- end -->"
 SEED, JUDGED = 0, 9000
 BUDGETS = (5, 6, 8, 10, 15, 20)
 
@@ -249,7 +244,7 @@ def show(found: dict[str, Any]) -> bool:
 def main() -> None:
     """Measures or shows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["measure", "show", "write"])
+    parser.add_argument("what", choices=["measure", "show"])
     parser.add_argument("--networks", default="")
     parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--again", action="store_true", help="measure what is there again")
@@ -267,14 +262,7 @@ def main() -> None:
                 print(entry.name, flush=True)
                 measure(entry, found, only)
                 write_json(RESULTS, found)
-    with redirect_stdout(StringIO()) as printed:
-        held = show(found)
-    print(printed.getvalue())
-    if options.what == "write":
-        text = CHOOSING.read_text(encoding="utf-8")
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        write_atomic(CHOOSING, f"{before}{BEGIN}\n\n{printed.getvalue().strip()}\n\n{END}{after}")
-    sys.exit(0 if held else 1)
+    sys.exit(0 if show(found) else 1)
 
 
 if __name__ == "__main__":

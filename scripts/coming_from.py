@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from fewstep.base.aliases import ALIASES, COMFY, DIFFUSERS, KDIFF, RES4LYF
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from blocks import filled
 
 PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
 LIBRARIES = (DIFFUSERS, COMFY, KDIFF, RES4LYF)
@@ -30,10 +35,7 @@ def tables(library: str) -> str:
 def written(text: str) -> str:
     """Returns the page with its tables made anew."""
     for library in LIBRARIES:
-        start, end = f"<!-- tables: {library} -->\n", f"<!-- end: {library} -->"
-        before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        text = f"{before}{start}\n{tables(library)}\n{end}{after}"
+        text = filled(text, library, tables(library))
     return text
 
 

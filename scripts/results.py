@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES_FOLDER = ROOT / "docs" / "results"
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
+from blocks import filled  # noqa: E402
 from result_pages import errors, first, papers, quality, running, tuning  # noqa: E402
 
 QUESTIONS = {
@@ -55,14 +56,29 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 """The writer of each page."""
 
+BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
+    ("README.md", "results"): first.readme,
+    ("docs/choosing.md", "defaults"): errors.tables,
+    ("docs/distilling.md", "students"): papers.students_in_short,
+}
+"""The writer of each table in a page that people write, by file and name of the block."""
+
+
+def with_blocks(file: str) -> str:
+    """Returns a page that people write with its tables made again."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for (where, name), write in BLOCKS.items():
+        text = filled(text, name, write()) if where == file else text
+    return text
+
 
 def main() -> None:
-    """Writes all pages, and the table of the README."""
+    """Writes all pages, and the tables in others."""
     for name, write in PAGES.items():
         write_atomic(PAGES_FOLDER / f"{name}.md", write())
         print(f"wrote docs/results/{name}.md")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    write_atomic(ROOT / "README.md", first.with_table(text))
+    for file in dict.fromkeys(file for file, _ in BLOCKS):
+        write_atomic(ROOT / file, with_blocks(file))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def test_there_is_no_other_page():
     assert pages == set(results.PAGES)
 
 
-def test_the_table_of_the_readme_is_measured():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == results.first.with_table(text), "run: make results"
+@pytest.mark.parametrize("file", sorted({file for file, _ in results.BLOCKS}))
+def test_the_tables_in_other_pages_are_measured(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert text == results.with_blocks(file), "run: make results"

@@ -25,17 +25,22 @@ def shares(found: Mapping[str, Any], who: str, nfe: int) -> dict[str, float]:
     }
 
 
-def distance() -> str:
-    """The regret tables of ``benchmarks/defaults.py``."""
+def tables() -> str:
+    """The tables of ``benchmarks/defaults.py``."""
     from defaults import show
 
     with redirect_stdout(StringIO()) as text:
         show(networks())
+    return text.getvalue().strip()
+
+
+def distance() -> str:
+    """The page of the tables."""
     dates = sorted({entry["date"] for entry in networks().values()})
     return f"""# Distance to the model's own solution
 
 `python benchmarks/defaults.py measure` ({", ".join(dates)}). Profiles are fitted on seed 0, defaults were chosen on seed 5000, everything is judged on seed 9000.
 What follows from it for your model: [choosing](../choosing.md).
 
-{text.getvalue().strip()}
+{tables()}
 """

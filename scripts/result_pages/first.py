@@ -38,12 +38,6 @@ def readme() -> str:
 {table(["sampler", "5 evaluations", "10"], rows)}"""
 
 
-def with_table(text: str) -> str:
-    """Returns the README with its table."""
-    begin, end = "<!-- results -->", "<!-- end of results -->"
-    return f"{text.split(begin)[0]}{begin}\n{readme()}{end}{text.split(end)[1]}"
-
-
 def index(questions: Mapping[str, str]) -> str:
     """How far ahead, of whom, on what, at what cost, and where behind.
 

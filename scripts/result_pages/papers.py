@@ -151,6 +151,22 @@ that a classifier finds of the requested class.
 {table(head, rows)}"""
 
 
+def students_in_short() -> str:
+    """The table of students and solvers of the page about distilling."""
+    result = load("distill")
+    assert result is not None
+    rows = [
+        [
+            name,
+            f"{row['cost']:.0f}",
+            "{:.1f} ({:.1f} to {:.1f})".format(*row["fid"]["fashion"]),
+            f"{row['rms']:.3f}",
+        ]
+        for name, row in result["cells"].items()
+    ]
+    return table(["", "evaluations", "FID", "RMS"], rows)
+
+
 def accelerated() -> str:
     """The second paper: slopes."""
     return f"""# Provably accelerated DDIM and DDPM (Li et al., 2024): slopes
