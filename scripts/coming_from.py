@@ -1,4 +1,4 @@
-"""Writes the tables of docs/coming-from.md from the table of names in fewstep/base/aliases.py."""
+"""Writes the tables of names of other libraries in the documents, from fewstep/base/aliases.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from blocks import filled
 
-PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
-LIBRARIES = (DIFFUSERS, COMFY, KDIFF, RES4LYF)
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {
+    "coming-from.md": (DIFFUSERS,),
+    "comfyui.md": (COMFY, RES4LYF),
+    "k-diffusion.md": (KDIFF,),
+}
+"""The libraries whose names a page has."""
+
 KINDS = {"solver": "Samplers", "grid": "Noise levels"}
 
 
@@ -32,12 +38,14 @@ def tables(library: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def written(text: str) -> str:
-    """Returns the page with its tables made anew."""
-    for library in LIBRARIES:
+def written(name: str) -> str:
+    """Returns a page with its tables made anew."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+    for library in PAGES[name]:
         text = filled(text, library, tables(library))
     return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        (DOCS / page).write_text(written(page), encoding="utf-8")

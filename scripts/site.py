@@ -29,7 +29,7 @@ MOVED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGES.md": "changes.md",
     "examples/README.md": "examples.md",
-    "integrations/comfyui/README.md": "comfyui.md",
+    "integrations/comfyui/README.md": "comfyui-nodes.md",
     "integrations/comfyui/workflow.png": "workflow.png",
 }
 """Files outside of docs/ and their places on the site."""

@@ -6,6 +6,7 @@ import html
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from textwrap import dedent
 from typing import Any
 
@@ -15,6 +16,52 @@ LEADS = ("Cost", "Order", "Contradiction", "Columns")
 
 Links = Mapping[str, str]
 """The address of each documented name, by its full path or what follows ``fewstep.``"""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A source that a docstring names.
+
+    Attributes:
+        title: The title.
+        who: The authors, as in the docstring: "Zhang & Chen", "Lu et al.".
+        year: The year.
+        where: What follows the year, with its comma: ", eq. (15)".
+        url: The address.
+    """
+
+    title: str
+    who: str
+    year: str
+    where: str
+    url: str
+
+
+def references(doc: str) -> list[Reference]:
+    """Returns the sources of a docstring: pairs of lines under "References", what it is and where.
+
+    Raises:
+        ValueError: If a line is not of the form "Title (Who, year)", followed by its address.
+    """
+    body = re.search(r"References:\n((?:\s*\|[^\n]*\n?)+)", doc + "\n")
+    lines = [x.strip().removeprefix("| ") for x in body[1].strip().splitlines()] if body else []
+    found, pending = list[Reference](), list[re.Match[str]]()
+    for line in lines:
+        if line.startswith("https://"):
+            if not pending:
+                raise ValueError(f"what is at {line}?")
+            one = pending.pop(0)
+            title = re.sub(r"^\[\d+\] ", "", one[1].strip())
+            found.append(Reference(title, one[2] or "", one[3], one[4], line))
+            continue
+        for part in re.split(r", and (?=k-diffusion)", line):
+            parts = re.fullmatch(r"(.*?) \((?:([^()]*), )?(\d{4})\)(.*)", part)
+            if parts is None:
+                raise ValueError(f"{line!r} is not of the form 'Title (Who, year)'")
+            pending.append(parts)
+    if pending:
+        raise ValueError(f"no address of {pending[0][0]!r}")
+    return found
 
 
 def mathml(formula: str, *, block: bool) -> str:

@@ -157,7 +157,8 @@ def plot(curves: dict[str, Sequence[tuple[int, float]]], orders: dict[str, int],
     return "".join(out)
 
 
-def _cost(solver: Solver, steps: int) -> str:
+def cost(solver: Solver, steps: int) -> str:
+    """Returns the number of evaluations in a number of steps on the default grid."""
     if solver.adaptive:
         return "as the tolerance needs"
     to_zero = bool(solver.default_grid[1].get("to_zero", False))
@@ -191,7 +192,7 @@ def page(title: str, names: Sequence[str], links: Links) -> str:
     solvers: dict[str, Solver] = {name: SOLVERS[name]() for name in names}
     doc = inspect.getdoc(solver_class(names[0])) or ""
     rows = "\n".join(
-        f"| `{name}` | {s.order or '–'} | {' | '.join(_cost(s, k) for k in (5, 10, 20))} | "
+        f"| `{name}` | {s.order or '–'} | {' | '.join(cost(s, k) for k in (5, 10, 20))} | "
         f"{_grid(s)} | {'yes' if s.stochastic else ''} |"
         for name, s in solvers.items()
     )
@@ -239,12 +240,13 @@ def pages(links: Links) -> dict[str, str]:
             solver = SOLVERS[name]()
             rows.append(
                 f"| [`{name}`]({file}) | {solver.order or '–'} | {'yes' if solver.stochastic else ''} | "
-                f"{_cost(solver, 10)} | {markdown(first, links)} |"
+                f"{cost(solver, 10)} | {markdown(first, links)} |"
             )
     result["index.md"] = """# Solvers
 
 Each page has the formula, the paper, the cost, and a plot of its order that was drawn when the pages were built. `fewstep solvers` prints
-the same list, and names of other libraries are understood ([coming from](../coming-from.md)).
+the same list, and names of other libraries are understood ([coming from](../coming-from.md)). What belongs together, and when to take which:
+[the methods, by family](../families/index.md).
 
 | solver | order | stochastic | evaluations in 10 steps | |
 |---|---|---|---|---|

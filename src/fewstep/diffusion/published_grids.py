@@ -465,6 +465,7 @@ def ays(
     References:
         | Align Your Steps: Optimizing Sampling Schedules in Diffusion Models (Sabour et al., 2024)
         | https://arxiv.org/abs/2404.14507
+        | Align Your Steps, quick-start guide: the tables (Sabour et al., 2024)
         | https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html
 
     Arguments:

@@ -405,8 +405,10 @@ class Flow(NoiseSchedule):
         t_max: The largest time, below 1; pipelines of flow models start at 1 - 1e-6.
 
     References:
-        | Flow Straight and Fast (Liu et al., 2023), Flow Matching (Lipman et al., 2023)
-        | https://arxiv.org/abs/2209.03003, https://arxiv.org/abs/2210.02747
+        | Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow (Liu et al., 2023)
+        | https://arxiv.org/abs/2209.03003
+        | Flow Matching for Generative Modeling (Lipman et al., 2023)
+        | https://arxiv.org/abs/2210.02747
     """
 
     name = "flow"

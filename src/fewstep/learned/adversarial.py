@@ -68,7 +68,7 @@ class Adversarial(Objective):
     and few steps are enough; the penalty (``penalty``) keeps it smooth.
 
     References:
-        | GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver (2025)
+        | GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver (Oganov et al., 2025)
         | https://arxiv.org/abs/2510.17699
         | The GAN is dead; long live the GAN! A Modern GAN Baseline (Huang et al., 2024)
         | https://arxiv.org/abs/2501.05441

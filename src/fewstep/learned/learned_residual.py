@@ -21,9 +21,8 @@ class LearnedResidual(nn.Module):
     The first convolution begins at fixed random weights, of which the parameters are changes; the last
     begins at zero, so that nothing is corrected.
 
-    References:
-        | A residual of this kind closes what a linear combination of states and predictions cannot reach at 2 to 4
-        | evaluations; the form is ours.
+    It closes what a linear combination of states and predictions cannot reach at 2 to 4 evaluations. The form is
+    ours, not published.
 
     Arguments:
         evaluations: The number of evaluations, 2 to 4.

@@ -36,11 +36,11 @@ class SolverFamily(LearnedPlan):
     References:
         | Learning to Discretize Denoising Diffusion ODEs (Tong et al., 2024): times and shifts (``ld3``)
         | https://arxiv.org/abs/2405.15506
-        | GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver (2025): and corrections (``gs``)
+        | GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver (Oganov et al., 2025): and corrections (``gs``)
         | https://arxiv.org/abs/2510.17699
         | Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow Models (Shaul et al., 2024) (``free``)
         | https://arxiv.org/abs/2403.01329
-        | Denoising Diffusion Implicit Models (Song et al., 2020): amounts of noise, here one a step
+        | Denoising Diffusion Implicit Models (Song et al., 2021): amounts of noise, here one a step
         | https://arxiv.org/abs/2010.02502
 
     Arguments:

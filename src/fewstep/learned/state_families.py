@@ -120,6 +120,10 @@ class DDIMSigma(StateFamily):
     The hyperbolic tangent instead of a sigmoid, because DDIM itself (no noise) is then a point of
     the family with a gradient.
 
+    References:
+        | Learning Fast Samplers for Diffusion Models by Differentiating Through Sample Quality (Watson et al., 2022)
+        | https://arxiv.org/abs/2202.05830
+
     Arguments:
         base: A grid with ``ddim``, of any eta.
         time: Whether the conditioning timesteps are learned.
@@ -149,6 +153,10 @@ class DDIMSigma(StateFamily):
 
 class Vars(StateFamily):
     """DDPM with learned marginal variances.
+
+    References:
+        | Learning Fast Samplers for Diffusion Models by Differentiating Through Sample Quality (Watson et al., 2022)
+        | https://arxiv.org/abs/2202.05830
 
     Arguments:
         base: A grid with ``ddpm``.
@@ -197,6 +205,10 @@ class GGDM(StateFamily):
     - ``"vars"``: :math:`p = (1 - v)^{-1/2}, \; q = (v / (1 - v))^{1/2}` with learned variances,
     - ``"free"``: :math:`p = p^0 (1 + d), \; q = q^0 (1 + e)`. Relative, because at the noisy end
       :math:`p^0 = 1 / \alpha` is in the hundreds.
+
+    References:
+        | Learning Fast Samplers for Diffusion Models by Differentiating Through Sample Quality (Watson et al., 2022)
+        | https://arxiv.org/abs/2202.05830
 
     Arguments:
         base: Any solver whose plan is a GGDM (see :func:`fewstep.learned.ggdm.table_of`).

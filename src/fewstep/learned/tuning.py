@@ -83,7 +83,7 @@ def tune(
         | https://arxiv.org/abs/2202.05830
         | Learning to Discretize Denoising Diffusion ODEs (Tong et al., 2024)
         | https://arxiv.org/abs/2405.15506
-        | GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver (2025)
+        | GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver (Oganov et al., 2025)
         | https://arxiv.org/abs/2510.17699
 
     Arguments:

@@ -109,7 +109,7 @@ def time_spectrum(
     States that are not evenly spaced in the variable are interpolated by a cubic spline, and ``resampled`` is true.
 
     References:
-        | Fast Sampling of Diffusion Models via Operator Learning (Zheng et al., 2022)
+        | Fast Sampling of Diffusion Models via Operator Learning (Zheng et al., 2023)
         | https://arxiv.org/abs/2211.13449
 
     Arguments:

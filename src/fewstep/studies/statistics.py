@@ -47,7 +47,7 @@ def measure_statistics(
         progress: Ticks at each evaluation.
 
     References:
-        | DPM-Solver-v3 (Zheng et al., 2023), (7) and (11); here one number for each noise level, and no bias
+        | DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics (Zheng et al., 2023), (7) and (11); here one number for each noise level, and no bias
         | https://arxiv.org/abs/2310.13268
 
     Example:

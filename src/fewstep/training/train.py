@@ -92,11 +92,13 @@ def train(
     References:
         | [1] Denoising Diffusion Probabilistic Models (Ho et al., 2020), equation 14
         | https://arxiv.org/abs/2006.11239
-        | [2] Progressive Distillation for Fast Sampling (Salimans & Ho, 2022), section 4, appendix D
+        | [2] Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022), section 4, appendix D
         | https://arxiv.org/abs/2202.00512
-        | [3] Flow Straight and Fast (Liu et al., 2023); Flow Matching (Lipman et al., 2023)
-        | https://arxiv.org/abs/2209.03003, https://arxiv.org/abs/2210.02747
-        | [4] Elucidating the Design Space of Diffusion Models (Karras et al., 2022), table 1
+        | [3] Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow (Liu et al., 2023)
+        | https://arxiv.org/abs/2209.03003
+        | [3] Flow Matching for Generative Modeling (Lipman et al., 2023)
+        | https://arxiv.org/abs/2210.02747
+        | [4] Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), table 1
         | https://arxiv.org/abs/2206.00364
 
     Arguments:

@@ -314,7 +314,8 @@ def guidance_embedding(scale: Tensor, size: int) -> Tensor:
     w = ``guidance_scale`` - 1.
 
     References:
-        | Latent Consistency Models (Luo et al., 2023), https://arxiv.org/abs/2310.04378
+        | Latent Consistency Models (Luo et al., 2023)
+        | https://arxiv.org/abs/2310.04378
     """
     half = size // 2
     places = torch.arange(half, dtype=torch.float32, device=scale.device)

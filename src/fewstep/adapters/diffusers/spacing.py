@@ -232,7 +232,8 @@ def distilled_times(
     strength below 1 leaves the first :math:`\lfloor n s \rfloor` of them.
 
     References:
-        | Latent Consistency Models (Luo et al., 2023), https://arxiv.org/abs/2310.04378
+        | Latent Consistency Models (Luo et al., 2023)
+        | https://arxiv.org/abs/2310.04378
 
     Raises:
         ValueError: If the number or the strength makes no sense.
