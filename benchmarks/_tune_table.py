@@ -17,6 +17,7 @@ from torch import Tensor
 import fewstep
 from _common import about, print_table
 from fewstep.base.files import read_json, read_tensors, write_json, write_tensors
+from fewstep.comparison.store import REFERENCE
 from fewstep.learned.condition_pool import ConditionPool
 from fewstep.learned.judges import random_features
 from fewstep.learned.unseen import wavelets
@@ -27,13 +28,15 @@ from fewstep.metrics.reference import Reference, unused_images
 from fewstep.metrics.statistics import Statistics
 from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.batches import run_batches
-from quality import build, labels
+from quality import REFERENCE_NFE, build, gather, labels
 
 SEED, CHUNK, TEACHER = 5000, 50, ("tab3", 40)
 OURS = ("profile", "auto")
 PEERS = ("diffusers:dpmpp-2m-karras", "diffusers:unipc-2", "diffusers:deis-3")
-"""The training-free samplers of which the best is taken, in each feature space by itself: those that are the
-best in one at some budget in benchmarks/quality.py."""
+"""The training-free samplers of which the best is taken by default, in each feature space by itself: those that are
+the best in one at some budget of `fashion` in benchmarks/quality.py."""
+LIBRARIES = ("diffusers:", "azula:")
+"""How the names of peers begin."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "without start": {"profile": False},
@@ -52,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """The default search, and the same without or with one ingredient."""
 
 
-COMMAND = "python benchmarks/tune.py table --out DIR, and mixtures --only ingredients"
+COMMAND = "python benchmarks/tune.py table --out DIR"
 """What makes the cells; where they lie is of no interest."""
 
 
@@ -77,7 +80,8 @@ class Deadline:
 def spaces(data: str, features: Sequence[str], shape: tuple[int, ...]) -> dict[str, Any]:
     """Returns feature extractors with the statistics of real images, by name.
 
-    The first of ``features`` is that of the loss; the last two are never seen by a search.
+    The first of ``features`` is that of the loss; of `fashion` the second selects candidates. The others are never
+    seen by a search.
     """
     named = [Features.load(name) for name in (EMBEDDED if data == "fashion" else features)]
     named += [random_features(shape, seed=2), wavelets(shape)]
@@ -127,6 +131,12 @@ def draw(
     return {name: torch.cat(each) for name, each in parts.items()}
 
 
+def stored(samples: Path, name: str, nfe: int, n: int, fingerprint: str) -> Tensor | None:
+    """Returns the first n samples of a cell of benchmarks/quality.py, which have the same noise and labels."""
+    found = gather(name, nfe, samples, fingerprint, n)
+    return None if found is None else found[0][:n]
+
+
 def table(
     model: str,
     data: str,
@@ -135,6 +145,9 @@ def table(
     budgets: Sequence[int],
     variants: Sequence[str],
     *,
+    name: str,
+    free: Sequence[str],
+    samples: Path | None,
     n: int,
     search: dict[str, Any],
     seconds: float | None,
@@ -143,16 +156,23 @@ def table(
     denoiser, deadline = fewstep.load(model, device="cpu"), Deadline(seconds)
     assert denoiser.event_shape is not None
     looked = spaces(data, features, tuple(denoiser.event_shape))
-    write_json(out / "about.json", {"model": Path(model).name, "data": Path(data).name, "n": n,
-                                    "search": search, "features": list(looked)})  # fmt: skip
+    second = ("selected with",) if data == "fashion" else ("unseen",)
+    roles = ["trained on", *second, *["unseen"] * (len(looked) - 2)]
+    write_json(out / "about.json", {"model": name, "data": Path(data).name, "n": n,
+                                    "search": search, "features": list(looked), "roles": roles})  # fmt: skip
     known = {name: {"mean": s.mean, "covariance": s.covariance} for name, (_, s) in looked.items()}
     write_tensors(
         out / "real.safetensors",
         {f"{name}.{key}": value for name, each in known.items() for key, value in each.items()},
     )
 
-    def cell(name: str, nfe: int, make: Callable[[], Any]) -> None:
+    def cell(name: str, nfe: int, make: Callable[[], Any], drawn: str = "") -> None:
         file = out / f"{name.replace(':', '_')}.{nfe}.safetensors"
+        if samples is not None and drawn and not file.exists():
+            x = stored(samples, drawn, nfe, n, denoiser.fingerprint())
+            if x is not None:
+                with torch.no_grad():
+                    write_tensors(file, {key: extract(x) for key, (extract, _) in looked.items()})
         if not file.exists():
             begun = time.process_time()
             try:
@@ -186,10 +206,12 @@ def table(
         return fewstep.SamplerRecipe.load(file)
 
     try:
-        cell("teacher", TEACHER[1], lambda: build(TEACHER[0], denoiser, TEACHER[1]))
+        many = TEACHER[1] if samples is None else REFERENCE_NFE
+        cell("teacher", many, lambda: build(TEACHER[0], denoiser, many), REFERENCE)
         for nfe in budgets:  # the first result after a few minutes
-            for name in (*OURS, *PEERS):
-                cell(f"free {name}", nfe, lambda name=name, k=nfe: build(name, denoiser, k))
+            for name in free:
+                make = lambda name=name, k=nfe: build(name, denoiser, k)  # noqa: E731
+                cell(f"free {name}", nfe, make, name)
             if "default" in variants:
                 cell("default", nfe, lambda k=nfe: tuned("default", k))
         for nfe in budgets:
@@ -224,14 +246,9 @@ def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
         if nfe.isdigit():
             cells[name, int(nfe)] = read_tensors(file)
     teacher = next((each for (name, _), each in cells.items() if name == "teacher"), None)
-    result: dict[str, Any] = {
-        "about": about(command=f"{COMMAND}, then ratios"),
-        **settings,
-        "cells": {},
-    }
-    roles = dict(
-        zip(settings["features"], ("trained on", "selected with", "unseen", "unseen"), strict=True)
-    )
+    command = f"{COMMAND} --name {settings['model']}, then ratios"
+    result: dict[str, Any] = {"about": about(command=command), **settings, "cells": {}}
+    roles = dict(zip(settings["features"], settings["roles"], strict=True))
     print(
         f"{settings['model']}: {settings['n']} samples of seed {SEED}, FID against all real images\n"
     )
@@ -244,14 +261,14 @@ def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
             return float(frechet_distance(Statistics.of(features[space].double()), real))
 
         rows = []
-        for nfe in sorted({k for _, k in cells if k != TEACHER[1]}):
+        for nfe in sorted({k for name, k in cells if name != "teacher"}):
             free = {
                 n: each for (n, k), each in cells.items() if k == nfe and n.startswith("free ")
             }
             if not free:
                 continue
             best = min(free, key=lambda n: value(free[n]))
-            peer = min((n for n in free if n[5:] not in OURS), key=lambda n: value(free[n]))
+            peer = min((n for n in free if is_peer(n[5:])), key=lambda n: value(free[n]))
             for (name, k), each in cells.items():
                 if k != nfe or name.startswith("free "):
                     continue
@@ -291,6 +308,11 @@ def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
         }
     if write is not None:
         write_json(write, rounded(result))
+
+
+def is_peer(name: str) -> bool:
+    """Whether a training-free sampler is of another library; in files a colon is an underscore."""
+    return name.replace("_", ":", 1).startswith(LIBRARIES)
 
 
 def rounded(value: Any) -> Any:

@@ -7,6 +7,7 @@ Usage: python benchmarks/tune.py mixtures --out DIR [--only families,losses,budg
        python benchmarks/tune.py other --out DIR --data FOLDER --samples DIR
        python benchmarks/tune.py memory --out DIR
        python benchmarks/tune.py table --out DIR [--model fashion] [--data fashion] [--features A,B]
+                                 [--name NAME] [--names auto,...] [--samples DIR of benchmarks/quality.py]
                                  [--budgets 3,4,5] [--variants default,...] [--seconds S] [-n 1000]
        python benchmarks/tune.py ratios --out DIR [--mixtures DIR] [--write benchmarks/results/tune.json]
        python benchmarks/tune.py show --out DIR [--write FILE]
@@ -569,6 +570,14 @@ def main() -> None:
     parser.add_argument(
         "--features", help="table: of the loss and of the selection, for other data"
     )
+    parser.add_argument(
+        "--name", help="table: the model's name in the result, by default the folder's"
+    )
+    parser.add_argument(
+        "--names",
+        default=",".join((*_tune_table.OURS, *_tune_table.PEERS)),
+        help="table: the training-free samplers, as of benchmarks/quality.py",
+    )
     parser.add_argument("--variants", default=",".join(_tune_table.VARIANTS))
     parser.add_argument("--seconds", type=float, help="table: when to stop")
     parser.add_argument("-n", type=int, default=N, help="table: the samples of a cell")
@@ -603,6 +612,9 @@ def main() -> None:
             options.out,
             [int(k) for k in options.budgets.split(",")],
             options.variants.split(","),
+            name=options.name or Path(options.model).name,
+            free=options.names.split(","),
+            samples=None if options.samples is None else Path(options.samples),
             n=options.n,
             search=json.loads(options.search),
             seconds=options.seconds,

@@ -318,6 +318,8 @@ class Problem:
             heldout_seed=self.seed + HELDOUT,
             heldout_size=heldout_count,
             judge=judge,
+            guards=self._guards(judge),
+            check_size=test_count,
             # A judge in the features of the loss is not independent of it, so it cannot overrule the teacher.
             real=self.real is not None and self.real.independent,
             settings=settings,
@@ -345,13 +347,15 @@ class Problem:
                 data=self.real is not None or "reward" in self.objectives,
                 recall_drop=settings.recall_drop,
             )
-        return self._result(plan, residual, state, {"before": before, "after": after}, verdict)
+        scores_by_time = {"before": before, "after": after}
+        return self._result(plan, residual, state, searcher.share, scores_by_time, verdict)
 
     def _result(
         self,
         plan: Plan,
         residual: Residual | None,
         state: State,
+        share: float,
         scores: Mapping[str, list[Score]],
         verdict: Verdict,
     ) -> TunedSampler:
@@ -363,6 +367,7 @@ class Problem:
             "improved": verdict.better,
             "verdict": verdict.sentence,
             "skipped": state.skipped,
+            "share": share,
             "seeds": {"train": self.seed + TRAIN, "heldout": self.seed + HELDOUT, "test": self.seed + TEST},
             "scores": values,
         }  # fmt: skip
@@ -429,6 +434,16 @@ class Problem:
         extract = random_features(self.source.shape)
         with torch.no_grad():
             return Judge.of(extract(train.target).flatten(1), extract)
+
+    def _guards(self, judge: Judge) -> list[Judge]:
+        """Returns the judges by which the result is compared with the start: in all features but the unseen ones."""
+        real = self.real
+        if real is None or not real.independent:
+            return [judge]
+        own = extractor(real.loss.extractor)
+        if identity(own) == identity(judge.extract) and identity(own):
+            return [judge]
+        return [judge, Judge.of(real.loss.heldout[real.selection], own)]
 
     def _scores(
         self,

@@ -36,6 +36,8 @@ MOST_WORSE, LEAST_WORSE = 0.1, 2e-4
 MOST_STEPS = 10**9
 STANDARD_ERROR = 0.683
 """The level of the interval of one standard error."""
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""The shares of the way from the start to the best candidate that are checked, the first harmless one taken."""
 NORM_ROWS = 128
 """The samples from which the value of each objective at the start is estimated."""
 
@@ -53,6 +55,9 @@ class Searcher:
         heldout_seed: The seed of the held-out noise.
         heldout_size: The number of held-out noises.
         judge: The judge of distributions.
+        guards: The judges by which the result must not be worse than the start: that of the candidates, and
+            that of the features of the loss where there are real data.
+        check_size: The number of noises on which the result is compared with the start by them.
         real: Whether its reference are real data, in features that no loss uses: then it limits
             paired stages too.
         settings: The settings.
@@ -73,6 +78,8 @@ class Searcher:
         heldout_seed: int,
         heldout_size: int,
         judge: Judge,
+        guards: Sequence[Judge] = (),
+        check_size: int = 0,
         real: bool,
         settings: Search,
         seed: int,
@@ -84,6 +91,8 @@ class Searcher:
         self.objectives, self.pairs, self.heldout = objectives, pairs, heldout
         self.heldout_seed, self.heldout_size = heldout_seed, heldout_size
         self.judge, self.real = judge, real
+        self.guards, self.check_size = tuple(guards), max(check_size, heldout_size)
+        self.share = 1.0
         self.settings, self.seed = settings, seed
         self.folder, self.identity = folder, identity
         self.progress = progress
@@ -132,8 +141,43 @@ class Searcher:
                 with unbroken():  # schedulers send SIGTERM more than once
                     self._unsaved.save(self.folder, self.identity)
             raise
-        self.learned.load_vector(self.state.tensors["best"])
+        self.share = self._harmless()
+        self.learned.load_vector(self.share * self.state.tensors["best"])
         return self.state
+
+    # The result beside the start
+
+    def _harmless(self) -> float:
+        """Returns the share of the way from the start to the best candidate that the result goes.
+
+        The whole way, unless a guard sees the result further from the data than the start, by more than one
+        standard error of the paired change; then the largest of :data:`SHARES` at which none does, or 0. The teacher
+        may be worse than the start in some features, and least squares are met by blur: nearness to it shows neither.
+        """
+        best = self.state.tensors["best"]
+        if not self.guards or not bool(best.any()):
+            return 1.0
+        self.progress.stage("check", len(SHARES))
+        n = self.check_size
+        start = self._heldout(torch.zeros_like(best), n)
+        before = [judge.features(start) / judge.scale for judge in self.guards]
+        harmless = 0.0
+        for share in SHARES:
+            self.progress.tick()
+            harm = 0.0
+            try:
+                x = self._heldout(share * best, n)
+                for judge, old in zip(self.guards, before, strict=True):
+                    new = judge.features(x) / judge.scale
+                    change = discrepancy_change(judge, new, old, level=STANDARD_ERROR)
+                    harm = max(harm, change.low)
+            except ValueError:  # samples that are not finite
+                harm = math.inf
+            known = torch.tensor([harm], dtype=torch.float64)
+            if not float(self.source.team.of_first(known)) > 0:
+                harmless = share
+                break
+        return harmless
 
     # The state on disk
 
@@ -313,15 +357,15 @@ class Searcher:
         names = ("score", "law", "precision", "recall", "above")
         return dict(zip(names, self.source.team.of_first(values).tolist(), strict=True))
 
-    def _heldout(self, vector: Tensor) -> Tensor:
-        """Returns the samples of parameters from the held-out noise."""
+    def _heldout(self, vector: Tensor, n: int | None = None) -> Tensor:
+        """Returns n samples of parameters from the held-out noise, by default as many as judge candidates."""
         present = self.learned.vector()
         self.learned.load_vector(vector)
         try:
             x, _ = self.source.sampled(
                 self.learned.plan(),
                 self.heldout_seed,
-                self.heldout_size,
+                self.heldout_size if n is None else n,
                 batch_size=self.settings.sampling_batch,
                 residual=_detached(self.learned),
             )
