@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without shifts": {"family_options": {"shifts": False}},
     "without corrections": {"family": "ld3"},
     "with adversarial": {"objective": "endpoint+perceptual+0.1*adversarial"},
+    "with rate 0.02": {"search": {"learning_rate": 2e-2}},
     "with noise": {"family": "gs+noise"},
     "with residual": {"family_options": {"residual": True}},
     "ggdm": {"family": "ggdm+pred+time", "objective": "mmd", "search": {"kernel": "cubic"}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ from fewstep.learned.verdict import (
 from fewstep.metrics import Reference
 from fewstep.metrics.intervals import Estimate
 from fewstep.metrics.kernel import mmd2
+from fewstep.metrics.real import order
 from fewstep.plans.execute import execute
 from fewstep.sampling.request import SamplerRequest
 from forks import FORKS, Fork
@@ -489,15 +491,34 @@ def test_real_data_overrule_a_teacher_that_is_wrong(start_samples):
     assert tuned.history[-1]["law"] > 2 * abs(tuned.history[0]["law"])
 
 
-def test_a_result_that_is_worse_than_its_start_is_called_so(tmp_path):
-    """A reference has one kind of features, so its judge cannot overrule the teacher: FID gets worse."""
+def ddim_data(n: int) -> tuple[Any, torch.Tensor]:
+    """A poor start, and data as it samples them."""
     base = base_of("ddim", 2, "linear")
-    data = fewstep.sample(RING, plan=base.plan(), noise=normal(1000, 2, seed=5))
+    data = fewstep.sample(RING, plan=base.plan(), noise=normal(n, 2, seed=5))
+    return base, data
+
+
+def toward_wrong_teacher(base: Any, data: Reference) -> dict[str, Any]:
+    options = {"times": base.grid.times.tolist()}
+    return {**WRONG_TEACHER, "nfe": 2, "solver": "ddim", "options": options, "data": data}
+
+
+def test_the_result_is_not_further_from_the_data_than_its_start_where_that_can_be_seen():
+    """A reference has one kind of features, so its judge cannot overrule the teacher; it has the last word."""
+    base, data = ddim_data(1000)
+    tuned = tune(RING, **toward_wrong_teacher(base, Reference.of(data[:500], data[500:])))
+    assert any(h["taken"] for h in tuned.history[1:])
+    assert tuned.recipe.about["share"] < 1
+    assert tuned.verdict.state != "worse"
+
+
+def test_a_result_that_is_worse_than_its_start_is_called_so(tmp_path):
+    """What selects candidates are samples of the teacher, and what scores the result are data."""
+    base, data = ddim_data(1000)
+    data[500 + order(500)[:250]] = RING.draw(250, seed=6)
     out = tmp_path / "tuned.json"
-    arguments = {
-        **WRONG_TEACHER, "nfe": 2, "solver": "ddim", "options": {"times": base.grid.times.tolist()},
-        "data": Reference.of(data[:500], data[500:]), "out": out,
-    }  # fmt: skip
+    reference = Reference.of(data[:500], data[500:])
+    arguments = {**toward_wrong_teacher(base, reference), "out": out}
     tuned = tune(RING, **arguments)
     name = "FID (pixels, selected with)"
     before, after = (tuned.scores[when][name] for when in ("before", "after"))
