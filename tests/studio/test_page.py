@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         find_spec("nicegui") is None,
-        reason="NiceGUI is not installed: pip install fewstep[studio]",
+        reason="NiceGUI is not installed: the extra studio",
     ),
 ]
 

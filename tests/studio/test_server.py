@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from fewstep.base.extras import install_hint
 from fewstep.base.interrupts import Terminated
 from fewstep.studio import server
 from fewstep.studio.server import address_of, bound, end_runs, is_local
@@ -24,7 +25,7 @@ def installed(monkeypatch):
 def test_without_the_extra_the_message_says_how_to_install_it(command, monkeypatch):
     monkeypatch.setattr(server, "find_spec", lambda name: None)
     assert command("studio", code=2) == (
-        "error: the studio needs NiceGUI: pip install fewstep[studio]\n"
+        f"error: the studio needs NiceGUI: {install_hint('studio')}\n"
     )
 
 
@@ -90,7 +91,7 @@ print(ended, flush=True)
 @pytest.mark.slow
 def test_ctrl_c_while_sampling_ends_the_process_cleanly():
     """A thread in torch at the end of the interpreter would abort it (SIGABRT)."""
-    pytest.importorskip("nicegui", reason="pip install fewstep[studio]")
+    pytest.importorskip("nicegui", reason="the extra studio")
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED_WHILE_SAMPLING],
         capture_output=True,

@@ -1,4 +1,4 @@
-r"""Sampling and recording on a Ray cluster: ``pip install fewstep[ray]``.
+r"""Sampling and recording on a Ray cluster, with the packages of the extra ``ray``.
 
 Work is a map over ranges of seeds, with actors that hold the model. Ray starts a killed actor again and
 repeats its range; as sample i depends on ``(seed, i)`` and its batch alone, nothing else changes.
@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fewstep.base.extras import install_hint
 from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.batches import ConditionsAt, run_each
 from fewstep.sampling.sample import sampler as make_sampler
@@ -201,4 +202,4 @@ def _ray(module: str) -> Any:
         importlib.import_module(module)
         return importlib.import_module("ray")
     except ImportError as error:
-        raise ValueError(f"this needs Ray ({error}): pip install fewstep[ray]") from None
+        raise ValueError(f"this needs Ray ({error}): {install_hint('ray')}") from None

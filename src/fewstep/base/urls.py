@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
+from fewstep.base.extras import install_hint
 from fewstep.base.temporary import temporary_name, temporary_path
 
 URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://(.*)", re.DOTALL)
@@ -65,7 +66,7 @@ class Remote:
         try:
             import fsspec
         except ImportError:
-            raise ValueError(f"{url!r} needs fsspec: pip install fewstep[remote]") from None
+            raise ValueError(f"{url!r} needs fsspec: {install_hint('remote')}") from None
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.url)
         except ImportError as error:

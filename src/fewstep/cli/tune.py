@@ -69,8 +69,8 @@ def tune(
         family_option: An option of the family as key=value (coordinate=lambda); can be repeated.
         setting: A setting of the search as key=value (batch_size=32); can be repeated.
         steps: The steps of each stage.
-        optimizer: adam, with gradients; or cmaes, an evolution strategy without (pip install
-            'fewstep[search]'), for models that have none.
+        optimizer: adam, with gradients; or cmaes, an evolution strategy without (the extra
+            search), for models that have none.
         class_labels: The classes to draw from: 3, or 0,1,2, or all; all if left out.
         prompt: The text, for a text-to-image model.
         prompts: A file with a text a line, for a text-to-image model: samples get them in turn.

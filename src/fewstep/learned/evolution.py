@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.base.extras import install_hint
+
 MOST_PARAMETERS = 500
 """The most parameters: the covariance matrix is square, and the number of generations grows with them."""
 
@@ -76,7 +78,7 @@ def check_evolution(parameters: int) -> None:
         importlib.import_module("cmaes")
     except ImportError:
         raise ImportError(
-            "a search without gradients needs the library cmaes: pip install 'fewstep[search]'"
+            f"a search without gradients needs the library cmaes: {install_hint('search')}"
         ) from None
     if not 2 <= parameters <= MOST_PARAMETERS:
         raise ValueError(

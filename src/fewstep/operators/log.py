@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.base.extras import install_hint
 from fewstep.base.files import FULL, json_line, loads_json, no_space, write_atomic
 
 logger = logging.getLogger("fewstep")
@@ -42,7 +43,8 @@ class LossLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise ValueError("tensorboard is missing: pip install fewstep[distill]") from None
+                hint = install_hint("distill")
+                raise ValueError(f"tensorboard is missing: {hint}") from None
             self.board = SummaryWriter(str(out / BOARD), purge_step=start + 1)
 
     def write(self, row: dict[str, Any]) -> None:

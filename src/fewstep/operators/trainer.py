@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fewstep.base.extras import install_hint
 from fewstep.base.interrupts import unbroken
 from fewstep.base.memory import MicroBatches, parts_of
 from fewstep.base.processes import VARIABLES, processes
@@ -408,7 +409,7 @@ def _accelerator(device: str | torch.device) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError:
-        raise ValueError("distill needs accelerate: pip install fewstep[distill]") from None
+        raise ValueError(f"distill needs accelerate: {install_hint('distill')}") from None
     own = processes()
     check_address(own)
     if (

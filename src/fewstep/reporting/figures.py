@@ -11,6 +11,8 @@ from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from fewstep.base.extras import install_hint
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -85,7 +87,7 @@ def styled() -> Iterator[None]:
     try:
         from matplotlib import rc_context
     except ImportError:
-        raise ValueError("figures need matplotlib: pip install fewstep[report]") from None
+        raise ValueError(f"figures need matplotlib: {install_hint('report')}") from None
     with rc_context(STYLE):  # type: ignore[arg-type]
         yield
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.base.extras import install_hint
 from fewstep.base.files import write_atomic
 from fewstep.reporting.figures import svg
 
@@ -249,7 +250,7 @@ def _templates() -> Environment:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup, escape
     except ImportError:
-        raise ValueError("reports need jinja2: pip install fewstep[report]") from None
+        raise ValueError(f"reports need jinja2: {install_hint('report')}") from None
 
     def words(text: object, breaks: bool = False) -> Markup:
         safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))

@@ -14,15 +14,13 @@ from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from fewstep.base.extras import install_hint
 from fewstep.base.interrupts import Terminated
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from fewstep.studio.session import Sessions
-
-MISSING = "the studio needs NiceGUI: pip install fewstep[studio]"
-"""The message where the extra is not installed."""
 
 logger = logging.getLogger("fewstep")
 
@@ -36,7 +34,7 @@ LOCAL_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 def check_installed() -> None:
     """Raises ``ValueError`` with the command to install it, if NiceGUI is missing."""
     if find_spec("nicegui") is None:
-        raise ValueError(MISSING)
+        raise ValueError(f"the studio needs NiceGUI: {install_hint('studio')}")
 
 
 @contextmanager

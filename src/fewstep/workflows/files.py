@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.base.extras import install_hint
 from fewstep.models.denoiser import Denoiser
 
 EXACT = ("mixture-smooth", "mixture-sharp")
@@ -19,7 +20,7 @@ EXACT = ("mixture-smooth", "mixture-sharp")
 def check_report() -> None:
     """Raises early if the report could not be written at the end."""
     if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
-        raise ValueError(f"the report needs {missing[0]}: pip install fewstep[report]")
+        raise ValueError(f"the report needs {missing[0]}: {install_hint('report')}")
 
 
 def prepared_folder(folder: Path, names: Iterable[str] = (), *, overwrite: bool = False) -> Path:

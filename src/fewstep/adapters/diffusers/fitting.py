@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.base.extras import install_hint
 from fewstep.base.registry import unknown
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Flow, NoiseSchedule, Tabulated
@@ -34,7 +35,7 @@ def scheduler_class(name: str) -> Any:
         import diffusers.schedulers as home
     except ImportError:
         raise ValueError(
-            "samplers of diffusers need it installed: pip install fewstep[diffusers]"
+            f"samplers of diffusers need it installed: {install_hint('diffusers')}"
         ) from None
     names = [n for n in dir(home) if n.endswith("Scheduler")]
     by_lower = {n.lower(): n for n in names}

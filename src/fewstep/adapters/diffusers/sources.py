@@ -8,6 +8,7 @@ from typing import Any
 
 from fewstep.adapters.diffusers.probing import NOT_AFFINE
 from fewstep.adapters.diffusers.scheduler_plans import plan_from_scheduler
+from fewstep.base.extras import install_hint
 from fewstep.base.files import read_json
 from fewstep.plans.plan import Plan
 
@@ -47,7 +48,7 @@ def scheduler_from(source: str | Path) -> Any:
         import diffusers.schedulers as home
     except ImportError:
         raise ValueError(
-            "schedulers of diffusers need it installed: pip install fewstep[diffusers]"
+            f"schedulers of diffusers need it installed: {install_hint('diffusers')}"
         ) from None
     if str(source).startswith(PREFIX):
         from fewstep.adapters.diffusers.peers import scheduler_class
