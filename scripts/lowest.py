@@ -1,7 +1,7 @@
 """Runs tests with the lowest, or the newest, versions of the dependencies that pyproject.toml allows.
 
 Run by ``make test-lowest`` and ``make test-newest``. In a new environment the package alone is installed and tested, then, in
-the same environment, with its extras; at each stage every dependency is at the lower bound that pyproject.toml says, which is thereby the one
+the same environment, with its extras, then with the studio; at each stage every dependency is at the lower bound that pyproject.toml says, which is thereby the one
 place that says it. pip refuses bounds that exclude each other. What tests with (pytest, hypothesis, scipy) is the newest at any time.
 
 ``--newest`` takes the newest of everything instead, within the upper bounds of pyproject.toml and of pip's own configuration.
@@ -22,15 +22,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("diffusers", "report", "distill", "search", "remote", "studio")
+EXTRAS = ("diffusers", "report", "distill", "search", "remote")
 """Ray is left out: of it only the newest is tested, by hand."""
 
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.12")
 STAGES = {
-    (): "test_house.py test_loading.py cli/test_cli.py diffusion models plans solvers sampling training",
-    EXTRAS: "test_house.py adapters reporting comparison trajectories operators learned studies workflows studio",
+    "core": (
+        (),
+        "test_house.py test_loading.py cli/test_cli.py diffusion models plans solvers sampling training",
+    ),
+    "extras": (
+        EXTRAS,
+        "test_house.py adapters reporting comparison trajectories operators learned studies workflows",
+    ),
+    "studio": (("studio",), "studio"),
 }
-"""The extras of each stage, and its tests."""
+"""The extras of each stage, and its tests. The studio is apart: its library asks for newer versions than the others do."""
 
 
 def lower_bounds(requirements: Iterable[str]) -> dict[str, str]:
@@ -69,15 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--newest", action="store_true", help="the newest versions instead")
     parser.add_argument("--folder", type=Path, help="where the environment is kept")
     parser.add_argument("--torch", help="another torch than the lowest, or the newest")
-    parser.add_argument("--only", choices=("core", "extras"), help="one stage only")
+    parser.add_argument("--only", choices=STAGES, help="one stage only")
     parser.add_argument("tests", nargs="*", help="other tests than those listed here")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="fewstep-versions-") as name:
         folder = given.folder or Path(name) / "environment"
         if not folder.exists():
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        for extras, rooms in STAGES.items():
-            if given.only in (None, "extras" if extras else "core"):
+        for stage, (extras, rooms) in STAGES.items():
+            if given.only in (None, stage):
                 versions = pins(extras, newest=given.newest, torch=given.torch)
                 install(folder, extras, versions, newest=given.newest)
                 test(folder, given.tests or rooms.split())

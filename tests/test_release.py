@@ -38,7 +38,8 @@ def test_one_version():
 def test_every_dependency_has_a_lower_bound():
     lowest = script("lowest")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(lowest.EXTRAS) | {"ray"} <= set(project["optional-dependencies"])
+    tested = {extra for extras, _ in lowest.STAGES.values() for extra in extras}
+    assert tested | {"ray"} == set(project["optional-dependencies"])
     core, everything = lowest.wanted(()), lowest.wanted(lowest.EXTRAS)
     assert {"torch", "numpy", "safetensors", "cyclopts"} <= set(core) <= set(everything)
     assert lowest.lower_bounds(["a>=1.9,<6", "a>=1.10"]) == {"a": "1.10"}
@@ -47,35 +48,65 @@ def test_every_dependency_has_a_lower_bound():
 
 
 def test_the_tests_of_the_lowest_versions_exist():
-    for rooms in script("lowest").STAGES.values():
+    for _, rooms in script("lowest").STAGES.values():
         for room in rooms.split():
             assert (ROOT / "tests" / room).exists(), room
 
 
+SHELLS = ("bash", "zsh", "fish")
+WORDS = {"sa": "sample", "plan d": "diff", "sample --so": "--solver", "tune fashion --nf": "--nfe"}
+"""Beginnings of commands, and what completes their last word."""
+
+
 @pytest.fixture(scope="module")
 def completion(tmp_path_factory):
-    """The completion script for bash, as it is installed."""
+    """The completion scripts by shell, as they are installed."""
     folder = tmp_path_factory.mktemp("completion")
+    files = {shell: folder / f"completion.{shell}" for shell in SHELLS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder))
-        file = folder / "completion.bash"
-        assert run(["--install-completion", "--shell", "bash", "--output", str(file)]) == 0
-    return file
+        for shell, file in files.items():
+            words = ["--install-completion", "--shell", shell, "--output", str(file)]
+            assert run(words) == 0
+    return files
 
 
-def test_completion_names_every_command(completion):
-    text = completion.read_text()
-    (names,) = re.findall(r"all_commands='(.*)'", text)
+def shell_run(shell, *words):
+    """Runs a shell without the user's settings; skips where it is not installed."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+    plain = {"bash": ["--norc"], "zsh": ["-f"], "fish": ["--no-config"]}[shell]
+    return subprocess.run([shell, *plain, *words], capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_names_every_command(shell, completion):
+    text = completion[shell].read_text()
+    pattern = {
+        "bash": r"all_commands='(.*)'",
+        "zsh": r"^ +commands=\(\n((?:.*\n)*?) +\)",
+        "fish": r"((?:.*\n)*)",
+    }[shell]
+    names = set(re.findall(r"[\w-]+", re.findall(pattern, text, re.M)[0]))
     commands = {name for name in app() if not name.startswith("-")}
-    assert {"sample", "compare", "tune"} < commands <= set(names.split())
+    assert {"sample", "compare", "tune"} < commands <= names
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_completion_completes(completion):
-    words = ("sa", "plan d", "sample --so", "tune fashion --nf")
-    code = f"source {completion}\n" + "".join(
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_is_a_script_of_its_shell(shell, completion):
+    assert shell_run(shell, "-n", str(completion[shell])).stderr == ""
+
+
+def test_completion_completes_in_bash(completion):
+    code = f"source {completion['bash']}\n" + "".join(
         f"COMP_WORDS=(fewstep {w}); COMP_CWORD={len(w.split())}; COMPREPLY=(); _fewstep; echo ${{COMPREPLY[*]}}\n"
-        for w in words
+        for w in WORDS
     )
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["sample", "diff", "--solver", "--nfe"]
+    assert shell_run("bash", "-c", code).stdout.split() == list(WORDS.values())
+
+
+def test_completion_completes_in_fish(completion, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # files are completed too
+    code = f"source {completion['fish']}\n" + "".join(f"complete -C'fewstep {w}'\n" for w in WORDS)
+    lines = shell_run("fish", "-c", code).stdout.splitlines()
+    assert [line.split("\t")[0] for line in lines] == list(WORDS.values())

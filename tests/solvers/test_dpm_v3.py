@@ -8,6 +8,7 @@ import math
 import numpy
 import pytest
 import torch
+from scipy.integrate import trapezoid
 from torch import Tensor
 
 import fewstep
@@ -89,7 +90,7 @@ def directly(
             for k in range(len(g)):
                 if k != j:
                     basis *= (inside - lam[places[k]]) / (lam[places[j]] - lam[places[k]])
-            total = total + float(numpy.trapezoid(numpy.exp(in_l + in_s) * basis, inside)) * value
+            total = total + float(trapezoid(numpy.exp(in_l + in_s) * basis, inside)) * value
         return alpha[i + 1] * math.exp(-in_l[-1]) * (x / alpha[i] - total)
 
     x = noise * exact.schedule.prior_std(float(grid.times[0]))
