@@ -151,7 +151,14 @@ def test_mistakes(more, command, folders, tmp_path, capsys):
 
 def test_a_flow_map_and_a_solver_from_one_of_its_knots(folders, tmp_path, capsys):
     student, teacher = tmp_path / "student", folders / "model"
-    assert distill(folders, student, "--student", "flow-map", "--budgets", "1,2") == 0
+    more = ("--corrector", "denoised", "--corrector-weight", "0.5", "--own-states", "0.25")
+    assert distill(folders, student, "--student", "flow-map", "--budgets", "1,2", *more) == 0
+    recipe = json.loads((student / "operator.json").read_text())["training"]["recipe"]
+    assert (recipe["corrector"], recipe["corrector_weight"], recipe["own_states"]) == (
+        "denoised",
+        0.5,
+        0.25,
+    )
     assert "flow-map, 6 steps on cpu" in capsys.readouterr().out
     sample = ["sample", str(student), "-n", "2", "--class-labels", "1"]
     assert run([*sample, "--nfe", "2", "--out", str(tmp_path / "two")]) == 0

@@ -456,7 +456,12 @@ def test_the_caller_s_generator_is_left_alone(model, store, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def _one_of_two(rank: int, port: int, out: Path) -> None:
+CORRECTED = {
+    "mode": "flow-map", "own_states": 0.5, "consistency": 0.5, "corrector": "score-difference",
+}  # fmt: skip
+
+
+def _one_of_two(rank: int, port: int, out: Path, change: dict) -> None:
     """A process of ``torchrun``, forked instead of started: nothing is imported again."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
@@ -467,22 +472,25 @@ def _one_of_two(rank: int, port: int, out: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     made = teacher()
-    distill(made, record(made), out, steps=2, batch_size=4, warmup=1, checkpoint_every=2)
+    distill(made, record(made), out, steps=2, batch_size=4, warmup=1, checkpoint_every=2, **change)
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:Grad strides")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_two_processes_do_what_one_does(model, store, tmp_path):
+@pytest.mark.parametrize("change", [{}, CORRECTED])
+def test_two_processes_do_what_one_does(change, model, store, tmp_path):
     """Two processes with batches of 4 are one with 8, up to the rounding of sums."""
-    distill(model, store, tmp_path / "one", steps=2, batch_size=8, warmup=1, checkpoint_every=2)
+    settings = {"steps": 2, "batch_size": 8, "warmup": 1, "checkpoint_every": 2, **change}
+    distill(model, store, tmp_path / "one", **settings)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     ranks = [
-        context.Process(target=_one_of_two, args=(rank, port, tmp_path / "two")) for rank in (0, 1)
+        context.Process(target=_one_of_two, args=(rank, port, tmp_path / "two", change))
+        for rank in (0, 1)
     ]
     for process in ranks:
         process.start()

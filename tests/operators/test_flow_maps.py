@@ -120,17 +120,17 @@ def test_pairs_are_the_steps_of_the_budgets(model, store):
     assert student.layout.budgets == (1, 2, 4)
     assert [student.path(n) for n in (1, 2, 4)] == [[0, 4], [0, 2, 4], [0, 1, 2, 3, 4]]
     make = lambda pairs: FlowMapObjective(student, DistillRecipe(mode="flow-map", pairs=pairs), L2(), [1, 2, 3, 4])  # noqa: E731  # fmt: skip
-    first, second = make("steps").pairs(4000, 0, 0)
+    first, second = make("steps").pairs(4000, 0)
     drawn = set(zip(first.tolist(), second.tolist(), strict=True))
     assert drawn == {(0, 4), (0, 2), (2, 4), (0, 1), (1, 2), (2, 3), (3, 4), (1, 4)}
     share = float(((first == 0) & (second == 4)).double().mean())
     assert share == pytest.approx(1 / 3 + 1 / 12 + 1 / 24, abs=0.03)
-    first, second = make("all").pairs(4000, 0, 0)
+    first, second = make("all").pairs(4000, 0)
     drawn = set(zip(first.tolist(), second.tolist(), strict=True))
     assert drawn == {(i, j) for i in range(5) for j in range(i + 1, 5)}
-    again = make("all").pairs(4000, 0, 0)
+    again = make("all").pairs(4000, 0)
     assert torch.equal(again[0], first)
-    assert not torch.equal(make("all").pairs(4000, 1, 0)[0], first)
+    assert not torch.equal(make("all").pairs(4000, 1)[0], first)
 
 
 def test_the_loss_is_that_of_the_mean_slopes(model, store, tmp_path):
@@ -143,7 +143,7 @@ def test_the_loss_is_that_of_the_mean_slopes(model, store, tmp_path):
     student = untrained(model, store.times.tolist(), loss="l2")
     objective = FlowMapObjective(student, DistillRecipe(mode="flow-map"), L2(), [1, 2, 3, 4])
     order = torch.randperm(22, generator=fewstep.training.checkpoints.generator(0, "epoch", 0))
-    first, second = objective.pairs(22, 0, 0)
+    first, second = objective.pairs(22, 0)
     alpha, sigma = model.schedule.scales(store.times)
     total = 0.0
     for row_, i, j in zip(order.tolist(), first.tolist(), second.tolist(), strict=True):

@@ -38,6 +38,11 @@ def distill(
     mode: Annotated[str | None, Parameter(name=["--mode", "--student"])] = None,
     budgets: str | None = None,
     pairs: str | None = None,
+    initial: str | None = None,
+    own_states: float | None = None,
+    consistency: float | None = None,
+    corrector: str | None = None,
+    corrector_weight: float | None = None,
     times: str | None = None,
     modes: int | None = None,
     basis: str | None = None,
@@ -72,6 +77,12 @@ def distill(
             or 4 evaluations with one network).
         budgets: The numbers of evaluations of a flow map; 1,2,4 if left out.
         pairs: The pairs of states that a flow map is trained on: steps (those of its budgets), or all.
+        initial: The folder of a finished student of the same kind, to start from instead of the teacher.
+        own_states: Of a flow map's steps from later states, the share that starts from its own states.
+        consistency: Of a flow map's longer steps, the share whose target is its own way in two steps.
+        corrector: A training signal for a flow map's samples beside the recorded ones: denoised (removes grain) or
+            score-difference (distribution matching).
+        corrector_weight: Its weight; 1 if left out.
         times: The number of frames (4), or their times among the stored ones (0.56,0.25,0).
         modes: The number J of temporal modes; 2 if left out.
         basis: dft, dct or dense.
@@ -118,6 +129,11 @@ def distill(
         "mode": mode,
         "budgets": _budgets(budgets),
         "pairs": pairs,
+        "initial": initial,
+        "own_states": own_states,
+        "consistency": consistency,
+        "corrector": corrector,
+        "corrector_weight": corrector_weight,
         "modes": modes,
         "basis": basis,
         "loss": loss,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.diffusion.prediction import Prediction
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.insertion import Site, blocks
 from fewstep.operators.layout import SECOND_TIME, Layout, output_map
@@ -91,7 +92,7 @@ class FlowMap(Operator):
         whole = gain[:, -1]
         tables = {
             "labels": torch.cat([one["labels"] for one in single]),
-            "second": 1000 * torch.atan2(sigma, alpha) / (math.pi / 2),
+            "second": _angle(alpha, sigma),
             "keep": ratio,
             "gain": gain,
             "shift": (torch.cat([one["keep"] for one in single]) - ratio[:, -1]) / whole,
@@ -116,15 +117,32 @@ class FlowMap(Operator):
             second: The numbers of the second knots, each later than the first.
             cond: The conditions.
         """
-        times = torch.stack([self.second[first], self.second[second]], -1)
-        for block in blocks(self.network).values():
-            assert isinstance(block, SecondTime)
-            block.times = times
+        self._set_times(self.second[first], self.second[second])
         value = self.model.raw(x, self.labels[first], **cond)
         column = (-1, *[1] * (x.ndim - 1))
         shift = self.shift[first].to(x.dtype).reshape(column)
         factor = self.factor[first].to(x.dtype).reshape(column)
         return shift * x + factor * value.to(x.dtype)
+
+    def predicted_data(self, x: Tensor, t: Tensor, knot: Tensor, **cond: Any) -> Tensor:
+        r"""Returns the predicted data at any times, (B, \*): the network as a denoiser that knows a knot besides.
+
+        Arguments:
+            x: The states, with shape (B, \*).
+            t: Their times in the schedule's units, with shape (B).
+            knot: The number of a knot, whose time is the second time, int64 with shape (B).
+            cond: The conditions.
+        """
+        alpha, sigma = self.schedule.scales(t.double().cpu())
+        self._set_times(_angle(alpha, sigma).to(self.second), self.second[knot])
+        return self.model(x, t, prediction=Prediction.X0, **cond)
+
+    def _set_times(self, first: Tensor, second: Tensor) -> None:
+        """Sets the two times of the next evaluation, as angles, (B) each."""
+        times = torch.stack([first, second], -1)
+        for block in blocks(self.network).values():
+            assert isinstance(block, SecondTime)
+            block.times = times
 
     def coefficients(self, first: Tensor, second: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         r"""Returns the factors of state and slope, :math:`\hat x_s = a x_t + b F`, for states like these."""
@@ -144,6 +162,11 @@ class FlowMap(Operator):
         at = [torch.full((len(x),), k, device=x.device) for k in (first, second)]
         keep, gain = self.coefficients(at[0], at[1], x)
         return keep * x + gain * self(x, at[0], at[1], **cond)
+
+
+def _angle(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Returns the noise level as an angle, from 0 for data to 1000 for noise."""
+    return 1000 * torch.atan2(sigma, alpha) / (math.pi / 2)
 
 
 def spread(intervals: int, steps: int) -> list[int]:

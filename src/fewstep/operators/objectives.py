@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.models.conditions import select
+from fewstep.operators.correctors import Corrector, Draws
 from fewstep.operators.flow_map import FlowMap
 from fewstep.operators.losses import Distance, loss_weights, mean_slope
 from fewstep.operators.operator import Operator, TrajectoryOperator
@@ -23,10 +25,12 @@ class Objective(ABC):
     Attributes:
         columns: The number of losses that are logged.
         frames: The indices of the stored states that it measures with, the input's left out.
+        corrector: The corrector that it uses, or ``None``.
     """
 
     columns: int
     frames: list[int]
+    corrector: Corrector | None = None
 
     def drawn(self, part: int) -> list[int]:
         """Returns the indices of the stored states that the forward pass of that number needs, besides the input's."""
@@ -40,21 +44,21 @@ class Objective(ABC):
         states: Tensor,
         cond: Mapping[str, Any],
         part: int,
-        rank: int,
         *,
-        first: int = 0,
-        count: int | None = None,
+        places: Sequence[int],
+        total: int,
     ) -> tuple[Tensor, Tensor]:
         r"""Returns the mean loss of rows of a forward pass, and the losses for the log, (columns).
+
+        What is drawn for a row depends on its place alone, not on the other rows of the call.
 
         Arguments:
             call: The student, as prepared for its devices.
             states: The recorded states, (B, 1 + S, \*), the input's first.
             cond: The conditions.
             part: The number of the forward pass, from which its draws follow.
-            rank: The number of the process.
-            first: The first of these rows, if they are some of those of the pass.
-            count: The rows of the pass; left out, these.
+            places: The places of these rows in the batch of all processes.
+            total: The rows of that batch.
         """
 
     @abstractmethod
@@ -127,12 +131,11 @@ class FrameObjective(Objective):
         states: Tensor,
         cond: Mapping[str, Any],
         part: int,
-        rank: int,
         *,
-        first: int = 0,
-        count: int | None = None,
+        places: Sequence[int],
+        total: int,
     ) -> tuple[Tensor, Tensor]:
-        del rank, first, count  # all rows have the same frames
+        del places, total  # all rows have the same frames
         frames = self.drawn(part)
         if self.counts is not None:
             self.student.set_times([self.stored[i] for i in frames])
@@ -157,37 +160,56 @@ class FlowMapObjective(Objective):
     whether it goes to the next knot or to the last, as with fresh noise; so each budget has an equal share
     of the training. With ``"all"`` each pair is equally likely.
 
+    Three options, each off by default, change shares of the pairs or add to their loss:
+
+    - ``own_states``: the step starts from the student's own state at t, reached by the steps of the drawn budget,
+      and its target goes to the recorded state. So later steps are trained on what they are given in use.
+    - ``consistency``: the target is the student's own way from t to s through a knot r between.
+    - a corrector, for the pairs that go to the last knot, whose states are samples.
+
+    The student's own states and targets have no gradient.
+
     Arguments:
         student: The student.
         recipe: The recipe.
         distance: The distance of slopes.
         frames: The indices of the knots among the stored times, the input's left out.
+        corrector: The corrector of the recipe, or ``None``.
     """
 
     def __init__(
-        self, student: FlowMap, recipe: DistillRecipe, distance: Distance, frames: list[int]
+        self,
+        student: FlowMap,
+        recipe: DistillRecipe,
+        distance: Distance,
+        frames: list[int],
+        corrector: Corrector | None = None,
     ) -> None:
         self.student, self.recipe, self.distance = student, recipe, distance
-        self.frames = frames
-        self.columns = 1
+        self.frames, self.corrector = frames, corrector
+        self.columns = 1 + (0 if corrector is None else corrector.columns)
         self.paths = [student.path(n) for n in student.layout.budgets]
 
-    def pairs(self, count: int, part: int, rank: int) -> tuple[Tensor, Tensor]:
-        """Returns the first and the second knots of a batch, (B) each, drawn for a forward pass."""
-        draw = generator(self.recipe.seed, "pairs", part, rank)
+    def steps(self, count: int, part: int) -> list[tuple[list[int], int]]:
+        """Returns the pairs of a batch, drawn for a forward pass: the knots from 0 to the first, and the second."""
+        draw = generator(self.recipe.seed, "pairs", part, 0)
         last = len(self.frames)
         if self.recipe.pairs == "all":
             every = torch.triu_indices(last + 1, last + 1, 1)
             chosen = every[:, torch.randint(every.shape[1], (count,), generator=draw)]
-            return chosen[0], chosen[1]
+            return [([0, i] if i else [0], j) for i, j in chosen.T.tolist()]
         shares = torch.rand(3, count, generator=draw, dtype=torch.float64)
-        first, second = [], []
+        steps = []
         for budget, step, end in shares.T.tolist():
             path = self.paths[int(budget * len(self.paths))]
             place = int(step * (len(path) - 1))
-            first.append(path[place])
-            second.append(last if end < 0.5 else path[place + 1])
-        return torch.tensor(first), torch.tensor(second)
+            steps.append((path[: place + 1], last if end < 0.5 else path[place + 1]))
+        return steps
+
+    def pairs(self, count: int, part: int) -> tuple[Tensor, Tensor]:
+        """Returns the first and the second knots of a batch, (B) each, drawn for a forward pass."""
+        steps = self.steps(count, part)
+        return torch.tensor([way[-1] for way, _ in steps]), torch.tensor([s for _, s in steps])
 
     def losses(
         self,
@@ -195,20 +217,95 @@ class FlowMapObjective(Objective):
         states: Tensor,
         cond: Mapping[str, Any],
         part: int,
-        rank: int,
         *,
-        first: int = 0,
-        count: int | None = None,
+        places: Sequence[int],
+        total: int,
     ) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(states), device=states.device)
-        pairs = self.pairs(count or len(states), part, rank)
-        start, end = (k[first : first + len(states)].to(states.device) for k in pairs)
-        x = states[rows, start]
+        recipe, device = self.recipe, states.device
+        drawn = self.steps(total, part)
+        steps = [drawn[place] for place in places]
+        draws = Draws(recipe.seed, part, total, places, device)
+        rows = torch.arange(len(states), device=device)
+        start = torch.tensor([way[-1] for way, _ in steps], device=device)
+        end = torch.tensor([second for _, second in steps], device=device)
+        x, later = states[rows, start], states[rows, end]
+        if recipe.own_states:
+            ways = [way for way, _ in steps]
+            chosen = (draws.uniform("own states") < recipe.own_states) & (start > 0)
+            x = self._walked(states[:, 0], x, ways, chosen, cond)
+        if recipe.consistency:
+            between = (start + 1 + draws.uniform("knot between") * (end - start - 1)).long()
+            knots = torch.stack([start, between, end], 1).tolist()
+            chosen = (draws.uniform("consistency") < recipe.consistency) & (end - start > 1)
+            later = self._walked(x, later, knots, chosen, cond)
         keep, gain = self.student.coefficients(start, end, x)
-        target = mean_slope(x, states[rows, end], keep, gain)
         outputs = call(x, start, end, **cond)
-        each = distances(self.distance, outputs[:, None], target[:, None])
-        return each.mean(), each.detach()
+        slopes = mean_slope(x, later, keep, gain)
+        loss = distances(self.distance, outputs[:, None], slopes[:, None])
+        log = loss.detach()
+        if self.corrector is not None:
+            more, numbers = self._corrected(
+                keep * x + gain * outputs, start, end, cond, part, draws
+            )
+            # What is logged is the loss on recorded trajectories; of the others the gradients matter.
+            loss, log = loss + more - more.detach(), torch.cat([log, numbers])
+        return loss.mean(), log
+
+    @torch.no_grad()
+    def _walked(
+        self,
+        x: Tensor,
+        otherwise: Tensor,
+        ways: list[list[int]],
+        chosen: Tensor,
+        cond: Mapping[str, Any],
+    ) -> Tensor:
+        r"""Returns the student's own states at the ends of ways of knots, for the chosen rows; the others' as they are.
+
+        Arguments:
+            x: The states at the beginnings, with shape (B, \*).
+            otherwise: The states of rows that are not chosen, with shape (B, \*).
+            ways: The knots of each row.
+            chosen: Whether each row is chosen, with shape (B).
+            cond: The conditions.
+        """
+        result = torch.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), x, otherwise)
+        picked = [i for i, is_chosen in enumerate(chosen.tolist()) if is_chosen]
+        for step in range(max((len(ways[i]) - 1 for i in picked), default=0)):
+            active = [i for i in picked if len(ways[i]) > step + 1]
+            at, to = (
+                torch.tensor([ways[i][k] for i in active], device=x.device)
+                for k in (step, step + 1)
+            )
+            now = result[active]
+            keep, gain = self.student.coefficients(at, to, now)
+            slope = self.student(now, at, to, **select(cond, active))
+            result[active] = keep * now + gain * slope.to(now.dtype)
+        return result
+
+    def _corrected(
+        self,
+        x: Tensor,
+        start: Tensor,
+        end: Tensor,
+        cond: Mapping[str, Any],
+        part: int,
+        draws: Draws,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the mean loss of the corrector over all rows, and its numbers for the log, (columns)."""
+        corrector = self.corrector
+        assert corrector is not None
+        chosen = (end == len(self.frames)).nonzero().flatten()
+        if not len(chosen):
+            return torch.zeros((), device=x.device), torch.zeros(
+                corrector.columns, device=x.device
+            )
+        own = select(cond, chosen)
+        loss, second, numbers = corrector.losses(x[chosen], start[chosen], own, draws.of(chosen))
+        # Its own network is trained alone first.
+        step = part // self.recipe.accumulate
+        weight = self.recipe.corrector_weight if step >= self.recipe.warmup else 0.0
+        return (weight * loss + second).sum() / len(x), numbers.sum(0).float() / len(x)
 
     def errors(self, student: Any, states: Tensor, cond: Mapping[str, Any]) -> Tensor:
         """Returns the mean squared errors of the samples of each budget, that of the fewest evaluations last."""
@@ -227,14 +324,23 @@ def objective_of(
     distance: Distance,
     stored: Sequence[float],
     frames: list[int],
+    corrector: Corrector | None = None,
 ) -> Objective:
     """Returns the objective of a student.
+
+    Arguments:
+        student: The student.
+        recipe: The recipe.
+        distance: The distance of states, or of slopes.
+        stored: The stored times.
+        frames: The frames of the finished student.
+        corrector: The corrector of the recipe, or ``None``.
 
     Raises:
         ValueError: If the weights of its frames do not fit.
     """
     if isinstance(student, FlowMap):
-        return FlowMapObjective(student, recipe, distance, frames)
+        return FlowMapObjective(student, recipe, distance, frames, corrector)
     assert isinstance(student, TrajectoryOperator)
     return FrameObjective(student, recipe, distance, stored, frames)
 

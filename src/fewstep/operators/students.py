@@ -12,6 +12,7 @@ import torch
 
 from fewstep.base.registry import Registry, unknown
 from fewstep.models.denoiser import Denoiser
+from fewstep.operators.correctors import CORRECTORS
 from fewstep.operators.flow_map import FlowMap, operator_of
 from fewstep.operators.layout import OUTPUTS, SECOND_TIME, Layout, check_budgets, well_posed_output
 from fewstep.operators.losses import CUSTOM, LOSSES, WEIGHTS
@@ -44,6 +45,16 @@ class DistillRecipe:
         budgets: The numbers of evaluations of a flow map. Its knots are the stored times (or ``times``).
         pairs: The pairs of knots that a flow map is trained on: ``"steps"``, those of its budgets: to the
             next knot, or, with fresh noise in between, to the last; or ``"all"``.
+        initial: The folder of a finished student of the same layout, whose weights a run starts from instead
+            of the teacher's.
+        own_states: Of the steps of a flow map from a later knot, the share that starts from its own state there,
+            not from the recorded one.
+        consistency: Of the pairs of a flow map with a knot between, the share whose target is its own way through
+            that knot, not the recorded state.
+        corrector: A training signal for the samples of a flow map beside the recorded ones: a name in
+            :data:`CORRECTORS`. It begins after the warmup, in which its own network is trained alone.
+        corrector_weight: Its weight.
+        corrector_rate: The learning rate of its own network, constant.
         modes: The modes J of temporal blocks.
         basis: ``"dft"``, ``"dct"`` or ``"dense"``.
         output: ``"convert"`` or ``"direct"``, see :class:`Layout`; ``"auto"`` is the first
@@ -72,6 +83,12 @@ class DistillRecipe:
     drawn: str | list[int] = "auto"
     budgets: list[int] | None = None
     pairs: str = "steps"
+    initial: str | None = None
+    own_states: float = 0.0
+    consistency: float = 0.0
+    corrector: str | None = None
+    corrector_weight: float = 1.0
+    corrector_rate: float = 2e-4
     modes: int = 2
     basis: str = "dft"
     output: str = "auto"
@@ -122,11 +139,11 @@ class DistillRecipe:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r:.40}")
-        for name in ("decay", "ema"):
+        for name in ("decay", "ema", "own_states", "consistency"):
             value = getattr(self, name)
             if isinstance(value, bool) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {value!r:.40}")
-        for name in ("learning_rate", "clip", "warmup"):
+        for name in ("learning_rate", "clip", "warmup", "corrector_weight", "corrector_rate"):
             value = getattr(self, name)
             if isinstance(value, bool) or not 0 <= value < math.inf:
                 raise ValueError(
@@ -140,11 +157,23 @@ class DistillRecipe:
             for name, value, default in (
                 ("budgets", self.budgets, None),
                 ("pairs", self.pairs, "steps"),
+                ("own_states", self.own_states, 0),
+                ("consistency", self.consistency, 0),
+                ("corrector", self.corrector, None),
             ):
                 if value != default:
                     raise ValueError(f"{name} are for the student flow-map, not for {self.mode}")
         elif self.frames is not None:
             raise ValueError("a flow map has knots, not frames; give times, or leave both out")
+        if self.corrector is not None:
+            CORRECTORS[self.corrector]  # raises for an unknown name
+        elif (self.corrector_weight, self.corrector_rate) != (1.0, 2e-4):
+            raise ValueError(
+                "corrector_weight and corrector_rate are for a corrector; name one: "
+                f"corrector={' or '.join(map(repr, CORRECTORS))}"
+            )
+        if self.initial is not None and not isinstance(self.initial, str):
+            raise ValueError(f"initial is the folder of a student, got {self.initial!r:.40}")
         if self.budgets is not None:
             check_budgets(self.budgets, 4096)
         if self.drawn in ("auto", "fixed"):

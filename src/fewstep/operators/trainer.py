@@ -25,21 +25,31 @@ from fewstep.base.runs import difference, digest_of, hash_inputs
 from fewstep.metrics.features import EMBEDDED, Features
 from fewstep.models.conditions import select
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.wrappers import Guided
+from fewstep.operators.correctors import CORRECTORS, Corrector
+from fewstep.operators.flow_map import FlowMap
 from fewstep.operators.folder import read_operator, write_operator
 from fewstep.operators.log import LossLog
 from fewstep.operators.losses import Distance
 from fewstep.operators.model import OperatorModel
 from fewstep.operators.objectives import objective_of
+from fewstep.operators.operator import Operator
 from fewstep.operators.students import DistillRecipe, make_student, select_frames
 from fewstep.training.checkpoints import (
+    BEGIN_AGAIN,
     generator,
     load_checkpoint,
+    load_moments,
+    moments_of,
     new_average,
     read_checkpoint,
     save_checkpoint,
     update_average,
 )
 from fewstep.training.parallel import Team, check_address
+
+CORRECTOR, MOMENTS = "corrector.network.", "corrector.optimizer."
+"""What the names of a corrector's tensors in a checkpoint begin with."""
 
 LOG_EVERY = 10
 """The steps between two rows of the log; losses stay on the device between them."""
@@ -92,6 +102,8 @@ def distill_inputs(
     about = [dict(store.settings), len(store), store.times.tolist(), _digest({"x": ends.states})]
     inputs: dict[str, Any] = {"teacher": denoiser.fingerprint(), "trajectories": digest_of(about)}
     inputs["features"] = hash_inputs(recipe.features) if isinstance(recipe.features, str) else None
+    if recipe.initial is not None:
+        inputs["initial"] = read_operator(recipe.initial, teacher=denoiser).fingerprint()
     if recipe.features in EMBEDDED and inputs["features"] is None:
         inputs["features"] = {"sha256": Features.load(str(recipe.features)).sha256}
     if isinstance(distance, nn.Module):
@@ -145,8 +157,13 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
             torch.manual_seed(recipe.seed)
             self.student = make_student(denoiser, recipe, stored, sites=sites, example=example)
+        if recipe.initial is not None:
+            load_initial(self.student, recipe.initial, denoiser)
         self.student = self.student.to(self.accelerator.device)
-        self.objective = objective_of(self.student, recipe, loss, stored, self.frames)
+        self.corrector = self._corrector(denoiser, example)
+        self.objective = objective_of(
+            self.student, recipe, loss, stored, self.frames, self.corrector
+        )
         self.network = self.student.network
         self.student.requires_grad_(False)
         self.network.requires_grad_(True)
@@ -154,6 +171,11 @@ class Trainer:
             _enable_checkpointing(self.network)
         self.average = new_average(self.network)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=recipe.learning_rate)
+        self.corrector_optimizer: torch.optim.Adam | None = None
+        own = None if self.corrector is None else self.corrector.network
+        if own is not None:
+            self.corrector_optimizer = torch.optim.Adam(own.parameters(), lr=recipe.corrector_rate)
+        self.corrector_network = own
         heldout = max(1, min(recipe.heldout, len(store) // 10))
         self.training = len(store) - heldout
         self.heldout: float | None = None
@@ -161,6 +183,15 @@ class Trainer:
         self.rows: list[dict[str, Any]] | None = None
         self.micro = MicroBatches()
         self.pending: list[Tensor] = []  # losses of the frames since the last row of the log
+
+    def _corrector(self, denoiser: Denoiser, example: Mapping[str, Any]) -> Corrector | None:
+        """Returns the corrector of the recipe, for the teacher with the guidance of its trajectories."""
+        if self.recipe.corrector is None:
+            return None
+        assert isinstance(self.student, FlowMap)  # as the recipe has checked
+        scale = self.store.settings.get("guidance")
+        teacher = denoiser if scale in (None, 1) else Guided(denoiser, float(scale))
+        return CORRECTORS[self.recipe.corrector].build(teacher, self.student, example)
 
     def train(
         self,
@@ -189,6 +220,7 @@ class Trainer:
         def save() -> None:
             if self.accelerator.is_main_process:
                 more = {"losses": torch.stack(self.pending)} if self.pending else {}
+                more |= self._corrector_state()
                 save_checkpoint(
                     self.out,
                     {
@@ -263,21 +295,32 @@ class Trainer:
             self.micro(recipe.batch_size, partial(self._gradients, call, step, alone=True))
             self.micro.is_fixed = True
         total = self.micro(recipe.batch_size, partial(self._gradients, call, step))
+        networks = [self.network]
+        if self.corrector_network is not None:
+            networks.append(self.corrector_network)
+            average_gradients(self.corrector_network, self.accelerator)
         if recipe.clip:
-            nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
+            for network in networks:
+                nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
         with unbroken():
             self.optimizer.step()
+            if self.corrector_optimizer is not None:
+                self.corrector_optimizer.step()
             update_average(self.average, self.network, step, recipe.ema)
             self.pending.append(total)
 
     def _gradients(self, call: Any, step: int, size: int, *, alone: bool = False) -> Tensor:
         """Sets the gradients of a step, so many trajectories at once; returns the loss and the losses for the log."""
-        accumulate, rank = self.recipe.accumulate, self.accelerator.process_index
+        accumulate = self.recipe.accumulate
         self.optimizer.zero_grad(set_to_none=True)
+        if self.corrector_optimizer is not None:
+            self.corrector_optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(1 + self.objective.columns, device=self.accelerator.device)
         for number in range(accumulate):
             part = step * accumulate + number
-            states, cond = self._batch(self._indices(part), self.objective.drawn(part))
+            whole = self._indices(part)
+            places = range(len(whole))[self._rows]
+            states, cond = self._batch(whole[self._rows], self.objective.drawn(part))
             count = len(states)
             slices = parts_of(count, size)
             for rows in slices:
@@ -287,22 +330,26 @@ class Trainer:
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(call):
                     with self._autocast():
                         loss, each = self.objective.losses(
-                            call, states[rows], own, part, rank, first=rows.start, count=count
+                            call, states[rows], own, part, places=places[rows], total=len(whole)
                         )
                     self.accelerator.backward(loss * share / accumulate)
                 total += torch.cat([loss.detach()[None], each]) * share / accumulate
         return total
 
     def _indices(self, part: int) -> list[int]:
-        """Returns the trajectories of a forward pass: a slice of the epoch's permutation."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.recipe.batch_size * world
+        """Returns the trajectories of a forward pass of all processes: a slice of the epoch's permutation."""
+        size = self.recipe.batch_size * self.accelerator.num_processes
         per_epoch = max(1, self.training // size)
         epoch, place = divmod(part, per_epoch)
         order = torch.randperm(
             self.training, generator=generator(self.recipe.seed, "epoch", epoch)
         )
-        return order[place * size : (place + 1) * size][rank::world].tolist()
+        return order[place * size : (place + 1) * size].tolist()
+
+    @property
+    def _rows(self) -> slice:
+        """The part of a batch of all processes that is this process's."""
+        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
 
     def _batch(
         self, indices: Sequence[int], frames: Sequence[int]
@@ -373,7 +420,38 @@ class Trainer:
             self.heldout, self.rows = self.evaluate()[-1], None
         if "losses" in more:
             self.pending = list(more["losses"].to(self.accelerator.device).unbind())
+        self._restore_corrector(more)
         return step
+
+    def _corrector_state(self) -> dict[str, Tensor]:
+        """Returns the weights of the corrector's own network and their moments, for a checkpoint."""
+        if self.corrector_network is None or self.corrector_optimizer is None:
+            return {}
+        state = {f"{CORRECTOR}{k}": v for k, v in self.corrector_network.state_dict().items()}
+        return state | {
+            f"{MOMENTS}{k}": v for k, v in moments_of(self.corrector_optimizer).items()
+        }
+
+    def _restore_corrector(self, more: Mapping[str, Tensor]) -> None:
+        """Loads what :meth:`_corrector_state` returned.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        if self.corrector_network is None or self.corrector_optimizer is None:
+            return
+        weights, moments = (
+            {k.removeprefix(prefix): v for k, v in more.items() if k.startswith(prefix)}
+            for prefix in (CORRECTOR, MOMENTS)
+        )
+        try:
+            self.corrector_network.load_state_dict(weights)
+            load_moments(self.corrector_optimizer, moments)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"the checkpoint in {str(self.out)!r} is damaged: the corrector's network: {error}; "
+                f"{BEGIN_AGAIN}"
+            ) from None
 
     def finish(self) -> OperatorModel:
         """Writes the operator with the averaged weights, reads it again and returns it."""
@@ -385,12 +463,42 @@ class Trainer:
                 "loss": self.loss,
                 "teacher": self.inputs["teacher"],
                 "store": self.inputs["trajectories"],
+                "initial": self.inputs.get("initial"),
                 "extractor": (self.inputs.get("features") or {}).get("sha256"),
                 "guidance": self.store.settings.get("guidance"),
             }
             write_operator(self.out, self.student, weights=self.average, training=about)
         self.accelerator.wait_for_everyone()
         return read_operator(self.out, teacher=self.student.teacher())
+
+
+def load_initial(student: Operator, folder: str, teacher: Denoiser) -> None:
+    """Loads the weights of a finished student into one of the same layout.
+
+    Raises:
+        ValueError: If the folder is not a student's, or its layout is another.
+    """
+    initial = read_operator(folder, teacher=teacher).operator
+    before = json.loads(json.dumps(asdict(initial.layout)))
+    changed = difference(before, asdict(student.layout))
+    if changed is not None:
+        raise ValueError(
+            f"the student {folder!r} has another layout than this run's ({changed}); start from one with the same "
+            "kind, times and budgets, or leave initial out"
+        )
+    student.network.load_state_dict(initial.network.state_dict())
+
+
+@torch.no_grad()
+def average_gradients(network: nn.Module, accelerator: Any) -> None:
+    """Sets the gradients of a network to their mean over the processes, where there are several."""
+    if accelerator.num_processes == 1:
+        return
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    each = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    mean = accelerator.reduce(torch.cat([g.flatten() for g in each]), reduction="mean")
+    for p, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+        p.grad = gradient.reshape(p.shape).clone()
 
 
 def changed_recipe(recipe: DistillRecipe, before: Any, step: int) -> str | None:

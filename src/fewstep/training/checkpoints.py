@@ -74,8 +74,7 @@ def save_checkpoint(
     """
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    tensors |= {f"optimizer.{k}": v for k, v in moments_of(optimizer).items()}
     tensors |= {f"more.{k}": v for k, v in (more or {}).items()}
     metadata = {"step": str(step), "loss": repr(loss), "run": _run_digest(about)}
     metadata["tensors"] = digest_of(sorted(tensors))
@@ -257,15 +256,28 @@ def _load(
             raise ValueError(f"its average of {key} has shape {tuple(value.shape)}")
         average[key].copy_(value)
     if optimizer is not None:
-        _load_moments(optimizer, part("optimizer."))
+        load_moments(optimizer, part("optimizer."))
     stored_names = digest_of(sorted(tensors))
     if metadata.get("tensors", stored_names) != stored_names:
         raise ValueError("some of its tensors are missing")
     return step, loss, part("more.")
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]) -> None:
-    """Loads the moments of an optimiser: for each parameter all, each of the parameter's shape."""
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns the moments of an optimizer, by the number of the parameter and their names."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def load_moments(optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]) -> None:
+    """Loads the moments of an optimizer: for each parameter all, each of the parameter's shape.
+
+    Raises:
+        KeyError: If some are missing or have another shape.
+    """
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in stored.items():
         index, name = key.split(".", 1)
