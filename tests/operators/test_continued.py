@@ -54,6 +54,18 @@ def test_an_untrained_flow_map_continues_as_ddim(model, times):
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_solver_begins_at_the_frame_s_present_time(model, times):
+    """Frames that were set after training: the solver starts at their times, not at the first ones."""
+    student = student_of(model, times, "dsno")
+    student.operator.set_times([times[1], times[-1]])
+    made = fewstep.sample(
+        continued(student, model, 1, solver="ddim"), 3, nfe=2, save="states", **LABELS
+    )
+    assert made.times[1].item() == times[1]
+    with pytest.raises(ValueError, match="from 1 to 1, got 2"):
+        continued(student, model, 2)
+
+
 def test_the_smallest_budget_is_the_solver_s(model, times):
     student = student_of(model, times, "dsno")
     assert continued(student, model, 1, solver="ddim").built_in_sampler().nfe == 2

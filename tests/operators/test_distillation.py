@@ -158,6 +158,54 @@ def test_a_run_is_resumed_bit_for_bit(change, model, store, tmp_path):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
 
 
+@pytest.mark.parametrize(
+    ("mode", "labels", "expected"),
+    [
+        ("dsno", "auto", "both"),
+        ("folded", "auto", "both"),
+        ("dsno", "target", "target"),
+        ("endpoint", "auto", "start"),
+        ("endpoint", "target", "target"),
+        ("flow-map", "auto", "start"),
+    ],
+)
+def test_labels_of_a_student(mode, labels, expected, model, store):
+    recipe = DistillRecipe(mode=mode, labels=labels)
+    assert make_student(model, recipe, store.times.tolist()).layout.labels == expected
+
+
+@pytest.mark.parametrize("mode", ["dsno", "folded"])
+def test_untrained_frames_are_steps_of_ddim(mode, model, store):
+    """With the label of the input every frame starts as one step of DDIM from it."""
+    times = store.times.tolist()
+    student = make_student(model, DistillRecipe(mode=mode), times)
+    x = store.states[:3, 0]
+    states = student(x, class_labels=torch.tensor([0, 1, 2]))
+    alpha, sigma = model.schedule.scales(store.times)
+    label = model.schedule.t_max
+    t = torch.full((3,), float(label))
+    v = model.raw(x, t, class_labels=torch.tensor([0, 1, 2]))
+    data = alpha[0] * x - sigma[0] * v  # a v-network on a variance-preserving schedule
+    noise = (x - alpha[0] * data) / sigma[0]
+    for k in range(student.frames):
+        expected = alpha[k + 1] * data + sigma[k + 1] * noise
+        torch.testing.assert_close(states[:, k], expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "dsno", "labels": "start"}, "all have the label start are the same"),
+        ({"mode": "endpoint", "labels": "both"}, "labels are start or target"),
+        ({"mode": "flow-map", "labels": "target"}, "has its own"),
+        ({"labels": "targets"}, "Did you mean 'target'"),
+    ],
+)
+def test_labels_that_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        DistillRecipe(**change)
+
+
 def flow_of_patterns(model, n=192, std=0.5):
     """Trajectories in closed form: a class has a pattern, around which its data are Gaussian."""
     schedule, generator = model.schedule, torch.Generator().manual_seed(0)
@@ -175,12 +223,12 @@ def flow_of_patterns(model, n=192, std=0.5):
 
 @pytest.mark.slow
 def test_drawn_frames_make_the_error_independent_of_their_number(model, tmp_path):
-    """Error of the sample at 2, 4 and 8 frames: within 3 % of each other; with 4 fixed frames it is not."""
+    """Published labels, error of the sample at 2, 4 and 8 frames: within 3 % of each other; with 4 fixed frames it is not."""
     store, worst = flow_of_patterns(model), {}
     for drawn in ("auto", "fixed"):
         student = distill(
-            model, store, tmp_path / drawn, mode="dsno", drawn=drawn, steps=100, batch_size=8,
-            learning_rate=1e-2, warmup=10, ema=0.97, lambda_max=10.0, heldout=16,
+            model, store, tmp_path / drawn, mode="dsno", labels="target", drawn=drawn, steps=100,
+            batch_size=8, learning_rate=1e-2, warmup=10, ema=0.97, lambda_max=10.0, heldout=16,
             checkpoint_every=100,
         )  # fmt: skip
         rows, found = range(len(store) - 16, len(store)), []
@@ -344,8 +392,10 @@ def test_students_of_equal_size_and_cost(model, store):
     stored = store.times.tolist()
     made = {
         mode: make_student(model, DistillRecipe(mode=mode), stored)
-        for mode in ("dsno", "folded", "endpoint", "same-parameters", "same-flops")
+        for mode in ("endpoint", "same-parameters", "same-flops")
     }
+    for mode in ("dsno", "folded"):  # with the published labels: nothing for a second time
+        made[mode] = make_student(model, DistillRecipe(mode=mode, labels="target"), stored)
     sizes = {mode: sum(student.overhead()) for mode, student in made.items()}
     cost = {mode: flops(student) for mode, student in made.items()}
     assert sizes["folded"] == sizes["endpoint"] == sum(p.numel() for p in model.parameters())
@@ -501,7 +551,8 @@ def test_two_processes_do_what_one_does(change, model, store, tmp_path):
         read_tensors(tmp_path / part / "checkpoint.safetensors") for part in ("one", "two")
     )
     for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-6)
+        # Adam turns a gradient of rounding errors, as the second time has at first, into a step of up to 1e-4.
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5)
     rows = [json.loads((tmp_path / part / "log.jsonl").read_text()) for part in ("one", "two")]
     assert rows[1]["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4)
 

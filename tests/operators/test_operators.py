@@ -613,10 +613,12 @@ def test_one_evaluation_under_autocast():
 @pytest.mark.diffusers
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-def test_compiles_as_a_whole():
+@pytest.mark.parametrize("labels", ["target", "both"])
+def test_compiles_as_a_whole(labels):
     """One graph without breaks, forward and backward, and the same numbers."""
     model = teacher(channels=[8], blocks=[1], attention=[])
-    operator = TrajectoryOperator(model, Layout(times=(0.5, 0.001), start=0.9946))
+    layout = Layout(times=(0.5, 0.001), start=0.9946, labels=labels)
+    operator = TrajectoryOperator(model, layout)
     for module in operator.modules():
         if isinstance(module, TemporalConv):
             filled(module)
@@ -636,8 +638,9 @@ def test_compiles_as_a_whole():
 
 
 @pytest.mark.parametrize("extra", ["temporal", "none", "pointwise", "deeper"])
-def test_the_folder(extra, tmp_path):
-    operator = trained(extra=extra, size=1.5, basis="dct")
+@pytest.mark.parametrize("labels", ["target", "both"])
+def test_the_folder(extra, labels, tmp_path):
+    operator = trained(extra=extra, labels=labels, size=1.5, basis="dct")
     operator.model.class_names = ("a", "b", "c")
     write_operator(tmp_path, operator, training={"steps": 3})
     again = fewstep.load(tmp_path)

@@ -65,7 +65,7 @@ def continued(
         raise TypeError(f"only an operator has frames, got {type(student).__name__}")
     if not isinstance(teacher, Denoiser) or teacher.built_in_sampler() is not None:
         raise TypeError(f"the teacher is a model for solvers, got {type(teacher).__name__}")
-    times = student.operator.layout.times
+    times = student.operator.times
     if type(frame) is not int or not 1 <= frame < len(times):
         most = len(times) - 1
         known = f"from 1 to {most}" if most else "none: it returns the sample alone"
@@ -129,7 +129,7 @@ class ContinuedModel(Denoiser):
 
     def _solver(self, nfe: int) -> Sampler:
         """Returns the solver's sampler from the frame, of so many evaluations."""
-        start = self.student.operator.layout.times[self.frame - 1]
+        start = self.student.operator.times[self.frame - 1]
         request = SamplerRequest(self.solver, nfe, options={**self.options, "t_start": start})
         return resolve(self.teacher, request).sampler
 

@@ -2,7 +2,6 @@ r"""Flow maps: a network with two times that goes from any knot of a trajectory 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import Prediction
 from fewstep.models.denoiser import Denoiser
-from fewstep.operators.insertion import Site, blocks
+from fewstep.operators.insertion import Site
 from fewstep.operators.layout import SECOND_TIME, Layout, output_map
 from fewstep.operators.operator import Operator, TrajectoryOperator
-from fewstep.operators.second_time import SecondTime, time_sites
+from fewstep.operators.second_time import noise_angle, second_times, time_sites
 from fewstep.sampling.protocol import budgets_text
 
 
@@ -60,6 +59,7 @@ class FlowMap(Operator):
         self, teacher: Denoiser, layout: Layout, *, example: dict[str, Any] | None = None
     ) -> None:
         super().__init__(teacher, layout, example=example)
+        self.embeddings = second_times(self.network)
         self._lay_out()
 
     @property
@@ -92,7 +92,7 @@ class FlowMap(Operator):
         whole = gain[:, -1]
         tables = {
             "labels": torch.cat([one["labels"] for one in single]),
-            "second": _angle(alpha, sigma),
+            "second": noise_angle(alpha, sigma),
             "keep": ratio,
             "gain": gain,
             "shift": (torch.cat([one["keep"] for one in single]) - ratio[:, -1]) / whole,
@@ -134,14 +134,13 @@ class FlowMap(Operator):
             cond: The conditions.
         """
         alpha, sigma = self.schedule.scales(t.double().cpu())
-        self._set_times(_angle(alpha, sigma).to(self.second), self.second[knot])
+        self._set_times(noise_angle(alpha, sigma).to(self.second), self.second[knot])
         return self.model(x, t, prediction=Prediction.X0, **cond)
 
     def _set_times(self, first: Tensor, second: Tensor) -> None:
         """Sets the two times of the next evaluation, as angles, (B) each."""
         times = torch.stack([first, second], -1)
-        for block in blocks(self.network).values():
-            assert isinstance(block, SecondTime)
+        for block in self.embeddings:
             block.times = times
 
     def coefficients(self, first: Tensor, second: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,11 +161,6 @@ class FlowMap(Operator):
         at = [torch.full((len(x),), k, device=x.device) for k in (first, second)]
         keep, gain = self.coefficients(at[0], at[1], x)
         return keep * x + gain * self(x, at[0], at[1], **cond)
-
-
-def _angle(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Returns the noise level as an angle, from 0 for data to 1000 for noise."""
-    return 1000 * torch.atan2(sigma, alpha) / (math.pi / 2)
 
 
 def spread(intervals: int, steps: int) -> list[int]:

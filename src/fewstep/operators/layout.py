@@ -13,7 +13,7 @@ from fewstep.diffusion.prediction import Prediction, coefficients
 from fewstep.diffusion.schedules import NoiseSchedule
 
 OUTPUTS = ("convert", "direct")
-LABELS = ("target", "start")
+LABELS = ("target", "start", "both")
 SECOND_TIME = "second-time"
 EXTRAS = ("none", "temporal", "pointwise", "deeper", SECOND_TIME)
 
@@ -25,8 +25,8 @@ class Layout:
     Attributes:
         times: The times of the M frames, decreasing; the last is the sample's.
         start: The time of the input.
-        labels: The label of a frame: ``"target"``, its own time, or ``"start"``, the noise level
-            of the input.
+        labels: The label of a frame: ``"target"``, its own time; ``"start"``, the noise level
+            of the input; or ``"both"``, the latter and its own time as a second one, as flow maps have.
         output: ``"convert"``: the model output is converted to data with the coefficients of the
             label, so that the start is the teacher; ``"direct"``: the model output is the data.
         extra: The blocks inserted into the network: ``"temporal"``, ``"none"``, or instead

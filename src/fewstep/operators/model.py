@@ -58,8 +58,7 @@ class OperatorModel(Denoiser):
     def fingerprint(self) -> str:
         """Returns a SHA-256 of weights, schedule, shape, and the times and labels of the frames."""
         operator = self.operator
-        times = getattr(operator, "times", operator.layout.times)
-        about = [super().fingerprint(), times, repr(operator.layout)]
+        about = [super().fingerprint(), operator.times, repr(operator.layout)]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 

@@ -24,12 +24,21 @@ from fewstep.operators.insertion import (
     known_sites,
 )
 from fewstep.operators.layout import SECOND_TIME, Layout, check_times, output_map
-from fewstep.operators.second_time import SecondTime
+from fewstep.operators.second_time import (
+    SecondTime,
+    noise_angle,
+    second_times,
+    time_host,
+    time_sites,
+)
 from fewstep.operators.temporal import TemporalConv
 
 
 class Operator(nn.Module):
     """A copy of a denoiser whose network has blocks, and its layout; what all operators share.
+
+    Attributes:
+        times: The times of its frames (of a flow map: of its knots), decreasing, without the input's.
 
     Arguments:
         teacher: The denoiser; it is copied, never changed.
@@ -59,7 +68,7 @@ class Operator(nn.Module):
                 "guidance and clipping are part of the recorded trajectories"
             )
         self.model = copy.deepcopy(teacher)
-        self.layout = layout
+        self.layout, self.times = layout, layout.times
         self.host = self._find_host(self.model, layout.sites)
         if layout.extra != "none":
             with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
@@ -143,6 +152,7 @@ class TrajectoryOperator(Operator):
     """
 
     labels: Tensor
+    second: Tensor
     keep: Tensor
     gain: Tensor
     scale: Tensor
@@ -151,6 +161,11 @@ class TrajectoryOperator(Operator):
         self, teacher: Denoiser, layout: Layout, *, example: dict[str, Any] | None = None
     ) -> None:
         super().__init__(teacher, layout, example=example)
+        if layout.labels == "both":
+            host = time_host(self.network) or self.network
+            with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
+                attach(host, lambda site: SecondTime(site.channels), known=time_sites)
+        self.embeddings = second_times(self.network)
         self.axis = TimeAxis(self.network, len(layout.times))
         self.set_times(layout.times)
 
@@ -171,6 +186,9 @@ class TrajectoryOperator(Operator):
         layout = output_map(
             self.schedule, self.model.native, self.times, self.layout.start, self.layout
         )
+        times = torch.tensor([self.layout.start, *self.times], dtype=torch.float64)
+        angles = noise_angle(*self.schedule.scales(times))
+        layout["second"] = torch.stack([angles[:1].expand(self.frames), angles[1:]], -1)
         for name, value in layout.items():
             kind = torch.float64 if like.dtype == torch.float64 else torch.float32
             setattr(self, name, value.to(device=like.device, dtype=kind))
@@ -193,6 +211,8 @@ class TrajectoryOperator(Operator):
         rows = x.repeat_interleave(frames, 0) if frames > 1 else x
         scale = self.scale.to(x.dtype).repeat(batch).reshape(column)
         repeated = repeat(cond, frames)
+        for block in self.embeddings:
+            block.times = self.second.repeat(batch, 1)
         value = self.model.raw(rows * scale, self.labels.repeat(batch), **repeated)
         keep = self.keep.to(x.dtype).repeat(batch).reshape(column)
         gain = self.gain.to(x.dtype).repeat(batch).reshape(column)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.networks.unet import SmallUNet
-from fewstep.operators.insertion import Site
+from fewstep.operators.insertion import Site, is_known
 
 FREQUENCIES = 64
 """The frequencies of the embedding of each time."""
@@ -53,6 +53,21 @@ class SecondTime(nn.Module):
         angle = self.times[..., None] * torch.exp(-math.log(10_000.0) * rate)
         features = torch.cat([angle.cos(), angle.sin()], -1).flatten(1)
         return embedding + self.layers(features.to(embedding.dtype)).to(embedding.dtype)
+
+
+def noise_angle(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Returns the noise level as an angle, from 0 for data to 1000 for noise."""
+    return 1000 * torch.atan2(sigma, alpha) / (math.pi / 2)
+
+
+def second_times(network: nn.Module) -> tuple[SecondTime, ...]:
+    """Returns the blocks of a network; kept by operators, since compilation cannot search for them."""
+    return tuple(module for module in network.modules() if isinstance(module, SecondTime))
+
+
+def time_host(model: nn.Module) -> nn.Module | None:
+    """Returns the first module of a model whose time embedding is known (:func:`time_sites`), or ``None``."""
+    return next((module for module in model.modules() if is_known(module, time_sites)), None)
 
 
 def time_sites(network: nn.Module) -> list[Site]:

@@ -14,9 +14,17 @@ from fewstep.base.registry import Registry, unknown
 from fewstep.models.denoiser import Denoiser
 from fewstep.operators.correctors import CORRECTORS
 from fewstep.operators.flow_map import FlowMap, operator_of
-from fewstep.operators.layout import OUTPUTS, SECOND_TIME, Layout, check_budgets, well_posed_output
+from fewstep.operators.layout import (
+    LABELS,
+    OUTPUTS,
+    SECOND_TIME,
+    Layout,
+    check_budgets,
+    well_posed_output,
+)
 from fewstep.operators.losses import CUSTOM, LOSSES, WEIGHTS
 from fewstep.operators.operator import Operator
+from fewstep.operators.second_time import time_host
 from fewstep.operators.temporal import BASES
 
 DEFAULT_FRAMES = 4
@@ -57,6 +65,9 @@ class DistillRecipe:
         corrector_rate: The learning rate of its own network, constant.
         modes: The modes J of temporal blocks.
         basis: ``"dft"``, ``"dct"`` or ``"dense"``.
+        labels: The labels of the frames, see :class:`Layout`: ``"both"``, ``"target"`` (as published) or
+            ``"start"``. ``"auto"``: ``"both"`` for students of several frames of a network whose time embedding is
+            known, else ``"target"``; ``"start"`` for all others.
         output: ``"convert"`` or ``"direct"``, see :class:`Layout`; ``"auto"`` is the first
             where it is well posed (:func:`well_posed_output`).
         loss: A name in :data:`LOSSES` (``"l1"``, ``"l2"``, ``"huber"``, ``"features"``), or
@@ -91,6 +102,7 @@ class DistillRecipe:
     corrector_rate: float = 2e-4
     modes: int = 2
     basis: str = "dft"
+    labels: str = "auto"
     output: str = "auto"
     loss: str = "l1"
     features: str | None = None
@@ -117,6 +129,7 @@ class DistillRecipe:
             raise ValueError("give times or frames, not both")
         for name, known in (
             ("basis", BASES),
+            ("labels", ("auto", *LABELS)),
             ("output", ("auto", *OUTPUTS)),
             ("pairs", PAIRS),
             ("loss", (*LOSSES, CUSTOM)),
@@ -163,6 +176,8 @@ class DistillRecipe:
             ):
                 if value != default:
                     raise ValueError(f"{name} are for the student flow-map, not for {self.mode}")
+        elif self.labels != "auto":
+            raise ValueError("labels are for students with frames; a flow map has its own")
         elif self.frames is not None:
             raise ValueError("a flow map has knots, not frames; give times, or leave both out")
         if self.corrector is not None:
@@ -174,6 +189,12 @@ class DistillRecipe:
             )
         if self.initial is not None and not isinstance(self.initial, str):
             raise ValueError(f"initial is the folder of a student, got {self.initial!r:.40}")
+        if self.labels == ("both" if kind.one_frame else "start"):
+            raise ValueError(
+                "of students of one frame labels are start or target"
+                if kind.one_frame
+                else "frames that all have the label start are the same; labels are both or target"
+            )
         if self.budgets is not None:
             check_budgets(self.budgets, 4096)
         if self.drawn in ("auto", "fixed"):
@@ -275,7 +296,11 @@ def make_student(
     kind = STUDENTS[recipe.mode]
     single = kind.one_frame
     times, start = tuple(float(stored[i]) for i in indices), float(stored[0])
-    labels, output = "start" if single or kind.two_times else "target", recipe.output
+    labels, output = recipe.labels, recipe.output
+    if labels == "auto" and (single or kind.two_times):
+        labels = "start"
+    elif labels == "auto":
+        labels = "target" if time_host(teacher) is None else "both"
     if output == "auto":
         # A flow map's labels are the times of its inputs.
         at, own = ((start, *times[:-1]), "target") if kind.two_times else (times, labels)
