@@ -1,4 +1,4 @@
-"""DSNO on a small teacher: students of the same trajectories at equal trained frames, and what mends them.
+"""DSNO on a small teacher: students of the same trajectories at equal trained frames, and what helps them.
 
 Usage:
     python benchmarks/dsno.py --data FASHION_MNIST --out FOLDER --json FILE

@@ -551,8 +551,9 @@ def test_two_processes_do_what_one_does(change, model, store, tmp_path):
         read_tensors(tmp_path / part / "checkpoint.safetensors") for part in ("one", "two")
     )
     for key in one:
-        # Adam turns a gradient of rounding errors, as the second time has at first, into a step of up to 1e-4.
-        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5)
+        # Adam makes whole steps, here of 2e-4, of gradients that are rounding errors, as of blocks that start at zero.
+        atol = 1e-6 if "exp_avg" in key else 1e-4
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=atol)
     rows = [json.loads((tmp_path / part / "log.jsonl").read_text()) for part in ("one", "two")]
     assert rows[1]["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4)
 
