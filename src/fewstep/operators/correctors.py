@@ -16,8 +16,8 @@ from fewstep.models.wrappers import Guided
 from fewstep.operators.flow_map import FlowMap
 from fewstep.training.checkpoints import generator
 
-GRAIN = (2.8, 4.2)
-r"""The least and the most :math:`\log(\alpha / \sigma)` at which grain is removed: noise of 0.06 to 0.015."""
+GRAIN = (3.3, 4.3)
+r"""The least and the most :math:`\log(\alpha / \sigma)` at which grain is removed: noise of 0.037 to 0.014."""
 
 LEVELS = (-4.5, 4.5)
 r"""The least and the most :math:`\log(\alpha / \sigma)` at which scores are compared.
