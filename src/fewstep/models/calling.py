@@ -188,8 +188,16 @@ class NetworkCaller:
             conditions = cond
             if dtype != x.dtype or self.device is not None:
                 conditions = {k: _cast(v, self.device, dtype) for k, v in cond.items()}
+            given = x.to(self.device, dtype), t.to(self.device, times)
+            if (
+                given[0] is x
+                and not torch.compiler.is_compiling()
+                and torch.is_inference_mode_enabled()
+            ):
+                given = x.clone(), given[1]  # writes are not counted in this mode
+            version = _version(x)
             try:
-                value = network(x.to(self.device, dtype), t.to(self.device, times), **conditions)
+                value = network(*given, **conditions)
             except (RuntimeError, IndexError, TypeError) as error:
                 first = first or error
                 if is_type_error(error) and place + 1 < len(types):
@@ -198,6 +206,11 @@ class NetworkCaller:
                 if hint is None:
                     raise
                 raise ValueError(f"the network failed: {first}. {hint}") from first
+            if given[0] is x and _version(x) != version:  # what was cast is a copy
+                raise ValueError(
+                    "the network writes to its argument x in place, which the sampler still needs; give it a "
+                    "copy: Denoiser.wrap(lambda x, t, **cond: network(x.clone(), t, **cond), ...)"
+                )
             if place and x.dtype not in self._taken:
                 logger.info("the network takes states in %s and times in %s", dtype, times)
             self._taken[x.dtype] = place
@@ -215,6 +228,12 @@ class NetworkCaller:
         inside = {computing_dtype(m) for m in self.modules(network)} - {None}
         own = inside.pop() if len(inside) == 1 else state
         return _types_to_try(own, (state,) if own in (None, state) else (state, own), times)
+
+
+def _version(x: Tensor) -> int:
+    """Returns how often a tensor was written to, as far as torch counts that."""
+    # torch.compile restores the input of a network that writes to it.
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 @functools.cache
@@ -250,6 +269,8 @@ def _cast(value: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
 
 def _hint(error: str, t: Tensor) -> str | None:
     """Returns which argument of ``Denoiser.wrap`` helps against an error, if one does."""
+    if "positional argument" in error or "unexpected keyword argument" in error:
+        return "It is evaluated as network(x, t, **conditions); wrap a function that takes these around it"
     if "same device" in error:
         return "If the network is on another device, give it: Denoiser.wrap(..., device='cuda')"
     whole = ("Long, Int", "scalar type Long", "used as indices must be", "only integer tensors")
@@ -307,8 +328,17 @@ def _tensor_in(value: Any, prediction: Prediction) -> Any:
         for key in ("sample", *NAMES[prediction]):
             if isinstance(value.get(key), Tensor):
                 return value[key]
-        tensors = [v for v in value.values() if isinstance(v, Tensor)]
-        return tensors[0] if len(tensors) == 1 else None
+        tensors = {key: v for key, v in value.items() if isinstance(v, Tensor)}
+        if len(tensors) != 1:
+            return None
+        ((key, only),) = tensors.items()
+        others = [kind for kind, names in NAMES.items() if key in names]
+        if others:
+            raise ValueError(
+                f"the network returned {key!r} alone, but it was described as predicting {prediction.value!r}; "
+                f"give prediction={others[0].value!r}, or let it return its {prediction.value!r}"
+            )
+        return only
     return value[0] if isinstance(value, (tuple, list)) and value else None
 
 

@@ -95,10 +95,30 @@ class AcceptedConditions:
                 f"guidance needs a condition, one of: {', '.join(sorted(self.any_of))}"
             )
         if missing := sorted(self.required - set(names)):
+            if missing[0] in ARGUMENTS | {"guidance"}:
+                raise ValueError(_renamed(missing[0]))
             raise ValueError(
                 f"{self.owner} needs the condition {missing[0]!r}; give {missing[0]}=..., one value "
                 "or one for each sample"
             )
+
+    def check_arguments(self, given: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` if an argument of sampling is given that is the network's condition too.
+
+        Arguments:
+            given: The values of arguments; ``None`` means not given.
+        """
+        for name, value in given.items():
+            if value is not None and name in (self.names or ()):
+                raise ValueError(_renamed(name))
+
+
+def _renamed(name: str) -> str:
+    return (
+        f"{name!r} is a condition in the network's signature and an argument of fewstep.sample as well, which "
+        "would not reach the network; give the condition another name: Denoiser.wrap(lambda x, t, "
+        f"{name}_condition: network(x, t, {name}={name}_condition), ...)"
+    )
 
 
 OPTIONS = frozenset(

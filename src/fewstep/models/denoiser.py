@@ -19,6 +19,13 @@ from fewstep.diffusion.prediction import Prediction, convert
 from fewstep.diffusion.schedules import Flow, NoiseSchedule
 from fewstep.models.calling import COMPUTING, NetworkCaller
 from fewstep.models.conditions import AcceptedConditions, Conditions
+from fewstep.models.description import (
+    check_model_time,
+    check_moments,
+    check_network,
+    event_shape_of,
+    null_condition_of,
+)
 
 
 class Denoiser(nn.Module, ABC):
@@ -211,8 +218,7 @@ class Denoiser(nn.Module, ABC):
         """
         if isinstance(network, Denoiser):
             raise TypeError("this is a Denoiser already; use it as it is")
-        if not callable(network):
-            raise TypeError(f"the network must be callable, got {type(network).__name__}")
+        check_network(network)
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(
                 f"schedule must be a NoiseSchedule, got {schedule!r:.60}; make one with "
@@ -231,6 +237,11 @@ class Denoiser(nn.Module, ABC):
             raise ValueError(f"dtype must be a floating type, got {dtype!r}")
         if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
             raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
+        shape = event_shape_of(event_shape)
+        check_moments(data_mean, data_std, shape)
+        if to_model_time is not None and not integer_times:
+            check_model_time(to_model_time, schedule)
+        null_values = null_condition_of(null_condition)
         place = torch.device("meta") if str(device) == "meta" else None
         if device is not None and place is None:
             place = find_device(device)
@@ -240,11 +251,11 @@ class Denoiser(nn.Module, ABC):
             network,
             schedule=schedule,
             prediction=Prediction.of(prediction),
-            event_shape=None if event_shape is None else tuple(event_shape),
+            event_shape=shape,
             to_model_time=to_model_time,
             integer_times=integer_times,
             time_reversed=time_reversed,
-            null_condition=null_condition,
+            null_condition=null_values,
             num_classes=num_classes,
             data_mean=data_mean,
             data_std=data_std,
@@ -254,9 +265,9 @@ class Denoiser(nn.Module, ABC):
 
 
 def _times(t: Tensor, x: Tensor) -> Tensor:
-    """Times as (B) on the state's device, never below float32."""
+    """Times as (B) on the state's device, never below float32; a copy, which the network may write to."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return t.to(device=x.device, dtype=dtype).expand(x.shape[0])
+    return t.to(device=x.device, dtype=dtype).expand(x.shape[0]).clone()
 
 
 _matches: weakref.WeakKeyDictionary[Denoiser, tuple[Any, str]] = weakref.WeakKeyDictionary()

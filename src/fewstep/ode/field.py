@@ -126,7 +126,8 @@ class Field:
 
     def _output(self, state: Tensor, t: Tensor) -> Tensor:
         value = self.denoiser(state, t, prediction=Prediction.EPS, **self._cond)
-        return value.reshape(len(state), -1).to(state.dtype)
+        # Copied: the stages of a step are kept, and a network may reuse the memory of its output.
+        return value.reshape(len(state), -1).to(state.dtype, copy=True)
 
     def _plain(self, state: Tensor, t: Tensor) -> Slope:
         with torch.no_grad():

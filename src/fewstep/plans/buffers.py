@@ -41,10 +41,18 @@ class LinearOp(NamedTuple):
 
 
 class EvaluationOp(NamedTuple):
-    """A network evaluation: of which register, the number of the evaluation, registers read for the last time."""
+    """A network evaluation.
+
+    Attributes:
+        of: The register of its input.
+        at: The number of the evaluation.
+        earlier: The registers of earlier outputs that are read after this evaluation.
+        last_reads: The registers that nobody reads afterwards.
+    """
 
     of: int
     at: int
+    earlier: tuple[int, ...]
     last_reads: tuple[int, ...]
 
 
@@ -97,6 +105,7 @@ def _schedule(
     held: set[int] = set()  # of these, those that the caller holds
     exposed: set[int] = set()  # those whose memory a network saw
     foreign: set[int] = set()  # still needed, with memory that we did not allocate
+    outputs: set[int] = set()  # of these, the outputs of evaluations
     for i, (row, last) in enumerate(
         zip(structure.rows, structure.last_reads, strict=True), start=1
     ):
@@ -124,7 +133,9 @@ def _schedule(
             if keep_inputs:
                 held.add(row.of)
             foreign.add(i)
-            ops.append(EvaluationOp(row.of, row.at, last))
+            earlier = tuple(sorted(outputs.intersection(foreign).difference(last)))
+            ops.append(EvaluationOp(row.of, row.at, earlier, last))
+            outputs.add(i)
         else:
             foreign.add(i)
             ops.append(NoiseOp(row.draw, last))

@@ -28,6 +28,20 @@ Draw = Callable[[int], Tensor]
 """Takes the index of a draw, returns it, with the shape of the state."""
 
 
+def write_count(x: Tensor) -> int | None:
+    """Returns how often torch saw a tensor written to; ``None`` if it may be written to unseen.
+
+    Graphs on devices write without being counted, and so does everything in inference mode.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or x.device.type != "cpu"
+    ):
+        return None
+    return None if x.is_inference() else x._version
+
+
 class Evaluation(NamedTuple):
     """The next network evaluation: input, time, and its index in the plan."""
 
@@ -75,6 +89,7 @@ class Execution:
         # None where a register is not computed yet, or not needed any more.
         self._registers: list[Any] = [None] * (len(self._ops) + 1)
         self._registers[0] = x
+        self._versions: dict[int, int | None] = {}  # how often an output had been written to
         self._row = 0
         self.request: Evaluation | None = None
         self._run()
@@ -89,17 +104,38 @@ class Execution:
 
         Raises:
             RuntimeError: If the run is over.
+            ValueError: If the output has the memory of an earlier one that is still needed.
         """
         if self.request is None:
             raise RuntimeError("the run is over: it waits for no model output")
         self.request = None  # it holds a state whose memory may be reused now
         registers = self._registers
-        last_reads = self._ops[self._row].last_reads
+        op = self._ops[self._row]
+        assert isinstance(op, EvaluationOp)
+        if op.earlier:
+            self._check_memory(output, op)
         self._row += 1
         registers[self._row] = output
-        for r in last_reads:
+        self._versions[self._row] = write_count(output)
+        for r in op.last_reads:
             registers[r] = None
         self._run()
+
+    def _check_memory(self, output: Tensor, op: EvaluationOp) -> None:
+        """Refuses an output that has overwritten an earlier one, as that of a CUDA graph does."""
+        if torch.compiler.is_compiling():
+            return
+        memory = output.untyped_storage().data_ptr()
+        count = write_count(output)
+        for r in op.earlier:
+            if self._registers[r].untyped_storage().data_ptr() != memory or not memory:
+                continue
+            if count is None or count != self._versions[r]:
+                raise ValueError(
+                    f"evaluation {op.at + 1}: the network returned its output in the memory of an earlier "
+                    "output, which the solver still needs (as networks with a static output buffer do, e.g. "
+                    "CUDA graphs); let it return output.clone()"
+                )
 
     def replace_input(self, x: Tensor) -> None:
         """Gives the waiting evaluation another input: the state was edited between two evaluations."""

@@ -224,6 +224,11 @@ def run_batch(
             z = None if noise is None else noise[part]
             start_image = None if image is None else image[part]
         z = initial_noise(sampler.denoiser, some, z, dtype=dtype)
+        if z.is_meta and type(z) is Tensor:
+            raise ValueError(
+                "the network is on the meta device, where tensors have no values; load its weights on another "
+                "device first"
+            )
         # Samplers without intermediate states cannot start from an image.
         x = sampler.start(z) if start_image is None else sampler.start(z, start_image)  # type: ignore[call-arg]
         if adjust is not None:

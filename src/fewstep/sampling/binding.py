@@ -30,7 +30,7 @@ def bind(
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     # Copied on the device: a network may write to the times that it is given.
-    rows = [t.expand(batch) for t in _times(plan, like.device, dtype).clone().unbind()]
+    rows = _times(plan, like.device, dtype).unsqueeze(1).repeat(1, batch).unbind()
     if denoiser.native is plan.prediction:
         return lambda x, k: denoiser.raw(x, rows[k], **cond)
     scales = plan.scales.detach()

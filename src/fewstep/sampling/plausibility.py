@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.wrappers import Wrapper
 
 logger = logging.getLogger("fewstep")
 
@@ -37,6 +38,8 @@ def warn_if_absurd(denoiser: Denoiser, size: float, sigma: float) -> None:
         size: The largest magnitude of the samples.
         sigma: The standard deviation :math:`\sigma` of the noise that remains in them.
     """
+    while isinstance(denoiser, Wrapper):  # the description is that of the network inside
+        denoiser = denoiser.inner
     if size <= ABSURD or denoiser in _warned:
         return
     scale = USUAL

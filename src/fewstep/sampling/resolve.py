@@ -614,6 +614,8 @@ def _loaded(recipe: Any) -> SamplerRecipe:
 
 
 def _guided(denoiser: Denoiser, guidance: float | None) -> Denoiser:
+    if not denoiser.null_condition:
+        denoiser.accepts.check_arguments({"guidance": guidance})
     return denoiser if guidance in (None, 1) else Guided(denoiser, guidance)  # type: ignore[arg-type]
 
 

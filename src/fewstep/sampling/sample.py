@@ -196,6 +196,7 @@ def sample(
     check_denoiser(denoiser)
     if mask is not None and image is None and "mask" in (denoiser.accepts.names or ()):
         cond, mask = {**cond, "mask": mask}, None  # the network's own condition
+    denoiser.accepts.check_arguments({"image": image, "noise": noise, "strength": strength})
     begins = image is not None and (mask is None or _starts(request))
     chosen = resolve(denoiser, request, guidance=guidance, image=begins, force=force).sampler
     if mask is not None:
@@ -293,6 +294,8 @@ def steps(
         head_start=head_start,
         options=_options(options, strength),
     )
+    check_denoiser(denoiser)
+    denoiser.accepts.check_arguments({"image": image, "noise": noise, "strength": strength})
     chosen = resolve(
         denoiser, request, guidance=guidance, image=image is not None, force=force
     ).sampler
