@@ -225,9 +225,11 @@ KEYS: Mapping[str, Key] = {
     "skip_prk_steps": _sampler(
         STEPS.format("pndm starts by Runge-Kutta steps; ipndm is the method without them")
     ),
-    "predictor_order": _sampler(STEPS.format("there is no SA-Solver")),
-    "corrector_order": _sampler(STEPS.format("there is no SA-Solver")),
-    "tau_func": _sampler(STEPS.format("there is no SA-Solver")),
+    "predictor_order": _sampler(STEPS.format("the solver 'sa-solver' has the option predictor")),
+    "corrector_order": _sampler(STEPS.format("the solver 'sa-solver' has the option corrector")),
+    "tau_func": _sampler(
+        STEPS.format("the solver 'sa-solver' has the options tau, rho_min and rho_max")
+    ),
     "noise_sampler_seed": _sampler(STEPS.format("noise_seed seeds draws")),
     "timestep_scaling": _sampler(
         STEPS.format("there is no boundary condition of consistency models")
