@@ -6,8 +6,8 @@ Usage:
 
 A teacher of 120,036 parameters on images of 14x14 is trained, trajectories are recorded, and each cell is a student for
 each seed (the order of the trajectories and what is drawn). A frame is one pass of the network, forward and backward: a
-trajectory costs a student of M frames M of them. Measured on held-out trajectories: the error of each frame at M = 2, 4
-and 8 over the variance of its target, the Frechet distance of samples to the teacher's (in pixels), and the errors when
+trajectory costs a student of M frames M of them. Measured on held-out trajectories: the error of each frame at M = 1, 2,
+4 and 8 over the variance of its target, the Frechet distance of samples to the teacher's (in pixels), and the errors when
 a solver continues from a frame, beside the solver alone. Each cell is a file: an interrupted run is resumed, also inside
 a training; ``--json`` is written after each cell.
 """
@@ -26,7 +26,7 @@ import fewstep
 from _common import about, print_table, say_what_runs
 from fewstep import metrics
 from fewstep.base.files import read_json, write_json
-from fewstep.operators import DistillRecipe, FlowMap, OperatorModel, TrajectoryOperator, flops
+from fewstep.operators import DistillRecipe, OperatorModel, TrajectoryOperator, flops
 from fewstep.operators.continued import continued
 from fewstep.operators.distillation import distill
 from fewstep.training.data import read_images
@@ -39,11 +39,14 @@ SOLVER, RECORDED = "unipc3", 16
 """The solver of the trajectories and its evaluations; it also continues from frames."""
 
 HELDOUT = 512
-COUNTS = (2, 4, 8)
+COUNTS = (1, 2, 4, 8)
 """The numbers of frames at which students are measured."""
 
 BATCH = 256
 """The frames of a training step."""
+
+CONTINUED = ("dsno", "dsno, 2 frames", "folded, 2 to 8 frames")
+"""The students whose samples are also taken by the solver from their frames."""
 
 AFTER = (1, 2, 3, 4)
 """The evaluations of the solver from a frame; alone it has up to twice as many."""
@@ -54,22 +57,20 @@ PUBLISHED: dict[str, Any] = {"mode": "dsno", "labels": "target"}
 FIXED = {"drawn": "fixed", "frames": 4}
 CELLS: dict[str, tuple[dict[str, Any], float]] = {
     # the recipe, and the frames of a trajectory (of drawn ones the mean)
-    "dsno": (DSNO, 5),
-    "folded": (FOLDED, 5),
+    "dsno": (DSNO, 2.5),
+    "dsno, 2 to 8 frames": ({**DSNO, "drawn": [2, 8]}, 5),
+    "folded, 2 to 8 frames": ({**FOLDED, "drawn": [2, 8]}, 5),
     "endpoint": ({"mode": "endpoint"}, 1),
     "dsno, 4 frames": ({**DSNO, **FIXED}, 4),
     "folded, 4 frames": ({**FOLDED, **FIXED}, 4),
     "dsno, 4 frames, published labels": ({**PUBLISHED, **FIXED}, 4),
     "folded, 4 frames, published labels": ({**PUBLISHED, **FIXED, "mode": "folded"}, 4),
-    "dsno, published labels": (PUBLISHED, 5),
     "dsno, 2 frames": ({**DSNO, **FIXED, "frames": 2}, 2),
     "dsno, 8 frames": ({**DSNO, **FIXED, "frames": 8}, 8),
-    "dsno, 1 to 4 frames": ({**DSNO, "drawn": [1, 4]}, 2.5),
     "same FLOPs": ({"mode": "same-flops"}, 4),
-    "dsno, cap 10,000": ({**DSNO, "lambda_max": 1e4}, 5),
-    "dsno, dct": ({**DSNO, "basis": "dct", "modes": 3}, 5),
+    "dsno, 2 to 8 frames, cap 10,000": ({**DSNO, "drawn": [2, 8], "lambda_max": 1e4}, 5),
 }
-"""The students. Published are a frame's own time as its label, and a cap of 10,000 on the weights."""
+"""The students. Drawn frames are 1 to 4 unless a name says otherwise. Published are a frame's own time as its label, and a cap of 10,000 on the weights."""
 
 
 def main() -> None:
@@ -199,7 +200,7 @@ def alone(model: fewstep.Denoiser, store: fewstep.TrajectoryStore) -> dict[str, 
     """Returns the errors of the solver alone, by its evaluations."""
     held = Heldout(model, store)
     found = {}
-    for nfe in range(1, 2 * max(AFTER) + 1):
+    for nfe in range(1, 2 * max(AFTER) + 2):
         samples = fewstep.sample(model, noise=held.noise, solver=SOLVER, nfe=nfe, **held.cond)
         found[str(nfe)] = errors(samples[:, None], held.states[:, -1:])[0]
     return found
@@ -227,30 +228,28 @@ def cell(
         seed=seed,
         **change,
     )
-    spent = time.process_time()
-    student = distill(model, store, run, recipe=recipe, checkpoint_every=256, progress=limit)
-    return {
-        "seed": seed,
-        "seconds": time.process_time() - spent,  # of this command: less, if it resumed
-        **measure(student, model, Heldout(model, store)),
-    }
+    if (run / "operator.json").exists():
+        student = fewstep.load(run)
+        assert isinstance(student, OperatorModel)
+    else:
+        student = distill(model, store, run, recipe=recipe, checkpoint_every=256, progress=limit)
+    held = Heldout(model, store)
+    result = {"seed": seed, **measure(student, held)}
+    if name in CONTINUED:
+        result["continued"] = went_on(student, model, held)
+    return result
 
 
-def measure(student: OperatorModel, model: fewstep.Denoiser, held: Heldout) -> dict[str, Any]:
-    """Returns the errors of a student."""
+def measure(student: OperatorModel, held: Heldout) -> dict[str, Any]:
+    """Returns the errors of a student, by its number of frames."""
     operator: Any = student.operator
     result: dict[str, Any] = {
         "parameters": sum(operator.overhead()),
         "flops": flops(operator, {"class_labels": 0}),
+        "own": operator.frames,
         "frames": {},
-        "continued": {},
     }
     target = held.states[:, -1]
-    if isinstance(operator, FlowMap):
-        for nfe in operator.layout.budgets:
-            samples = fewstep.sample(student, noise=held.noise, nfe=nfe, **held.cond)
-            result["frames"][str(nfe)] = errors(samples[:, None], target[:, None])
-        return result
     assert isinstance(operator, TrajectoryOperator)
     ready = operator.model.prepare(len(target), held.cond)
     own = operator.frames
@@ -263,13 +262,25 @@ def measure(student: OperatorModel, model: fewstep.Denoiser, held: Heldout) -> d
         if count == own:
             given, aim = states[:, -1].flatten(1), target.flatten(1)
             result["frechet"] = metrics.fid(given, aim).value
-        for frame in range(1, count) if count == own <= 4 else ():
-            whole = continued(student, model, frame, solver=SOLVER)
-            for after in AFTER:
-                samples = fewstep.sample(whole, noise=held.noise, nfe=1 + after, **held.cond)
-                found = errors(samples[:, None], target[:, None])[0]
-                result["continued"][f"{frame} {after}"] = found
     return result
+
+
+def went_on(student: OperatorModel, model: fewstep.Denoiser, held: Heldout) -> dict[str, Any]:
+    """Returns the errors of samples when the solver goes on from a frame, by 'M FRAME' and its evaluations."""
+    operator: Any = student.operator
+    found: dict[str, Any] = {}
+    for count in (2, 4):
+        operator.set_times([held.times[i] for i in held.frames(count)])
+        for frame in range(1, count):
+            whole = continued(student, model, frame, solver=SOLVER)
+            found[f"{count} {frame}"] = {
+                str(after): errors(
+                    fewstep.sample(whole, noise=held.noise, nfe=1 + after, **held.cond)[:, None],
+                    held.states[:, -1:],
+                )[0]
+                for after in AFTER
+            }
+    return found
 
 
 def errors(states: Tensor, target: Tensor) -> list[float]:
@@ -285,8 +296,6 @@ def row(name: str, found: list[dict[str, Any]]) -> tuple[Any, ...]:
         " / ".join(f"{one['frames'][m][-1]:.4f}" for one in found if m in one["frames"])
         for m in (str(count) for count in COUNTS)
     ]
-    if "1" in found[0]["frames"]:
-        samples[0] = " / ".join(f"{one['frames']['1'][-1]:.4f}" for one in found) + " (M = 1)"
     distance = " / ".join(f"{one['frechet']:.2f}" for one in found if "frechet" in one)
     return (name, f"{found[0]['flops'] / 1e6:.1f} M", *samples, distance)
 

@@ -21,7 +21,7 @@ PAGES_FOLDER = ROOT / "docs" / "results"
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 from blocks import filled  # noqa: E402
-from result_pages import errors, first, papers, quality, running, tuning  # noqa: E402
+from result_pages import errors, first, frames, papers, quality, running, tuning  # noqa: E402
 
 QUESTIONS = {
     "deciding": "Measure, tune or distill: what does each cost and give?",
@@ -60,6 +60,7 @@ BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "results"): first.readme,
     ("docs/choosing.md", "defaults"): errors.tables,
     ("docs/distilling.md", "students"): papers.students_in_short,
+    ("docs/distilling.md", "frames"): frames.in_short,
 }
 """The writer of each table in a page that people write, by file and name of the block."""
 

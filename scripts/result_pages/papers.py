@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from result_pages import frames
 from result_pages.parts import (
     BENCHMARKS,
     cells_of,
@@ -108,6 +109,9 @@ def dsno() -> str:
 Published FID on CIFAR-10, and its ratio to that of the teacher's trajectories ({told["source"]}):
 
 {table(["student", "FID", "ratio"], rows)}
+{frames.section()}
+## Students of `fashion`
+
 {_students()}
 How they are trained, what they cost, where they fail: [distilling](../distilling.md).
 """
@@ -145,7 +149,7 @@ def _students() -> str:
         "RMS",
         "right",
     ]
-    return f"""Ours, on `fashion` ({origin(result["about"])}; {result["about"]["n"]} samples). The last columns: RMS to ten evaluations of `auto`, and the share of samples
+    return f"""{origin(result["about"])}; {result["about"]["n"]} samples. The last columns: RMS to ten evaluations of `auto`, and the share of samples
 that a classifier finds of the requested class.
 
 {table(head, rows)}"""

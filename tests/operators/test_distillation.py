@@ -252,7 +252,7 @@ def test_frames_are_drawn_from_an_address(model, store):
     )  # fmt: skip
     drawn_by = lambda objective: [objective.drawn(part) for part in range(200)]  # noqa: E731
     drawn = drawn_by(make())
-    assert {len(frames) for frames in drawn} == set(range(2, 9))
+    assert {len(frames) for frames in drawn} == set(range(1, 5))
     assert all(frames == sorted(set(frames)) and frames[-1] == 9 for frames in drawn)
     assert {k for frames in drawn for k in frames} == set(range(1, 10))
     assert drawn_by(make()) == drawn

@@ -1,4 +1,4 @@
-r"""The second time of a flow map: its embedding, added to the network's embedding of the first."""
+r"""The second time of flow maps and of frames: its embedding, added to the network's embedding of the first."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SecondTime(nn.Module):
         """
         if self.times is None or len(self.times) != len(embedding):
             raise ValueError(
-                "the two times of a flow map are not set; evaluate it through its operator"
+                "the two times of the network are not set; evaluate it through its operator"
             )
         rate = torch.arange(FREQUENCIES, device=embedding.device) / FREQUENCIES
         angle = self.times[..., None] * torch.exp(-math.log(10_000.0) * rate)

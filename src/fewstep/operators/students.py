@@ -28,7 +28,7 @@ from fewstep.operators.second_time import time_host
 from fewstep.operators.temporal import BASES
 
 DEFAULT_FRAMES = 4
-DRAWN = (2, 8)
+DRAWN = (1, 4)
 DEFAULT_BUDGETS = (1, 2, 4)
 PAIRS = ("steps", "all")
 
@@ -48,7 +48,7 @@ class DistillRecipe:
             sample's. Left out, 4 (or all, if fewer are stored).
         drawn: The least and the most frames of a forward pass of a student of several frames: their number
             and times are drawn among the stored ones each time, so that the student works at other times
-            too. ``"auto"``: 2 to 8, unless the basis is ``"dense"`` or each frame has its own weight;
+            too. ``"auto"``: 1 to 4, unless the basis is ``"dense"`` or each frame has its own weight;
             ``"fixed"``: always those of ``times`` or ``frames``, which in any case are the finished student's.
         budgets: The numbers of evaluations of a flow map. Its knots are the stored times (or ``times``).
         pairs: The pairs of knots that a flow map is trained on: ``"steps"``, those of its budgets: to the
