@@ -6,7 +6,7 @@ Usage:
     python benchmarks/distill.py speed --student endpoint=DIR ...
 
 Each cell is a file in CELLS; an interrupted run is resumed. ``quality``: FID to the training
-images, in the features of both embedded extractors, and RMS distance to the teacher's sampler
+images, in the features of both embedded extractors (and with ``--data`` of a network with random weights), and RMS distance to the teacher's sampler
 (`auto` with 10 evaluations) from the same noise, beside solvers; and a picture, a row each. ``speed``:
 one evaluation of student and teacher, in turn. Which parts of DSNO matter: ``benchmarks/dsno.py``.
 A flow map is measured at each of its budgets, along the trajectory and with fresh noise between.
@@ -29,6 +29,7 @@ from _common import about, print_table, say_what_runs
 from fewstep import metrics
 from fewstep.base.files import read_tensors, write_json, write_tensors
 from fewstep.diffusion.noise import INITIAL, NoiseSource
+from fewstep.learned.judges import random_features
 from fewstep.metrics.features import EMBEDDED
 from fewstep.operators import DistillRecipe, FlowMap, OperatorModel, TrajectoryOperator, flops
 from fewstep.operators.continued import continued
@@ -42,6 +43,9 @@ TEACHER = "auto 10"
 
 BESIDE = "ddim 1,ddim 2,ddim 4,auto 2,auto 4,auto 5,profile 4,profile 5,auto 20"
 """The samplers that students are compared with, as in benchmarks/quality.py: ``profile`` is ``auto`` with the model's profile."""
+
+UNSEEN = 2
+"""The seed of random features that neither a loss nor a choice of settings has seen, as in benchmarks/tune.py."""
 
 SHOWN = 16
 """The samples of each row of the picture."""
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("--out", type=Path, default=Path("distill-cells"))
     parser.add_argument("--recall", action="store_true", help="measure recall too (--json)")
+    parser.add_argument("--data", type=Path, help="Fashion-MNIST, for FID in random features too")
     parser.add_argument("--json", type=Path, help="a file for the results")
     options = parser.parse_args()
     {"quality": quality, "speed": speed}[options.what](options)
@@ -75,8 +80,12 @@ def pairs(texts: list[str]) -> dict[str, str]:
 
 def quality(options: argparse.Namespace) -> None:
     model = fewstep.load("fashion")
-    references = [metrics.Reference.load("fashion", look) for look in EMBEDDED]
+    references = {look: metrics.Reference.load("fashion", look) for look in EMBEDDED}
     assert model.event_shape is not None
+    if options.data is not None:
+        look = random_features(model.event_shape, seed=UNSEEN)
+        references[look.name] = metrics.Reference.load(options.data, look)
+    own = references["fashion"]
     n, labels = options.n, torch.arange(options.n) % 10
     noise = NoiseSource(options.seed, range(n)).draw(INITIAL, model.event_shape)
     say_what_runs(f"n = {n}, seed {options.seed}, labels in turn, no guidance.")
@@ -132,18 +141,15 @@ def quality(options: argparse.Namespace) -> None:
     )
     rows, results = [], {}
     for name, (cost, x) in cells.items():
-        found = [metrics.fid(x, reference) for reference in references]
+        found = {look: metrics.fid(x, reference) for look, reference in references.items()}
         rms = (x - teacher).square().flatten(1).mean(1).sqrt()
         half = 1.96 * float(rms.std()) / n**0.5
-        guessed = references[0].extractor.classify(x)  # type: ignore[union-attr]
+        guessed = own.extractor.classify(x)  # type: ignore[union-attr]
         right = float((guessed == labels).double().mean())
-        recall = metrics.precision_recall(x, references[0]).recall if options.recall else None
+        recall = metrics.precision_recall(x, own).recall if options.recall else None
         results[name] = {
             "cost": cost,
-            "fid": {
-                features: [f.value, f.low, f.high]
-                for features, f in zip(EMBEDDED, found, strict=True)
-            },
+            "fid": {look: [f.value, f.low, f.high] for look, f in found.items()},
             "rms": float(rms.mean()),
             "right": right,
             "recall": None if recall is None else [recall.value, recall.low, recall.high],
@@ -152,7 +158,7 @@ def quality(options: argparse.Namespace) -> None:
             (
                 name,
                 f"{cost:.2f}",
-                *(f"{f.value:.2f} ({f.low:.2f} to {f.high:.2f})" for f in found),
+                *(f"{f.value:.3g} ({f.low:.3g} to {f.high:.3g})" for f in found.values()),
                 f"{float(rms.mean()):.4f} ± {half:.4f}",
                 f"{right:.3f}",
             )
@@ -160,8 +166,7 @@ def quality(options: argparse.Namespace) -> None:
     head = (
         "sampler",
         "cost",
-        "FID (95 %), fashion",
-        "FID (95 %), robust",
+        *(f"FID (95 %), {look}" for look in references),
         "RMS to the teacher",
         "class found",
     )

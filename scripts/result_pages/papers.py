@@ -124,15 +124,13 @@ def _students() -> str:
     cells = result["cells"]
     many = max(cells, key=lambda name: cells[name]["cost"])
     base = cells[many]
+    looks = list(base["fid"])
     rows = [
         [
             name,
             f"{row['cost']:.3g}",
-            *(interval(row["fid"][key]) for key in ("fashion", "fashion-robust")),
-            " / ".join(
-                f"{row['fid'][key][0] / base['fid'][key][0]:.2f}"
-                for key in ("fashion", "fashion-robust")
-            ),
+            *(interval(row["fid"][key], 3 if key == "random-2" else 2) for key in looks),
+            " / ".join(f"{row['fid'][key][0] / base['fid'][key][0]:.2f}" for key in looks),
             "" if row["recall"] is None else f"{row['recall'][0]:.3f}",
             f"{row['rms']:.3f}",
             f"{row['right']:.2f}",
@@ -142,17 +140,58 @@ def _students() -> str:
     head = [
         "sampler",
         "evaluations",
-        "FID",
-        "FID, robust",
+        *(FEATURES[key] for key in looks),
         f"ratios to {many}",
         "recall",
         "RMS",
         "right",
     ]
     return f"""{origin(result["about"])}; {result["about"]["n"]} samples. The last columns: RMS to ten evaluations of `auto`, and the share of samples
-that a classifier finds of the requested class.
+that a classifier finds of the requested class.{SEEN if "random-2" in looks else ""}
 
-{table(head, rows)}"""
+{table(head, rows)}{options_of_flow_maps()}"""
+
+
+FEATURES = {
+    "fashion": "FID",
+    "fashion-robust": "FID, robust",
+    "random-2": "FID, random",
+}
+"""The names of the features in a head."""
+
+SEEN = """ Robust are the features of the student's loss. Those of the first column its loss did not see, but with them the noise
+levels of its corrector were chosen; those with random weights nothing looked with."""
+"""What students have seen of the features."""
+
+
+def options_of_flow_maps() -> str:
+    """What each option of the trainer of flow maps gives, or nothing before it is measured."""
+    result = load("flow-map-options")
+    if result is None:
+        return ""
+    about, cells = result["about"], result["cells"]
+    budgets = list(cells["the start"]["budgets"])
+    rows = [
+        [
+            name,
+            f"{row['seconds'] / about['steps']:.2f}" if row["seconds"] else "",
+            *(
+                f"{cell['fid']['fashion'][0]:.2f} / {cell['fid']['fashion-robust'][0]:.2f} / {cell['recall'][0]:.3f}"
+                for cell in (row["budgets"][nfe] for nfe in budgets)
+            ),
+        ]
+        for name, row in cells.items()
+    ]
+    half = max(
+        (cell["fid"]["fashion"][2] - cell["fid"]["fashion"][1]) / 2
+        for row in cells.values()
+        for cell in row["budgets"].values()
+    )
+    return f"""
+Options of the trainer of flow maps, one by one: {about["steps"]} steps of 32 trajectories each from the first stage of `fashion-1step`, the same trajectories in the same
+order ({origin(about)}; {about["n"]} samples, the same noise for all; each FID has an interval of up to ± {half:.1f} of its own, of which the rows share most).
+
+{table(["option", "CPU seconds a step", *(f"{nfe}: FID / robust / recall" for nfe in budgets)], rows)}"""
 
 
 def students_in_short() -> str:

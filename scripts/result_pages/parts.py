@@ -49,10 +49,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def interval(values: Sequence[float]) -> str:
+def interval(values: Sequence[float], digits: int = 2) -> str:
     """Returns a value with the half-width of its interval."""
     value, low, high = values
-    return f"{value:.2f} ± {(high - low) / 2:.2f}"
+    return f"{value:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
 def page_of(model: str) -> str:
