@@ -297,6 +297,8 @@ def loads_json(
         ValueError: Also if the text is longer than :data:`MOST_JSON`, or has a checksum (see
             :func:`write_json`) that is not its own.
     """
+    if not isinstance(text, (str, bytes)):
+        raise TypeError(f"{what} must be a text, got {type(text).__name__}")
     _check_size(len(text), what, MOST_JSON)
     try:
         value = json.loads(

@@ -30,6 +30,10 @@ def parse_options(pairs: Sequence[str] | None) -> dict[str, Any]:
     return options
 
 
+MOST_MEASURED = 40
+"""The most evaluations of a sampler that is measured: the memory grows with the cube of that number."""
+
+
 def budgets_of(text: str) -> list[int]:
     """Returns the numbers of evaluations in a text, in order.
 
@@ -37,9 +41,13 @@ def budgets_of(text: str) -> list[int]:
         ValueError: If it is not such a list, or one is not from 2 to 40.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    right = [p.isascii() and p.isdigit() and len(p) < 3 and 2 <= int(p) <= 40 for p in parts]
+    right = [
+        p.isascii() and p.isdigit() and len(p) < 3 and 2 <= int(p) <= MOST_MEASURED for p in parts
+    ]
     if not parts or not all(right):
-        raise ValueError(f"NFE are integers from 2 to 40, for example 5,10,20; got {text!r:.40}")
+        raise ValueError(
+            f"NFE are integers from 2 to {MOST_MEASURED}, for example 5,10,20; got {text!r:.40}"
+        )
     return sorted({int(part) for part in parts})
 
 

@@ -129,6 +129,32 @@ def check_options(
         raise TypeError(f"{what} needs the option {missing[0]!r}; {listed}")
 
 
+def check_numbers(what: str, build: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raises unless the options of a factory whose defaults are numbers are numbers.
+
+    Arguments:
+        what: The name of the object, for the message.
+        build: The factory.
+        options: The given options.
+
+    Raises:
+        TypeError: With the first option that is none.
+    """
+    for name in _numbers(build) & options.keys():
+        value = options[name]
+        if isinstance(value, (bool, str, complex)) or not hasattr(value, "__float__"):
+            raise TypeError(
+                f"the option {name!r} of the {what} must be a number, got {value!r:.40}"
+            )
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(build: Callable[..., Any]) -> frozenset[str]:
+    """Returns the parameters of a factory whose defaults are numbers."""
+    parameters = inspect.signature(build).parameters.values()
+    return frozenset(p.name for p in parameters if type(p.default) in (int, float))
+
+
 @functools.lru_cache(maxsize=256)
 def _parameters(build: Callable[..., Any]) -> dict[str, bool] | None:
     """Returns the parameters of a factory and whether each is required; ``None`` if it accepts any."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.aliases import aliases_of, names_without
-from fewstep.base.registry import Registry, check_options
+from fewstep.base.registry import Registry, check_numbers, check_options
 from fewstep.diffusion.published_grids import (
     ays,
     beta,
@@ -366,5 +366,10 @@ def grid(name: str, schedule: NoiseSchedule, steps: int | None, **options: Any) 
     build = GRIDS[name]
     if steps is None and name != "explicit":
         raise ValueError(f"the grid {name!r} needs a number of steps")
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(
+            f"schedule must be a NoiseSchedule, got {schedule!r:.60}; make one with fewstep.schedule(name)"
+        )
     check_options(f"grid {name!r}", build, options, without=("schedule", "steps"))
+    check_numbers(f"grid {name!r}", build, options)
     return build(schedule, steps, **options)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from fewstep.base.registry import Registry, check_options
+from fewstep.base.registry import Registry, check_numbers, check_options
 
 MOST_LEVELS = 1_000_000
 """The most levels of a tabulated schedule; a guard against hostile files."""
@@ -668,6 +668,7 @@ def schedule(name: str, **options: Any) -> NoiseSchedule:
     """
     build = SCHEDULES[name]
     check_options(f"schedule {name!r}", build, options)
+    check_numbers(f"schedule {name!r}", build, options)
     return build(**options)
 
 

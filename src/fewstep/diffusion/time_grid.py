@@ -190,8 +190,8 @@ def check_strength(strength: object) -> None:
         )
 
 
-def check_start(schedule: NoiseSchedule, t_start: object) -> None:
-    """Raises unless a user's ``t_start`` is plausible.
+def check_start(schedule: NoiseSchedule, t_start: object, name: str = "t_start") -> None:
+    """Raises unless a user's ``t_start``, or the argument of another name, is plausible.
 
     On a table of training timesteps a number up to 1 is most likely a ``strength``: at such a time
     there is hardly any noise, and the sampler would change nothing.
@@ -203,14 +203,15 @@ def check_start(schedule: NoiseSchedule, t_start: object) -> None:
     number = isinstance(t_start, (int, float)) and not isinstance(t_start, bool)
     if not number and not isinstance(t_start, Tensor):
         raise ValueError(
-            f"t_start must be a time in ({low:g}, {high:g}] for {schedule.name!r}, got {t_start!r:.40}"
+            f"{name} must be a time in ({low:g}, {high:g}] for {schedule.name!r}, got {t_start!r:.40}"
         )
     t = float(t_start)  # type: ignore[arg-type]
+    share = f"for a share of the grid give strength={t:g} with an image, or "
+    share = share if name == "t_start" else "for that share of the times give "
     if schedule.discrete and 0 < t <= 1 < high and (t < 1 or high >= FEW_TIMESTEPS):
         raise ValueError(
-            f"t_start is a time of {schedule.name!r}, from {low:g} to {high:g}, and t = {t:g} has "
-            f"hardly any noise; for a share of the grid give strength={t:g} with an image, or "
-            f"t_start={t * high:g}"
+            f"{name} is a time of {schedule.name!r}, from {low:g} to {high:g}, and t = {t:g} has "
+            f"hardly any noise; {share}{name}={t * high:g}"
         )
 
 

@@ -318,6 +318,8 @@ def _spread(
     name: str, value: Any, n: int, accepts: AcceptedConditions, null: Mapping[str, Any]
 ) -> Any:
     """One row for each sample, or a value that all share."""
+    if value is None:
+        return value  # a condition that is left out
     if isinstance(value, Mapping):
         return {k: _spread(f"{name}[{k!r}]", v, n, accepts, {}) for k, v in value.items()}
     if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim):
@@ -347,6 +349,8 @@ def _check_labels(
     none = null.get(name)
     classes = accepts.num_classes
     if not is_label(name, null) or (classes is None and type(none) is not int):
+        return
+    if value is None and name not in accepts.required:
         return
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be integers, got {value!r:.60}")

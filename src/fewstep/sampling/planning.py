@@ -130,6 +130,8 @@ def _planned(
     method, for_grid = _method(solver, grid, options)
     if head_start is not None:
         _check_head(head_start, grid, for_grid)
+        if request.head_start is not None:  # a user's
+            check_start(schedule, head_start, "head_start")
         if not isinstance(grid, TimeGrid) and grid != EXPLICIT:
             for_grid["t_start"] = head_start
     knots = _grid(method, schedule, nfe=nfe, steps=steps, grid=grid, options=for_grid)

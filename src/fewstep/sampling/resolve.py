@@ -276,6 +276,11 @@ def check_denoiser(denoiser: object) -> None:
 
 def check_sources(request: SamplerRequest) -> None:
     """Raises :class:`Contradiction` for a plan, recipe or profile with anything beside it, or two budgets."""
+    profile = request.profile
+    if profile is not UNSET and not isinstance(profile, (str, Path, Profile)):
+        raise TypeError(
+            f"profile must be a Profile or the path of one, got {type(profile).__name__}"
+        )
     sources = [name for name in SOURCES if getattr(request, name) is not UNSET]
     if len(sources) > 1:
         raise Contradiction(f"{as_text(sources)} each are a whole sampler; give one of them")

@@ -395,6 +395,8 @@ def _checked(
         n = len(noise) if n is None else n
         if n != len(noise):
             raise ValueError(f"noise has {len(noise)} rows, but n is {n}")
+        if not noise.is_meta and not bool(noise.isfinite().all()):
+            raise ValueError("noise must be finite, got NaN or infinity")
     elif denoiser.event_shape is None:
         raise ValueError(
             "the shape of a sample is not known; give noise=, or Denoiser.wrap(..., event_shape=)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path as FilePath
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.base.options import MOST_MEASURED
 from fewstep.base.processes import Processes, processes
 from fewstep.base.progress import SILENT, Progress, progress_of
 from fewstep.base.runs import RunFolder
@@ -576,9 +577,14 @@ def _checked(denoiser: object, nfe: Sequence[int], n: object) -> list[int]:
             "this model has a built-in sampler, so there is nothing to measure; fit the model "
             "that it was distilled from"
         )
-    budgets = [nfe] if isinstance(nfe, int) else list(nfe)
+    budgets = [nfe] if isinstance(nfe, int) else list(nfe) if isinstance(nfe, Iterable) else []
     if not budgets or any(type(k) is not int or k < 1 for k in budgets):
         raise ValueError(f"nfe must be positive integers, got {nfe!r:.60}")
+    if max(budgets) > MOST_MEASURED:
+        raise ValueError(
+            f"nfe must be at most {MOST_MEASURED} to be measured, got {max(budgets)}; for more evaluations "
+            "take a solver by its name"
+        )
     if type(n) is not int or n < 4:
         raise ValueError(f"n must be an integer of at least 4, got {n!r}")
     return sorted(set(budgets))

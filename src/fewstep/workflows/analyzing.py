@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.base.files import read_json, write_json
+from fewstep.base.options import MOST_MEASURED
 from fewstep.base.processes import processes
 from fewstep.base.progress import SILENT, Progress, progress_of
 from fewstep.base.runs import RunFolder, hash_inputs
@@ -292,11 +293,15 @@ def _written(folder: Path, command: str) -> Analysis:
 
 
 def _checked(denoiser: Denoiser, nfe: Sequence[int], n: int, budget: float) -> list[int]:
-    budgets = sorted(set(nfe))
-    if not budgets or any(
-        not isinstance(k, int) or isinstance(k, bool) or not 2 <= k <= 40 for k in budgets
-    ):
-        raise ValueError(f"nfe is integers from 2 to 40, for example [5, 10]; got {nfe!r:.60}")
+    given = [nfe] if isinstance(nfe, int) else nfe
+    right = isinstance(given, Iterable) and all(
+        type(k) is int and 2 <= k <= MOST_MEASURED for k in given
+    )
+    budgets = sorted(set(given)) if right else []
+    if not budgets:
+        raise ValueError(
+            f"nfe is integers from 2 to {MOST_MEASURED}, for example [5, 10]; got {nfe!r:.60}"
+        )
     if not isinstance(n, int) or isinstance(n, bool) or n < 4:
         raise ValueError(f"n must be at least 4, got {n!r:.20}")
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget < 1e6:
