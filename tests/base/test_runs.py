@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fewstep.base import locks, runs
-from fewstep.base.files import read_json, write_json
+from fewstep.base.files import check_writable, read_json, write_json
 from fewstep.base.locks import Lock
 from fewstep.base.runs import RunFolder, difference, hash_inputs, locked
 
@@ -388,3 +388,31 @@ def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path):
             folder.finish()
     assert path.exists()
     assert os.listdir(folder.parts) == ["a.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path):
+    """It was waited for without end: no lock could be taken, and none was there."""
+    dangling = tmp_path / "results"
+    dangling.symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ValueError, match=r"is a link to .*unmounted', which does not exist"):
+        with locked(dangling):
+            pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        with locked(tmp_path / "file" / "below"):
+            pass
+    assert not (tmp_path / "unmounted").exists()
+
+
+def test_a_path_is_checked_before_long_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "profile.json")
+    for wrong, message in [
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "profile.json", "is a file and no folder"),
+    ]:
+        with pytest.raises(OSError, match=message):
+            check_writable(wrong)
+    with pytest.raises(TypeError, match="a path is needed to write to, got int"):
+        check_writable(5)  # type: ignore[arg-type]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]

@@ -98,3 +98,15 @@ def test_budgets_that_cannot_be_measured(nfe):
     with pytest.raises(ValueError, match="nfe is integers from 2 to 40"):
         fewstep.analyze(wrapped, nfe=nfe, n=4)
     assert not evaluations
+
+
+def test_a_profile_that_cannot_be_written_is_not_measured(tmp_path):
+    wrapped, evaluations = model()
+    written = tmp_path / "profile.json"
+    written.write_text("{}")
+    with pytest.raises(IsADirectoryError):
+        fewstep.fit(wrapped, nfe=(4,), n=4, out=tmp_path)
+    with pytest.raises(ValueError, match="exists; give overwrite"):
+        fewstep.fit(wrapped, nfe=(4,), n=4, out=written)
+    assert not evaluations
+    assert written.read_text() == "{}"

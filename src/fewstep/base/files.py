@@ -120,6 +120,27 @@ def _write_once(
     return path
 
 
+def check_writable(path: str | Path) -> None:
+    """Raises unless a file can be written there, for long work that writes its result at the end.
+
+    Raises:
+        TypeError: If it is no path.
+        OSError: If it is a folder, or in a folder that is none or that cannot be written to.
+    """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"a path is needed to write to, got {type(path).__name__}")
+    if is_remote(path):
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; give the path of a file", str(path))
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file and no folder", str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "cannot be written to", str(folder))
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder and its parents, which a power cut does not undo."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

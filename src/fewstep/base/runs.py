@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.base.files import (
+    make_folder,
     read_json,
     read_tensors_and_metadata,
     sha256,
@@ -428,16 +430,25 @@ def locked(folder: Path, *, progress: Progress = SILENT, wait: bool = False) -> 
     Raises:
         ValueError: If a live process has it; at once on the same machine, and on another
             after its next heartbeat. A lock without heartbeats is taken over after two minutes.
+        OSError: If the folder cannot be made.
     """
     lock = Lock(folder / LOCK)
     is_new = not folder.exists()
-    first, start, shown = None, time.monotonic(), False
+    if is_new and folder.is_symlink():
+        raise ValueError(
+            f"{str(folder)!r} is a link to {os.readlink(folder)!r}, which does not exist"
+        )
+    make_folder(folder)  # raises where none can be made
+    first, start, shown, vanished = None, time.monotonic(), False, 0
     while not lock.take():
         owner = lock.owner()
         who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
         try:
             beat = lock.path.stat().st_mtime_ns
-        except OSError:
+        except OSError as error:
+            vanished += 1
+            if vanished > VANISHED:
+                raise ValueError(f"{str(folder)!r} cannot be locked: {error}") from error
             continue  # just released
         first = first or beat
         if not wait and owner and (lock.is_alive() or beat != first):
@@ -457,6 +468,9 @@ def locked(folder: Path, *, progress: Progress = SILENT, wait: bool = False) -> 
             with suppress(OSError):
                 folder.rmdir()  # if nothing was written
 
+
+VANISHED = 1000
+"""How often a lock may be neither free nor there before the folder itself is at fault."""
 
 POLL, SOON = 0.2, 5.0
 """Seconds between two checks of a lock, and until the progress shows its owner."""

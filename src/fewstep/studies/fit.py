@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.base.files import check_writable
 from fewstep.base.options import MOST_MEASURED
 from fewstep.base.processes import Processes, processes
 from fewstep.base.progress import SILENT, Progress, progress_of
@@ -161,7 +162,8 @@ def fit(
             same call; it is empty again when the measurement is done. With it and ``out`` the processes
             of one launch (``torchrun``, ``srun``) share the parts, and each returns the same profile.
         out: The file of the profile; left out, it is only returned.
-        overwrite: Whether parts of another measurement in the folder are thrown away.
+        overwrite: Whether an existing file is replaced, and parts of another measurement in the folder are
+            thrown away.
         progress: ``True`` for a bar, or a :class:`fewstep.base.progress.Progress`.
         cond: The conditions, e.g. ``class_labels``, one for all or n. A class-conditional model
             without given classes gets its classes in turn.
@@ -179,6 +181,10 @@ def fit(
         torch.Size([8, 2])
     """
     budgets = _checked(denoiser, nfe, n)
+    if out is not None:
+        check_writable(out)
+        if FilePath(out).exists() and not overwrite and not processes().several:
+            raise ValueError(f"{str(out)!r} exists; give overwrite (--overwrite) or another file")
     cond = classes_in_turn(denoiser, n, cond)
     if guidance is not None and guidance != 1:
         denoiser = Guided(denoiser, guidance)
