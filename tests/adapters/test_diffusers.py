@@ -655,6 +655,9 @@ def test_copies_go_on_where_the_original_is():
     )
 
 
+OLD_COMPILER = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13)
+
+
 @pytest.mark.parametrize(
     ("solver", "backend"),
     [
@@ -677,6 +680,8 @@ def test_copies_go_on_where_the_original_is():
     ],
 )
 def test_compiles_with_the_network_without_a_graph_break(solver, backend):
+    if OLD_COMPILER:
+        torch._dynamo.reset()  # it takes the integers of a second plan for symbols, and then stops
     linear = nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
     ours = PlanScheduler(solver=solver)
 
