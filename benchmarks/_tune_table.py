@@ -51,7 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "with rate 0.02": {"search": {"learning_rate": 2e-2}},
     "with noise": {"family": "gs+noise"},
     "with residual": {"family_options": {"residual": True}},
-    "ggdm": {"family": "ggdm+pred+time", "objective": "mmd", "search": {"kernel": "cubic"}},
+    "ggdm": {
+        "family": "ggdm+pred+time",
+        "objective": "mmd",
+        "search": {"kernel": "cubic", "steps": 60, "batch_size": 32, "learning_rate": 1e-2},
+    },
 }
 """The default search, and the same without or with one ingredient."""
 
@@ -274,6 +278,8 @@ def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
                 if k != nfe or name.startswith("free "):
                     continue
                 over = [ratio(each[space], free[n][space], real) for n in (peer, best)]
+                strides = [n for n in free if n.startswith("free ddim")]
+                plain = min(strides, key=lambda n: value(free[n]), default=None)
                 above = None
                 if teacher is not None:
                     above = ratio(each[space], free[best][space], real, teacher[space])
@@ -288,6 +294,12 @@ def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
                     "over the peer": _record(over[0]), "over the best": _record(over[1]),
                     "excess": None if above is None else _record(above),
                 }  # fmt: skip
+                if plain is not None:
+                    result["cells"][f"{name} {nfe}"][space] |= {
+                        "DDIM": plain[5:],
+                        "DDIM FID": value(free[plain]),
+                        "over DDIM": _record(ratio(each[space], free[plain][space], real)),
+                    }
         least = "" if teacher is None else f"; teacher {value(teacher):.3g}"
         print(f"{space} ({roles[space]}){least}\n")
         print_table(
@@ -299,6 +311,7 @@ def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
             made = read_json(file)["about"]
             cell = result["cells"].setdefault(file.stem.replace("-", " ").replace(".", " "), {})
             cell["verdict"], cell["start"] = made["verdict"], made["base"]["origin"]
+            cell["share"] = made.get("share", 1.0)
             if (seconds := file.with_suffix(".cpu")).exists():
                 cell["CPU seconds"] = read_json(seconds)["seconds"]
     if mixtures is not None:

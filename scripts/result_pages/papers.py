@@ -16,6 +16,7 @@ from result_pages.parts import (
     qualities_of,
     table,
 )
+from result_pages.tuning import searched_ggdm
 
 from fewstep.base.files import read_json
 
@@ -95,6 +96,7 @@ def ddss() -> str:
 
 {_cells("FID on `cifar10` and its ratio to DDIM with quadratic stride, the paper's", "ddss")}
 {_cells("Inception score (our classifier's; the paper's is Inception's) and its ratio, the paper's", "ddss", "inception")}
+{searched_ggdm()}
 What our own search brings: [tuning](tuning.md).
 """
 

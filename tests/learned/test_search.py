@@ -807,3 +807,17 @@ def test_two_processes_search_what_one_does(tmp_path):
         assert b["score"] == pytest.approx(a["score"], rel=1e-4)
         assert b["taken"] == a["taken"]
     assert (tmp_path / "two.json").exists()
+
+
+def test_the_rate_is_halved_until_a_first_step_stays_near_the_start():
+    """Adam's first step has the size of the rate; a rate that was given is kept."""
+    found = {}
+    for nfe in (3, 10):
+        search = {"steps": 2, "pairs": 64, "heldout": 20, "test": 20, "teacher_nfe": 40}
+        arguments: dict[str, Any] = {"nfe": nfe, "objective": "endpoint", "solver": "tab3"}
+        tuned = tune(RING, **arguments, search=search)
+        (found[nfe],) = tuned.recipe.about["learning_rates"]
+        given = tune(RING, **arguments, search={**search, "learning_rate": 5e-3})
+        assert given.recipe.about["learning_rates"] == [5e-3]
+    assert found[10] < found[3] <= 5e-3
+    assert math.log2(5e-3 / found[10]) == round(math.log2(5e-3 / found[10]))

@@ -42,6 +42,7 @@ def write_page(tuned: TunedSampler, path: Path) -> Path:
                 f"{about['nfe']} evaluations, {ORIGINS[about['base']['origin']]}",
             ),
             ("result", tuned.verdict.state, "compared with the start, on unused seeds"),
+            ("share", f"{about['share']:.0%}", "of the way from the start to the best candidate"),
         ]
     )
     page.paragraph(tuned.verdict.sentence)

@@ -368,6 +368,7 @@ class Problem:
             "verdict": verdict.sentence,
             "skipped": state.skipped,
             "share": share,
+            "learning_rates": [state.slower * stage.learning_rate for stage in self.stages],
             "seeds": {"train": self.seed + TRAIN, "heldout": self.seed + HELDOUT, "test": self.seed + TEST},
             "scores": values,
         }  # fmt: skip

@@ -38,6 +38,10 @@ STANDARD_ERROR = 0.683
 """The level of the interval of one standard error."""
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """The shares of the way from the start to the best candidate that are checked, the first harmless one taken."""
+MOST_RISE = 0.5
+"""How much of its size the loss may rise by in a first step of the learning rate."""
+MOST_HALVINGS = 10
+"""The most times that the learning rate is halved for that."""
 NORM_ROWS = 128
 """The samples from which the value of each objective at the start is estimated."""
 
@@ -113,6 +117,7 @@ class Searcher:
         self._unsaved: State | None = None
         self._best_features: Tensor | None = None
         self._latest_features: Tensor | None = None
+        self._first_features: Tensor | None = None
 
     def run(self) -> State:
         """Runs the remaining steps of all stages; the plan has the best parameters afterwards.
@@ -157,7 +162,7 @@ class Searcher:
         best = self.state.tensors["best"]
         if not self.guards or not bool(best.any()):
             return 1.0
-        self.progress.stage("check", len(SHARES))
+        self.progress.stage("check")
         n = self.check_size
         start = self._heldout(torch.zeros_like(best), n)
         before = [judge.features(start) / judge.scale for judge in self.guards]
@@ -248,7 +253,7 @@ class Searcher:
         self._evolution = None
         state.stage, state.step, state.updates, state.stale = state.stage + 1, 0, 0, 0
         state.start, state.best_score = None, math.inf
-        self._best_features = None
+        self._best_features = self._first_features = None
         self._save()
 
     # A stage
@@ -261,8 +266,9 @@ class Searcher:
             state.tensors["first"] = state.tensors["best"].clone()
             if not state.norms:
                 state.norms = self._norms()
+                state.slower = self._slower(stage)
             judgement = self._judgement(stage, state.tensors["best"])
-            del judgement["above"]
+            del judgement["above"], judgement["harm"]
             state.start, state.best_score = judgement, judgement["score"]
             self._note(judgement, math.nan)
             self._save()
@@ -291,18 +297,19 @@ class Searcher:
         """Evaluates the average; accepts it if better, not less diverse and not further from real data.
 
         Better by the law is better beyond one standard error of the paired change: the best of many noisy
-        values is not the best candidate.
+        values is not the best candidate. Further from real data is also further beyond one standard error: near the
+        data a tenth of the discrepancy is less than its noise.
         """
         state = self.state
         judgement = self._judgement(stage, state.tensors["average"])
-        above = judgement.pop("above")
+        above, harm = judgement.pop("above"), judgement.pop("harm")
         assert state.start is not None
         least = (1 - self.settings.recall_drop) * state.start["recall"]
         most = state.start["law"] + max(MOST_WORSE * abs(state.start["law"]), LEAST_WORSE)
         better = (
             judgement["score"] < state.best_score
             and judgement["recall"] >= least
-            and (judgement["law"] <= most or not (stage.paired or stage.scored))
+            and (judgement["law"] <= most or harm <= 0 or not (stage.paired or stage.scored))
             and above < 0
         )
         if better:
@@ -328,12 +335,13 @@ class Searcher:
         )
 
     def _judgement(self, stage: Stage, vector: Tensor) -> dict[str, float]:
-        """Returns score, law, precision, recall and ``above`` of parameters on the held-out noise.
+        """Returns score, law, precision, recall, ``above`` and ``harm`` of parameters on the held-out noise.
 
         ``score`` is the distance from the teacher in a paired stage, the objective's own score if it has
         one, and else ``law``, the discrepancy from the judge's reference. ``above`` is how much larger than that of
         the best so far the law may be, by one standard error, in a stage that the law decides; elsewhere
-        minus infinity.
+        minus infinity. ``harm`` is how much larger than that of the start it is at least, by one standard error, in a
+        stage that the law does not decide.
         """
         try:
             x = self._heldout(vector)
@@ -341,7 +349,7 @@ class Searcher:
             ValueError
         ):  # samples that are not finite, or coefficients that are not a valid plan
             worst = {"score": math.inf, "law": math.inf, "precision": 0.0, "recall": 0.0}
-            return {**worst, "above": math.inf}
+            return {**worst, "above": math.inf, "harm": math.inf}
         precision, recall = self.judge.diversity(x)
         law = 0.0 if stage.paired and not self.real else self.judge.score(x)
         score = law
@@ -352,9 +360,12 @@ class Searcher:
             with torch.no_grad():
                 parts = x.to(self.source.device).split(self.settings.sampling_batch)
                 score = float(torch.cat([objective.score(part) for part in parts]).double().mean())
-        above = -math.inf if stage.paired or stage.scored else self._above(x, vector)
-        values = torch.tensor([score, law, precision, recall, above], dtype=torch.float64)
-        names = ("score", "law", "precision", "recall", "above")
+        decides = not (stage.paired or stage.scored)
+        above = self._above(x, vector) if decides else -math.inf
+        limits = stage.scored or (stage.paired and self.real)
+        harm = self._harm(x) if limits else 0.0
+        values = torch.tensor([score, law, precision, recall, above, harm], dtype=torch.float64)
+        names = ("score", "law", "precision", "recall", "above", "harm")
         return dict(zip(names, self.source.team.of_first(values).tolist(), strict=True))
 
     def _heldout(self, vector: Tensor, n: int | None = None) -> Tensor:
@@ -372,6 +383,17 @@ class Searcher:
             return x
         finally:
             self.learned.load_vector(present)
+
+    def _harm(self, x: Tensor) -> float:
+        """Returns the lower end of the change of the discrepancy from that of the stage's start, paired."""
+        judge, features = self.judge, self.judge.features(x) / self.judge.scale
+        if self._first_features is None:
+            if self.state.start is None:  # these are the start's samples
+                self._first_features = features
+                return 0.0
+            first = self._heldout(self.state.tensors["first"])  # resumed within the stage
+            self._first_features = judge.features(first) / judge.scale
+        return discrepancy_change(judge, features, self._first_features, level=STANDARD_ERROR).low
 
     def _above(self, x: Tensor, vector: Tensor) -> float:
         """Returns the upper end of the change of the discrepancy from that of the best so far, paired."""
@@ -425,7 +447,74 @@ class Searcher:
     def _rate(self, stage: Stage, step: int) -> float:
         rising = max(1, round(self.settings.warmup * stage.steps))
         falling = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
-        return stage.learning_rate * min(1.0, (step + 1) / rising) * falling
+        return self.state.slower * stage.learning_rate * min(1.0, (step + 1) / rising) * falling
+
+    def _slower(self, stage: Stage) -> float:
+        r"""Returns the factor of the learning rate: halved until a first step does not leave the start's surroundings.
+
+        Adam's first step has the size of the rate in every parameter, whatever the gradient. What that does to the samples
+        grows with the number of parameters, and what it may do falls with the distance left to the teacher: with the same
+        rate the loss of one model rises by a half at 4 evaluations and fiftyfold at 10. A rate that was given is kept.
+        """
+        if self.settings.learning_rate is not None or self.settings.optimizer != "adam":
+            return 1.0
+        rows = range(min(len(self.pairs), stage.batch_size) if self.pairs is not None else 0)
+        x, cond, draws, batch = self._batch(rows, stage.batch_size - len(rows), step=-2)
+        value = backpropagate(
+            self.learned,
+            self.run_plan,
+            x,
+            draws,
+            cond,
+            lambda outcome: self._loss(stage, outcome, batch),
+            microbatch=self.settings.microbatch,
+            team=self.source.team,
+            micro=self._micro,
+        )
+        parts = [
+            torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned.parameters()
+        ]
+        direction = torch.cat([part.flatten() for part in parts]).sign().to(self.learned.vector())
+        self.learned.zero_grad()
+        start = self.learned.vector()
+        with torch.no_grad():
+            whole = self._outcome(x, draws, cond)
+            size = sum(
+                weight / self.state.norms[name]
+                * self.objectives[name].typical(
+                    float(self.objectives[name].loss(whole, batch)), whole.x
+                )
+                for name, weight in stage.terms
+            )  # fmt: skip
+            factor = 1.0
+            for _ in range(MOST_HALVINGS):
+                self.learned.load_vector(start - factor * stage.learning_rate * direction)
+                try:
+                    new = float(self._loss(stage, self._outcome(x, draws, cond), batch))
+                except ValueError:  # coefficients that are not a valid plan
+                    new = math.inf
+                known = torch.tensor([new], dtype=torch.float64)
+                new = float(self.source.team.of_first(known))
+                if new <= float(value) + MOST_RISE * size:
+                    break
+                factor /= 2
+        self.learned.load_vector(start)
+        return factor
+
+    @torch.no_grad()
+    def _outcome(self, x: Tensor, draws: Sequence[Tensor], cond: Mapping[str, Any]) -> Outcome:
+        """Returns the samples of the present parameters, in as many parts as memory needs."""
+        numbers = self.learned()
+
+        def run(rows: range) -> Outcome:
+            some = slice(rows.start, rows.stop)
+            return self.run_plan(numbers, x[some], [z[some] for z in draws], select(cond, rows))
+
+        outcomes = self._halving(run, len(x))
+        states = zip(*(o.states for o in outcomes), strict=True)
+        return Outcome(
+            torch.cat([o.x for o in outcomes]), tuple(torch.cat(parts) for parts in states)
+        )
 
     def _batch(
         self, rows: Sequence[int], fresh: int, *, step: int
@@ -503,19 +592,7 @@ class Searcher:
         values = list[float]()
         for candidate in self._evolution.candidates():
             self.learned.load_vector(candidate)
-            numbers = self.learned()
-
-            def run(rows: range, numbers: Any = numbers) -> Outcome:
-                some = slice(rows.start, rows.stop)
-                return self.run_plan(
-                    numbers, x[some], [z[some] for z in draws], select(cond, rows)
-                )
-
-            outcomes = self._halving(run, len(x))
-            states = zip(*(o.states for o in outcomes), strict=True)
-            whole = Outcome(
-                torch.cat([o.x for o in outcomes]), tuple(torch.cat(parts) for parts in states)
-            )
+            whole = self._outcome(x, draws, cond)
             values.append(float(self._loss(stage, whole, batch)))
         self._evolution.tell(values)
         state.tensors["values"] = self._evolution.given

@@ -30,6 +30,7 @@ class State:
         best_score: The best score of the stage.
         stale: The judgements since the last better one.
         skipped: The steps that were skipped because a number was not finite.
+        slower: The factor of the learning rate.
         norms: The value of each objective at the very start.
         history: The judgements so far.
         losses: The losses of the steps since the last judgement.
@@ -43,6 +44,7 @@ class State:
     best_score: float = math.inf
     stale: int = 0
     skipped: int = 0
+    slower: float = 1.0
     norms: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -56,7 +58,16 @@ class State:
         """
         record = {
             key: getattr(self, key)
-            for key in ("stage", "step", "updates", "start", "best_score", "stale", "skipped")
+            for key in (
+                "stage",
+                "step",
+                "updates",
+                "start",
+                "best_score",
+                "stale",
+                "skipped",
+                "slower",
+            )
         }
         record |= {"norms": self.norms, "history": self.history, "losses": self.losses}
         # Python's JSON writes and reads infinity; the file's metadata are texts anyway.
@@ -75,6 +86,7 @@ class State:
             "history": list,
             "losses": list,
             "best_score": (int, float),
+            "slower": (int, float),
         }
         kinds |= dict.fromkeys(("stage", "step", "updates", "stale", "skipped"), int)
         for key, kind in kinds.items():

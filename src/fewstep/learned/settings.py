@@ -33,7 +33,8 @@ class Search:
             generation, of 4 + 3 log(parameters) candidates.
         spread: The standard deviation of the first candidates of ``"cmaes"``, in each parameter.
         reward: For the objective ``reward``: a callable of samples (B, \*) that returns how good each is, (B).
-        learning_rate: The largest rate of Adam, reached after the warm-up, then a cosine to 0.
+        learning_rate: The largest rate of Adam, reached after the warm-up, then a cosine to 0. ``None``: 5e-3, halved
+            until a first step of that size in every parameter raises the loss by at most a half.
         warmup: The share of the steps during which the rate rises.
         clip: The largest norm of a gradient.
         ema: The decay of the moving average of the parameters, which is the candidate.
@@ -66,7 +67,7 @@ class Search:
     optimizer: str = "adam"
     spread: float = 0.05
     reward: Callable[[Tensor], Tensor] | None = None
-    learning_rate: float = 5e-3
+    learning_rate: float | None = None
     warmup: float = 0.02
     clip: float = 1.0
     ema: float = 0.99
@@ -91,6 +92,8 @@ class Search:
         _positive("microbatch", self.microbatch, none=True)
         for name in ("learning_rate", "clip", "penalty", "spread"):
             value = getattr(self, name)
+            if name == "learning_rate" and value is None:
+                continue
             if not (_number(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         for name in ("warmup", "ema", "recall_drop"):

@@ -66,7 +66,8 @@ def tune(
     all ``nfe`` evaluations. Every ``evaluate_every`` steps the moving average of the parameters is evaluated on
     held-out noise, and the best is the result: by the distance to a teacher, the same model with
     many evaluations, or by the discrepancy from real data in features that no loss uses; candidates
-    that lose recall are rejected. Start and result are then scored on seeds and real samples that were
+    that lose recall are rejected. If the best is then further from the data than the start in the features of the
+    selection or of the loss, the result goes only a part of the way to it, or stays at the start. Start and result are then scored on seeds and real samples that were
     not used before, in at least two kinds of features that neither loss nor selection uses; a result that is not
     better there, or loses recall or the variety of a class, is not called better, and not written.
 
@@ -75,7 +76,7 @@ def tune(
 
     Cost: in network evaluations of one sample, by default and with N ``pairs``, T ``teacher_nfe``,
     B ``batch_size``, S ``steps``: (N + heldout + test) T for the teacher, some 3 S B ``nfe`` for the
-    search (4 with ``remat``), (S / evaluate_every) heldout ``nfe`` for judgements, 2 test ``nfe`` for
+    search (4 with ``remat``), (S / evaluate_every) heldout ``nfe`` for judgements, 2 to 5 test ``nfe`` for the check at the end, 2 test ``nfe`` for
     scores; twice all that with guidance.
 
     References:
