@@ -34,7 +34,7 @@ class Search:
         spread: The standard deviation of the first candidates of ``"cmaes"``, in each parameter.
         reward: For the objective ``reward``: a callable of samples (B, \*) that returns how good each is, (B).
         learning_rate: The largest rate of Adam, reached after the warm-up, then a cosine to 0. ``None``: 5e-3, halved
-            until a first step of that size in every parameter raises the loss by at most a half.
+            until a first step of that size in every parameter raises the loss at most fourfold.
         warmup: The share of the steps during which the rate rises.
         clip: The largest norm of a gradient.
         ema: The decay of the moving average of the parameters, which is the candidate.
