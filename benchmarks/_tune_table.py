@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ggdm": {
         "family": "ggdm+pred+time",
         "objective": "mmd",
-        "search": {"kernel": "cubic", "steps": 60, "batch_size": 32, "learning_rate": 1e-2},
+        "search": {"kernel": "cubic", "steps": 60, "batch_size": 32, "heldout": 500},
     },
 }
 """The default search, and the same without or with one ingredient."""
@@ -311,7 +311,7 @@ def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
             made = read_json(file)["about"]
             cell = result["cells"].setdefault(file.stem.replace("-", " ").replace(".", " "), {})
             cell["verdict"], cell["start"] = made["verdict"], made["base"]["origin"]
-            cell["share"] = made.get("share", 1.0)
+            cell |= {key: made[key] for key in ("share", "learning_rates") if key in made}
             if (seconds := file.with_suffix(".cpu")).exists():
                 cell["CPU seconds"] = read_json(seconds)["seconds"]
     if mixtures is not None:

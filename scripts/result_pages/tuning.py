@@ -61,7 +61,7 @@ def tuning(name: str = "fashion") -> str:
             [
                 name.split()[-1], " ".join(name.split()[:-1]),
                 *(f"{cell[space]['FID']:.3g}" if space in cell else "" for space in spaces),
-                f"{cell.get('CPU seconds', math.nan):.0f}", cell.get("start", ""), f"{cell.get('share', 1):.0%}",
+                f"{cell.get('CPU seconds', math.nan):.0f}", cell.get("start", ""), f"{cell['share']:.0%}" if "share" in cell else "",
                 _short_verdict(cell.get("verdict", "")),
             ]
             for name, cell in sorted(cells.items(), key=lambda c: (int(c[0].split()[-1]), c[0]))

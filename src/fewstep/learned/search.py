@@ -298,8 +298,8 @@ class Searcher:
         """Evaluates the average; accepts it if better, not less diverse and not further from real data.
 
         Better by the law is better beyond one standard error of the paired change: the best of many noisy
-        values is not the best candidate. Further from real data is also further beyond one standard error: near the
-        data a tenth of the discrepancy is less than its noise.
+        values is not the best candidate. Further from real data is further by a tenth and beyond the interval of the
+        change: near the data a tenth of the discrepancy is less than its noise.
         """
         state = self.state
         judgement = self._judgement(stage, state.tensors["average"])
@@ -341,8 +341,8 @@ class Searcher:
         ``score`` is the distance from the teacher in a paired stage, the objective's own score if it has
         one, and else ``law``, the discrepancy from the judge's reference. ``above`` is how much larger than that of
         the best so far the law may be, by one standard error, in a stage that the law decides; elsewhere
-        minus infinity. ``harm`` is how much larger than that of the start it is at least, by one standard error, in a
-        stage that the law does not decide.
+        minus infinity. ``harm`` is how much larger than that of the start it is at least, in a stage that the law
+        does not decide.
         """
         try:
             x = self._heldout(vector)
@@ -386,7 +386,11 @@ class Searcher:
             self.learned.load_vector(present)
 
     def _harm(self, x: Tensor) -> float:
-        """Returns the lower end of the change of the discrepancy from that of the stage's start, paired."""
+        """Returns the lower end of the change of the discrepancy from that of the stage's start, paired, 95 %.
+
+        Only clear harm vetoes a candidate: what the law of a few samples sees near the data is mostly noise, and the
+        result as a whole is checked on more of them.
+        """
         judge, features = self.judge, self.judge.features(x) / self.judge.scale
         if self._first_features is None:
             if self.state.start is None:  # these are the start's samples
@@ -394,7 +398,7 @@ class Searcher:
                 return 0.0
             first = self._heldout(self.state.tensors["first"])  # resumed within the stage
             self._first_features = judge.features(first) / judge.scale
-        return discrepancy_change(judge, features, self._first_features, level=STANDARD_ERROR).low
+        return discrepancy_change(judge, features, self._first_features).low
 
     def _above(self, x: Tensor, vector: Tensor) -> float:
         """Returns the upper end of the change of the discrepancy from that of the best so far, paired."""
