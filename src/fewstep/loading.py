@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def load(
         torch.Size([2, 1, 28, 28])
     """
     name, place = str(source), find_device(device)
-    if dtype is not None and not dtype.is_floating_point:
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"a model is a name or a folder, got {type(source).__name__}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating type, got {dtype!r}")
     if name in MIXTURES:
         if place.type == "mps":  # which has no float64, in which these compute

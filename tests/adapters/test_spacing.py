@@ -252,3 +252,14 @@ def test_the_same_request_is_planned_once():
             ours.set_timesteps(**arguments)
         assert count.calls == 0
         assert torch.equal(ours.timesteps, first)
+
+
+@pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_heun_spaces_between_the_timesteps_of_its_configuration(option, spacing):
+    """As its twin does; the multistep schedulers space between all levels, whatever the spacing."""
+    twin = diffusers.HeunDiscreteScheduler(timestep_spacing=spacing, **{option: True})
+    ours = PlanScheduler.from_config(twin.config, solver="heun")
+    for scheduler in (twin, ours):
+        scheduler.set_timesteps(4)
+    torch.testing.assert_close(ours.timesteps.double(), twin.timesteps.double(), rtol=0, atol=0.01)

@@ -10,6 +10,8 @@ import torch
 import fewstep
 
 SCHEDULE = fewstep.schedule("ddpm-linear")
+WRONG: Any = 5
+TEXT: Any = "vp-linear"
 
 
 def model(**options: Any) -> tuple[fewstep.Denoiser, list[int]]:
@@ -110,3 +112,28 @@ def test_a_profile_that_cannot_be_written_is_not_measured(tmp_path):
         fewstep.fit(wrapped, nfe=(4,), n=4, out=written)
     assert not evaluations
     assert written.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fewstep.exact.GaussianMixture([[torch.nan]], [1.0], [1.0], SCHEDULE), "means must be finite"),
+        (lambda: fewstep.exact.GaussianMixture(TEXT, [1.0], [1.0], SCHEDULE), "means must be numbers"),
+        (lambda: fewstep.exact.GaussianMixture([[0.0]], [1.0], [1.0], TEXT), "make one with"),
+        (lambda: fewstep.exact.DataSet(torch.full((3, 2), torch.nan), SCHEDULE), "points must be finite"),
+        (lambda: fewstep.exact.DataSet(TEXT, SCHEDULE), "points must be a tensor, got str"),
+        (lambda: fewstep.metrics.fid(torch.ones(9, 2) + 0j, torch.ones(9, 2)), "real numbers"),
+        (lambda: fewstep.compare(model()[0], ["ddim"], nfe=[4], n=8, metrics=["fid"]), "give data"),
+        (lambda: fewstep.compare(model()[0], ["ddim"], nfe=[4], n=8, features="none"), "give data"),
+        (lambda: fewstep.tune(model()[0], nfe=4, objective=WRONG), "an objective is a text"),
+        (lambda: fewstep.tune(model()[0], nfe=4, search=WRONG), "search must be a Search"),
+        (lambda: fewstep.tune(model()[0], nfe=4, family_options=WRONG), "family_options must be"),
+        (lambda: fewstep.train(torch.zeros(2, 1, 8, 8), recipe=WRONG), "recipe must be a TrainRecipe"),
+        (lambda: fewstep.load(WRONG), "a model is a name or a folder, got int"),
+        (lambda: fewstep.load("mixture-smooth", dtype=TEXT), "dtype must be a floating type"),
+        (lambda: fewstep.record(model()[0], "unused", n=4, about=WRONG), "about must be a mapping"),
+    ],
+)  # fmt: skip
+def test_arguments_of_other_functions(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

@@ -386,3 +386,22 @@ def test_ve(vp: NoiseSchedule) -> None:
     for (name, steps), value in measured.items():
         plan = SOLVERS[name]().plan(fewstep.grid("uniform", noise, steps))
         assert 1 / 3 < rms(run(exact, plan, draw) - truth) / value < 3, (name, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "s", "low", "high"), [("vp-linear", 0.3, 3.3, 4.2), ("flow", 1.6, 1.8, 2.4)]
+)
+def test_the_first_step_caps_the_order_where_the_docstring_says(name, s, low, high):
+    """Gaussian data N(m, s^2): the deviation from the mean scales with that of the marginal."""
+    schedule, m = fewstep.schedule(name), 0.4
+    model = fewstep.exact.GaussianMixture([[m]], [s], [1.0], schedule)
+    errors = []
+    for steps in (24, 48):
+        plan = fewstep.plan("tab3", schedule, steps=steps, grid="power", t_end=0.2)
+        a, b = (schedule.alpha(plan.knots[[0, -1]])).tolist()
+        c, d = (schedule.sigma(plan.knots[[0, -1]])).tolist()
+        noise = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+        ratio = ((b * b * s * s + d * d) / (a * a * s * s + c * c)) ** 0.5
+        right = b * m + (c * noise - a * m) * ratio
+        errors.append(float((fewstep.sample(model, noise=noise, plan=plan) - right).abs().max()))
+    assert low < math.log2(errors[0] / errors[1]) < high, errors

@@ -120,6 +120,10 @@ class Search:
         """
         if isinstance(given, Search):
             return given
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(
+                f"search must be a Search or a mapping such as {{'steps': 300}}, got {given!r:.40}"
+            )
         options = dict(given or {})
         known = [f.name for f in fields(cls)]
         for name in options:

@@ -81,6 +81,8 @@ def stages_of(
     Raises:
         ValueError: If the description cannot be read.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"an objective is a text such as 'endpoint,mmd', got {text!r:.40}")
     stages = list[Stage]()
     for part in text.split(","):
         terms = [_term(term) for term in part.split("+")]

@@ -134,6 +134,10 @@ def tune(
         >>> tuned.plan.nfe
         3
     """
+    if family_options is not None and not isinstance(family_options, Mapping):
+        raise TypeError(
+            f"family_options must be a mapping such as {{'coordinate': 'lambda'}}, got {family_options!r:.40}"
+        )
     problem = Problem.of(
         denoiser,
         nfe=nfe,

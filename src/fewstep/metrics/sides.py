@@ -78,6 +78,8 @@ def _checked(name: str, side: Tensor, extract: Extractor, least: int) -> Tensor:
     if not isinstance(side, Tensor) or side.ndim < 2:
         got = tuple(side.shape) if isinstance(side, Tensor) else type(side).__name__
         raise ValueError(f"the {name} set must be a tensor with shape (n, *), got {got}")
+    if side.is_complex():
+        raise ValueError(f"the {name} set must be real numbers, got {side.dtype}")
     if len(side) < least:
         raise ValueError(f"the {name} set has {len(side)} samples; at least {least} are needed")
     values = extract(side).flatten(1).cpu().double()

@@ -24,6 +24,24 @@ Numbers = Sequence[float] | Sequence[Sequence[float]] | Tensor
 NO_CONDITIONS = AcceptedConditions(frozenset(), owner="an exact model")
 
 
+def _check_schedule(schedule: object) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(
+            f"schedule must be a NoiseSchedule, got {schedule!r:.60}; make one with fewstep.schedule(name)"
+        )
+
+
+def _numbers(name: str, value: Numbers) -> Tensor:
+    """Returns finite numbers as a float64 tensor."""
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be numbers, got {value!r:.60}") from None
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    return numbers
+
+
 class GaussianMixture(Denoiser):
     r"""The exact denoiser of a mixture of isotropic Gaussians.
 
@@ -46,9 +64,11 @@ class GaussianMixture(Denoiser):
         self, means: Numbers, stds: Numbers, weights: Numbers, schedule: NoiseSchedule
     ) -> None:
         super().__init__()
-        means = torch.as_tensor(means, dtype=torch.float64)
-        stds = torch.as_tensor(stds, dtype=torch.float64)
-        weights = torch.as_tensor(weights, dtype=torch.float64)
+        _check_schedule(schedule)
+        means, stds, weights = (
+            _numbers(name, value)
+            for name, value in (("means", means), ("stds", stds), ("weights", weights))
+        )
         if means.ndim != 2 or stds.shape != means.shape[:1] or weights.shape != stds.shape:
             raise ValueError(
                 "means, stds and weights must have shapes (K, D), (K) and (K), got "
@@ -118,11 +138,16 @@ class DataSet(Denoiser):
 
     def __init__(self, points: Tensor, schedule: NoiseSchedule, *, chunk: int = 16_384) -> None:
         super().__init__()
+        _check_schedule(schedule)
+        if not isinstance(points, Tensor):
+            raise TypeError(f"points must be a tensor, got {type(points).__name__}")
         if points.ndim < 2 or not len(points) or not points.is_floating_point():
             raise ValueError(
                 "points must be floating and have shape (N, *) with N >= 1, got "
                 f"{points.dtype} with shape {tuple(points.shape)}"
             )
+        if not bool(points.isfinite().all()):
+            raise ValueError("points must be finite, got NaN or infinity")
         self.register_buffer("points", points.detach().flatten(1))
         self.schedule, self.native = schedule, Prediction.X0
         self.event_shape = tuple(points.shape[1:])

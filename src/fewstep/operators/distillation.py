@@ -152,6 +152,8 @@ def _opened(folder: str | Path | Trajectories) -> Trajectories:
 def _check(denoiser: Denoiser, store: Trajectories) -> None:
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"a Denoiser is needed, got {type(denoiser).__name__}")
+    if not hasattr(store, "settings"):
+        raise TypeError(f"trajectories are a folder or a store, got {type(store).__name__}")
     recorded = store.settings.get("fingerprint")
     if recorded is not None and recorded != denoiser.fingerprint():
         raise ValueError(

@@ -154,8 +154,10 @@ class TAB(_ExponentialAdams):
 
     Cost: one network evaluation per step.
 
-    Order: ``degree + 1`` observed from few to some hundred steps. Asymptotically the first DDIM
-    step, of local order 2, caps it at 2, with a constant too small to be seen before errors of 1e-8.
+    Order: ``degree + 1`` for the steps inside. The first step is DDIM's, of local order 2, which caps the whole
+    at 2 asymptotically. How soon that is seen depends on data and schedule: for Gaussian data of deviation 1.6
+    from 12 steps on with ``flow`` and ``vp-cosine``, and below errors of 1e-5 with linear :math:`\beta`; for a
+    deviation of 0.3 below errors of 1e-5 with ``flow``, and 1e-8 with linear :math:`\beta`.
 
     Arguments:
         degree: The degree r of the polynomial, 0 (DDIM) to 3.

@@ -123,7 +123,10 @@ class Solver(ABC):
     @property
     @abstractmethod
     def order(self) -> int:
-        """The order of convergence on smooth problems (of the marginals, if stochastic)."""
+        """The order of convergence on smooth problems (of the marginals, if stochastic).
+
+        Of multistep methods it is that of the steps inside; their first steps may cap it (see each).
+        """
 
     @abstractmethod
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:

@@ -2,6 +2,7 @@ r"""Recording: trajectories of a model into a store, by any number of writers.""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -120,6 +121,8 @@ def record(
             f"a Denoiser is needed, got {type(denoiser).__name__}; "
             "make one with fewstep.load(name) or fewstep.Denoiser.wrap(network, ...)"
         )
+    if about is not None:
+        _check_about(about)
     denoiser, guidance = unguided(denoiser, guidance)
     if denoiser.event_shape is None:
         raise ValueError(
@@ -245,3 +248,12 @@ def _check_conditions(sampler: Sampler, rules: Mapping[str, Condition]) -> None:
     most = max((len(values) for values in examples.values()), default=1)
     rows = torch.arange(most)
     sampler.denoiser.prepare(most, {k: v[rows % len(v)] for k, v in examples.items()})
+
+
+def _check_about(about: object) -> None:
+    try:
+        if not isinstance(about, Mapping):
+            raise TypeError(f"got {type(about).__name__}")
+        json.dumps(dict(about))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"about must be a mapping that JSON can hold: {error}") from None

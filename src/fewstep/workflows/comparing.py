@@ -219,6 +219,12 @@ def compare(
             "overwrite replaces what is in a folder; give out=, or leave overwrite out"
         )
     NoiseSource(seed, ())
+    metrics = [metrics] if isinstance(metrics, str) else metrics
+    if data is None and (metrics or features != "fashion"):
+        raise ValueError(
+            f"{'metrics' if metrics else 'features'} compare samples with data; give data, or leave "
+            f"{'metrics' if metrics else 'features'} out"
+        )
     settings = {
         "nfe": nfe,
         "n": n,

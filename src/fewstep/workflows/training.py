@@ -193,6 +193,10 @@ def train(
     if options and schedule is None:
         raise ValueError("options are those of the schedule; give schedule too")
     place = find_device(device)
+    if recipe is not None and not isinstance(recipe, (TrainRecipe, str, Path)):
+        raise TypeError(
+            f"recipe must be a TrainRecipe or the path of one, got {type(recipe).__name__}"
+        )
     if isinstance(recipe, (str, Path)):
         recipe = TrainRecipe.from_record(read_json(recipe, what="the training recipe"))
     if recipe is not None and size is None:

@@ -145,6 +145,12 @@ def spaced(
     """Returns the grid of so many steps that the configuration asks for."""
     low, high = _range(schedule, config) if is_spaced(config) else (None, None)
     whole = low is None and high is None
+    if whole and is_spaced(config) and solver.name == "heun" and isinstance(schedule, Tabulated):
+        # Its twin spaces between the first and the last of its timesteps, others between all levels.
+        times = _timesteps(alphas_cumprod, config, solver.spaces_points, steps, exact=True)
+        first, last = schedule.rho(torch.tensor([times[0], times[-1]], dtype=torch.float64))
+        if len(times) == steps and to_zero:
+            return from_sigmas(schedule, between(config, first, last, steps), to_zero=True)
     if whole and config["use_karras_sigmas"]:
         return karras(schedule, steps, to_zero=to_zero)
     if whole and (config["use_exponential_sigmas"] or config["use_lu_lambdas"]):
