@@ -127,6 +127,8 @@ def _students() -> str:
     many = max(cells, key=lambda name: cells[name]["cost"])
     base = cells[many]
     looks = list(base["fid"])
+    before = result["about"].get("earlier")
+    earlier = "" if before is None else f" {before['rows']}: {origin(before)}, the same noise."
     rows = [
         [
             name,
@@ -149,7 +151,7 @@ def _students() -> str:
         "right",
     ]
     return f"""{origin(result["about"])}; {result["about"]["n"]} samples. The last columns: RMS to ten evaluations of `auto`, and the share of samples
-that a classifier finds of the requested class.{SEEN if "random-2" in looks else ""}
+that a classifier finds of the requested class. {SEEN}{earlier}
 
 {table(head, rows)}{options_of_flow_maps()}"""
 
@@ -161,8 +163,8 @@ FEATURES = {
 }
 """The names of the features in a head."""
 
-SEEN = """ Robust are the features of the student's loss. Those of the first column its loss did not see, but with them the noise
-levels of its corrector were chosen; those with random weights nothing looked with."""
+SEEN = """Robust are the features of the student's loss. Those of the first column its loss did not see, but the noise levels
+of its corrector were chosen with them, in part on these very samples."""
 """What students have seen of the features."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -712,9 +713,10 @@ def test_the_embedded_operator():
     from fewstep.metrics import Features
 
     student = fewstep.load("fashion-1step")
-    recipe = read_json(Path(__file__).parents[2] / "recipes" / "fashion-1step.json")
+    recipe = read_json(Path(__file__).parents[2] / "recipes" / "fashion-1step-second.json")
     training = student.about["training"]
     assert training["recipe"] | recipe == training["recipe"]
+    assert re.fullmatch("[0-9a-f]{64}", training["initial"])  # the first stage, fashion-1step.json
     assert training["teacher"] == fewstep.load("fashion").fingerprint()
     assert training["extractor"] == Features.load("fashion-robust").sha256
     labels = torch.arange(40) % 10
