@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -245,6 +246,8 @@ class PlanScheduler(Stepping, Noising, SchedulerMixin, ConfigMixin):
         for key, value in (("solver_options", solver_options), ("grid_options", grid_options)):
             if value is not None and not isinstance(value, Mapping):
                 raise ValueError(f"{key} must be a dict of options, got {value!r:.60}")
+        if profile is not None and not isinstance(profile, (str, Path)):
+            raise ValueError(f"profile must be the path of a profile, got {profile!r:.60}")
         check_sources(
             SamplerRequest(
                 None if solver == "auto" else name,
