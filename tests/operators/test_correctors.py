@@ -169,6 +169,17 @@ def test_what_is_drawn_for_a_row_depends_on_its_place_alone(model, store):
     torch.testing.assert_close((parts[0][1] + parts[1][1]) / 2, log)
 
 
+def test_consistency_is_with_steps_that_are_trained(model, store):
+    student = flow_map(model, store)
+    make = lambda pairs: FlowMapObjective(student, DistillRecipe(mode="flow-map", pairs=pairs), L2(), [1, 2, 3, 4])  # noqa: E731  # fmt: skip
+    shares = [k / 100 for k in range(100)]
+    ways = {tuple(make("steps").way(0, 4, share)) for share in shares}
+    assert ways == {(0, 1, 4), (0, 2, 4)}  # no budget has the step from 0 to 3
+    assert {tuple(make("all").way(0, 4, share)) for share in shares} == {*ways, (0, 3, 4)}
+    assert make("steps").way(1, 3, 0.5) == [1, 2, 3]
+    assert make("steps").way(2, 3, 0.5) == [2, 3]
+
+
 def by_hand(model, store, x, first, second, row):
     """A step of the untrained flow map, which is one of DDIM."""
     label = store.conditions["class_labels"][row : row + 1]
@@ -196,10 +207,12 @@ def test_own_states_and_consistency_by_hand(option, model, store):
                 x, changed = states[row, 0], changed + 1
                 for i, j in pairwise(way):
                     x = by_hand(model, store, x, i, j, row)
-            if option == "consistency" and end - start > 1:
-                middle, changed = start + 1 + int(between[row] * (end - start - 1)), changed + 1
-                later = by_hand(model, store, x, start, middle, row)
-                later = by_hand(model, store, later, middle, end, row)
+            if option == "consistency":
+                knots = objective.way(start, end, between[row])
+                changed += len(knots) == 3
+                later = x if len(knots) == 3 else later
+                for i, j in pairwise(knots) if len(knots) == 3 else ():
+                    later = by_hand(model, store, later, i, j, row)
             keep, gain = (
                 sigma[end] / sigma[start],
                 alpha[end] - alpha[start] * sigma[end] / sigma[start],

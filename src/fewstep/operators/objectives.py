@@ -164,7 +164,8 @@ class FlowMapObjective(Objective):
 
     - ``own_states``: the step starts from the student's own state at t, reached by the steps of the drawn budget,
       and its target goes to the recorded state. So later steps are trained on what they are given in use.
-    - ``consistency``: the target is the student's own way from t to s through a knot r between.
+    - ``consistency``: the target is the student's own way from t to s through a knot r between, such that it is
+      trained on both steps.
     - a corrector, for the pairs that go to the last knot, whose states are samples.
 
     The student's own states and targets have no gradient.
@@ -206,6 +207,25 @@ class FlowMapObjective(Objective):
             steps.append((path[: place + 1], last if end < 0.5 else path[place + 1]))
         return steps
 
+    def way(self, first: int, second: int, share: float) -> list[int]:
+        """Returns the knots of a way in two steps that are both trained, or the pair itself if there is none.
+
+        Arguments:
+            first: The first knot.
+            second: The second knot.
+            share: A uniform number, which chooses the knot between.
+        """
+        last = len(self.frames)
+        trained = {(knot, last) for path in self.paths for knot in path}
+        trained |= {pair for path in self.paths for pair in pairwise(path)}
+        between = [
+            r
+            for r in range(first + 1, second)
+            if self.recipe.pairs == "all" or {(first, r), (r, second)} <= trained
+        ]
+        middle = between[int(share * len(between))] if between else None
+        return [first, second] if middle is None else [first, middle, second]
+
     def pairs(self, count: int, part: int) -> tuple[Tensor, Tensor]:
         """Returns the first and the second knots of a batch, (B) each, drawn for a forward pass."""
         steps = self.steps(count, part)
@@ -234,10 +254,13 @@ class FlowMapObjective(Objective):
             chosen = (draws.uniform("own states") < recipe.own_states) & (start > 0)
             x = self._walked(states[:, 0], x, ways, chosen, cond)
         if recipe.consistency:
-            between = (start + 1 + draws.uniform("knot between") * (end - start - 1)).long()
-            knots = torch.stack([start, between, end], 1).tolist()
-            chosen = (draws.uniform("consistency") < recipe.consistency) & (end - start > 1)
-            later = self._walked(x, later, knots, chosen, cond)
+            shares = draws.uniform("knot between").tolist()
+            ways = [
+                self.way(at[-1], to, share) for (at, to), share in zip(steps, shares, strict=True)
+            ]
+            longer = torch.tensor([len(way) == 3 for way in ways], device=device)
+            chosen = (draws.uniform("consistency") < recipe.consistency) & longer
+            later = self._walked(x, later, ways, chosen, cond)
         keep, gain = self.student.coefficients(start, end, x)
         outputs = call(x, start, end, **cond)
         slopes = mean_slope(x, later, keep, gain)
