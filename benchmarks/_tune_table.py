@@ -98,7 +98,7 @@ def spaces(data: str, features: Sequence[str], shape: tuple[int, ...]) -> dict[s
             known = Statistics.of(extract(unused_images(data)).double())
         else:
             known = Reference.load(data, extract, size=shape[1]).statistics
-        found[extract.name] = (extract, known)
+        found[Path(extract.name).name] = (extract, known)
     return found
 
 
