@@ -20,7 +20,7 @@ from fewstep.base.tables import Column, Table
 from fewstep.comparison import Cell, Comparison
 from fewstep.comparison import compare as run
 from fewstep.comparison.results import Invocation
-from fewstep.comparison.scores import RMS, TITLES
+from fewstep.comparison.scores import RMS, TITLES, check_metrics
 from fewstep.comparison.store import CELLS, REPORT, RESULTS, STATE, Store
 from fewstep.comparison.verdicts import Verdict, best_recipe, judge, measure_of
 from fewstep.diffusion.noise import NoiseSource
@@ -220,6 +220,8 @@ def compare(
         )
     NoiseSource(seed, ())
     metrics = [metrics] if isinstance(metrics, str) else metrics
+    if metrics is not None:
+        check_metrics(metrics)
     if data is None and (metrics or features != "fashion"):
         raise ValueError(
             f"{'metrics' if metrics else 'features'} compare samples with data; give data, or leave "
