@@ -14,6 +14,9 @@ from fewstep.learned.moving import LearnedTimes
 from fewstep.solvers import Solver
 from fewstep.solvers.ddim import DDIM, DDPM
 
+ROUNDING = 1e-9
+"""What is left of weights of the order of 1 that cancel."""
+
 
 class StateFamily(LearnedPlan):
     r"""Common part of the families over GGDM: a table, and how :math:`\hat x_0` is predicted.
@@ -272,8 +275,8 @@ class GGDM(StateFamily):
             self.register_buffer(f"start_{key}", tensor)
         count = plan.nfe
         last = torch.cat([start.data[-1:] - 1, start.states[-1], start.noise[-1:]])
-        # A last row that is the prediction of x0 alone has no parameters.
-        rows = count if not bool(last.any()) else count + 1
+        # A last row that is the prediction of x0 alone, up to rounding, has no parameters.
+        rows = count + int(bool((last.abs() > ROUNDING).any()))
         lower = torch.tril_indices(rows, rows, -1)
         self.register_buffer("lower", lower, persistent=False)
         self.d_states = nn.Parameter(torch.zeros(lower.shape[1], dtype=torch.float64))
