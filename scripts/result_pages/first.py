@@ -18,6 +18,7 @@ from result_pages.parts import (
     quality_of,
     table,
 )
+from result_pages.tuning import FILES
 
 
 def readme() -> str:
@@ -75,6 +76,8 @@ def index(questions: Mapping[str, str]) -> str:
 The measurement costs {cost:,} evaluations of one image, once a model. All networks, budgets and the own grids of each solver: [distance](distance.md).
 
 {_quality_summary()}
+{_searched()}
+{_students()}
 {_behind(found)}
 {table(["question", "page"], pages)}
 Each page is written by `make results` from `benchmarks/results/*.json` and names the command; date, commit and seeds where the file has them. Machines were
@@ -108,6 +111,57 @@ def _quality_summary() -> str:
         names = ["evaluations", "measured once", "`auto`", "best peer of that row"]
         parts.append(f"{head}\n\n{table(names, rows)}")
     return "\n".join(parts)
+
+
+def _searched() -> str:
+    """What a search of minutes gave, in the features that it did not see."""
+    rows = []
+    for model, file in FILES.items():
+        result = load(file)
+        if result is None:
+            continue
+        unseen = [
+            space
+            for space, role in zip(result["features"], result["roles"], strict=True)
+            if role == "unseen"
+        ]
+        for name, cell in result["cells"].items():
+            if not name.startswith("default "):
+                continue
+            shown = [
+                " / ".join(f"{cell[space][key][0]:.2f}" for space in unseen)
+                for key in ("over the peer", "over the best")
+            ]
+            page = "tuning" if model == SAMPLED[0] else f"tuning-{model}"
+            rows.append([f"[{model}]({page}.md)", name.split()[-1], *shown])
+    head = [
+        "model",
+        "evaluations",
+        "over the best peer",
+        "over the best training-free sampler, ours included",
+    ]
+    return f"**With minutes** (`fewstep tune`): FID over that of the best sampler, in each of the kinds of features that the search did not see:\n\n{table(head, rows)}"
+
+
+def _students() -> str:
+    """What the shipped student gave, beside solvers."""
+    result = load("distill")
+    if result is None:
+        return ""
+    cells = result["cells"]
+    chosen = [name for name in cells if name.startswith("student fashion-1step")]
+    solvers = [name for name in cells if name.split()[0] in ("auto", "profile", "tuned")]
+    rows = [
+        [
+            name.removeprefix("student "),
+            f"{cells[name]['cost']:.0f}",
+            *(interval(value) for value in cells[name]["fid"].values()),
+        ]
+        for name in (*chosen, *solvers)
+        if "fresh" not in name
+    ]
+    kinds = [f"FID, {name}" for name in cells[chosen[0]]["fid"]]
+    return f"**With hours** (`fewstep distill`), on `fashion`; how each kind of features was used: [DSNO and flow maps](dsno.md):\n\n{table(['', 'evaluations', *kinds], rows)}"
 
 
 def _behind(found: Mapping[str, Any]) -> str:

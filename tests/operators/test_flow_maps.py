@@ -339,5 +339,5 @@ def test_settings_that_are_refused(change, message, model, store, tmp_path):
 
 def test_a_network_without_its_times_is_refused(model, store):
     student = untrained(model, store.times.tolist())
-    with pytest.raises(ValueError, match="the two times of a flow map are not set"):
+    with pytest.raises(ValueError, match="the two times of the network are not set"):
         student.model.raw(torch.zeros(1, 1, 8, 8), torch.zeros(1))
