@@ -176,7 +176,10 @@ def draw(
             axes[0].plot(at, middle, style, marker="o", markersize=3, label=name)
             axes[0].fill_between(at, low, high, alpha=0.12)
         axes[0].axhspan((1 - options.within) * best, mark, color="black", alpha=0.12)
+        # Intervals reach down to 0, where a logarithm has no end.
+        least = min(e.value + mark for _, above in curves.values() for e in above)
         axes[0].set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="FID")
+        axes[0].set_ylim(bottom=least / 2)
         ticks(axes[0], sorted({k for at, _ in curves.values() for k in at}))
         axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes[0].yaxis.set_major_formatter("{x:g}")
