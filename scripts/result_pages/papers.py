@@ -246,7 +246,7 @@ def _accelerated_rows() -> str:
     return f"""FID, and RMS to the reference, plain beside accelerated:
 
 {table(["", *map(str, budgets)], rows)}
-![12 seeds: plain and accelerated DDIM with 5 and 10 evaluations, and the reference](../figures/accelerated-cifar10.png)
+![12 seeds: plain and accelerated DDIM with 5, 10, 15 and 20 evaluations, and the reference](../figures/accelerated-cifar10.png)
 """
 
 
