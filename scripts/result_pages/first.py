@@ -18,7 +18,7 @@ from result_pages.parts import (
     quality_of,
     table,
 )
-from result_pages.tuning import FILES
+from result_pages.tuning import FILES, unseen_of
 
 
 def readme() -> str:
@@ -120,11 +120,7 @@ def _searched() -> str:
         result = load(file)
         if result is None:
             continue
-        unseen = [
-            space
-            for space, role in zip(result["features"], result["roles"], strict=True)
-            if role == "unseen"
-        ]
+        unseen = unseen_of(result)
         for name, cell in result["cells"].items():
             if not name.startswith("default "):
                 continue
@@ -132,8 +128,7 @@ def _searched() -> str:
                 " / ".join(f"{cell[space][key][0]:.2f}" for space in unseen)
                 for key in ("over the peer", "over the best")
             ]
-            page = "tuning" if model == SAMPLED[0] else f"tuning-{model}"
-            rows.append([f"[{model}]({page}.md)", name.split()[-1], *shown])
+            rows.append([f"[{model}]({page_of(model, 'tuning')}.md)", name.split()[-1], *shown])
     head = [
         "model",
         "evaluations",
@@ -222,7 +217,7 @@ def deciding() -> str:
     searched, students = load("tune"), load("distill")
     gave = "not measured yet: `benchmarks/tune.py`"
     if searched is not None:
-        cell, unseen = searched["cells"]["default 5"], searched["features"][2:]
+        cell, unseen = searched["cells"]["default 5"], unseen_of(searched)
         over = " and ".join(f"{cell[space]['over the peer'][0]:.2f}" for space in unseen)
         gave = (
             f"on `{searched['model']}` at 5 evaluations, from its profile: FID over the best peer's {over} in two kinds of features "

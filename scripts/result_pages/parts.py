@@ -55,14 +55,14 @@ def interval(values: Sequence[float], digits: int = 2) -> str:
     return f"{value:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
-def page_of(model: str) -> str:
-    """Returns the name of the page of a model's quality."""
-    return "quality" if model == SAMPLED[0] else f"quality-{model}"
+def page_of(model: str, subject: str = "quality") -> str:
+    """Returns the name of the page of a model on a subject."""
+    return subject if model == SAMPLED[0] else f"{subject}-{model}"
 
 
 def qualities_of(name: str) -> list[dict[str, Any]]:
     """Returns the quality tables of a model, those of the most samples first."""
-    files = (RESULTS).glob(f"quality-{name}-*.json")
+    files = RESULTS.glob(f"quality-{name}-*.json")
     found = sorted(files, key=lambda path: -int(path.stem.rpartition("-")[2]))
     return [read_json(path, what="scores") for path in found]
 

@@ -22,6 +22,12 @@ WIDEST = 3.0
 """The widest interval of a ratio that is shown: a wider one has a divisor near 0."""
 
 
+def unseen_of(result: Mapping[str, Any]) -> list[str]:
+    """Returns the kinds of features that the searches of a file did not see."""
+    pairs = zip(result["features"], result["roles"], strict=True)
+    return [space for space, role in pairs if role == "unseen"]
+
+
 def tuning(name: str = "fashion") -> str:
     """What a search brings over training-free samplers for a model, and what its ingredients do."""
     result = load(FILES[name])
@@ -30,7 +36,7 @@ def tuning(name: str = "fashion") -> str:
     cells, spaces = result["cells"], result["features"]
     roles = result["roles"]
     heads = [f"{space}, {role}" for space, role in zip(spaces, roles, strict=True)]
-    unseen = [space for space, role in zip(spaces, roles, strict=True) if role == "unseen"]
+    unseen = unseen_of(result)
     budgets = sorted(int(name.split()[-1]) for name in cells if name.startswith("default "))
     tables = []
     for key, against in (("over the peer", "peer"), ("over the best", "best"), ("excess", "best")):

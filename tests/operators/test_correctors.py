@@ -16,31 +16,13 @@ from fewstep.operators.distillation import distill
 from fewstep.operators.losses import L2, mean_slope
 from fewstep.operators.objectives import FlowMapObjective
 from fewstep.operators.students import make_student
-from tiny_trajectories import Memory, teacher
+from tiny_trajectories import Memory, Steps, Stop, teacher
 
 SHORT = {
     "mode": "flow-map", "steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup": 2, "heldout": 2,
     "ema": 0.7, "checkpoint_every": 2,
 }  # fmt: skip
 SCORES = {"corrector": "score-difference", "corrector_rate": 1e-3}
-
-
-class Stop(Exception):
-    pass
-
-
-class Steps:
-    """Stops after the fifth step."""
-
-    count = 0
-
-    def stage(self, name, total=None, *, done=0):
-        self.count = done
-
-    def tick(self, amount=1, note=""):
-        self.count += amount
-        if self.count == 5:
-            raise Stop
 
 
 def draws(count, places=None, part=0):
@@ -67,7 +49,7 @@ def test_a_run_is_resumed_bit_for_bit(change, model, store, tmp_path):
     settings = {**SHORT, **change}
     distill(model, store, tmp_path / "whole", **settings)
     with pytest.raises(Stop):
-        distill(model, store, tmp_path / "parts", progress=Steps(), **settings)
+        distill(model, store, tmp_path / "parts", progress=Steps(stop=5), **settings)
     distill(model, store, tmp_path / "parts", **settings)
     for name in ("operator.safetensors", "checkpoint.safetensors", "log.jsonl"):
         one, two = ((tmp_path / part / name).read_bytes() for part in ("whole", "parts"))

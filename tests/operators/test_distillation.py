@@ -17,32 +17,11 @@ from fewstep.operators import DistillRecipe, flops, loss_weights
 from fewstep.operators.distillation import distill
 from fewstep.operators.losses import L1, LOSSES, FeatureLoss, Loss, ModelFeatures, loss_of
 from fewstep.operators.students import STUDENTS, Student, make_student, select_frames
-from tiny_trajectories import Memory, record, teacher
+from tiny_trajectories import Memory, Steps, Stop, record, teacher
 
 pytest.importorskip("accelerate")
 
 SHORT = {"steps": 6, "batch_size": 4, "warmup": 2, "learning_rate": 1e-3}
-
-
-class Stop(Exception):
-    pass
-
-
-class Steps:
-    """A progress that remembers its steps, and stops the run after one of them."""
-
-    def __init__(self, stop=None):
-        self.stop, self.step, self.seen = stop, 0, []
-
-    def stage(self, name, total=None, *, done=0):
-        assert name == "distilling"
-        self.step = done
-
-    def tick(self, amount=1, note=""):
-        self.step += amount
-        self.seen.append(self.step)
-        if self.step == self.stop:
-            raise Stop
 
 
 def test_weights_of_the_published_schedule():

@@ -18,7 +18,7 @@ from fewstep.operators.losses import L2, mean_slope
 from fewstep.operators.objectives import FlowMapObjective
 from fewstep.operators.second_time import SecondTime
 from fewstep.operators.students import make_student
-from tiny_trajectories import teacher
+from tiny_trajectories import Steps, Stop, teacher
 
 LABELS = {"class_labels": torch.tensor([0, 1, 2])}
 
@@ -166,27 +166,13 @@ def test_learns_and_is_resumed_bit_for_bit(model, store, tmp_path):
         "ema": 0.7, "checkpoint_every": 8, "heldout": 2,
     }  # fmt: skip
 
-    class Stop(Exception):
-        pass
-
-    class Steps:
-        count = 0
-
-        def stage(self, name, total=None, *, done=0):
-            self.count = done
-
-        def tick(self, amount=1, note=""):
-            self.count += amount
-            if self.count == 13:
-                raise Stop
-
     whole = distill(model, store, tmp_path / "whole", **settings)
     rows = [
         json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     ]
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     with pytest.raises(Stop):
-        distill(model, store, tmp_path / "parts", progress=Steps(), **settings)
+        distill(model, store, tmp_path / "parts", progress=Steps(stop=13), **settings)
     distill(model, store, tmp_path / "parts", **settings)
     for name in ("operator.safetensors", "checkpoint.safetensors"):
         one, two = (read_tensors(tmp_path / part / name) for part in ("whole", "parts"))
