@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fewstep.base.devices import find_device
+from fewstep.base.paths import check_path
 from fewstep.base.registry import unknown
 from fewstep.diffusion.schedules import schedule
 from fewstep.models import exact
@@ -113,6 +114,7 @@ def model_folder(source: str | Path, *, download: bool = False) -> Path:
     Raises:
         ValueError: If it is the id of a model of the hub that is not in the cache.
     """
+    check_path(source, "source")
     name = str(source)
     if name in EMBEDDED:
         return EMBEDDED_FOLDER / name

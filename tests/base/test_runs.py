@@ -413,6 +413,6 @@ def test_a_path_is_checked_before_long_work(tmp_path):
     ]:
         with pytest.raises(OSError, match=message):
             check_writable(wrong)
-    with pytest.raises(TypeError, match="a path is needed to write to, got int"):
+    with pytest.raises(TypeError, match="path must be a path, got int"):
         check_writable(5)  # type: ignore[arg-type]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]

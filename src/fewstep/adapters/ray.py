@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.base.extras import install_hint
+from fewstep.base.paths import check_path
 from fewstep.models.denoiser import Denoiser
 from fewstep.sampling.batches import ConditionsAt, run_each
 from fewstep.sampling.sample import sampler as make_sampler
@@ -156,6 +157,7 @@ def record(
     _positive("workers", workers)
     if options.pop("overwrite", False):
         raise ValueError("several writers do not overwrite a store; remove the folder first")
+    check_path(folder, "folder")
     place = str(Path(folder).resolve())
     # Twenty restarts each: what kills an actor every time ends the run.
     Actor = ray.remote(Recorder)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fewstep.base.paths import check_path
 from fewstep.base.sealing import CHECKSUM, with_checksum
 from fewstep.base.temporary import LITTER, target_of, temporary_path
 from fewstep.base.urls import Remote, is_remote, write_remote
@@ -75,6 +76,7 @@ def write_atomic(
         FileExistsError: If it should be ``new`` and exists: of many writers one succeeds.
         OSError: If there is no space left; the message names the file and the number of bytes.
     """
+    check_path(path, "path")
     data = content.encode() if isinstance(content, str) else content
     pieces = [with_checksum(data)] if isinstance(data, bytes) else data
     if is_remote(path):
@@ -127,8 +129,7 @@ def check_writable(path: str | Path) -> None:
         TypeError: If it is no path.
         OSError: If it is a folder, or in a folder that is none or that cannot be written to.
     """
-    if not isinstance(path, (str, Path)):
-        raise TypeError(f"a path is needed to write to, got {type(path).__name__}")
+    check_path(path, "path")
     if is_remote(path):
         return
     path = Path(path)
@@ -266,6 +267,7 @@ def read_json(
         ValueError: If it is missing, unreadable, not JSON, too large, or does not match its
             checksum; the message names the file.
     """
+    check_path(path, f"the path of a {what}")
     name = f"{what} {str(path)!r}"
     if is_remote(path):
         content = Remote(path).read()

@@ -1,4 +1,4 @@
-"""URLs in a command line: ``--out s3://bucket/run`` is staged, inputs are copied here first."""
+"""Paths in a command line: of URLs, ``--out s3://bucket/run`` is staged and inputs are copied here first; empty ones are refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ TEXTS = ("--prompt",)
 
 @contextlib.contextmanager
 def local_arguments(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """Gives the arguments with local paths for URLs; the output is copied when the block ends without an error."""
+    """Gives the arguments with local paths for URLs; the output is copied when the block ends without an error.
+
+    Raises:
+        ValueError: If an argument is empty and no text.
+    """
     words = list(arguments)
+    _refuse_empty(words)
     with contextlib.ExitStack() as stack:
         if any("://" in word for word in words):
             from fewstep.base.staging import fetched, staged
@@ -35,3 +40,13 @@ def local_arguments(arguments: Sequence[str]) -> Iterator[list[str]]:
                     local = fetched(value)
                 words[place] = f"{option}{sign}{local}"
         yield words
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Raises for ``--out ""``, which would be the current folder: most often a variable is not set."""
+    for place, word in enumerate(words):
+        option, sign, value = word.partition("=") if word.startswith("--") else ("", "=", word)
+        before = words[place - 1] if place else ""
+        name = option or (before if before.startswith("-") else "an argument")
+        if sign and not value.strip() and name not in TEXTS:
+            raise ValueError(f"{name} is empty; is a variable not set?")

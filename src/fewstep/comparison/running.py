@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fewstep.base.paths import check_path
 from fewstep.base.processes import processes
 from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import locked
@@ -114,6 +115,7 @@ def compare(
         >>> [cell.name for cell in result.cells]
         ['ddim', 'tab3']
     """
+    check_path(folder, "folder")
     budgets = _checked(nfe, n, batch_size, shown, reference_nfe)
     names = check_metrics(METRICS if metrics is None else metrics)
     if metrics and data is None:

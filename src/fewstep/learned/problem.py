@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep import __version__
 from fewstep.base.files import sweep
+from fewstep.base.paths import check_path
 from fewstep.base.progress import SILENT, Progress
 from fewstep.base.tables import Column, Table
 from fewstep.diffusion.grids import TimeGrid
@@ -118,6 +119,7 @@ class TunedSampler:
         Raises:
             OSError: If the file cannot be written.
         """
+        check_path(path, "path")
         sweep(Path(path).parent, of=Path(path).name)  # of a killed process
         return self.recipe.save(path)
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.base.files import read_json
+from fewstep.base.paths import check_path
 from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import RunFolder, difference
 from fewstep.diffusion.grids import TimeGrid
@@ -134,6 +135,7 @@ def tune(
         >>> tuned.plan.nfe
         3
     """
+    check_path(out, "out")
     if family_options is not None and not isinstance(family_options, Mapping):
         raise TypeError(
             f"family_options must be a mapping such as {{'coordinate': 'lambda'}}, got {family_options!r:.40}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.base.files import read_tensors, sha256, write_tensors
+from fewstep.base.paths import check_path
 from fewstep.base.records import Record
 from fewstep.base.registry import unknown
 from fewstep.metrics.torchscript import SCRIPTS, read_script
@@ -144,6 +145,7 @@ class Features:
         Raises:
             ValueError: If there is none, it is damaged, or the checksum differs.
         """
+        check_path(source, "source")
         name, path = str(source), Path(source)
         is_script = path.suffix in SCRIPTS
         if not is_script and (sha256, input, channels) != (None, None, None):
@@ -202,6 +204,7 @@ def _read_folder(folder: Path, name: str) -> Features:
 
 def write_features(folder: str | Path, network: SmallClassifier, training: dict[str, Any]) -> Path:
     """Writes a classifier as a feature extractor that :meth:`Features.load` reads; returns the folder."""
+    check_path(folder, "folder")
     folder = Path(folder)
     weights = {
         k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()

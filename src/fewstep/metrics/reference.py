@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import LITTER_AGE, read_tensors, sha256, sweep, write_tensors
+from fewstep.base.paths import check_path
 from fewstep.base.records import Positive, Record
 from fewstep.base.runs import hash_inputs
 from fewstep.metrics.features import EMBEDDED as EXTRACTORS
@@ -145,6 +146,8 @@ class Reference:
             ValueError: If there is no such data, it has fewer than 20 images, or the features
                 are not those of the embedded reference.
         """
+        check_path(source, "source")
+        check_path(cache, "cache")
         extract = extractor(features)
         if str(source) in EMBEDDED:
             name = name_of(extract)
@@ -190,6 +193,7 @@ class Reference:
 
     def write(self, folder: str | Path, about: dict[str, Any] | None = None) -> Path:
         """Writes the reference as a folder: safetensors (features in half precision) and JSON."""
+        check_path(folder, "folder")
         folder = Path(folder)
         file = write_tensors(
             folder / "reference.safetensors",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.base.files import read_tensors, sha256, write_tensors
+from fewstep.base.paths import check_path
 from fewstep.base.records import Check, Record
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
@@ -67,6 +68,7 @@ def write_model(
         data_range: The values of black and white.
         training: The record of its training; informative, not read by the code.
     """
+    check_path(folder, "folder")
     folder = Path(folder)
     file = write_tensors(folder / "model.safetensors", weights)
     ModelRecord(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fewstep.base.paths import check_path
 from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import RunFolder
 from fewstep.models.denoiser import Denoiser
@@ -101,6 +102,7 @@ def distill(
         raise TypeError(
             f"recipe is a DistillRecipe, got {type(recipe).__name__}; give its fields as arguments"
         )
+    check_path(out, "out")
     recipe = replace(recipe or DistillRecipe(), **_known(changes))
     if distance is not None and recipe.loss != CUSTOM:
         recipe = replace(recipe, loss=CUSTOM, features=None)

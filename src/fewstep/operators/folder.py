@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.base.files import read_tensors, sha256, write_tensors
+from fewstep.base.paths import check_path
 from fewstep.base.records import Record
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import schedule_from_record
@@ -61,6 +62,7 @@ def write_operator(
         training: A record of its training; informative, not read by the code.
         dtype: The type of the stored weights.
     """
+    check_path(folder, "folder")
     folder, model = Path(folder), operator.model
     state = dict(weights) if weights is not None else operator.network.state_dict()
     ready = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
@@ -111,6 +113,7 @@ def read_operator(
     Raises:
         ValueError: If the folder is not an operator or is damaged.
     """
+    check_path(folder, "folder")
     folder = Path(folder)
     about = OperatorRecord.load(folder / ABOUT)
     file = folder / WEIGHTS

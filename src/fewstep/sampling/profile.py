@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.base.files import read_json, sweep, write_json
+from fewstep.base.paths import check_path
 from fewstep.base.records import check_header
 from fewstep.base.tables import Column, Table
 from fewstep.diffusion.grids import MOST_STEPS, TimeGrid, explicit
@@ -350,6 +351,7 @@ class Profile:
 
     def save(self, path: str | Path) -> Path:
         """Writes the file, atomically; returns its path."""
+        check_path(path, "path")
         sweep(Path(path).parent, of=Path(path).name)  # of a killed process
         return write_json(path, self.to_record())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.base.files import loads_json, read_json
+from fewstep.base.paths import check_path
 from fewstep.base.records import Record
 from fewstep.diffusion.schedules import NoiseSchedule, schedule_from_record
 from fewstep.models.denoiser import Denoiser, matches
@@ -265,6 +266,7 @@ class SamplerRecipe:
 
         A residual is written first, beside it: ``tuned.json`` has ``tuned.residual.safetensors``.
         """
+        check_path(path, "path")
         residual = None
         if self.residual is not None:
             residual = self.residual.save(Path(path).with_suffix(".residual.safetensors"))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.base.files import check_writable
 from fewstep.base.options import MOST_MEASURED
+from fewstep.base.paths import check_path
 from fewstep.base.processes import Processes, processes
 from fewstep.base.progress import SILENT, Progress, progress_of
 from fewstep.base.runs import RunFolder
@@ -180,6 +181,8 @@ def fit(
         >>> fewstep.sample(denoiser, 8, nfe=4, profile=profile).shape
         torch.Size([8, 2])
     """
+    check_path(folder, "folder")
+    check_path(out, "out")
     budgets = _checked(denoiser, nfe, n)
     if out is not None:
         check_writable(out)

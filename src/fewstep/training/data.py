@@ -18,6 +18,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fewstep.base.paths import check_path
 from fewstep.base.runs import hash_inputs
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -126,6 +127,7 @@ def read_images(source: str | Path, *, size: int | None = None) -> ImageData:
     Raises:
         ValueError: If there is nothing readable; the message says what was expected.
     """
+    check_path(source, "source")
     data = _read(source, size)
     return replace(data, source=Path(source))
 

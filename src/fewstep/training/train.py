@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.base.interrupts import unbroken
 from fewstep.base.memory import MicroBatches, parts_of
+from fewstep.base.paths import check_path
 from fewstep.base.progress import Progress, progress_of
 from fewstep.base.runs import RunFolder, difference
 from fewstep.diffusion.schedules import NoiseSchedule
@@ -117,6 +118,7 @@ def train(
         ValueError: If recipe and data do not fit, the folder has a run of another recipe, or the
             loss is not finite.
     """
+    check_path(out, "out")
     out, device = Path(out), torch.device(device)
     if not isinstance(data, ImageData):
         data = read_images(data, size=None if recipe is None else recipe.size)
@@ -249,6 +251,8 @@ def export_checkpoint(data: ImageData | str | Path, run: str | Path, out: str | 
     Raises:
         ValueError: If there is no checkpoint, or the data do not fit its recipe.
     """
+    check_path(run, "run")
+    check_path(out, "out")
     run, out = Path(run), Path(out)
     if run.resolve() == out.resolve():
         raise ValueError(

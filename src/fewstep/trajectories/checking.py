@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.base.paths import check_path
 from fewstep.base.staging import opened
 from fewstep.base.urls import is_remote
 from fewstep.models.denoiser import Denoiser
@@ -64,6 +65,7 @@ def verify(
     Raises:
         ValueError: If there is no store, or it was recorded with another model.
     """
+    check_path(folder, "folder")
     folder = opened(folder) if is_remote(folder) else Path(folder)
     manifest = read_manifest(folder)
     writer = None if denoiser is None else writer_of(denoiser, folder, manifest)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fewstep.base.files import read_json
+from fewstep.base.paths import check_path
 from fewstep.base.progress import Progress, progress_of
 from fewstep.base.staging import remote_of, staged
 from fewstep.base.urls import is_remote
@@ -123,6 +124,7 @@ def record(
         )
     if about is not None:
         _check_about(about)
+    check_path(folder, "folder")
     denoiser, guidance = unguided(denoiser, guidance)
     if denoiser.event_shape is None:
         raise ValueError(
@@ -194,6 +196,7 @@ def resume(
     Raises:
         ValueError: If there is no store, or it was begun with another model.
     """
+    check_path(folder, "folder")
     with staged(folder) if is_remote(folder) else nullcontext(Path(folder)) as place:
         writer = writer_of(denoiser, place, read_manifest(place))
         with progress_of(progress) as shown:

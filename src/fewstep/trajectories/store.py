@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fewstep.base.paths import check_path
 from fewstep.base.staging import opened, remote_of
 from fewstep.base.urls import is_remote
 from fewstep.diffusion.noise import generator_at
@@ -56,6 +57,7 @@ class TrajectoryStore:
         Raises:
             ValueError: If there is none, its manifest is damaged, or shards are missing.
         """
+        check_path(folder, "folder")
         folder = opened(folder) if is_remote(folder) else Path(folder)
         manifest = read_manifest(folder)
         missing = missing_shards(folder, manifest)

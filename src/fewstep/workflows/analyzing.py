@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.base.files import read_json, write_json
 from fewstep.base.options import MOST_MEASURED
+from fewstep.base.paths import check_path
 from fewstep.base.processes import processes
 from fewstep.base.progress import SILENT, Progress, progress_of
 from fewstep.base.runs import RunFolder, hash_inputs
@@ -125,6 +126,7 @@ class Analysis:
         Raises:
             ValueError: If there are results in the folder, or what draws the report is not installed.
         """
+        check_path(folder, "folder")
         check_report()
         names = outputs(list(self.recipes))
         place = prepared_folder(Path(folder), names, overwrite=overwrite)
@@ -198,6 +200,7 @@ def analyze(
         >>> fewstep.sample(denoiser, 8, recipe=analysis.recipes[3]).shape
         torch.Size([8, 2])
     """
+    check_path(out, "out")
     budgets = _checked(denoiser, nfe, n, budget)
     NoiseSource(seed, ())
     team = processes()

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fewstep.base.paths import check_path
 from fewstep.base.processes import processes
 from fewstep.base.progress import Progress
 from fewstep.base.runs import locked
@@ -123,6 +124,7 @@ class ComparisonResult:
         Raises:
             ValueError: If there is a comparison in the folder, or what draws the report is not installed.
         """
+        check_path(folder, "folder")
         check_report()
         source, store = self.comparison.store.folder, Store(folder)
         if source.resolve() != store.folder.resolve():
@@ -211,6 +213,7 @@ def compare(
         >>> result.recipes[4].nfe
         4
     """
+    check_path(out, "out")
     if out is not None:
         check_report()
         prepared_folder(Path(out))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.base.devices import find_device
 from fewstep.base.files import read_json, write_atomic
+from fewstep.base.paths import check_path
 from fewstep.base.processes import processes
 from fewstep.base.progress import Progress
 from fewstep.base.tables import Column, Table
@@ -98,6 +99,7 @@ class TrainedModel:
         Raises:
             ValueError: If there is a model in the folder.
         """
+        check_path(folder, "folder")
         place = prepared_folder(Path(folder), OUTPUTS, overwrite=overwrite)
         if place.resolve() != self.folder.resolve():
             place.mkdir(parents=True, exist_ok=True)
@@ -185,6 +187,7 @@ def train(
         >>> fewstep.sample(trained.denoiser, 4, nfe=3).shape
         torch.Size([4, 1, 8, 8])
     """
+    check_path(out, "out")
     for name, value in (("size", size), ("steps", steps), ("checkpoint_every", checkpoint_every)):
         if value is not None and (
             not isinstance(value, int) or isinstance(value, bool) or value < 1

@@ -25,6 +25,7 @@ from fewstep.adapters.diffusers.text_encoders import TextEncoders, read_text_enc
 from fewstep.adapters.diffusers.weights import variant_of
 from fewstep.base.files import read_json
 from fewstep.base.memory import Halving, in_parts
+from fewstep.base.paths import check_path
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Flow, NoiseSchedule, VPSigma
 from fewstep.models.conditions import AcceptedConditions
@@ -208,6 +209,7 @@ def load_denoiser(
     Raises:
         ValueError: If the folder is not a known model, or has no safetensors.
     """
+    check_path(folder, "folder")
     folder = Path(folder)
     dtype = dtype or torch.float32
     if not (folder / "model_index.json").is_file():

@@ -9,6 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from fewstep.adapters.diffusers.scheduler import PlanScheduler
 from fewstep.base.files import read_json
+from fewstep.base.paths import check_path
 
 
 def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
@@ -24,6 +25,7 @@ def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
     Raises:
         ValueError: If there is no such folder.
     """
+    check_path(path, "path")
     folder = Path(path)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"the folder {str(path)!r} holds no pipeline: it has no model_index.json")
