@@ -3,11 +3,13 @@
 Usage:
     python benchmarks/distill.py quality --student endpoint=DIR [--student path=DIR] [--tuned FILE]
         [-n 2000] --out CELLS
+        (with --model FOLDER --data IMAGES --features FOLDER,FOLDER --name NAME: of another model)
     python benchmarks/distill.py speed --student endpoint=DIR ...
 
 Each cell is a file in CELLS; an interrupted run is resumed. ``quality``: FID to the training
-images, in the features of both embedded extractors (and with ``--data`` of a network with random weights), and RMS distance to the teacher's sampler
-(`auto` with 10 evaluations) from the same noise, beside solvers; and a picture, a row each. ``speed``:
+images, in the features of two classifiers, of a network with random weights and of wavelets, recall, RMS distance to the
+teacher's sampler (`auto` with 10 evaluations) from the same noise, FLOPs and the CPU time of one sample alone, beside
+solvers; and a picture, a row each. ``speed``:
 one evaluation of student and teacher, in turn. Which parts of DSNO matter: ``benchmarks/dsno.py``.
 A flow map is measured at each of its budgets, along the trajectory and with fresh noise between.
 """
@@ -18,6 +20,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +30,17 @@ from torch import Tensor
 import fewstep
 from _common import about, print_table, say_what_runs
 from fewstep import metrics
-from fewstep.base.files import read_tensors, write_json, write_tensors
+from fewstep.base.files import read_tensors, sha256, write_json, write_tensors
 from fewstep.diffusion.noise import INITIAL, NoiseSource
 from fewstep.learned.judges import random_features
+from fewstep.learned.unseen import wavelets
 from fewstep.metrics.features import EMBEDDED
 from fewstep.operators import DistillRecipe, FlowMap, OperatorModel, TrajectoryOperator, flops
 from fewstep.operators.continued import continued
 from fewstep.operators.students import make_student
 from fewstep.reporting.plots import image_grid
 from fewstep.sampling.plan_sampler import PlanSampler
-from quality import build
+from quality import MODEL, Subject, build
 
 TEACHER = "auto 10"
 """What the distance is measured to: the best sampler of as many evaluations as the recorded one has."""
@@ -49,6 +53,9 @@ UNSEEN = 2
 
 SHOWN = 16
 """The samples of each row of the picture."""
+
+TIMED = 5
+"""The runs of one sample of which the median is the time of a cell."""
 
 
 def main() -> None:
@@ -64,8 +71,13 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("--out", type=Path, default=Path("distill-cells"))
-    parser.add_argument("--recall", action="store_true", help="measure recall too (--json)")
-    parser.add_argument("--data", type=Path, help="Fashion-MNIST, for FID in random features too")
+    parser.add_argument(
+        "--model", default=MODEL, help="the teacher: an embedded model, or a folder"
+    )
+    parser.add_argument("--data", default=MODEL, help="its real images")
+    parser.add_argument("--features", default=",".join(EMBEDDED), help="two feature extractors")
+    parser.add_argument("--name", default=MODEL, help="the model's name in the result")
+    parser.add_argument("--teacher", default=TEACHER, help="what the distance is measured to")
     parser.add_argument("--json", type=Path, help="a file for the results")
     options = parser.parse_args()
     {"quality": quality, "speed": speed}[options.what](options)
@@ -75,109 +87,174 @@ def pairs(texts: list[str]) -> dict[str, str]:
     return dict(text.split("=", 1) for text in texts)
 
 
-# Quality of the embedded model's students.
+# Quality of a model's students.
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler of the table.
+
+    Attributes:
+        cost: Of one sample, in evaluations of the teacher's network, counted in FLOPs.
+        file: The name of the file of its samples.
+        run: Samples, from noise and labels.
+    """
+
+    cost: float
+    file: str
+    run: Callable[[Tensor, Tensor], Tensor]
 
 
 def quality(options: argparse.Namespace) -> None:
-    model = fewstep.load("fashion")
-    references = {look: metrics.Reference.load("fashion", look) for look in EMBEDDED}
-    assert model.event_shape is not None
-    if options.data is not None:
-        look = random_features(model.event_shape, seed=UNSEEN)
-        references[look.name] = metrics.Reference.load(options.data, look)
-    own = references["fashion"]
+    clean, robust = options.features.split(",")
+    subject = Subject(options.name, options.model, options.data, (clean, robust))
+    model = fewstep.load(subject.model)
+    shape = model.event_shape
+    assert shape is not None
+    looks = [*subject.features, random_features(shape, seed=UNSEEN), wavelets(shape)]
+    references = {_named(look): subject.real(look) for look in looks}
+    own = references[_named(clean)]
     n, labels = options.n, torch.arange(options.n) % 10
-    noise = NoiseSource(options.seed, range(n)).draw(INITIAL, model.event_shape)
-    say_what_runs(f"n = {n}, seed {options.seed}, labels in turn, no guidance.")
+    noise = NoiseSource(options.seed, range(n)).draw(INITIAL, shape)
+    say_what_runs(f"{subject.name}, n = {n}, seed {options.seed}, labels in turn, no guidance.")
 
-    def drawn(name: str, source: fewstep.Denoiser, **how: Any) -> Tensor:
-        file = options.out / f"{name.replace(' ', '-')}-{options.seed}.safetensors"
+    def drawn(row: Row) -> Tensor:
+        file = options.out / f"{row.file}-{options.seed}.safetensors"
         if not file.exists() or len(read_tensors(file)["x"]) < n:
-            x = fewstep.sample(source, noise=noise, class_labels=labels, batch_size=100, **how)
-            write_tensors(file, {"x": x.half()})
+            write_tensors(file, {"x": row.run(noise, labels).half()})
+            print(row.file, flush=True)
         return read_tensors(file)["x"][:n].float()
 
-    cells: dict[str, tuple[float, Tensor]] = {}
+    cells = rows_of(options, model)
+    samples = {name: drawn(row) for name, row in cells.items()}
+    whole = solver_row(options.teacher, model)
+    teacher = drawn(whole)
+    one, rows, results = one_call(model), [], {}
+    for name, row in cells.items():
+        x = samples[name]
+        found = {look: metrics.fid(x, reference) for look, reference in references.items()}
+        rms = (x - teacher).square().flatten(1).mean(1).sqrt()
+        half = 1.96 * float(rms.std()) / n**0.5
+        guessed = own.extractor.classify(x)  # type: ignore[union-attr]
+        right = float((guessed == labels).double().mean())
+        recall = metrics.precision_recall(x, own).recall
+        seconds = alone(lambda row=row: row.run(noise[:1], labels[:1]))
+        results[name] = {
+            "cost": row.cost,
+            "GFLOP": row.cost * one / 1e9,
+            "seconds": seconds,
+            "fid": {look: [f.value, f.low, f.high] for look, f in found.items()},
+            "rms": float(rms.mean()),
+            "right": right,
+            "recall": [recall.value, recall.low, recall.high],
+        }
+        rows.append(
+            (
+                name,
+                f"{row.cost:.2f}",
+                f"{1e3 * seconds:.0f}",
+                *(f"{f.value:.3g} ({f.low:.3g} to {f.high:.3g})" for f in found.values()),
+                f"{float(rms.mean()):.4f} ± {half:.4f}",
+                f"{right:.3f}",
+                f"{recall.value:.3f}",
+            )
+        )
+    head = (
+        "sampler",
+        "cost",
+        "CPU ms",
+        *(f"FID (95 %), {look}" for look in references),
+        "RMS to the teacher",
+        "class found",
+        "recall",
+    )
+    print_table(head, rows)
+    shown = {name: x[:SHOWN] for name, x in samples.items()}
+    picture = image_grid(torch.cat(list(shown.values())), columns=SHOWN, row_labels=list(shown))
+    picture.save(options.out / "samples.png")
+    print("\ncost: in evaluations of the teacher's network, counted in FLOPs.")
+    if options.json:
+        origin = about(n=n, seed=options.seed, teacher=model.fingerprint(), model=subject.name)
+        compared = {"rms to": options.teacher, "FLOPs": one}
+        write_json(options.json, {"about": origin | compared, "cells": results})
+
+
+def rows_of(options: argparse.Namespace, model: fewstep.Denoiser) -> dict[str, Row]:
+    """Returns the samplers that are asked for, by title: students, solvers and tuned samplers."""
+    cells: dict[str, Row] = {}
     base = one_call(model)
     for name, folder in pairs(options.student).items():
         student = fewstep.load(folder)
         assert isinstance(student, OperatorModel)
         operator, mark = student.operator, student.fingerprint()[:8]
         cost = flops(operator, {"class_labels": 0}) / base
+
+        def add(title: str, cost: float, source: fewstep.Denoiser, mark: str, **how: Any) -> None:
+            cells[title] = Row(
+                cost, f"{title.replace(',', '').replace(' ', '-')}-{mark}", run_of(source, how)
+            )
+
         if isinstance(operator, FlowMap):
             for nfe in operator.layout.budgets:
                 for fresh in (False, True)[: 1 + (nfe > 1)]:
                     title = f"student {name}, {nfe}{' with fresh noise' * fresh}"
                     how: dict[str, Any] = {"nfe": nfe, "options": {"fresh": fresh}}
-                    samples = drawn(f"{title.replace(',', '')}-{mark}", student, **how)
-                    cells[title] = (nfe * cost, samples)
+                    add(title, nfe * cost, student, mark, **how)
             for text in filter(None, options.continued.split(",")):
                 frame, solver, nfe = text.split()
                 whole = continued(student, model, int(frame), solver=solver)
                 title = f"student {name} to knot {frame}, then {solver}, {nfe}"
-                samples = drawn(f"{title.replace(',', '')}-{mark}", whole, nfe=int(nfe))
-                cells[title] = (int(nfe) - 1 + cost, samples)
+                add(title, int(nfe) - 1 + cost, whole, mark, nfe=int(nfe))
             continue
         assert isinstance(operator, TrajectoryOperator)
         trained = operator.frames
         for frames in (trained, *(m for m in (2, 4, 8) if trained > 1 and m != trained)):
             title = f"student {name}" if frames == trained else f"student {name}, run at {frames}"
+            again = student
             if frames != trained:
-                start = operator.layout.start
-                operator.set_times([start * (1 - k / frames) ** 2 for k in range(1, frames + 1)])
-                cost = flops(operator, {"class_labels": 0}) / base
-            cells[title] = (cost, drawn(f"{title.replace(',', '')}-{mark}", student))
-    chosen = [name for name in options.solvers.split(",") if name]
-    for name, how in {name: solver_of(name, model) for name in chosen}.items():
-        cells[name] = (float(name.rpartition(" ")[2]), drawn(name, model, **how))
+                again = fewstep.load(folder)
+                assert isinstance(again, OperatorModel)
+                at: Any = again.operator
+                start = at.layout.start
+                at.set_times([start * (1 - k / frames) ** 2 for k in range(1, frames + 1)])
+                cost = flops(at, {"class_labels": 0}) / base
+            add(title, cost, again, mark)
+    for name in filter(None, options.solvers.split(",")):
+        cells[name] = solver_row(name, model)
     for name, file in pairs(options.tuned).items():
         recipe = fewstep.SamplerRecipe.load(file)
         nfe = recipe.plan.nfe if recipe.plan is not None else recipe.nfe
-        cells[f"tuned {name}"] = (float(nfe or 0), drawn(f"tuned-{name}", model, recipe=recipe))
-    teacher = (
-        cells[TEACHER][1]
-        if TEACHER in cells
-        else drawn(TEACHER, model, **solver_of(TEACHER, model))
+        mark = sha256(file)[:8]
+        run = run_of(model, {"recipe": recipe})
+        cells[f"tuned {name}"] = Row(float(nfe or 0), f"tuned-{name}-{mark}", run)
+    return cells
+
+
+def run_of(source: fewstep.Denoiser, how: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns what samples from noise and labels."""
+    return lambda noise, labels: fewstep.sample(
+        source, noise=noise, class_labels=labels, batch_size=100, **how
     )
-    rows, results = [], {}
-    for name, (cost, x) in cells.items():
-        found = {look: metrics.fid(x, reference) for look, reference in references.items()}
-        rms = (x - teacher).square().flatten(1).mean(1).sqrt()
-        half = 1.96 * float(rms.std()) / n**0.5
-        guessed = own.extractor.classify(x)  # type: ignore[union-attr]
-        right = float((guessed == labels).double().mean())
-        recall = metrics.precision_recall(x, own).recall if options.recall else None
-        results[name] = {
-            "cost": cost,
-            "fid": {look: [f.value, f.low, f.high] for look, f in found.items()},
-            "rms": float(rms.mean()),
-            "right": right,
-            "recall": None if recall is None else [recall.value, recall.low, recall.high],
-        }
-        rows.append(
-            (
-                name,
-                f"{cost:.2f}",
-                *(f"{f.value:.3g} ({f.low:.3g} to {f.high:.3g})" for f in found.values()),
-                f"{float(rms.mean()):.4f} ± {half:.4f}",
-                f"{right:.3f}",
-            )
-        )
-    head = (
-        "sampler",
-        "cost",
-        *(f"FID (95 %), {look}" for look in references),
-        "RMS to the teacher",
-        "class found",
-    )
-    print_table(head, rows)
-    shown = {name: x[:SHOWN] for name, (_, x) in cells.items()}
-    picture = image_grid(torch.cat(list(shown.values())), columns=SHOWN, row_labels=list(shown))
-    picture.save(options.out / "samples.png")
-    print("\ncost: in evaluations of the teacher's network, counted in FLOPs.")
-    if options.json:
-        origin = about(n=n, seed=options.seed, teacher=model.fingerprint())
-        write_json(options.json, {"about": origin, "cells": results})
+
+
+def solver_row(name: str, model: fewstep.Denoiser) -> Row:
+    """Returns the row of a name and budget such as ``"ddim 4"``."""
+    how = solver_of(name, model)
+    return Row(float(name.rpartition(" ")[2]), name.replace(" ", "-"), run_of(model, how))
+
+
+def alone(run: Callable[[], Tensor]) -> float:
+    """Returns the CPU seconds of one sample, the median of some runs."""
+    spent = []
+    for _ in range(TIMED + 1):
+        begun = time.process_time()
+        run()
+        spent.append(time.process_time() - begun)
+    return statistics.median(spent[1:])
+
+
+def _named(look: str | metrics.Features) -> str:
+    return Path(look if isinstance(look, str) else look.name).name
 
 
 def solver_of(name: str, model: fewstep.Denoiser) -> dict[str, Any]:

@@ -2,20 +2,22 @@
 
 Usage:
     python benchmarks/dsno.py --data FASHION_MNIST --out FOLDER --json FILE
-        [--seeds 0,1,2] [--frames N] [--cells "NAME;NAME"] [--seconds N]
+        [--seeds 0,1,2] [--frames N] [--size 14] [--cells "NAME;NAME"] [--seconds N]
 
-A teacher of 120,036 parameters on images of 14x14 is trained, trajectories are recorded, and each cell is a student for
+A small teacher on small images (``--size``) is trained, trajectories are recorded, and each cell is a student for
 each seed (the order of the trajectories and what is drawn). A frame is one pass of the network, forward and backward: a
 trajectory costs a student of M frames M of them. Measured on held-out trajectories: the error of each frame at M = 1, 2,
 4 and 8 over the variance of its target, the Frechet distance of samples to the teacher's (in pixels), and the errors when
 a solver continues from a frame, beside the solver alone. Each cell is a file: an interrupted run is resumed, also inside
-a training; ``--json`` is written after each cell.
+a training, and a folder of other trajectories or recipes is refused; ``--json`` is written after each cell.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--cells", help="names of cells with ; between; all if left out")
     parser.add_argument("--frames", type=int, default=262_144, help="trained frames of a cell")
     parser.add_argument("--trajectories", type=int, default=16_384)
+    parser.add_argument("--size", type=int, default=14, help="the side of the images")
     parser.add_argument("--teacher-steps", type=int, default=2000)
     parser.add_argument(
         "--seconds", type=float, help="stop after so many; resumed when given again"
@@ -93,12 +96,13 @@ def main() -> None:
     model = teacher(options, limit)
     store = trajectories(model, options, limit)
     chosen = [name for name in CELLS if not options.cells or name in options.cells.split(";")]
+    sizes = {"size": options.size, "parameters": sum(p.numel() for p in model.parameters())}
     say_what_runs(
-        f"14x14 images, a teacher of {sum(p.numel() for p in model.parameters()):,} parameters, {len(store):,} "
+        f"{options.size}x{options.size} images, a teacher of {sizes['parameters']:,} parameters, {len(store):,} "
         f"trajectories ({SOLVER}, {RECORDED} evaluations); {options.frames:,} frames a cell, {HELDOUT} held out."
     )
     result: dict[str, Any] = {
-        "about": about(frames=options.frames, trajectories=len(store), heldout=HELDOUT),
+        "about": about(frames=options.frames, trajectories=len(store), heldout=HELDOUT, **sizes),
         "solver": alone(model, store),
         "cells": {},
     }
@@ -106,11 +110,17 @@ def main() -> None:
         for name in chosen:
             mark = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}-{options.frames}"
             file = options.out / "cells" / f"{mark}.json"
+            recipe = recipe_of(name, seed, options.frames)
             if not file.exists():
-                write_json(
-                    file, cell(name, model, store, options.out / mark, seed, options, limit)
+                write_json(file, cell(name, model, store, options.out / mark, recipe, limit))
+            found = read_json(file)
+            inputs = found.pop("inputs", None)
+            if inputs != inputs_of(model, store, recipe):
+                raise ValueError(
+                    f"{file} is of another teacher, other trajectories or another recipe; "
+                    "delete it, or give another --out"
                 )
-            result["cells"].setdefault(name, []).append(read_json(file))
+            result["cells"].setdefault(name, []).append(found)
             if options.json:
                 write_json(options.json, result)
     print_table(
@@ -131,7 +141,7 @@ def teacher(options: argparse.Namespace, limit: Limit) -> fewstep.Denoiser:
             learning_rate=2e-3,
             precision="float32",
         )
-        train(read_images(options.data, size=14), folder, recipe, progress=limit)
+        train(read_images(options.data, size=options.size), folder, recipe, progress=limit)
     return fewstep.load(folder)
 
 
@@ -179,7 +189,7 @@ class Heldout:
 
     Attributes:
         times: The stored times, the input's first.
-        states: The states, (n, 9, 1, 14, 14).
+        states: The states, (n, 9, 1, H, W).
         cond: The conditions.
         noise: The initial draws.
     """
@@ -206,19 +216,11 @@ def alone(model: fewstep.Denoiser, store: fewstep.TrajectoryStore) -> dict[str, 
     return found
 
 
-def cell(
-    name: str,
-    model: fewstep.Denoiser,
-    store: fewstep.TrajectoryStore,
-    run: Path,
-    seed: int,
-    options: argparse.Namespace,
-    limit: Limit,
-) -> dict[str, Any]:
-    """Trains and measures one student."""
+def recipe_of(name: str, seed: int, frames: int) -> DistillRecipe:
+    """Returns the recipe of a student."""
     change, cost = CELLS[name]
-    recipe = DistillRecipe(
-        steps=options.frames // BATCH,
+    return DistillRecipe(
+        steps=frames // BATCH,
         batch_size=int(BATCH / cost),
         learning_rate=1e-3,
         warmup=50,
@@ -228,13 +230,29 @@ def cell(
         seed=seed,
         **change,
     )
-    if (run / "operator.json").exists():
-        student = fewstep.load(run)
-        assert isinstance(student, OperatorModel)
-    else:
-        student = distill(model, store, run, recipe=recipe, checkpoint_every=256, progress=limit)
+
+
+def inputs_of(
+    model: fewstep.Denoiser, store: fewstep.TrajectoryStore, recipe: DistillRecipe
+) -> dict[str, Any]:
+    """Returns what a cell was made from, as JSON has it."""
+    made = {"teacher": model.fingerprint(), "trajectories": len(store), **asdict(recipe)}
+    return json.loads(json.dumps(made))
+
+
+def cell(
+    name: str,
+    model: fewstep.Denoiser,
+    store: fewstep.TrajectoryStore,
+    run: Path,
+    recipe: DistillRecipe,
+    limit: Limit,
+) -> dict[str, Any]:
+    """Trains and measures one student; a finished run is not trained again."""
+    student = distill(model, store, run, recipe=recipe, checkpoint_every=256, progress=limit)
     held = Heldout(model, store)
-    result = {"seed": seed, **measure(student, held)}
+    inputs = inputs_of(model, store, recipe)
+    result = {"seed": recipe.seed, "inputs": inputs, **measure(student, held)}
     if name in CONTINUED:
         result["continued"] = went_on(student, model, held)
     return result

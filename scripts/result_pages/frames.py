@@ -37,7 +37,7 @@ def section() -> str:
 
 {origin(about)}
 
-A teacher of 120,036 parameters (14 x 14 images) and {about["trajectories"]:,} trajectories, the same for all; {about["frames"]:,} trained frames each, {"one seed" if seeds == 1 else f"means over {seeds} seeds ± their deviation"}.
+A teacher of {about["parameters"]:,} parameters ({about["size"]} x {about["size"]} images) and {about["trajectories"]:,} trajectories, the same for all; {about["frames"]:,} trained frames each, {"one seed" if seeds == 1 else f"means over {seeds} seeds ± their deviation"}.
 A frame is one pass of the network, so a student of M frames has seen 1/M as many trajectories. Errors are squared, over the variance of the target, on {about["heldout"]} held-out
 trajectories; the cost of an evaluation is in those of `endpoint`. `dsno` draws 1 to 4 frames. Published labels: a frame's own time, with weights up to 10,000.
 
