@@ -389,6 +389,31 @@ def test_students_of_equal_size_and_cost(model, store):
         assert torch.equal(made[mode](x, class_labels=torch.tensor([0, 1, 2])), plain)
 
 
+def test_a_teacher_in_half_precision_is_trained_as_one_in_single(store, tmp_path):
+    """Steps of 1e-5 of weights of order 0.1 are below the rounding of bfloat16."""
+    model = teacher()
+    model.network.to(torch.bfloat16)
+    paths = Memory(
+        store.times, store.states, store.conditions, {"fingerprint": model.fingerprint()}
+    )
+    change = {
+        "mode": "endpoint",
+        "steps": 2,
+        "batch_size": 2,
+        "warmup": 1,
+        "decay": 0,
+        "ema": 0,
+        "learning_rate": 1e-5,
+    }
+    distill(model, paths, tmp_path, **change)
+    trained = read_tensors(tmp_path / "checkpoint.safetensors")
+    after = trained["network.embed_time.0.weight"]
+    assert after.dtype == torch.float32
+    start = model.network.embed_time[0].weight.float()
+    assert 0 < float((after - start).abs().max()) <= 2.1e-5
+    assert next(model.network.parameters()).dtype == torch.bfloat16  # the teacher is as it was
+
+
 def test_trajectories_of_another_model_are_refused(store, tmp_path):
     with pytest.raises(ValueError, match="recorded with another model"):
         distill(teacher(seed=1), store, tmp_path, **SHORT)

@@ -22,6 +22,8 @@ from fewstep.operators import (
     read_operator,
     write_operator,
 )
+from fewstep.operators.flow_map import operator_of
+from fewstep.operators.insertion import blocks
 from fewstep.operators.layout import output_map, well_posed_output
 from fewstep.operators.published import PublishedOperator
 from tiny_models import write_tiny
@@ -474,6 +476,85 @@ def test_named_modules_of_a_user_s_network(tmp_path):
     again = read_operator(tmp_path, teacher=own())
     one, two = (fewstep.sample(m, 2) for m in (OperatorModel(operator), again))
     assert torch.equal(one, two)
+
+
+class OfClasses(nn.Module):
+    """A network of sequences that cannot be evaluated without its condition, and has a buffer."""
+
+    def __init__(self, dims=1):
+        super().__init__()
+        kind = {1: nn.Conv1d, 3: nn.Conv3d}[dims]
+        self.first, self.last = (kind(a, b, 3, padding=1) for a, b in ((1, 6), (6, 1)))
+        self.embed, self.clock = nn.Embedding(3, 6), nn.Linear(1, 6)
+        self.register_buffer("levels", torch.tensor([1e-9, 3.14159265, 1e6]))
+
+    def forward(self, x, t, class_labels):
+        added = self.embed(class_labels) + self.clock(t[:, None])
+        return self.last((self.first(x) + added.reshape(*added.shape, *[1] * (x.ndim - 2))).tanh())
+
+
+def of_classes(shape):
+    torch.manual_seed(0)
+    return fewstep.Denoiser.wrap(
+        OfClasses(len(shape) - 1), schedule=fewstep.schedule("vp-cosine"), prediction="v", event_shape=shape
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", ["temporal", "pointwise", "deeper", "second-time"])
+@pytest.mark.parametrize("shape", [(1, 16), (1, 4, 3, 5)])
+def test_blocks_in_sequences_and_volumes_come_back_without_an_evaluation(extra, shape, tmp_path):
+    model, one = of_classes(shape), {"class_labels": torch.tensor([1])}
+    site = "clock" if extra == "second-time" else "first"
+    layout = Layout(
+        times=TIMES,
+        start=0.9946,
+        extra=extra,
+        sites=(site,),
+        labels="start" if extra != "temporal" else "target",
+    )
+    operator = operator_of(model, layout, example=one)
+    assert [s.channels for s in operator.sites] == [6]  # not the length of a sequence
+    assert not operator.sites[0].tokens
+    for block in blocks(operator.network).values():
+        filled(block)
+    write_operator(tmp_path, operator, dtype=torch.float32)
+    again = read_operator(tmp_path, teacher=model)
+    drawn = [fewstep.sample(m, 2, class_labels=[0, 2]) for m in (OperatorModel(operator), again)]
+    torch.testing.assert_close(*drawn)
+
+
+def test_buffers_and_large_weights_are_stored_as_they_are(tmp_path):
+    model = of_classes((1, 16))
+    with torch.no_grad():
+        model.network.last.bias.fill_(1e5)  # out of the range of half precision
+    operator = TrajectoryOperator(model, Layout(times=TIMES, start=0.9946, extra="none"))
+    write_operator(tmp_path, operator)
+    again = read_operator(tmp_path, teacher=model).network
+    kept = dict(again.named_buffers()) | dict(again.named_parameters())
+    before = dict(operator.network.named_buffers()) | dict(operator.network.named_parameters())
+    for name, value in before.items():
+        exact = name.endswith("levels") or name.endswith("last.bias")
+        assert torch.equal(kept[name], value if exact else value.half().float()), name
+
+
+def test_tokens_and_sequences_are_told_by_the_last_layer_with_the_channels():
+    x = torch.zeros(2, 5, 5)  # sizes alone do not tell
+    for module, tokens in (
+        (nn.Conv1d(5, 5, 1), False),
+        (nn.Linear(5, 5), True),
+        (nn.Identity(), True),
+    ):
+        network = nn.Sequential(module)
+        (site,) = attach(network, lambda s: nn.Identity(), sites=["0"], example=lambda n: n(x))
+        assert (site.tokens, site.channels, site.dims) == (tokens, 5, 1)
+
+
+def test_a_flow_map_needs_the_module_that_embeds_the_time():
+    layout = Layout(times=TIMES, start=0.9946, extra="second-time", sites=("first",))
+    with pytest.raises(
+        ValueError, match="'first' returns features of 3 dimensions; a flow map needs"
+    ):
+        operator_of(of_classes((1, 16)), layout, example={"class_labels": torch.tensor([1])})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,9 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional
 
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+"""The convolutions by the dimensions of features besides batch and channels."""
+
 
 class Pointwise(nn.Module):
     r"""Two matrices on the channels of each place: :math:`x + B \, \mathrm{silu}(A x)`; the identity at initialisation.
@@ -25,11 +28,9 @@ class Pointwise(nn.Module):
         nn.init.zeros_(self.leave.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tokens:
-            return x + self.leave(functional.silu(self.enter(x)))
-        places = x.flatten(2).transpose(1, 2)
+        places = x if self.tokens else x.movedim(1, -1)
         added = self.leave(functional.silu(self.enter(places)))
-        return x + added.transpose(1, 2).reshape(x.shape)
+        return x + (added if self.tokens else added.movedim(-1, 1))
 
 
 class Deeper(nn.Module):
@@ -38,11 +39,12 @@ class Deeper(nn.Module):
     Arguments:
         channels: The number of channels.
         depth: The number of blocks.
+        dims: The dimensions of features besides batch and channels: 1, 2 or 3.
     """
 
-    def __init__(self, channels: int, depth: int) -> None:
+    def __init__(self, channels: int, depth: int, dims: int = 2) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Residual(channels) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Residual(channels, dims) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -51,13 +53,12 @@ class Deeper(nn.Module):
 
 
 class _Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, dims: int) -> None:
         super().__init__()
         groups = math.gcd(channels, max(1, min(16, channels // 4)))
         self.norm_in, self.norm_out = (nn.GroupNorm(groups, channels) for _ in range(2))
-        self.conv_in, self.conv_out = (
-            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)
-        )
+        kind = CONVOLUTIONS[dims]
+        self.conv_in, self.conv_out = (kind(channels, channels, 3, padding=1) for _ in range(2))
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 

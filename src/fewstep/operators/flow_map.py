@@ -2,7 +2,7 @@ r"""Flow maps: a network with two times that goes from any knot of a trajectory 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class FlowMap(Operator):
         teacher: The denoiser; it is copied, never changed.
         layout: The knots (``start`` and ``times``), and the numbers of evaluations (``budgets``).
         example: Conditions of one sample, for the evaluation that infers the channels of named sites.
+        sites: The sites that the layout names, if their channels are known.
     """
 
     labels: Tensor
@@ -56,9 +57,14 @@ class FlowMap(Operator):
         return time_sites(network)
 
     def __init__(
-        self, teacher: Denoiser, layout: Layout, *, example: dict[str, Any] | None = None
+        self,
+        teacher: Denoiser,
+        layout: Layout,
+        *,
+        example: dict[str, Any] | None = None,
+        sites: Sequence[Site] | None = None,
     ) -> None:
-        super().__init__(teacher, layout, example=example)
+        super().__init__(teacher, layout, example=example, sites=sites)
         self.embeddings = second_times(self.network)
         self._lay_out()
 
@@ -169,8 +175,12 @@ def spread(intervals: int, steps: int) -> list[int]:
 
 
 def operator_of(
-    teacher: Denoiser, layout: Layout, *, example: dict[str, Any] | None = None
+    teacher: Denoiser,
+    layout: Layout,
+    *,
+    example: dict[str, Any] | None = None,
+    sites: Sequence[Site] | None = None,
 ) -> Operator:
     """Returns the operator of a layout: a :class:`FlowMap` or a :class:`TrajectoryOperator`."""
     kind: Callable[..., Operator] = FlowMap if layout.extra == SECOND_TIME else TrajectoryOperator
-    return kind(teacher, layout, example=example)
+    return kind(teacher, layout, example=example, sites=sites)

@@ -19,6 +19,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.folder import FolderModel, PreconditionedUNet, model_shape, precondition
 from fewstep.models.networks.unet import SmallUNet, lay_out
 from fewstep.operators.flow_map import operator_of
+from fewstep.operators.insertion import Site
 from fewstep.operators.layout import Layout
 from fewstep.operators.model import OperatorModel
 from fewstep.operators.operator import Operator, TrajectoryOperator
@@ -41,6 +42,7 @@ class OperatorRecord(Record, name="fewstep.operator", version=1, what="operator"
     event_shape: list[int] | None = None
     class_names: list[str] | None = None
     layout: dict[str, Any]
+    sites: list[dict[str, Any]] | None = None
     sha256: str
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -60,12 +62,13 @@ def write_operator(
         operator: The operator.
         weights: The state of its network, instead of its own (for example the average).
         training: A record of its training; informative, not read by the code.
-        dtype: The type of the stored weights.
+        dtype: The type of the stored weights; buffers, and weights out of its range, keep their own.
     """
     check_path(folder, "folder")
     folder, model = Path(folder), operator.model
     state = dict(weights) if weights is not None else operator.network.state_dict()
-    ready = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    parameters = {name for name, _ in operator.network.named_parameters()}
+    ready = {k: _stored(v, dtype) if k in parameters else v for k, v in state.items()}
     file = write_tensors(folder / WEIGHTS, ready)
     OperatorRecord(
         network=describe(model),
@@ -74,10 +77,20 @@ def write_operator(
         event_shape=None if model.event_shape is None else list(model.event_shape),
         class_names=list(getattr(model, "class_names", None) or []) or None,
         layout=_plain(asdict(operator.layout)),
+        # Named sites are found by an evaluation, for which a reader of the folder may not have the conditions.
+        sites=[asdict(s) for s in operator.sites] if operator.layout.sites is not None else None,
         sha256=sha256(file),
         training=dict(training or {}),
     ).save(folder / ABOUT)
     return folder
+
+
+def _stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a weight in a type, or as it is if it has values out of its range."""
+    if not weight.is_floating_point():
+        return weight
+    stored = weight.to(dtype)
+    return stored if bool(stored.isfinite().all()) else weight
 
 
 def describe(model: Denoiser) -> dict[str, Any]:
@@ -127,7 +140,8 @@ def read_operator(
     try:
         layout = _layout(about.layout)
         model = teacher if teacher is not None else _rebuild(about)
-        operator = operator_of(model, layout)
+        sites = None if about.sites is None else [Site(**site) for site in about.sites]
+        operator = operator_of(model, layout, sites=sites)
         operator.network.load_state_dict(read_tensors(file, foreign=True), assign=True)
         operator = operator.to(dtype)
         if isinstance(operator.network, (SmallUNet, PreconditionedUNet)):

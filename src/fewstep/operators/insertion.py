@@ -23,21 +23,31 @@ BLOCK = "temporal"
 
 @dataclass(frozen=True)
 class Site:
-    """A module after which a block is inserted.
+    r"""A module after which a block is inserted.
 
     Attributes:
         name: The name of the host in the network.
         channels: The channels of its output.
-        tokens: Whether it returns (B, L, C) instead of (B, C, *).
+        tokens: Whether it returns (B, L, C) instead of (B, C, \*).
+        dims: The dimensions of its output besides batch and channels: 2 for images, 0 for (B, C).
     """
 
     name: str
     channels: int
     tokens: bool = False
+    dims: int = 2
+
+    def __post_init__(self) -> None:
+        whole = all(type(n) is int for n in (self.channels, self.dims))
+        if not (whole and 0 < self.channels <= 65_536 and 0 <= self.dims <= 3):
+            raise ValueError(
+                f"a site has 1 to 65536 channels and 0 to 3 further dimensions, got {self.channels!r:.40} and "
+                f"{self.dims!r:.40}"
+            )
 
 
-Sites = Sequence[str] | Callable[[str, nn.Module], bool] | None
-"""The sites of blocks: names of modules, or a predicate of name and module; ``None`` for the known sites."""
+Sites = Sequence[str] | Sequence[Site] | Callable[[str, nn.Module], bool] | None
+"""The sites of blocks: names of modules, sites, or a predicate of name and module; ``None`` for the known sites."""
 
 
 class TimeAxis:
@@ -88,8 +98,8 @@ def attach(
     Arguments:
         network: The network, changed in place.
         make: Returns the block of a site; it maps features of the host's output shape to the same shape.
-        sites: Names of modules or a predicate of (name, module). Left out, the sites known for
-            the network: after every unit of the levels of U-Nets (:class:`SmallUNet`,
+        sites: Names of modules, a predicate of (name, module), or sites, whose channels are then known. Left out,
+            the sites known for the network: after every unit of the levels of U-Nets (:class:`SmallUNet`,
             ``UNet2DModel``, ``UNet2DConditionModel``), after every block of ``DiT``.
         example: Evaluates the network once, to infer the channels of the caller's sites.
         known: Returns the sites if they are left out, instead of those above.
@@ -99,9 +109,12 @@ def attach(
     """
     if sites is None:
         chosen = (known or known_sites)(network)
+    elif isinstance(sites, Sequence) and all(isinstance(site, Site) for site in sites):
+        chosen = [site for site in sites if isinstance(site, Site)]
     else:
         chosen = _named(network, sites, example)
     modules = dict(network.named_modules())
+    _check_names(modules, [site.name for site in chosen])
     for site in chosen:
         host = modules[site.name]
         if BLOCK in host._modules or hasattr(host, BLOCK):
@@ -147,7 +160,7 @@ def known_sites(network: nn.Module) -> list[Site]:
     if kind in ("DiTTransformer2DModel", "Transformer2DModel", "PixArtTransformer2DModel"):
         width = _width(network)
         count = len(network.transformer_blocks)  # type: ignore[arg-type]
-        return [Site(f"transformer_blocks.{i}", width, True) for i in range(count)]
+        return [Site(f"transformer_blocks.{i}", width, True, 1) for i in range(count)]
     raise ValueError(
         f"the sites of temporal blocks in a {kind} are not known; name its modules: sites=[...] "
         "(see network.named_modules())"
@@ -195,13 +208,7 @@ def _named(
         names = [name for name, module in modules.items() if name and sites(name, module)]
     else:
         names = list(sites)
-    unknown = [name for name in names if name not in modules]
-    if unknown or not names:
-        raise ValueError(
-            f"the network has no module {unknown[0]!r}; see network.named_modules()"
-            if unknown
-            else "sites names no module of the network"
-        )
+    _check_names(modules, names)
     if example is None:
         raise ValueError(
             "to infer the channels of sites, give example=, which evaluates the network"
@@ -223,9 +230,41 @@ def _named(
             handle.remove()
     if silent := [name for name in names if name not in shapes]:
         raise ValueError(f"the module {silent[0]!r} is not used by the network")
-    return [
-        Site(n, shapes[n][2 if len(shapes[n]) == 3 else 1], len(shapes[n]) == 3) for n in names
-    ]
+    return [_site(name, modules[name], shapes[name]) for name in names]
+
+
+def _check_names(modules: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in modules]
+    if unknown or not names:
+        raise ValueError(
+            f"the network has no module {unknown[0]!r}; see network.named_modules()"
+            if unknown
+            else "sites names no module of the network"
+        )
+
+
+def _site(name: str, module: nn.Module, shape: tuple[int, ...]) -> Site:
+    """Returns the site of a module whose output has a shape."""
+    if len(shape) < 2:
+        raise ValueError(
+            f"the module {name!r} returns {shape}; a site returns features (batch, channels, ...)"
+        )
+    tokens = len(shape) == 3 and _returns_tokens(module, shape)
+    return Site(name, shape[2 if tokens else 1], tokens, len(shape) - 2)
+
+
+def _returns_tokens(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether an output of three dimensions is (B, L, C), by the last layer that has its channels; else (B, C, L).
+
+    Layers over sequences have the channels first, all others last.
+    """
+    tokens = True
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)) and layer.out_channels == shape[1]:
+            tokens = False
+        elif isinstance(layer, nn.Linear) and layer.out_features == shape[2]:
+            tokens = True
+    return tokens
 
 
 def _first(output: Any) -> Tensor:

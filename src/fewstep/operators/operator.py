@@ -39,11 +39,13 @@ class Operator(nn.Module):
 
     Attributes:
         times: The times of its frames (of a flow map: of its knots), decreasing, without the input's.
+        sites: The sites of its blocks.
 
     Arguments:
         teacher: The denoiser; it is copied, never changed.
         layout: Times, labels, blocks.
         example: Conditions of one sample, for the evaluation that infers the channels of named sites.
+        sites: The sites that the layout names, if their channels are known: then nothing is evaluated.
 
     Raises:
         TypeError: If the teacher is not a denoiser.
@@ -51,7 +53,12 @@ class Operator(nn.Module):
     """
 
     def __init__(
-        self, teacher: Denoiser, layout: Layout, *, example: dict[str, Any] | None = None
+        self,
+        teacher: Denoiser,
+        layout: Layout,
+        *,
+        example: dict[str, Any] | None = None,
+        sites: Sequence[Site] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(teacher, Denoiser):
@@ -70,12 +77,13 @@ class Operator(nn.Module):
         self.model = copy.deepcopy(teacher)
         self.layout, self.times = layout, layout.times
         self.host = self._find_host(self.model, layout.sites)
+        self.sites: list[Site] = []
         if layout.extra != "none":
             with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
-                attach(
+                self.sites = attach(
                     self.network,
                     lambda site: _block(site, layout),
-                    sites=layout.sites,
+                    sites=layout.sites if sites is None else sites,
                     known=self._known_sites,
                     example=lambda _: self._example(example or {}),
                 )
@@ -149,6 +157,7 @@ class TrajectoryOperator(Operator):
         teacher: The denoiser; it is copied, never changed.
         layout: Times, labels, blocks.
         example: Conditions of one sample, for the evaluation that infers the channels of named sites.
+        sites: The sites that the layout names, if their channels are known.
     """
 
     labels: Tensor
@@ -158,9 +167,14 @@ class TrajectoryOperator(Operator):
     scale: Tensor
 
     def __init__(
-        self, teacher: Denoiser, layout: Layout, *, example: dict[str, Any] | None = None
+        self,
+        teacher: Denoiser,
+        layout: Layout,
+        *,
+        example: dict[str, Any] | None = None,
+        sites: Sequence[Site] | None = None,
     ) -> None:
-        super().__init__(teacher, layout, example=example)
+        super().__init__(teacher, layout, example=example, sites=sites)
         if layout.labels == "both":
             host = time_host(self.network) or self.network
             with torch.random.fork_rng(devices=[]):  # leaves the caller's generator unchanged
@@ -221,6 +235,11 @@ class TrajectoryOperator(Operator):
 
 def _block(site: Site, layout: Layout) -> nn.Module:
     if layout.extra == SECOND_TIME:
+        if site.dims:
+            raise ValueError(
+                f"the module {site.name!r} returns features of {site.dims + 2} dimensions; a flow map needs the module "
+                "that embeds the time, with an output (batch, channels)"
+            )
         return SecondTime(site.channels)
     if layout.extra == "temporal":
         return TemporalConv(
@@ -231,8 +250,8 @@ def _block(site: Site, layout: Layout) -> nn.Module:
             slope=layout.slope,
             tokens=site.tokens,
         )
-    if layout.extra == "deeper" and not site.tokens:
-        return Deeper(site.channels, max(1, round(layout.size)))
+    if layout.extra == "deeper" and not site.tokens and site.dims:
+        return Deeper(site.channels, max(1, round(layout.size)), site.dims)
     # A residual block of two convolutions costs as much as a hidden width of nine channels.
     hidden = layout.size * site.channels * (9 if layout.extra == "deeper" else 1)
     return Pointwise(site.channels, max(1, round(hidden)), tokens=site.tokens)

@@ -84,4 +84,4 @@ def time_sites(network: nn.Module) -> list[Site]:
             "has the shape (batch, channels) (see network.named_modules())"
         )
     layers = [m for m in network.get_submodule(name).modules() if isinstance(m, nn.Linear)]
-    return [Site(name, layers[-1].out_features)]
+    return [Site(name, layers[-1].out_features, dims=0)]

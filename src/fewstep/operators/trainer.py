@@ -160,6 +160,8 @@ class Trainer:
         if recipe.initial is not None:
             load_initial(self.student, recipe.initial, denoiser)
         self.student = self.student.to(self.accelerator.device)
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.student.parameters()):
+            self.student = self.student.float()  # steps of the optimizer are below their rounding
         self.corrector = self._corrector(denoiser, example)
         self.objective = objective_of(
             self.student, recipe, loss, stored, self.frames, self.corrector
