@@ -69,7 +69,7 @@ def solver_table(names: list[str]) -> str:
             solver = fewstep.SOLVERS[name]()
             costs = [solvers.cost(solver, k) for k in STEPS]
             rows.append(
-                f"| [`{name}`](../solvers/{kind.lower()}.md) | {solver.order or '–'} | "
+                f"| [`{name}`](../solvers/{kind.lower()}.md) | {solver.order_text if solver.order else '–'} | "
                 f"{'yes' if solver.stochastic else ''} | {', '.join(dict.fromkeys(costs))} | "
                 f"{source(solvers.solver_class(name))} |"
             )

@@ -192,7 +192,7 @@ def page(title: str, names: Sequence[str], links: Links) -> str:
     solvers: dict[str, Solver] = {name: SOLVERS[name]() for name in names}
     doc = inspect.getdoc(solver_class(names[0])) or ""
     rows = "\n".join(
-        f"| `{name}` | {s.order or '–'} | {' | '.join(cost(s, k) for k in (5, 10, 20))} | "
+        f"| `{name}` | {s.order_text if s.order else '–'} | {' | '.join(cost(s, k) for k in (5, 10, 20))} | "
         f"{_grid(s)} | {'yes' if s.stochastic else ''} |"
         for name, s in solvers.items()
     )
@@ -220,7 +220,7 @@ def page(title: str, names: Sequence[str], links: Links) -> str:
         text += f"""## Order
 
 {what} {how}, with {", ".join(map(str, STEPS))} steps from a half log-SNR of {START} to {END}, default options;
-drawn when these pages were built. Dashed: the declared order.
+drawn when these pages were built. Dashed: the declared order. The first steps are short here, so that it is that of the steps inside.
 
 {plot(curves, {n: s.order for n, s in shown.items()}, what)}
 
@@ -239,7 +239,7 @@ def pages(links: Links) -> dict[str, str]:
         for name in names:
             solver = SOLVERS[name]()
             rows.append(
-                f"| [`{name}`]({file}) | {solver.order or '–'} | {'yes' if solver.stochastic else ''} | "
+                f"| [`{name}`]({file}) | {solver.order_text if solver.order else '–'} | {'yes' if solver.stochastic else ''} | "
                 f"{cost(solver, 10)} | {markdown(first, links)} |"
             )
     result["index.md"] = """# Solvers

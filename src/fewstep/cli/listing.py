@@ -43,7 +43,7 @@ def solvers(name: str | None = None) -> None:
         to_zero = bool(solver.default_grid[1].get("to_zero", False))
         row = (
             key,
-            str(solver.order),
+            solver.order_text,
             "yes" if solver.stochastic else "",
             "adaptive" if solver.adaptive else str(solver.nfe(10, ends_at_zero=to_zero)),
             "its own" if solver.adaptive else _grid_text(*solver.default_grid),
@@ -51,6 +51,9 @@ def solvers(name: str | None = None) -> None:
         )
         rows.append(row)
     _print(columns, rows)
+    say_result(
+        "\norder: in brackets, as steps go to infinity: a first step of first order caps it"
+    )
     _print_aliases("solver")
     say("\nnext: fewstep solvers NAME, or fewstep sample fashion --solver NAME --out samples")
 

@@ -32,6 +32,7 @@ class _ExponentialAdams(Solver):
 
     default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = ("power", {"power": 1.5})
     ends_above_zero: ClassVar[bool] = True
+    first_order_start: ClassVar[bool] = True
     _prefix: ClassVar[str]
     _reaches_zero: ClassVar[bool] = False
 
@@ -154,10 +155,12 @@ class TAB(_ExponentialAdams):
 
     Cost: one network evaluation per step.
 
-    Order: ``degree + 1`` for the steps inside. The first step is DDIM's, of local order 2, which caps the whole
-    at 2 asymptotically. How soon that is seen depends on data and schedule: for Gaussian data of deviation 1.6
-    from 12 steps on with ``flow`` and ``vp-cosine``, and below errors of 1e-5 with linear :math:`\beta`; for a
-    deviation of 0.3 below errors of 1e-5 with ``flow``, and 1e-8 with linear :math:`\beta`.
+    Order: ``degree + 1`` for the steps inside, and at most 2 as steps go to infinity: the first step is DDIM's, with a local
+    error of order 2 in its length, on any schedule (a grid whose first step shrinks faster than the others keeps
+    the order). How soon that is seen depends on data and schedule:
+    for Gaussian data of deviation 1.6 from 12 steps on with ``flow`` and ``vp-cosine``, and below errors of 1e-5 with
+    linear :math:`\beta`; for a deviation of 0.3 below errors of 1e-5 with ``flow``, and 1e-8 with linear
+    :math:`\beta`. A start of higher order would need more evaluations; the published method has none.
 
     Arguments:
         degree: The degree r of the polynomial, 0 (DDIM) to 3.
@@ -200,7 +203,7 @@ class RhoAB(_ExponentialAdams):
 
     Cost: one network evaluation per step.
 
-    Order: ``degree + 1``, with the remark of :class:`TAB` on the first step.
+    Order: ``degree + 1``, and at most 2 as steps go to infinity, see :class:`TAB`.
 
     Arguments:
         degree: The degree r of the polynomial, 0 (DDIM) to 3.
@@ -240,7 +243,7 @@ class LogRhoAB(_ExponentialAdams):
 
     Cost: one network evaluation per step.
 
-    Order: ``degree + 1``, with the remark of :class:`TAB` on the first step. With steps that
+    Order: ``degree + 1``, and at most 2 as steps go to infinity, see :class:`TAB`. With steps that
     grow towards the data (uniform in time) degrees 2 and 3 are unstable at few steps: so the
     degree falls in the last two steps by default; on the log-rho grid ``lower_final=False`` is stable too.
 

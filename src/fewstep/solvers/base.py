@@ -68,6 +68,7 @@ class Solver(ABC):
         ends_above_zero: Whether it ends at the lowest training timestep and not at :math:`\sigma = 0`.
         lowers_final: Whether it obeys ``lower_order_final``: the option is ``lower_final`` here.
         always_lowers_final: Whether at any number of steps; else below 15.
+        first_order_start: Whether its first step is of first order (DDIM's) and never corrected.
         measured: The option that :func:`fewstep.fit` measures for every number of steps, or ``None``.
         starts_flows_at_noise: Whether it starts at pure noise with ``use_flow_sigmas``; else at the
             noisiest training timestep.
@@ -93,6 +94,7 @@ class Solver(ABC):
     ends_above_zero: ClassVar[bool] = False
     lowers_final: ClassVar[bool] = False
     always_lowers_final: ClassVar[bool] = False
+    first_order_start: ClassVar[bool] = False
     measured: ClassVar[str | None] = None
     starts_flows_at_noise: ClassVar[bool] = False
 
@@ -125,8 +127,26 @@ class Solver(ABC):
     def order(self) -> int:
         """The order of convergence on smooth problems (of the marginals, if stochastic).
 
-        Of multistep methods it is that of the steps inside; their first steps may cap it (see each).
+        Of multistep methods it is that of the steps inside, which is observed while the error of the first step is
+        the smaller one; see :attr:`asymptotic_order`.
         """
+
+    @property
+    @final
+    def asymptotic_order(self) -> int:
+        """The order of convergence as the number of steps goes to infinity.
+
+        A first step of first order has a local error of second order in its length: so it is at most 2 then, on grids
+        whose first step is not shorter and shorter than the others.
+        """
+        return min(self.order, 2) if self.first_order_start else self.order
+
+    @property
+    @final
+    def order_text(self) -> str:
+        """The order for tables: ``4 (2)`` if it is 2 as steps go to infinity."""
+        limit = self.asymptotic_order
+        return str(self.order) if limit == self.order else f"{self.order} ({limit})"
 
     @abstractmethod
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:

@@ -118,8 +118,8 @@ class DPMpp3M(_DPMpp):
 
     Cost: one network evaluation per step.
 
-    Order: 2; with ``consistent=True`` 3, up to the cap of 2 that the first DDIM step sets
-    asymptotically.
+    Order: 2; with ``consistent=True`` and without ``lower_final`` 3, and at most 2 as steps go to infinity, as the
+    first step is DDIM's.
 
     Arguments:
         lower_final: Whether the order falls to 2 and 1 in the last two steps.
@@ -129,6 +129,7 @@ class DPMpp3M(_DPMpp):
     consistent: bool = False
 
     name = "dpmpp-3m"
+    first_order_start: ClassVar[bool] = True
     default_grid = NEARLY_UNIFORM
     grid_on_flows = None
     twin = "diffusers:DPMSolverMultistepScheduler"

@@ -135,7 +135,7 @@ class DPMSolverV3(Solver):
 
     Cost: one network evaluation per step.
 
-    Order: q, up to the cap that the first-order start sets asymptotically; at most 2 with ``lower_final``.
+    Order: q; at most 2 with ``lower_final``, and as steps go to infinity, as the first step is of first order.
 
     Arguments:
         outputs: The number q of model outputs of a step, 1 to 3.
@@ -154,6 +154,7 @@ class DPMSolverV3(Solver):
     prediction: ClassVar[Prediction] = Prediction.X0
     default_grid: ClassVar[tuple[str, Mapping[str, Any]]] = NEARLY_UNIFORM
     lowers_final: ClassVar[bool] = True
+    first_order_start: ClassVar[bool] = True
     measured: ClassVar[str | None] = "statistics"
 
     def __post_init__(self) -> None:

@@ -64,7 +64,7 @@ class RESMultistep(Solver):
 
     Cost: one network evaluation per step.
 
-    Order: q, up to the cap that the first-order start sets asymptotically; at most 2 with ``lower_final``.
+    Order: q; at most 2 with ``lower_final``, and as steps go to infinity, as the first step is DDIM's.
 
     Arguments:
         outputs: The number q of model outputs, 1 (DDIM) to 4.
@@ -76,6 +76,7 @@ class RESMultistep(Solver):
 
     prediction: ClassVar[Prediction] = Prediction.X0
     lowers_final: ClassVar[bool] = True
+    first_order_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_order("res (outputs)", self.outputs, 1, 4)

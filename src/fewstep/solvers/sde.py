@@ -184,7 +184,9 @@ class SASolver(Solver):
 
     Cost: one network evaluation per step.
 
-    Order: 1 of the marginals in general; without noise that of the predictor, at most 2 with ``lower_final``.
+    Order: 1 of the marginals in general. Without noise that of the corrector, at most one more than that of the
+    predictor; without corrector that of the predictor, and at most 2 as steps go to infinity, as the first step is then
+    of first order. At most 2 with ``lower_final``.
 
     Arguments:
         predictor: The number of model outputs of the predictor, 1 to 3.
@@ -222,7 +224,12 @@ class SASolver(Solver):
     def order(self) -> int:
         if self.tau:
             return 1
-        return min(self.predictor, 2) if self.lower_final else self.predictor
+        inside = min(self.corrector, self.predictor + 1) if self.corrector else self.predictor
+        return min(inside, 2) if self.lower_final else inside
+
+    @property
+    def first_order_start(self) -> bool:  # type: ignore[override]
+        return not self.corrector
 
     def equations(self, tape: Tape, grid: TimeGrid) -> Form:
         y, history = tape.x, list[Form]()

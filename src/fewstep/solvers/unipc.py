@@ -40,8 +40,8 @@ class UniPC(Solver):
     Cost: one network evaluation per step.
 
     Order: p, and p + 1 observed where the first steps do not matter; at most 2 with
-    ``lower_final``, whose last step is of first order. The first steps cap it at 2 to 3
-    asymptotically.
+    ``lower_final``, whose last step is of first order. As steps go to infinity it is at most 3, as the first step is
+    DDIM's, corrected once.
 
     Arguments:
         degree: The order p, 1 to 3.
