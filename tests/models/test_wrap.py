@@ -7,6 +7,7 @@ quantiles), so every sample is known, and a solver with many steps must come to 
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -224,16 +225,65 @@ def ways_to_wrap(network):
         def __call__(self, x, t):
             return self.network(x, t)
 
+    class Pipeline:
+        """It is no callable; its methods run the module."""
+
+        shared: ClassVar = {"unet": [network]}
+
+        def __init__(self):
+            self.unet, self.parts = network, Holder()
+
+        @property
+        def denoiser(self):
+            return self.unet
+
+        def predict(self, x, t):
+            return self.unet(x, t)
+
+        def by_property(self, x, t):
+            return self.denoiser(x, t)
+
+        @classmethod
+        def of_the_class(cls, x, t):
+            return cls.shared["unet"][0](x, t)
+
+        def indirectly(self, x, t):
+            def inner(x):
+                return self.predict(x, t)
+
+            return inner(x)
+
+    def function(x, t):
+        return network(x, t)
+
+    def default(x, t, *, inside=network):
+        return inside(x, t)
+
+    pipeline, networks = Pipeline(), {"high": [network]}
     return {
         "module": network,
         "function": lambda x, t: network(x, t),
         "method": network.forward,
         "partial": functools.partial(network, scale=None),
         "object": Holder(),
+        "method of an object": pipeline.predict,
+        "method that runs another": pipeline.indirectly,
+        "method with a property": pipeline.by_property,
+        "method of a class": pipeline.of_the_class,
+        "attribute in a function": lambda x, t: pipeline.parts.network(x, t),
+        "function in a function": lambda x, t: function(x, t),
+        "partial of a function": functools.partial(function),
+        "default value": default,
+        "container": lambda x, t: networks["high"][0](x, t),
+        "cached": functools.cache(function),
+        "decorated": torch.no_grad()(function),
     }
 
 
-@pytest.mark.parametrize("way", ["module", "function", "method", "partial", "object"])
+WAYS = tuple(ways_to_wrap(nn.Identity()))
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_module_in_training_mode_is_evaluated_in_evaluation_mode(way):
     network = Exact()
     network.norm.eval()  # part of it was in evaluation mode on purpose
@@ -266,6 +316,27 @@ def test_modules_behind_functions_are_seen():
     network = Exact()
     for way in ways_to_wrap(network).values():
         assert modules_of(way) == [network]
+
+
+def test_modules_that_a_function_does_not_run_are_left_alone():
+    """What an object has besides is not what the function runs, and nothing of it is executed."""
+
+    class Trainer:
+        def __init__(self):
+            self.network, self.discriminator = Exact(), Exact()
+
+        @property
+        def broken(self):
+            raise AssertionError("a property was read")
+
+    trainer = Trainer()
+    network = lambda x, t: trainer.network(x, t)  # noqa: E731
+    assert modules_of(network) == [trainer.network]
+    assert modules_of(lambda x, t: trainer.broken) == []
+    assert modules_of(torch.nn.functional.relu) == []
+    loop: list[object] = []
+    loop.append(loop)
+    assert modules_of(lambda x, t: loop) == []
 
 
 # Times

@@ -7,10 +7,15 @@ precision, on another device, and may have been left in training mode. This modu
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import logging
+import sys
+import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,6 +38,16 @@ NAMES = {
 """The keys of a prediction in a dict, besides ``sample``."""
 
 
+MOST_FOLLOWED = 1000
+"""The most objects that are followed in search of the modules of a function."""
+
+PLAIN = (str, bytes, int, float, complex, type(None), Tensor)
+"""The types of objects that refer to no module."""
+
+LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy"}) - {"__main__"}
+"""The packages whose functions run no modules but those in their arguments."""
+
+
 class NetworkCall(nn.Module):
     """A module that adapts the arguments of a network and has no layers of its own.
 
@@ -51,32 +66,101 @@ def innermost(network: Any) -> Any:
 
 
 def modules_of(network: Any) -> list[nn.Module]:
-    """Returns the modules that a callable visibly runs.
+    """Returns the modules that a callable visibly runs, those nearest to it first.
 
-    Those are itself, the object of a bound method or a :func:`functools.partial`, the modules that a
-    function refers to by name, and the attributes of any other object.
+    It follows functions, bound methods, :func:`functools.partial` and objects to what they refer to: closures, globals,
+    default values, and attributes by the names in their code, through lists and dicts. No code of theirs is run, so a
+    module that is created or looked up during an evaluation is not seen.
     """
-    network = innermost(network)
-    if isinstance(network, nn.Module):
-        return [network]
-    if isinstance(network, functools.partial):
-        parts = [network.func, *network.args, *network.keywords.values()]
-        return [m for part in parts if callable(part) for m in modules_of(part)]
-    owner = getattr(network, "__self__", None)
-    if isinstance(owner, nn.Module):
-        return [owner]
-    code = getattr(network, "__code__", None)
-    if code is None:
-        values = list(getattr(network, "__dict__", {}).values())
+    found: dict[int, nn.Module] = {}
+    # With the objects, as the ids of deleted ones return.
+    seen: dict[tuple[int, frozenset[str]], Any] = {}
+    waiting: deque[tuple[Any, frozenset[str]]] = deque([(network, frozenset())])
+    while waiting and len(seen) < MOST_FOLLOWED:
+        value, names = waiting.popleft()
+        value = innermost(value)
+        if isinstance(value, nn.Module):
+            found[id(value)] = value
+        elif (id(value), names) not in seen and not isinstance(value, PLAIN):
+            seen[id(value), names] = value
+            waiting.extend(_referred(value, names))
+    return list(found.values())
+
+
+def _referred(value: Any, names: frozenset[str]) -> Iterator[tuple[Any, frozenset[str]]]:
+    """Yields what an object refers to, each with the names of attributes that the code uses of it.
+
+    Arguments:
+        value: The object.
+        names: The names in the code that it was reached from.
+    """
+    if isinstance(value, functools.partial):
+        names |= _names(value.func)
+        for part in (value.func, *value.args, *value.keywords.values()):
+            yield part, names
+    elif isinstance(value, types.MethodType):
+        if _is_of_library(value.__func__):
+            return
+        names |= _names(value.__func__)
+        yield value.__self__, names
+        yield value.__func__, names
+    elif isinstance(value, types.FunctionType):
+        if _is_of_library(value):
+            return
+        names |= _names(value)
+        for name in sorted(names & value.__globals__.keys()):
+            yield value.__globals__[name], names
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # a name that is not bound yet
+                yield cell.cell_contents, names
+        for part in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+            yield part, names
+    elif isinstance(value, (dict, list, tuple)):
+        parts = value.values() if isinstance(value, dict) else value
+        for part in itertools.islice(parts, MOST_FOLLOWED):
+            yield part, names
+    elif isinstance(value, types.ModuleType):
+        for name in sorted(names & vars(value).keys()):
+            if isinstance(part := vars(value)[name], nn.Module):
+                yield part, names
     else:
-        known = getattr(network, "__globals__", {})
-        values = [known[name] for name in code.co_names if name in known]
-        for cell in network.__closure__ or ():
-            try:
-                values.append(cell.cell_contents)
-            except ValueError:  # a name that is not bound yet
-                continue
-    return [innermost(v) for v in values if isinstance(innermost(v), nn.Module)]
+        yield from _attributes(value, names)
+
+
+def _attributes(value: Any, names: frozenset[str]) -> Iterator[tuple[Any, frozenset[str]]]:
+    """Yields the attributes of an object or a class that code uses, and the functions of its class."""
+    kind = value if isinstance(value, type) else type(value)
+    own = {} if kind is value else getattr(value, "__dict__", {})
+    call = inspect.getattr_static(kind, "__call__", None)
+    if kind is not value and isinstance(call, types.FunctionType):
+        names |= _names(call)
+        yield call, names
+        yield from ((part, names) for part in own.values())  # by whatever name it uses them
+    for name in sorted(names | {"__wrapped__"}):  # of what functools caches
+        if name in own:
+            yield own[name], names
+            continue
+        part = inspect.getattr_static(kind, name, None)
+        part = part.fget if isinstance(part, property) else getattr(part, "__func__", part)
+        yield (
+            types.MethodType(part, value) if isinstance(part, types.FunctionType) else part,
+            names,
+        )
+
+
+def _is_of_library(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").partition(".")[0] in LIBRARIES
+
+
+def _names(function: Any) -> frozenset[str]:
+    """Returns the names of globals and attributes in the code of a function and of those inside of it."""
+    codes, names = [getattr(function, "__code__", None)], set[str]()
+    while codes:
+        code = codes.pop()
+        if isinstance(code, types.CodeType):
+            names.update(code.co_names)
+            codes.extend(code.co_consts)
+    return frozenset(names)
 
 
 @contextmanager
