@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -344,3 +346,78 @@ def test_the_fingerprint_is_computed_again_only_if_weights_changed(monkeypatch):
         network.weight.add_(1)
     assert not matches(model, own)
     assert len(asked) == 2
+
+
+# Times
+
+
+@pytest.mark.parametrize("name", [n for n in fewstep.SCHEDULES if n != "tabulated"])
+def test_times_outside_of_the_schedule_are_refused_before_an_evaluation(name):
+    schedule, evaluations = fewstep.schedule(name), []
+
+    def network(x, t):
+        evaluations.append(t)
+        return x
+
+    model = fewstep.Denoiser.wrap(network, schedule=schedule, prediction="x0")
+    x = torch.ones(2, 3)
+    beyond = schedule.t_max * 1.01 if not schedule.discrete else schedule.t_max + 0.5
+    for wrong in (math.nan, math.inf, -math.inf, -1.0, beyond, schedule.t_zero):
+        for t in (wrong, torch.tensor([schedule.t_max, wrong])):
+            with pytest.raises(
+                ValueError, match=rf"^t must be a time of '{name}', .* at most .*got"
+            ):
+                model(x, t, prediction="x0")
+    assert not evaluations
+    below = schedule.t_min if schedule.discrete else schedule.t_min / 2
+    for right in (schedule.t_min, schedule.t_max, below):
+        for t in (right, torch.tensor(right), torch.full((2,), right), torch.full((1,), right)):
+            assert model(x, t).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("t", "error", "reason"),
+    [
+        ("0.5", TypeError, "t must be a number or a tensor of times, got '0.5'"),
+        (None, TypeError, "t must be a number or a tensor of times, got None"),
+        (torch.full((3,), 0.5), ValueError, r"shape \(\) or \(2,\) for 2 samples, got \(3,\)"),
+        (torch.full((2, 1), 0.5), ValueError, r"shape \(\) or \(2,\) for 2 samples, got \(2, 1\)"),
+    ],
+)
+def test_what_is_no_time_is_refused(t, error, reason):
+    model = fewstep.load("mixture-smooth")
+    for door in (model, fewstep.Clipped(model), fewstep.Guided(labelled(), 2.0)):
+        with pytest.raises(error, match=reason):
+            door(torch.ones(2, 2), t, prediction="x0")
+
+
+def test_pure_noise_of_a_flow_has_no_data_in_its_noise():
+    """At t = 1 a velocity gives the data, x - v; a prediction of noise would be divided by alpha = 0."""
+    flow, x = fewstep.schedule("flow"), torch.ones(2, 3)
+    model = fewstep.Denoiser.wrap(lambda x, t: x / 4, schedule=flow, prediction="flow")
+    assert torch.allclose(model(x, 1.0, prediction="x0"), x - x / 4)
+    noise = fewstep.Denoiser.wrap(lambda x, t: x / 4, schedule=flow, prediction="eps")
+    assert torch.equal(noise(x, 1.0), x / 4)
+    for dtype in (torch.float32, torch.float64):
+        assert noise(x, torch.tensor(flow.t_max, dtype=dtype), prediction="x0").isfinite().all()
+    with pytest.raises(ValueError, match=r"'flow', above 0 and at most 0\.999, got 1"):
+        noise(x, 1.0, prediction="x0")
+
+
+def test_times_are_not_checked_where_they_have_no_values():
+    model, x = fewstep.load("mixture-smooth"), torch.ones(3, 1, 2)
+    times = torch.tensor([0.2, 0.5, 0.8])
+    each = torch.stack([model.raw(a, t[None]) for a, t in zip(x, times, strict=True)])
+    assert torch.allclose(torch.func.vmap(model)(x, times), each, atol=1e-5)
+
+
+def test_the_evaluations_of_a_sampler_do_not_check_times(monkeypatch):
+    """Those of its grid were checked when it was made."""
+    model = fewstep.load("mixture-smooth")
+    monkeypatch.setattr(
+        type(model.schedule), "check_times", lambda *a, **k: pytest.fail("checked")
+    )
+    for solver in ("tab2", "dopri5"):
+        fewstep.sample(
+            fewstep.Clipped(model), 2, solver=solver, **{} if solver == "dopri5" else {"nfe": 3}
+        )

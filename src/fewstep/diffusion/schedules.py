@@ -40,6 +40,7 @@ class NoiseSchedule(ABC):
     Attributes:
         t_min: The smallest time at which the network is trained well.
         t_max: The largest time, where sampling starts.
+        t_limit: The largest time at which a network may be evaluated, if that is beyond ``t_max``.
         t_zero: The label of the point with :math:`\sigma = 0` in a grid; no function of the
             schedule is ever evaluated there.
         discrete: Whether times are (possibly fractional) training timesteps.
@@ -64,6 +65,7 @@ class NoiseSchedule(ABC):
     name: str
     t_min: float
     t_max: float
+    t_limit: float | None = None
     t_zero: float = 0.0
     discrete: bool = False
     flow_coordinate: bool = False
@@ -119,6 +121,33 @@ class NoiseSchedule(ABC):
     def is_zero(self, t: float) -> bool:
         r"""Whether a time is the label of :math:`\sigma = 0`: where the user's own times say that they end there."""
         return t == self.t_zero and self.t_zero < self.t_min
+
+    @final
+    def check_times(self, t: Tensor, *, converted: bool = False) -> None:
+        """Raises unless a network can be evaluated at these times, which may be below ``t_min``.
+
+        Arguments:
+            t: The times. Continuous ones may be beyond the largest one by rounding.
+            converted: Whether a prediction of noise is converted, which needs some data in the state: the largest
+                time is then ``t_max``.
+
+        Raises:
+            ValueError: If one is NaN, not above the label ``t_zero``, negative, or beyond the largest one.
+        """
+        if not t.numel():
+            return
+        low, high = (float(end) for end in t.detach().aminmax())
+        top = self.t_max if self.t_limit is None or converted else self.t_limit
+        # The rounding of half precision, and of single where data leave the state just beyond.
+        slack = 0.0 if self.discrete else (4e-3 if self.t_limit is None else 1e-6) * top
+        if low >= 0 and low > self.t_zero and high <= top + slack:
+            return
+        wrong = high if low >= 0 and low > self.t_zero else low
+        start = "above 0" if self.t_zero == 0 else "from 0"
+        hint = "; it is an index of the table" if self.discrete else ""
+        raise ValueError(
+            f"t must be a time of {self.name!r}, {start} and at most {top:g}, got {wrong:g}{hint}"
+        )
 
     @final
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -412,6 +441,7 @@ class Flow(NoiseSchedule):
     """
 
     name = "flow"
+    t_limit = 1.0
     flow_coordinate = True
     suits = dict.fromkeys(("quadratic", "power", "karras"), ("uniform", {}))
 

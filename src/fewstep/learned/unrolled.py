@@ -71,8 +71,10 @@ class Unrolled:
                 inputs.append(y)
             if self.gradient == "cut":
                 with torch.no_grad():
-                    return self.denoiser(y.detach(), t.detach(), prediction=prediction, **ready)
-            return self.denoiser(y, t, prediction=prediction, **ready)
+                    return self.denoiser.evaluate(
+                        y.detach(), t.detach(), prediction=prediction, **ready
+                    )
+            return self.denoiser.evaluate(y, t, prediction=prediction, **ready)
 
         residual, correct = self.residual(), None
         if residual is not None:

@@ -2,6 +2,7 @@ r"""Denoisers: any network in one coordinate system."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -95,8 +96,34 @@ class Denoiser(nn.Module, ABC):
             cond: The conditions, e.g. ``class_labels``: for all samples, or one for each.
 
         Raises:
-            ValueError: If the prediction is unknown, a condition does not fit, or the network
-                returns another shape.
+            TypeError: If the time is no number.
+            ValueError: If the prediction is unknown, the time is NaN or outside of the schedule, a condition does not
+                fit, or the network returns another shape.
+        """
+        target = Prediction.of(prediction)
+        times = _checked_times(t, len(x))
+        if not torch.compiler.is_compiling():
+            noise = self.native in (Prediction.EPS, Prediction.SCORE)
+            with contextlib.suppress(
+                RuntimeError
+            ):  # under vmap and in traces tensors have no values
+                self.schedule.check_times(times, converted=noise and target is not self.native)
+        return self.evaluate(x, times, prediction=target, **cond)
+
+    @final
+    def evaluate(
+        self, x: Tensor, t: Tensor | float, *, prediction: Prediction | str = "eps", **cond: Any
+    ) -> Tensor:
+        r"""Returns what a call does, at times that were checked before, as those of a sampler's grid.
+
+        Arguments:
+            x: The state, with shape (B, \*).
+            t: The time, a number or a tensor with shape () or (B).
+            prediction: The prediction to return.
+            cond: The conditions.
+
+        Raises:
+            ValueError: As a call does, but for times.
         """
         target = Prediction.of(prediction)
         if any(not isinstance(v, Tensor) or not v.ndim for v in cond.values()):
@@ -262,6 +289,23 @@ class Denoiser(nn.Module, ABC):
             device=place,
             dtype=dtype,
         )
+
+
+def _checked_times(t: Tensor | float, n: int) -> Tensor:
+    """Returns a user's times as float64 on the CPU, where a check of their values does not wait for a device.
+
+    Raises:
+        TypeError, ValueError: If they are no numbers, or have another shape.
+    """
+    try:
+        times = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"t must be a number or a tensor of times, got {t!r:.60}") from None
+    if times.ndim > 1 or (times.ndim == 1 and len(times) not in (1, n)):
+        raise ValueError(
+            f"t must be a number or have shape () or ({n},) for {n} samples, got {tuple(times.shape)}"
+        )
+    return times
 
 
 def _times(t: Tensor, x: Tensor) -> Tensor:

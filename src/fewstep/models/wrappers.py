@@ -142,7 +142,9 @@ class Clipped(Wrapper):
         self.native = Prediction.X0
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        return self.inner(x, t, prediction=Prediction.X0, **cond).clamp(self.low, self.high)
+        return self.inner.evaluate(x, t, prediction=Prediction.X0, **cond).clamp(
+            self.low, self.high
+        )
 
 
 class Thresholded(Wrapper):
@@ -168,7 +170,7 @@ class Thresholded(Wrapper):
         self.native = Prediction.X0
 
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        x0 = self.inner(x, t, prediction=Prediction.X0, **cond)
+        x0 = self.inner.evaluate(x, t, prediction=Prediction.X0, **cond)
         sizes = x0.flatten(1).abs()
         # torch.quantile is limited to 16 million values; kthvalue is not.
         place = self.quantile * (sizes.shape[1] - 1)

@@ -125,7 +125,7 @@ class Field:
         return slope
 
     def _output(self, state: Tensor, t: Tensor) -> Tensor:
-        value = self.denoiser(state, t, prediction=Prediction.EPS, **self._cond)
+        value = self.denoiser.evaluate(state, t, prediction=Prediction.EPS, **self._cond)
         # Copied: the stages of a step are kept, and a network may reuse the memory of its output.
         return value.reshape(len(state), -1).to(state.dtype, copy=True)
 

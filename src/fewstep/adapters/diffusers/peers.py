@@ -143,7 +143,7 @@ class _Evaluations:
         self, x: Tensor, state: Tensor, time: float, k: int, cond: Mapping[str, Any]
     ) -> Tensor:
         """Returns what the scheduler takes for the model output."""
-        value = self.denoiser(state, time, prediction=self.prediction, **cond)
+        value = self.denoiser.evaluate(state, time, prediction=self.prediction, **cond)
         if not self.edm:
             return value
         # The network inside of the scheduler's own preconditioning, so that it finds our data.
