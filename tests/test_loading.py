@@ -32,6 +32,30 @@ def test_weights_have_the_type_and_samples_are_single(tmp_path, dtype):
     assert fewstep.sample(model, 1, nfe=2, class_labels=1).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_models_have_the_type_too(name):
+    for dtype in (torch.bfloat16, torch.float64):
+        model = fewstep.load(name, device="cpu", dtype=dtype)
+        assert {w.dtype for w in (*model.parameters(), *model.buffers())} == {dtype}
+        labels = {} if "mixture" in name else {"class_labels": 1}
+        assert fewstep.sample(model, 1, nfe=1, **labels).dtype == torch.float32
+    exact = fewstep.load(name, device="cpu")
+    kind = torch.float64 if "mixture" in name else torch.float32
+    assert {w.dtype for w in (*exact.parameters(), *exact.buffers())} == {kind}
+
+
+def test_a_model_of_another_type_keeps_its_profile(caplog):
+    """So do its recipes, which name the model that they are for."""
+    single, half = (fewstep.load("fashion", device="cpu", dtype=t) for t in (None, torch.float16))
+    assert single.profile is not None
+    assert half.profile is not None
+    assert not caplog.text
+    recipes = [m.profile.recipe(4) for m in (single, half) if m.profile]
+    assert recipes[0].model == single.fingerprint() != half.fingerprint() == recipes[1].model
+    assert recipes[0].options == recipes[1].options
+    assert recipes[1].build(half).plan.nfe == 4
+
+
 @pytest.mark.parametrize(
     ("files", "reason"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def load(
             pipeline or a network (diffusers must be installed then); or the id of such a one on the Hugging Face
             hub (``"owner/name"``, ``"owner/name@revision"``) that is in the local cache.
         device: The device of its weights: a device of torch, or ``"auto"``: CUDA, else MPS, else the CPU.
-        dtype: The type of its weights; left out, float32. Samples are float32 in any case.
+        dtype: The type of its weights; left out, float32, and float64 of the mixtures. Samples are float32 in any case.
         download: Whether a model of the hub is downloaded if it is not in the cache. Nothing else is.
 
     Returns:
@@ -81,7 +82,7 @@ def load(
     if name in MIXTURES:
         if place.type == "mps":  # which has no float64, in which these compute
             place = torch.device("cpu")
-        return MIXTURES[name](schedule("vp-linear")).to(place)
+        return MIXTURES[name](schedule("vp-linear")).to(place, dtype)
     folder = model_folder(source, download=download)
     if not folder.is_dir():
         hint = " Or give a folder that exists, or the id of a model on the hub (owner/name)."
@@ -93,7 +94,11 @@ def load(
 
         return read_operator(folder, dtype=dtype or torch.float32).to(place)
     if (folder / "model.json").exists():
-        return _with_profile(read_model(folder, dtype or torch.float32), folder).to(place)
+        # Profiles are of the weights in single precision: those of another type are the same model, rounded.
+        model = _with_profile(read_model(folder, torch.float32), folder).to(place, dtype)
+        if model.profile is not None and dtype not in (None, torch.float32):
+            model.profile = replace(model.profile, fingerprint=model.fingerprint())
+        return model
     if (folder / "model_index.json").exists() or (folder / "config.json").exists():
         from fewstep.adapters.diffusers import load_denoiser
 
