@@ -235,7 +235,7 @@ def recipe_of(name: str, seed: int, frames: int) -> DistillRecipe:
 def inputs_of(
     model: fewstep.Denoiser, store: fewstep.TrajectoryStore, recipe: DistillRecipe
 ) -> dict[str, Any]:
-    """Returns what a cell was made from, as JSON has it."""
+    """Returns what a cell was made from, as a JSON object."""
     made = {"teacher": model.fingerprint(), "trajectories": len(store), **asdict(recipe)}
     return json.loads(json.dumps(made))
 

@@ -22,7 +22,6 @@ from safetensors.torch import load
 
 import fewstep
 from fewstep.base.files import write_atomic, write_json, write_tensors
-from fewstep.base.progress import Silent
 from fewstep.base.runs import RunFolder
 from fewstep.base.sealing import CHECKSUM
 from fewstep.base.verifying import verify_file
@@ -38,6 +37,7 @@ from fewstep.reporting.page import Page
 from fewstep.sampling.profile import GRIDS_FORMAT, Profile
 from fewstep.sampling.recipe import SamplerRecipe
 from fewstep.trajectories import TrajectoryStore
+from stopping import Stopping
 from tiny_models import write_tiny
 from tiny_training import RECIPE, images
 
@@ -105,18 +105,6 @@ def digest(value: Any) -> str:
 
     add(value)
     return result.hexdigest()
-
-
-class Stop(Silent):
-    """Interrupts work after some ticks."""
-
-    def __init__(self, ticks: int) -> None:
-        self.left = ticks
-
-    def tick(self, amount: int = 1, note: str = "") -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
 
 
 @functools.cache
@@ -218,7 +206,7 @@ def _compared(folder: Path) -> str:
 
 def _half_compared(folder: Path) -> None:
     try:
-        _compare(folder, progress=Stop(4))
+        _compare(folder, progress=Stopping(5, error=KeyboardInterrupt))
     except KeyboardInterrupt:
         return
     raise AssertionError("it was not interrupted")
@@ -240,20 +228,9 @@ def _tune(folder: Path, progress: Any = None, seed: int = 0) -> Any:
     )
 
 
-class StopSearch(Stop):
-    """Interrupts the search itself, after its first step."""
-
-    def __init__(self) -> None:
-        super().__init__(10**9)
-
-    def stage(self, name: str, total: int | None = None, *, done: int = 0) -> None:
-        if name.startswith("search"):
-            self.left = 1
-
-
 def _half_tuned(folder: Path, seed: int = 0) -> None:
     try:
-        _tune(folder, StopSearch(), seed)
+        _tune(folder, Stopping(2, stage="search", error=KeyboardInterrupt), seed)
     except KeyboardInterrupt:
         return
     raise AssertionError("it was not interrupted")
@@ -300,7 +277,7 @@ def _distill(folder: Path, progress: Any = None) -> Any:
 def _half_distilled(folder: Path, seed: int = 0) -> None:
     _record(folder, seed)
     try:
-        _distill(folder, Stop(2))
+        _distill(folder, Stopping(3, error=KeyboardInterrupt))
     except KeyboardInterrupt:
         return
     raise AssertionError("it was not interrupted")
@@ -334,7 +311,7 @@ def _train(folder: Path, progress: Any = None, n: int = 12) -> Any:
 
 def _half_trained(folder: Path, n: int = 12) -> None:
     try:
-        _train(folder, Stop(3), n)
+        _train(folder, Stopping(4, error=KeyboardInterrupt), n)
     except KeyboardInterrupt:
         return
     raise AssertionError("it was not interrupted")

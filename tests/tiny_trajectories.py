@@ -38,7 +38,7 @@ class Batch:
 
 @dataclass
 class Memory:
-    """Reads as a store of trajectories does."""
+    """Trajectories in memory, read as those of a store are."""
 
     times: torch.Tensor
     states: torch.Tensor
@@ -73,24 +73,3 @@ def record(model, n=24, steps=8, keep=4, seed=0):
     return Memory(
         path.times[stored], path.states[stored].transpose(0, 1), {"class_labels": labels}, settings
     )
-
-
-class Stop(Exception):
-    pass
-
-
-class Steps:
-    """A progress that remembers its steps, and stops the run after one of them."""
-
-    def __init__(self, stop=None):
-        self.stop, self.step, self.seen = stop, 0, []
-
-    def stage(self, name, total=None, *, done=0):
-        assert name == "distilling"
-        self.step = done
-
-    def tick(self, amount=1, note=""):
-        self.step += amount
-        self.seen.append(self.step)
-        if self.step == self.stop:
-            raise Stop

@@ -11,6 +11,7 @@ import fewstep
 from fewstep.base.files import read_tensors
 from fewstep.cli import run
 from fewstep.models.folder import write_model
+from stopping import Stopping
 from tiny_trajectories import teacher
 
 pytest.importorskip("accelerate")
@@ -92,21 +93,10 @@ def test_a_run_is_resumed_and_nothing_is_overwritten(folders, tmp_path, capsys):
     # A run that was stopped after a checkpoint: it has the step that was done since.
     import fewstep.operators.distillation as trainer
 
-    class Stop:
-        steps = 0
-
-        def stage(self, name, total=None, *, done=0):
-            pass
-
-        def tick(self, amount=1, note=""):
-            self.steps += amount
-            if self.steps == 4:
-                raise KeyboardInterrupt
-
     recipe = trainer.DistillRecipe(steps=6, batch_size=6)
     model = fewstep.load(folders / "model")
     with pytest.raises(KeyboardInterrupt):
-        trainer.distill(model, folders / "paths", parts, recipe=recipe, checkpoint_every=3, progress=Stop())  # fmt: skip
+        trainer.distill(model, folders / "paths", parts, recipe=recipe, checkpoint_every=3, progress=Stopping(4, error=KeyboardInterrupt))  # fmt: skip
     assert distill(folders, parts) == 0
     assert "resumed at step 4" in capsys.readouterr().out
     for name in ("operator.safetensors", "operator.json", "log.jsonl"):

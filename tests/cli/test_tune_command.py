@@ -24,6 +24,7 @@ from fewstep.metrics.intervals import Estimate
 from fewstep.models import exact
 from fewstep.sampling.recipe import SamplerRecipe
 from next_lines import carry_out, proposed
+from stopping import Stopped, Stopping
 from tiny_searches import RING
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn", "few_real_samples")]
@@ -103,30 +104,13 @@ def test_interrupted_runs_end_as_whole_ones(tmp_path):
     }  # fmt: skip
     whole = fewstep.tune(RING, **arguments)
 
-    class Stop(Exception):
-        pass
-
-    class StopAt:
-        """A progress that stops the run when a stage has come to so many units."""
-
-        def __init__(self, name, units):
-            self.at, self.now = (name, units), ("", 0)
-
-        def stage(self, name, total=None, *, done=0):
-            self.now = (name, done)
-
-        def tick(self, amount=1, note=""):
-            self.now = (self.now[0], self.now[1] + amount)
-            if self.now == self.at:
-                raise Stop
-
     def tune(stop: tuple[str, int] | None):
-        progress = None if stop is None else StopAt(*stop)
+        progress = None if stop is None else Stopping(stop[1], stage=stop[0])
         return fewstep.tune(RING, **arguments, out=tmp_path / "a.json", progress=progress)
 
     one, two = "search 1 of 2", "search 2 of 2"
     for stop in (("teacher", 24 * 8), (one, 4), (two, 3), (two, 6)):
-        with pytest.raises(Stop):
+        with pytest.raises(Stopped):
             tune(stop)
         assert not (tmp_path / "a.json").exists()
     resumed = tune(None)
@@ -146,22 +130,14 @@ def test_an_interrupted_search_has_its_last_step(tmp_path):
     arguments = {"nfe": 3, "objective": "endpoint", "seed": 5, "search": TINY}
     whole = fewstep.tune(RING, **arguments)
 
-    class StopAt:
-        def __init__(self, step):
-            self.stop, self.step = step, None
-
-        def stage(self, name, total=None, *, done=0):
-            self.step = done if name == "search" else None
-
-        def tick(self, amount=1, note=""):
-            if self.step is not None:
-                self.step += amount
-                if self.step == self.stop:
-                    raise KeyboardInterrupt
-
     out, steps = tmp_path / "a.json", []
     with pytest.raises(KeyboardInterrupt):
-        fewstep.tune(RING, **arguments, out=out, progress=StopAt(1))
+        fewstep.tune(
+            RING,
+            **arguments,
+            out=out,
+            progress=Stopping(1, stage="search", error=KeyboardInterrupt),
+        )
     steps.append(step_of(tmp_path / "a.search" / STATE))
 
     def interrupted(*_):

@@ -12,7 +12,6 @@ from fewstep import metrics
 from fewstep.base import sharing
 from fewstep.base.files import read_tensors
 from fewstep.base.locks import Lock
-from fewstep.base.progress import Silent
 from fewstep.base.runs import locked
 from fewstep.comparison import compare, read_entries, read_entry
 from fewstep.comparison.entries import identity
@@ -23,6 +22,7 @@ from fewstep.metrics import Reference
 from fewstep.models.exact import smooth
 from fewstep.sampling.auto import choose
 from fewstep.sampling.sample import sampler
+from stopping import Stopping
 
 N, SEED, NFE = 24, 3, 12
 
@@ -331,25 +331,17 @@ def test_budgets_that_cannot_be_met_are_left_out_and_named(tmp_path, model):
     assert "3 or 5" in reason
 
 
-class Stop(Silent):
-    """Interrupts after so many evaluations of a batch."""
-
-    def __init__(self, after):
-        self.after, self.notes = after, []
-
-    def tick(self, amount=1, note=""):
-        self.notes.append(note)
-        self.after -= amount
-        if self.after < 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("after", [1, 20, 3 * NFE + 1, 3 * NFE + 8, 3 * (NFE + 3) + 4])
 def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path, data, after):
     whole = run(Counting(), tmp_path / "whole", data=data)
     model = Counting()
     with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "cut", data=data, progress=Stop(after))
+        run(
+            model,
+            tmp_path / "cut",
+            data=data,
+            progress=Stopping(after + 1, error=KeyboardInterrupt),
+        )
     result = run(model, tmp_path / "cut", data=data)
     assert scores(result) == scores(whole)
     assert result.reference.scores == whole.reference.scores
@@ -362,7 +354,7 @@ def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path, data, after):
 def test_what_is_there_is_not_run_again(tmp_path, data):
     model = Counting()
     first = run(model, tmp_path, data=data)
-    before, progress_seen = model.seen, Stop(1000)
+    before, progress_seen = model.seen, Stopping()
     second = run(model, tmp_path, "ddim,tab2,tab1", (3, 5), data=data, progress=progress_seen)
     assert model.seen - before == N * (3 + 5)  # tab2 alone
     assert "ddim, 3: stored" in progress_seen.notes

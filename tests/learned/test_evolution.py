@@ -8,6 +8,7 @@ import torch
 import fewstep
 from fewstep.learned.evolution import Evolution, check_evolution
 from fewstep.learned.tuning import tune
+from stopping import Stopped, Stopping
 from tiny_searches import RING, VP
 
 pytest.importorskip("cmaes")
@@ -74,26 +75,10 @@ def test_an_interrupted_search_ends_as_a_whole_one(tmp_path):
     arguments["search"] = {**SEARCH, "steps": 4, "evaluate_every": 2}
     whole = tune(RING, **arguments)
 
-    class Stop(Exception):
-        pass
-
-    class StopAt:
-        """Stops after the third and the seventh generation."""
-
-        def __init__(self, at):
-            self.at, self.done, self.searching = at, 0, False
-
-        def stage(self, name, total=None, *, done=0):
-            self.searching = name.startswith("search")
-
-        def tick(self, amount=1, note=""):
-            self.done += self.searching
-            if self.done == self.at:
-                raise Stop
-
-    for at in (3, 3):
-        with pytest.raises(Stop):
-            tune(RING, **arguments, out=tmp_path / "a.json", progress=StopAt(at))
+    # In the third and in the seventh generation.
+    for stage in ("search 1 of 2", "search 2 of 2"):
+        with pytest.raises(Stopped):
+            tune(RING, **arguments, out=tmp_path / "a.json", progress=Stopping(3, stage=stage))
     again = tune(RING, **arguments, out=tmp_path / "a.json")
     assert again.history == whole.history
     assert torch.equal(again.plan.values, whole.plan.values)

@@ -49,6 +49,7 @@ from fewstep.metrics.real import order
 from fewstep.plans.execute import execute
 from fewstep.sampling.request import SamplerRequest
 from forks import FORKS, Fork
+from stopping import Stopped, Stopping
 from tiny_searches import RING, VP, base_of
 
 WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -744,24 +745,8 @@ def test_a_search_with_a_discriminator_resumes_to_the_same_bits(objective, tmp_p
     )  # fmt: skip
     whole = tune(RING, **arguments)
 
-    class Stop(Exception):
-        pass
-
-    class StopAt:
-        """Stops after the fourth step of the search."""
-
-        searching, done = False, 0
-
-        def stage(self, name, total=None, *, done=0):
-            self.searching = name.startswith("search")
-
-        def tick(self, amount=1, note=""):
-            self.done += self.searching
-            if self.done == 4:
-                raise Stop
-
-    with pytest.raises(Stop):
-        tune(RING, **arguments, out=tmp_path / "a.json", progress=StopAt())
+    with pytest.raises(Stopped):
+        tune(RING, **arguments, out=tmp_path / "a.json", progress=Stopping(4, stage="search"))
     again = tune(RING, **arguments, out=tmp_path / "a.json")
     assert again.history == whole.history
     assert torch.equal(again.plan.values, whole.plan.values)

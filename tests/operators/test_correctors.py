@@ -14,9 +14,10 @@ from fewstep.operators import DistillRecipe
 from fewstep.operators.correctors import CORRECTORS, Corrector, Denoised, Draws, ScoreDifference
 from fewstep.operators.distillation import distill
 from fewstep.operators.losses import L2, mean_slope
-from fewstep.operators.objectives import FlowMapObjective
+from fewstep.operators.objectives import FlowMapObjective, Rows
 from fewstep.operators.students import make_student
-from tiny_trajectories import Memory, Steps, Stop, teacher
+from stopping import Stopped, Stopping
+from tiny_trajectories import Memory, teacher
 
 SHORT = {
     "mode": "flow-map", "steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup": 2, "heldout": 2,
@@ -48,8 +49,10 @@ def log_of(folder):
 def test_a_run_is_resumed_bit_for_bit(change, model, store, tmp_path):
     settings = {**SHORT, **change}
     distill(model, store, tmp_path / "whole", **settings)
-    with pytest.raises(Stop):
-        distill(model, store, tmp_path / "parts", progress=Steps(stop=5), **settings)
+    with pytest.raises(Stopped):
+        distill(
+            model, store, tmp_path / "parts", progress=Stopping(5, stage="distilling"), **settings
+        )
     distill(model, store, tmp_path / "parts", **settings)
     for name in ("operator.safetensors", "checkpoint.safetensors", "log.jsonl"):
         one, two = ((tmp_path / part / name).read_bytes() for part in ("whole", "parts"))
@@ -133,17 +136,16 @@ def test_what_is_drawn_for_a_row_depends_on_its_place_alone(model, store):
     corrector = ScoreDifference.build(model, student, {"class_labels": torch.tensor([0])})
     objective = FlowMapObjective(student, recipe, L2(), [1, 2, 3, 4], corrector)
     cond = {"class_labels": store.conditions["class_labels"][:8]}
-    whole, log = objective.losses(
-        student, store.states[:8].float(), cond, 3, places=range(8), total=8
-    )
+    given = Rows(store.states[:8].float(), cond, 3, range(8), 8)
+    whole, log = objective.losses(student, given)
     parts = [
         objective.losses(
             student,
-            store.states[rows].float(),
-            {"class_labels": cond["class_labels"][rows]},
-            3,
-            places=range(8)[rows],
-            total=8,
+            given._replace(
+                states=given.states[rows],
+                cond={"class_labels": cond["class_labels"][rows]},
+                places=range(8)[rows],
+            ),
         )
         for rows in (slice(0, 4), slice(4, 8))
     ]
@@ -178,7 +180,7 @@ def test_own_states_and_consistency_by_hand(option, model, store):
     recipe = DistillRecipe(mode="flow-map", **{option: 1.0})
     objective = FlowMapObjective(student, recipe, L2(), [1, 2, 3, 4])
     cond = {"class_labels": store.conditions["class_labels"][:count]}
-    loss, _ = objective.losses(student, states, cond, 0, places=range(count), total=count)
+    loss, _ = objective.losses(student, Rows(states, cond, 0, range(count), count))
     between = draws(count).uniform("knot between").tolist()
     alpha, sigma = model.schedule.scales(store.times)
     total, changed = 0.0, 0

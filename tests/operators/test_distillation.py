@@ -17,7 +17,8 @@ from fewstep.operators import DistillRecipe, flops, loss_weights
 from fewstep.operators.distillation import distill
 from fewstep.operators.losses import L1, LOSSES, FeatureLoss, Loss, ModelFeatures, loss_of
 from fewstep.operators.students import STUDENTS, Student, make_student, select_frames
-from tiny_trajectories import Memory, Steps, Stop, record, teacher
+from stopping import Stopped, Stopping
+from tiny_trajectories import Memory, record, teacher
 
 pytest.importorskip("accelerate")
 
@@ -124,11 +125,13 @@ def test_learns(mode, model, store, tmp_path):
 def test_a_run_is_resumed_bit_for_bit(change, model, store, tmp_path):
     settings = {**SHORT, **change, "checkpoint_every": 2}
     distill(model, store, tmp_path / "whole", **settings)
-    with pytest.raises(Stop):
-        distill(model, store, tmp_path / "parts", progress=Steps(stop=5), **settings)
-    steps = Steps()
+    with pytest.raises(Stopped):
+        distill(
+            model, store, tmp_path / "parts", progress=Stopping(5, stage="distilling"), **settings
+        )
+    steps = Stopping(stage="distilling")
     distill(model, store, tmp_path / "parts", progress=steps, **settings)
-    assert steps.seen == [5, 6]
+    assert steps.steps == [5, 6]
     for name in ("operator.safetensors", "checkpoint.safetensors"):
         one, two = (read_tensors(tmp_path / part / name) for part in ("whole", "parts"))
         assert set(one) == set(two)
@@ -462,8 +465,15 @@ def test_settings_that_are_refused(change, message, model, store, tmp_path):
 
 
 def test_another_recipe_in_the_folder_is_refused(model, store, tmp_path):
-    with pytest.raises(Stop):
-        distill(model, store, tmp_path, checkpoint_every=1, progress=Steps(stop=3), **SHORT)
+    with pytest.raises(Stopped):
+        distill(
+            model,
+            store,
+            tmp_path,
+            checkpoint_every=1,
+            progress=Stopping(3, stage="distilling"),
+            **SHORT,
+        )
     for change in ({"learning_rate": 1e-4}, {"seed": 1}, {"mode": "folded"}):
         with pytest.raises(ValueError, match=r"a run of another recipe, at step [23]"):
             distill(model, store, tmp_path, **{**SHORT, **change})
@@ -483,8 +493,15 @@ def test_the_record_has_the_identity_of_teacher_store_and_extractor(model, store
 
 
 def test_a_run_is_not_resumed_with_another_teacher_or_store(model, store, tmp_path):
-    with pytest.raises(Stop):
-        distill(model, store, tmp_path, checkpoint_every=1, progress=Steps(stop=3), **SHORT)
+    with pytest.raises(Stopped):
+        distill(
+            model,
+            store,
+            tmp_path,
+            checkpoint_every=1,
+            progress=Stopping(3, stage="distilling"),
+            **SHORT,
+        )
     settings = store.settings | {"seed": 1}
     other = Memory(store.times, store.states, store.conditions, settings)
     with pytest.raises(ValueError, match=r"other inputs \(another trajectories\), at step [23]"):

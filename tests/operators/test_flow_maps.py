@@ -18,7 +18,8 @@ from fewstep.operators.losses import L2, mean_slope
 from fewstep.operators.objectives import FlowMapObjective
 from fewstep.operators.second_time import SecondTime
 from fewstep.operators.students import make_student
-from tiny_trajectories import Steps, Stop, teacher
+from stopping import Stopped, Stopping
+from tiny_trajectories import teacher
 
 LABELS = {"class_labels": torch.tensor([0, 1, 2])}
 
@@ -171,8 +172,10 @@ def test_learns_and_is_resumed_bit_for_bit(model, store, tmp_path):
         json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     ]
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
-    with pytest.raises(Stop):
-        distill(model, store, tmp_path / "parts", progress=Steps(stop=13), **settings)
+    with pytest.raises(Stopped):
+        distill(
+            model, store, tmp_path / "parts", progress=Stopping(13, stage="distilling"), **settings
+        )
     distill(model, store, tmp_path / "parts", **settings)
     for name in ("operator.safetensors", "checkpoint.safetensors"):
         one, two = (read_tensors(tmp_path / part / name) for part in ("whole", "parts"))

@@ -27,31 +27,11 @@ from fewstep.training.batches import Batches
 from fewstep.training.data import ImageData, read_images
 from fewstep.training.recipe import TrainRecipe, default_recipe, with_schedule
 from fewstep.training.train import build_network, export_checkpoint, train
+from stopping import Stopped, Stopping
 from tiny_training import RECIPE, images
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 EDM = {"schedule": {"name": "edm"}, "prediction": "x0", "preconditioning": "edm"}
-
-
-class Stop(Exception):
-    pass
-
-
-class Follow:
-    """Records the steps; raises after one, like an interruption."""
-
-    def __init__(self, stop=None):
-        self.stop, self.steps, self.notes = stop, [], []
-
-    def stage(self, name, total=None, *, done=0):
-        self.step = done
-
-    def tick(self, amount=1, note=""):
-        self.step += amount
-        self.steps.append(self.step)
-        self.notes.append(note)
-        if self.step == self.stop:
-            raise Stop
 
 
 def same_tensors(one, two):
@@ -60,8 +40,8 @@ def same_tensors(one, two):
 
 
 def interrupted(data, folder, recipe, after):
-    with pytest.raises(Stop):
-        train(data, folder, recipe, checkpoint_every=2, progress=Follow(after))
+    with pytest.raises(Stopped):
+        train(data, folder, recipe, checkpoint_every=2, progress=Stopping(after, stage="training"))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +57,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path, change):
     data, recipe = images(), replace(RECIPE, **change)
     whole = train(data, tmp_path / "whole", recipe, checkpoint_every=2)
     interrupted(data, tmp_path / "parts", recipe, 3)
-    follow = Follow()
+    follow = Stopping(stage="training")
     parts = train(data, tmp_path / "parts", recipe, checkpoint_every=2, progress=follow)
     assert follow.steps == [3, 4, 5, 6]
     for name in ("model.safetensors", "checkpoint.safetensors"):
@@ -336,7 +316,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
 def test_learns_a_trivial_data_set(tmp_path):
     """One grey image: v is known from x alone, so the loss must fall well below its start."""
     data = ImageData(torch.full((8, 1, 8, 8), 200, dtype=torch.uint8))
-    follow = Follow()
+    follow = Stopping(stage="training")
     recipe = replace(RECIPE, steps=80, batch_size=8, learning_rate=5e-3, warmup=5, ema=0.9)
     train(data, tmp_path, recipe, progress=follow)
     losses = [float(note.removeprefix("loss ")) for note in follow.notes]
@@ -401,7 +381,7 @@ def test_recipe_and_data_must_fit(tmp_path, network, classes, reason):
 
 def test_a_cycle_makes_a_finished_run_longer(tmp_path):
     train(images(), tmp_path / "model", RECIPE)
-    longer, follow = replace(RECIPE, steps=10, cycles=[6]), Follow()
+    longer, follow = replace(RECIPE, steps=10, cycles=[6]), Stopping(stage="training")
     train(images(), tmp_path / "model", longer, progress=follow)
     assert follow.steps == [7, 8, 9, 10]
     # Another place of the first cycle's end would change the steps that are done.
@@ -493,7 +473,7 @@ def test_a_second_signal_does_not_stop_the_last_checkpoint(tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
             write(*names)
 
-        class Stopped(Follow):
+        class Disturbed(Stopping):
             def tick(self, amount=1, note=""):
                 super().tick(amount, note)
                 if len(self.steps) == 3:
@@ -501,11 +481,17 @@ def test_a_second_signal_does_not_stop_the_last_checkpoint(tmp_path, monkeypatch
                     raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            train(images(), tmp_path, RECIPE, checkpoint_every=100, progress=Stopped())
+            train(
+                images(),
+                tmp_path,
+                RECIPE,
+                checkpoint_every=100,
+                progress=Disturbed(stage="training"),
+            )
     finally:
         signal.signal(signal.SIGTERM, before)
     monkeypatch.undo()
     assert read_json(tmp_path / "checkpoint.json")["step"] == 3
-    follow = Follow()
+    follow = Stopping(stage="training")
     train(images(), tmp_path, RECIPE, progress=follow)
     assert follow.steps == [4, 5, 6]

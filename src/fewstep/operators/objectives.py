@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,24 @@ from fewstep.operators.losses import Distance, loss_weights, mean_slope
 from fewstep.operators.operator import Operator, TrajectoryOperator
 from fewstep.operators.students import DistillRecipe
 from fewstep.training.checkpoints import generator
+
+
+class Rows(NamedTuple):
+    r"""Rows of a forward pass in training.
+
+    Attributes:
+        states: The recorded states, (B, 1 + S, \*), the input's first.
+        cond: The conditions.
+        part: The number of the forward pass, from which its draws follow.
+        places: The places of these rows in the batch of all processes.
+        total: The rows of that batch.
+    """
+
+    states: Tensor
+    cond: Mapping[str, Any]
+    part: int
+    places: Sequence[int]
+    total: int
 
 
 class Objective(ABC):
@@ -38,27 +56,14 @@ class Objective(ABC):
         return self.frames
 
     @abstractmethod
-    def losses(
-        self,
-        call: Any,
-        states: Tensor,
-        cond: Mapping[str, Any],
-        part: int,
-        *,
-        places: Sequence[int],
-        total: int,
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, call: Any, rows: Rows) -> tuple[Tensor, Tensor]:
         r"""Returns the mean loss of rows of a forward pass, and the losses for the log, (columns).
 
         What is drawn for a row depends on its place alone, not on the other rows of the call.
 
         Arguments:
             call: The student, as prepared for its devices.
-            states: The recorded states, (B, 1 + S, \*), the input's first.
-            cond: The conditions.
-            part: The number of the forward pass, from which its draws follow.
-            places: The places of these rows in the batch of all processes.
-            total: The rows of that batch.
+            rows: The rows.
         """
 
     @abstractmethod
@@ -125,21 +130,12 @@ class FrameObjective(Objective):
         between = torch.randperm(most, generator=draw)[: count - 1] + 1
         return [*sorted(between.tolist()), self.frames[-1]]
 
-    def losses(
-        self,
-        call: Any,
-        states: Tensor,
-        cond: Mapping[str, Any],
-        part: int,
-        *,
-        places: Sequence[int],
-        total: int,
-    ) -> tuple[Tensor, Tensor]:
-        del places, total  # all rows have the same frames
-        frames = self.drawn(part)
+    def losses(self, call: Any, rows: Rows) -> tuple[Tensor, Tensor]:
+        frames = self.drawn(rows.part)
         if self.counts is not None:
             self.student.set_times([self.stored[i] for i in frames])
-        each = distances(self.distance, call(states[:, 0], **cond), states[:, 1:])
+        outputs = call(rows.states[:, 0], **rows.cond)
+        each = distances(self.distance, outputs, rows.states[:, 1:])
         weights = self.weights(frames).to(each.device)
         loss = (weights * each).mean()
         if self.counts is None:
@@ -231,24 +227,16 @@ class FlowMapObjective(Objective):
         steps = self.steps(count, part)
         return torch.tensor([way[-1] for way, _ in steps]), torch.tensor([s for _, s in steps])
 
-    def losses(
-        self,
-        call: Any,
-        states: Tensor,
-        cond: Mapping[str, Any],
-        part: int,
-        *,
-        places: Sequence[int],
-        total: int,
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, call: Any, rows: Rows) -> tuple[Tensor, Tensor]:
+        states, cond, part, places, total = rows
         recipe, device = self.recipe, states.device
         drawn = self.steps(total, part)
         steps = [drawn[place] for place in places]
         draws = Draws(recipe.seed, part, total, places, device)
-        rows = torch.arange(len(states), device=device)
+        each = torch.arange(len(states), device=device)
         start = torch.tensor([way[-1] for way, _ in steps], device=device)
         end = torch.tensor([second for _, second in steps], device=device)
-        x, later = states[rows, start], states[rows, end]
+        x, later = states[each, start], states[each, end]
         if recipe.own_states:
             ways = [way for way, _ in steps]
             chosen = (draws.uniform("own states") < recipe.own_states) & (start > 0)

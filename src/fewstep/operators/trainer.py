@@ -32,7 +32,7 @@ from fewstep.operators.folder import read_operator, write_operator
 from fewstep.operators.log import LossLog
 from fewstep.operators.losses import Distance
 from fewstep.operators.model import OperatorModel
-from fewstep.operators.objectives import objective_of
+from fewstep.operators.objectives import Rows, objective_of
 from fewstep.operators.operator import Operator
 from fewstep.operators.students import DistillRecipe, make_student, select_frames
 from fewstep.training.checkpoints import (
@@ -331,9 +331,8 @@ class Trainer:
                 own = cond if len(slices) == 1 else select(cond, range(rows.start, rows.stop))
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(call):
                     with self._autocast():
-                        loss, each = self.objective.losses(
-                            call, states[rows], own, part, places=places[rows], total=len(whole)
-                        )
+                        given = Rows(states[rows], own, part, places[rows], len(whole))
+                        loss, each = self.objective.losses(call, given)
                     self.accelerator.backward(loss * share / accumulate)
                 total += torch.cat([loss.detach()[None], each]) * share / accumulate
         return total
