@@ -144,3 +144,13 @@ def test_an_exact_model_refuses_conditions_that_it_would_ignore() -> None:
     for model in (fewstep.load("mixture-smooth"), points):
         with pytest.raises(ValueError, match="takes no conditions, got class_labels; leave"):
             fewstep.sample(model, 2, nfe=3, class_labels=[0, 1])
+
+
+@pytest.mark.parametrize("t", [math.nan, -0.5, 0.0, 1.5])
+def test_times_of_densities_and_draws_are_checked(t):
+    model = smooth(fewstep.schedule("vp-linear"))
+    for wrong in (lambda: model.log_prob(torch.zeros(1, 2), t), lambda: model.draw(3, t=t)):
+        with pytest.raises(
+            ValueError, match="t must be a time of 'vp-linear', above 0 and at most 1"
+        ):
+            wrong()

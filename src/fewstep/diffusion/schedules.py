@@ -124,12 +124,12 @@ class NoiseSchedule(ABC):
 
     @final
     def check_times(self, t: Tensor, *, converted: bool = False) -> None:
-        """Raises unless a network can be evaluated at these times, which may be below ``t_min``.
+        r"""Raises unless a network can be evaluated at these times, which may be below ``t_min``.
 
         Arguments:
-            t: The times. Continuous ones may be beyond the largest one by rounding.
-            converted: Whether a prediction of noise is converted, which needs some data in the state: the largest
-                time is then ``t_max``.
+            t: The times. Continuous ones may be beyond ``t_max`` by the rounding of half precision.
+            converted: Whether a prediction of noise is converted, which divides by :math:`\alpha`: the time
+                ``t_limit``, where that is 0, is then excluded.
 
         Raises:
             ValueError: If one is NaN, not above the label ``t_zero``, negative, or beyond the largest one.
@@ -137,16 +137,18 @@ class NoiseSchedule(ABC):
         if not t.numel():
             return
         low, high = (float(end) for end in t.detach().aminmax())
-        top = self.t_max if self.t_limit is None or converted else self.t_limit
-        # The rounding of half precision, and of single where data leave the state just beyond.
-        slack = 0.0 if self.discrete else (4e-3 if self.t_limit is None else 1e-6) * top
-        if low >= 0 and low > self.t_zero and high <= top + slack:
+        top, slack = self.t_limit, 0.0
+        if top is None:
+            top, slack = self.t_max, 0.0 if self.discrete else 4e-3 * self.t_max
+        below = converted and self.t_limit is not None
+        starts, ends = low >= 0 and low > self.t_zero, high <= top + slack
+        if starts and ends and not (below and high == top):
             return
-        wrong = high if low >= 0 and low > self.t_zero else low
         start = "above 0" if self.t_zero == 0 else "from 0"
+        end = f"below {top:g}" if below else f"at most {top:g}"
         hint = "; it is an index of the table" if self.discrete else ""
         raise ValueError(
-            f"t must be a time of {self.name!r}, {start} and at most {top:g}, got {wrong:g}{hint}"
+            f"t must be a time of {self.name!r}, {start} and {end}, got {high if starts else low:g}{hint}"
         )
 
     @final

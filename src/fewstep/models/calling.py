@@ -7,7 +7,6 @@ precision, on another device, and may have been left in training mode. This modu
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import logging
 import sys
@@ -129,27 +128,38 @@ def _referred(value: Any, names: frozenset[str]) -> Iterator[tuple[Any, frozense
 
 def _attributes(value: Any, names: frozenset[str]) -> Iterator[tuple[Any, frozenset[str]]]:
     """Yields the attributes of an object or a class that code uses, and the functions of its class."""
-    kind = value if isinstance(value, type) else type(value)
-    own = {} if kind is value else getattr(value, "__dict__", {})
-    call = inspect.getattr_static(kind, "__call__", None)
-    if kind is not value and isinstance(call, types.FunctionType):
+    is_class = isinstance(value, type)
+    own = {} if is_class else getattr(value, "__dict__", {})
+    shared = _class_attributes(value if is_class else type(value))
+    call = shared.get("__call__")
+    if isinstance(call, types.FunctionType) and not is_class:
         names |= _names(call)
         yield call, names
         yield from ((part, names) for part in own.values())  # by whatever name it uses them
-    for name in sorted(names | {"__wrapped__"}):  # of what functools caches
-        if name in own:
-            yield own[name], names
-            continue
-        part = inspect.getattr_static(kind, name, None)
+    used = names | {"__wrapped__"}  # of what functools caches
+    for name in sorted(used & own.keys()):
+        yield own[name], names
+    for name in sorted((used & shared.keys()) - own.keys()):
+        part = shared[name]
         part = part.fget if isinstance(part, property) else getattr(part, "__func__", part)
-        yield (
-            types.MethodType(part, value) if isinstance(part, types.FunctionType) else part,
-            names,
-        )
+        if isinstance(part, types.FunctionType):
+            yield types.MethodType(part, value), names
+        else:
+            yield part, names
 
 
-def _is_of_library(function: Any) -> bool:
-    return (getattr(function, "__module__", None) or "").partition(".")[0] in LIBRARIES
+@functools.lru_cache(maxsize=256)
+def _class_attributes(kind: type) -> dict[str, Any]:
+    """Returns the attributes of a class and of those that it derives from, unbound; none of a library's."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if not _is_of_library(base):
+            found.update(vars(base))
+    return found
+
+
+def _is_of_library(thing: Any) -> bool:
+    return (getattr(thing, "__module__", None) or "").partition(".")[0] in LIBRARIES
 
 
 def _names(function: Any) -> frozenset[str]:

@@ -81,7 +81,7 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        r"""Returns the native prediction, (B, \*), at a state (B, \*) and times (B)."""
+        r"""Returns the native prediction, (B, \*), at a state (B, \*) and times (B), which are not checked."""
 
     @final
     def forward(
@@ -205,6 +205,8 @@ class Denoiser(nn.Module, ABC):
         with a learned variance, which is dropped. The state is cast to the type of a module's weights
         and the output back to the state's. A module in training mode is in evaluation mode during
         each evaluation, and in training mode afterwards (unless the denoiser is trained: ``.train()``).
+        So are modules that a function or a method refers to, also through objects and lists; one that is
+        created or looked up in an evaluation is not seen, and must be in evaluation mode by itself.
 
         Arguments:
             network: ``network(x, t, **cond)`` with x (B, \*) and t (B), a module or a function.

@@ -103,12 +103,22 @@ class GaussianMixture(Denoiser):
         return sigma * (share[:, :, None] * offset).sum(1)
 
     def log_prob(self, x: Tensor, t: Tensor | float) -> Tensor:
-        r"""Returns :math:`\log p_t(x)` in nats, with shape (B)."""
-        times = torch.as_tensor(t, dtype=torch.float64).expand(x.shape[0])
+        r"""Returns :math:`\log p_t(x)` in nats, with shape (B).
+
+        Raises:
+            ValueError: If a time is NaN or outside of the schedule.
+        """
+        times = torch.as_tensor(t, dtype=torch.float64)
+        self.schedule.check_times(times)
+        times = times.expand(x.shape[0])
         return self._parts(x, times)[3].logsumexp(-1) - x.shape[-1] / 2 * math.log(2 * math.pi)
 
     def draw(self, n: int, *, t: float | None = None, seed: int = 0) -> Tensor:
-        """Returns n draws of the data, or of the noised data at time t, (n, D), float64."""
+        """Returns n draws of the data, or of the noised data at time t, (n, D), float64.
+
+        Raises:
+            ValueError: If the time is NaN or outside of the schedule.
+        """
         generator = generator_at(seed, n)
         index = torch.multinomial(self.weights.cpu(), n, replacement=True, generator=generator)
         z = torch.randn((n, self.means.shape[1]), generator=generator, dtype=torch.float64)
@@ -116,6 +126,7 @@ class GaussianMixture(Denoiser):
         if t is None:
             return x0
         time = torch.tensor(t, dtype=torch.float64)
+        self.schedule.check_times(time)
         noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
         return self.schedule.alpha(time) * x0 + self.schedule.sigma(time) * noise
 
