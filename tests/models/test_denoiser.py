@@ -370,7 +370,8 @@ def test_times_outside_of_the_schedule_are_refused_before_an_evaluation(name):
                 model(x, t, prediction="x0")
     assert not evaluations
     below = schedule.t_min if schedule.discrete else schedule.t_min / 2
-    for right in (schedule.t_min, schedule.t_max, below):
+    rounded = schedule.t_max + 1e-9 if schedule.discrete else schedule.t_max
+    for right in (schedule.t_min, schedule.t_max, below, below - 1e-9, rounded):
         for t in (right, torch.tensor(right), torch.full((2,), right), torch.full((1,), right)):
             assert model(x, t).isfinite().all()
 

@@ -127,7 +127,8 @@ class NoiseSchedule(ABC):
         r"""Raises unless a network can be evaluated at these times, which may be below ``t_min``.
 
         Arguments:
-            t: The times. Continuous ones may be beyond ``t_max`` by the rounding of half precision.
+            t: The times. Continuous ones may be beyond ``t_max`` by the rounding of half precision, timesteps outside
+                of the table by a thousandth.
             converted: Whether a prediction of noise is converted, which divides by :math:`\alpha`: the time
                 ``t_limit``, where that is 0, is then excluded.
 
@@ -139,9 +140,10 @@ class NoiseSchedule(ABC):
         low, high = (float(end) for end in t.detach().aminmax())
         top, slack = self.t_limit, 0.0
         if top is None:
-            top, slack = self.t_max, 0.0 if self.discrete else 4e-3 * self.t_max
+            top, slack = self.t_max, 1e-3 if self.discrete else 4e-3 * self.t_max
         below = converted and self.t_limit is not None
-        starts, ends = low >= 0 and low > self.t_zero, high <= top + slack
+        lowest = -slack if self.discrete else 0.0
+        starts, ends = low >= lowest and low > self.t_zero, high <= top + slack
         if starts and ends and not (below and high == top):
             return
         start = "above 0" if self.t_zero == 0 else "from 0"
