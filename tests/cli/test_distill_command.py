@@ -47,7 +47,7 @@ def test_distill_and_sample(folders, tmp_path, capsys):
     assert distill(folders, out, "--lambda-max", "20", "--seed", "5") == 0
     command = capsys.readouterr().out
     assert "40 trajectories; dsno, 6 steps on cpu" in command
-    assert f"next: fewstep sample {out} --class-labels all --out {out}-samples" in command
+    assert f"next: fewstep sample {out} --class-labels all --seed 1 --out {out}-samples" in command
     about = json.loads((out / "operator.json").read_text())
     recipe = about["training"]["recipe"]
     assert (recipe["lambda_max"], recipe["seed"], recipe["mode"]) == (20.0, 5, "dsno")
@@ -172,12 +172,28 @@ def test_a_flow_map_and_a_solver_from_one_of_its_knots(folders, tmp_path, capsys
         str(tmp_path / "on"),
     ]
     assert run([*from_frame, *whole]) == 0
-    assert f"--from-frame 1 --teacher {teacher}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"--from-frame 1 --teacher {teacher}" in said
+    assert "2 of these 2 samples are from noises that the operator was trained on" in said
     continued = fewstep.operators.continued(model, fewstep.load(teacher), 1, solver="ddim")
     expected = fewstep.sample(continued, 2, nfe=3, class_labels=1)
     torch.testing.assert_close(drawn(tmp_path / "on"), expected)
     about = json.loads((tmp_path / "on" / "recipe.json").read_text())["about"]
     assert (about["from_frame"], about["teacher"]) == (1, str(teacher))
+    # Its recipe has the solver, which nothing else says.
+    recipe = ["--recipe", str(tmp_path / "on" / "recipe.json"), "--out", str(tmp_path / "again")]
+    assert run([*from_frame, "--teacher", str(teacher), *recipe]) == 0
+    torch.testing.assert_close(drawn(tmp_path / "again"), expected)
+    for more, message in (
+        ((), "goes on with a solver from frame 1 of the operator; give the frame and"),
+        (
+            ("--from-frame", "1", "--teacher", str(teacher), "--solver", "unipc2"),
+            "this sampler has solver 'unipc2', not 'ddim'",
+        ),
+    ):
+        capsys.readouterr()
+        assert run([*sample, *more, *recipe[:3], str(tmp_path / "other")]) == 2
+        assert message in capsys.readouterr().err
     assert run([*from_frame, "--out", str(tmp_path / "off")]) != 0
     assert "--from-frame and --teacher belong together" in capsys.readouterr().err
     alone = ["sample", str(teacher), "--from-frame", "1", "--teacher", str(teacher)]

@@ -18,7 +18,7 @@ from fewstep.learned.real_data import real_data
 from fewstep.learned.search import Searcher
 from fewstep.learned.search_state import STATE
 from fewstep.learned.teachers import Source
-from fewstep.learned.verdict import DISTANCE, TRAINED, Score
+from fewstep.learned.verdict import DISTANCE, SELECTED, TRAINED, UNSEEN, Score
 from fewstep.metrics import Features, Reference
 from fewstep.metrics.intervals import Estimate
 from fewstep.models import exact
@@ -170,6 +170,37 @@ def test_a_search_knows_its_features_and_its_start(tmp_path):
         search("2")
     with pytest.raises(ValueError, match=r"another search \(another base\)"):
         search("1", solver="tab3", options={"lower_final": True})
+
+
+@pytest.mark.parametrize("name", ["reward", "distance", "kernel", "features"])
+def test_a_search_knows_callables_by_what_they_do(name, monkeypatch):
+    """Two functions without names of their own are not the same search."""
+
+    def inputs(scale):
+        kinds = {
+            "reward": ("reward", lambda x: -scale * x.square().sum(1)),
+            "distance": ("endpoint", lambda a, b: scale * (a - b).square().sum(1)),
+            "kernel": ("mmd", lambda a, b: (scale * a @ b.T + 1) ** 2),
+            "features": ("perceptual", lambda x: scale * x),
+        }
+        objective, given = kinds[name]
+        own = {"features": given} if name == "features" else {"search": {**TINY, name: given}}
+        kept = []
+        search = {"search": TINY} | own
+
+        def keep(problem, folder, progress):
+            kept.append(problem.inputs())
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(problem.Problem, "solve", keep)
+        model, data = exact.smooth(RING.schedule), DATA if name == "kernel" else None
+        with pytest.raises(KeyboardInterrupt):
+            fewstep.tune(model, nfe=2, objective=objective, data=data, **search)
+        return kept[0]
+
+    assert inputs(1.0) == inputs(1.0)
+    one, two = inputs(1.0), inputs(2.0)
+    assert {key for key in one if one[key] != two[key]} == {name}
 
 
 def test_checkpoints_of_another_search_are_refused(tmp_path):
@@ -399,6 +430,32 @@ def test_a_tuned_sampler_runs_as_a_scheduler_of_diffusers(tmp_path, family):
     torch.testing.assert_close(state, wanted, rtol=0, atol=1e-4)
 
 
+def test_features_that_were_trained_on_or_selected_with_are_not_unseen():
+    """Without data the distance to the teacher in the features of the loss; with data those that choose the share."""
+    network = nn.Conv2d(1, 1, 3, padding=1)
+    model = fewstep.Denoiser.wrap(
+        lambda x, t: network(x), schedule=fewstep.schedule("vp-linear"), prediction="v", event_shape=(1, 8, 8)
+    )  # fmt: skip
+    data = torch.randn((80, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    search = {**TINY, "steps": 1}
+
+    def roles(**options):
+        scores = fewstep.tune(model, nfe=2, search=search, **options).scores["after"]
+        return {
+            name: s["role"]
+            for name, s in scores.items()
+            if s["kind"] == DISTANCE and "MMD2" in name
+        }
+
+    unseen = {"MMD2 (random-2, unseen)": UNSEEN, "MMD2 (wavelets, unseen)": UNSEEN}
+    trained = {"MMD2 (random-1, trained on)": TRAINED}
+    selected = {"MMD2 (random-0, selected with)": SELECTED}
+    assert roles(objective="perceptual") == trained | selected | unseen
+    assert roles(objective="endpoint") == selected | unseen
+    both = {"MMD2 (random-1, selected with)": SELECTED, **selected}
+    assert roles(objective="endpoint", data=data) == both | unseen
+
+
 COMMAND = ["tune", "mixture-smooth", "--nfe", "3", "--objective", "endpoint", "--steps", "4"]
 COMMAND += ["--setting", "pairs=20", "--setting", "heldout=30", "--setting", "test=30"]
 
@@ -480,3 +537,20 @@ def test_embedded_data_are_judged_in_features_that_the_loss_does_not_use(feature
     assert not set(real.selection.tolist()) & set(real.final.tolist())
     assert real.samples is not None
     assert real.samples.shape == (1000, 1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--steps=4", "steps"), ("--optimizer=adam", "optimizer")]
+)
+def test_a_setting_that_is_given_twice_is_refused(option, name, tmp_path, command):
+    value = option.partition("=")[2]
+    given = [
+        "tune",
+        "mixture-smooth",
+        option,
+        "--setting",
+        f"{name}={value}",
+        "--out",
+        str(tmp_path / "a.json"),
+    ]
+    assert f"{name} is given twice, as --{name} and as --setting {name}" in command(*given, code=2)

@@ -167,7 +167,7 @@ class Operator(Counted):
 
 
 class Once:
-    nfe, budgets, options = 1, (1,), {}
+    nfe, budgets, options, fixed = 1, (1,), {}, {}
 
     def __init__(self, denoiser):
         self.denoiser = denoiser

@@ -108,7 +108,7 @@ def distill(
     from fewstep.operators.distillation import distill as run
     from fewstep.operators.students import DistillRecipe
     from fewstep.trajectories import TrajectoryStore
-    from fewstep.workflows.pictures import PICTURE, picture_of
+    from fewstep.workflows.pictures import PICTURE, SHOWN, picture_of
 
     positive("--checkpoint-every", checkpoint_every)
     device = check_device(device)
@@ -155,6 +155,7 @@ def distill(
     first = team.first
     report = say if first else lambda _: None
     report(f"{len(store)} trajectories; {settings.mode}, {settings.steps} steps on {device}")
+    unused = store.manifest.seed + 1  # noises of the trajectories show what was trained on
     with keeping(lambda: saved_step(out)), progress_of(follows()) as progress:
         student = run(
             teacher,
@@ -168,11 +169,13 @@ def distill(
             progress=Resumed(progress, report),
         )
     if first:
-        classes, own = _classes(student), student.built_in_sampler()
+        own = student.built_in_sampler()
         sampler = own.configured(own.budgets[-1])  # the best picture
         cost = f"{sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"
         title = f"{settings.mode} after {settings.steps} steps · {cost}"
-        picture = picture_of(sampler, classes=classes, seed=settings.seed, title=title)
+        rows = [i % len(store) for i in range(SHOWN)]
+        conditions = store.read(rows, frames=[0]).conditions
+        picture = picture_of(sampler, conditions=conditions, seed=unused, title=title)
         write_atomic(out / PICTURE, picture)
     own, added = student.operator.overhead()
     rms = student.about["training"]["heldout_rms"]
@@ -180,7 +183,9 @@ def distill(
     report(f"{own + added:,} parameters{more}; RMS to the teacher, held out: {rms:.4f}")
     report(f"wrote the operator {out} and the picture {out / PICTURE}")
     labels = "all" if _classes(student) else None
-    report(f"next: {command('sample', out, class_labels=labels, out=f'{out}-samples')}")
+    report(
+        f"next: {command('sample', out, class_labels=labels, seed=unused, out=f'{out}-samples')}"
+    )
 
 
 def _times(text: str | None) -> dict[str, Any]:

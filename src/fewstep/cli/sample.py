@@ -150,6 +150,8 @@ def sample(
             "--from-frame and --teacher belong together: the operator's frame, and the solver's model"
         )
     if from_frame is not None and teacher is not None:
+        if recipe is not None and solver is None and not options:
+            solver, options = _solver_of(recipe)
         denoiser = _continued(
             denoiser, load_model(teacher, device, dtype), from_frame, solver, options, force
         )
@@ -303,6 +305,12 @@ def sample(
     if not team.first:
         return
     more = f", {out / SINGLES}" if singles else ""
+    known = getattr(denoiser, "trained_noises", None)
+    if known is not None and (trained := min(n, known(seed))):
+        say(
+            f"{trained} of these {n} samples are from noises that the operator was trained on; with another --seed "
+            "there are none"
+        )
     say(f"wrote {out / PICTURE}{more}, {out / SAMPLES} and {out / RECIPE}")
     again = command(
         "sample",
@@ -322,6 +330,15 @@ def sample(
         out=f"{out}-2",
     )
     say(f"next: {again}")
+
+
+def _solver_of(recipe: Path) -> tuple[str | None, dict[str, Any]]:
+    """Returns the solver with which a recipe goes on from a frame, and its options; if it does."""
+    from fewstep.operators.model import SOLVER, SOLVER_OPTIONS
+    from fewstep.sampling.recipe import SamplerRecipe
+
+    options = SamplerRecipe.load(recipe).options
+    return options.get(SOLVER), dict(options.get(SOLVER_OPTIONS) or {})
 
 
 def _continued(

@@ -32,7 +32,7 @@ def tune(
     family_option: list[str] | None = None,
     setting: list[str] | None = None,
     steps: int | None = None,
-    optimizer: str = "adam",
+    optimizer: str | None = None,
     class_labels: str | None = None,
     prompt: str | None = None,
     prompts: Path | None = None,
@@ -69,7 +69,7 @@ def tune(
         family_option: An option of the family as key=value (coordinate=lambda); can be repeated.
         setting: A setting of the search as key=value (batch_size=32); can be repeated.
         steps: The steps of each stage.
-        optimizer: adam, with gradients; or cmaes, an evolution strategy without (the extra
+        optimizer: adam, with gradients, which is the default; or cmaes, an evolution strategy without (the extra
             search), for models that have none.
         class_labels: The classes to draw from: 3, or 0,1,2, or all; all if left out.
         prompt: The text, for a text-to-image model.
@@ -88,9 +88,11 @@ def tune(
     if out.is_dir():
         raise ValueError(f"{str(out)!r} is a folder; --out must be a file, for example tuned.json")
     settings = parse_options(setting)
-    settings.setdefault("optimizer", optimizer)
-    if steps is not None:
-        settings["steps"] = steps
+    for name, value in (("steps", steps), ("optimizer", optimizer)):
+        if value is not None and name in settings:
+            raise ValueError(f"{name} is given twice, as --{name} and as --setting {name}")
+        if value is not None:
+            settings[name] = value
     denoiser = load_model(model, device)
     cond: dict[str, Any] = {}
     if class_labels is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fewstep.base.callables import callable_digest
 from fewstep.base.paths import check_path
 from fewstep.base.processes import processes
 from fewstep.base.progress import Progress, progress_of
@@ -21,10 +23,13 @@ from fewstep.comparison.scores import METRICS, check_metrics
 from fewstep.comparison.store import REFERENCE, Cell, Store
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.metrics import Reference
+from fewstep.metrics.features import extractor
 from fewstep.models.conditions import Conditions
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.wrappers import Guided
 from fewstep.sampling.request import Contradiction
+
+logger = logging.getLogger("fewstep")
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,12 @@ def compare(
     parts = read_entries(samplers)
     jobs, refused = _jobs(parts, budgets, denoiser)
     setting = Setting(denoiser, n, seed, conditions, data, batch_size, shown)
+    for name, count in {(j.entry.name, _trained_noises(j, setting)) for j in jobs}:
+        if count:
+            logger.warning(
+                "%s: %d of its %d samples are from noises that it was trained on; give another seed",
+                name, count, n,
+            )  # fmt: skip
     target = _reference_job(reference, reference_nfe, denoiser)
     question = _question(setting, target, guidance)
     store, team = Store(folder), processes()
@@ -197,6 +208,12 @@ def _jobs(
     return jobs, refused
 
 
+def _trained_noises(job: Job, setting: Setting) -> int:
+    """Returns how many samples of a comparison an operator was trained on."""
+    known = getattr(job.sampler.denoiser, "trained_noises", None)
+    return 0 if known is None else min(setting.n, known(setting.seed))
+
+
 def _reference_job(text: str, nfe: int, denoiser: Denoiser) -> Job:
     part = read_entry(text)
     try:
@@ -234,7 +251,9 @@ def _question(setting: Setting, target: Job, guidance: float | None) -> dict[str
         "conditions": digest.hexdigest() if setting.conditions.values else None,
         "guidance": None if guidance == 1 else guidance,
         "data": None if data is None else {"sha256": data.sha256, "files": data.files},
-        "features": None if data is None else data.features_sha256,
+        "features": None
+        if data is None
+        else data.features_sha256 or callable_digest(extractor(data.extractor)),
         "reference": target.entry.name,
         "reference_identity": target.identity,
         "reference_nfe": target.nfe,

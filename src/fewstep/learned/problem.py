@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep import __version__
+from fewstep.base.callables import callable_digest
 from fewstep.base.files import sweep
 from fewstep.base.paths import check_path
 from fewstep.base.progress import SILENT, Progress
@@ -138,6 +139,7 @@ class Problem:
     stages: tuple[Stage, ...]
     objectives: Mapping[str, Objective]
     real: RealData | None
+    features: Callable[[Tensor], Tensor]
     unseen: Sequence[Callable[[Tensor], Tensor]]
     source: Source
     settings: Search
@@ -255,7 +257,7 @@ class Problem:
             "dtype": str(source.dtype).removeprefix("torch."),
         }
         return cls(
-            denoiser, base, learned, stages, objectives, real, more, source, search, seed,
+            denoiser, base, learned, stages, objectives, real, extract, more, source, search, seed,
             guidance, names,
         )  # fmt: skip
 
@@ -275,6 +277,7 @@ class Problem:
                 "sha256": reference.sha256,
                 "features": reference.features_name,
             },
+            **({"features": name_of(self.features)} if self._trained else {}),
             "unseen": [name_of(extract) for extract in self.unseen],
             "seed": self.seed,
             "search": self.settings.to_record(),
@@ -282,15 +285,26 @@ class Problem:
         }
 
     def inputs(self) -> dict[str, Any]:
-        """Returns the record with what the names in it stand for: plan, features and files, by their digests."""
+        """Returns the record with what the names in it stand for: plan, features, files, callables, by their digests."""
         record, real = self.record(), self.real
         of = None if real is None else real.loss
         if of is not None:
             files = None if of.files is None else {"files": of.files}
             record["data"] = {"sha256": of.sha256, **(files or {})}
-            record["features"] = of.features_sha256 or of.features_name
-        unseen = [identity(extract) or name_of(extract) for extract in self.unseen]
-        return {**record, "plan": _digest(self.base.plan().to_json()), "unseen": unseen}
+        if of is not None or self._trained:
+            record["features"] = _digest_of(self.features)
+        given = {key: getattr(self.settings, key) for key in ("reward", "distance", "kernel")}
+        return {
+            **record,
+            **{key: callable_digest(value) for key, value in given.items() if callable(value)},
+            "plan": _digest(self.base.plan().to_json()),
+            "unseen": [_digest_of(extract) for extract in self.unseen],
+        }
+
+    @property
+    def _trained(self) -> bool:
+        """Whether an objective lowers a distance in the features of the loss."""
+        return any(objective.features for objective in self.objectives.values())
 
     def _identity(self) -> list[Any]:
         """Returns the inputs of the teacher's samples other than its plan and their numbers."""
@@ -489,25 +503,25 @@ class Problem:
         real = self.real
         if real is None:
             assert heldout is not None
-            result = [
-                judge.extract,
-                *unseen_extractors(self.source.shape, [judge.extract], self.unseen),
-            ]
+            used: list[tuple[Callable[[Tensor], Tensor], str]] = [(judge.extract, SELECTED)]
+            if self._trained and identity(self.features) == identity(judge.extract) != "":
+                used = [(self.features, TRAINED)]
+            elif self._trained:
+                used.insert(0, (self.features, TRAINED))
+            others = unseen_extractors(self.source.shape, [e for e, _ in used], self.unseen)
             with torch.no_grad():
                 return [
-                    Space(e, e(heldout.target).flatten(1).cpu(), UNSEEN if i else SELECTED)
-                    for i, e in enumerate(result)
+                    Space(e, e(heldout.target).flatten(1).cpu(), role)
+                    for e, role in (*used, *((e, UNSEEN) for e in others))
                 ]
         own, other = extractor(real.loss.extractor), judge.extract
-        trained = any(objective.features for objective in self.objectives.values())
-        spaces = [Space(own, real.loss.heldout[real.final], TRAINED if trained else UNSEEN)]
-        if real.independent and identity(own) == identity(other):
-            # One kind of features for both: lowered, or selected with.
-            spaces = [replace(spaces[0], role=TRAINED if trained else SELECTED)]
-        elif real.independent:
+        trained = self._trained
+        # The result is compared with the start in them too, to choose its share of the way.
+        spaces = [Space(own, real.loss.heldout[real.final], TRAINED if trained else SELECTED)]
+        if real.independent and identity(own) != identity(
+            other
+        ):  # else one kind of features for both
             spaces.append(Space(other, real.judge.heldout[real.final], SELECTED))
-        elif not trained:
-            spaces = [replace(spaces[0], role=SELECTED)]
         if real.samples is not None:
             with torch.no_grad():
                 spaces += [
@@ -515,6 +529,11 @@ class Problem:
                     for e in unseen_extractors(self.source.shape, [own, other], self.unseen)
                 ]
         return spaces
+
+
+def _digest_of(extract: Callable[[Tensor], Tensor]) -> str:
+    """Returns the checksum of a feature extractor, or the digest of a callable without one."""
+    return identity(extract) or callable_digest(extract)
 
 
 def _digest(*parts: Any) -> str:

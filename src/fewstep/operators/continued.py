@@ -15,7 +15,14 @@ from torch import Tensor
 from fewstep.models.denoiser import Denoiser, matches
 from fewstep.models.wrappers import Guided
 from fewstep.operators.flow_map import FlowMap
-from fewstep.operators.model import NO_PREDICTION, OperatorModel, check_request
+from fewstep.operators.model import (
+    FRAME,
+    NO_PREDICTION,
+    SOLVER,
+    SOLVER_OPTIONS,
+    OperatorModel,
+    check_request,
+)
 from fewstep.operators.operator import TrajectoryOperator
 from fewstep.sampling.protocol import BuiltInSampler, Run, Sampler, Trajectory
 from fewstep.sampling.request import SamplerRequest
@@ -117,6 +124,10 @@ class ContinuedModel(Denoiser):
         """The network of the operator."""
         return self.student.network
 
+    def trained_noises(self, seed: int) -> int:
+        """Returns how many noises of a seed the operator was trained on."""
+        return self.student.trained_noises(seed)
+
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         raise ValueError(NO_PREDICTION)
 
@@ -168,6 +179,12 @@ class ContinuedSampler:
     def options(self) -> dict[str, Any]:
         """Its options: none; those of the solver belong to the model."""
         return {}
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The frame, the solver and its options, for recipes."""
+        model = self.denoiser
+        return {FRAME: model.frame, SOLVER: model.solver, SOLVER_OPTIONS: model.options}
 
     def configured(self, nfe: int, **options: Any) -> ContinuedSampler:
         """Returns the sampler of another budget.

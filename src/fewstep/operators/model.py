@@ -46,6 +46,12 @@ class OperatorModel(Denoiser):
         """The network inside."""
         return self.operator.network
 
+    def trained_noises(self, seed: int) -> int:
+        """Returns how many noises of a seed, from 0 on, are those of the trajectories that it was trained on."""
+        training = self.about.get("training", {})
+        same = training.get("seed") is not None and training["seed"] == seed
+        return int(training.get("trajectories") or 0) if same else 0
+
     def raw(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         raise ValueError(NO_PREDICTION)
 
@@ -66,6 +72,10 @@ NO_PREDICTION = (
     "this model is an operator: it maps noise to the sample in one evaluation (or few) and has no "
     "prediction in between; leave the solver out, or use the model that it was distilled from"
 )
+
+
+FRAME, SOLVER, SOLVER_OPTIONS = "from_frame", "solver", "solver_options"
+"""What the recipe of an operator and a solver from one of its frames has besides the budget."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,11 @@ class OperatorSampler:
     @property
     def options(self) -> dict[str, Any]:
         """Its options: none."""
+        return {}
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What its model adds to a recipe: nothing."""
         return {}
 
     def configured(self, nfe: int, **options: Any) -> OperatorSampler:
@@ -153,6 +168,11 @@ class FlowMapSampler:
         """Its options: ``fresh``."""
         return {"fresh": self.fresh}
 
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What its model adds to a recipe: nothing."""
+        return {}
+
     def configured(self, nfe: int, **options: Any) -> FlowMapSampler:
         """Returns the sampler of another budget, or with another option ``fresh``.
 
@@ -205,9 +225,20 @@ def check_request(sampler: BuiltInSampler, nfe: int, options: Mapping[str, Any])
     Raises:
         ValueError, TypeError: If it has not.
     """
+    if FRAME in options and FRAME not in sampler.fixed:
+        raise ValueError(
+            f"this recipe goes on with a solver from frame {options[FRAME]!r:.40} of the operator; give the frame and "
+            "the model of the solver too: fewstep.operators.continued(...) (--from-frame, --teacher)"
+        )
     if nfe not in sampler.budgets:
         raise ValueError(f"this operator makes {budgets_text(sampler.budgets)}, not {nfe}")
-    if extra := sorted(set(options) - set(sampler.options)):
+    fixed = sampler.fixed
+    for name in fixed.keys() & options.keys():
+        if options[name] != fixed[name]:
+            raise ValueError(
+                f"this sampler has {name.replace('_', ' ')} {fixed[name]!r:.60}, not {options[name]!r:.60}"
+            )
+    if extra := sorted(set(options) - {*sampler.options, *fixed}):
         raise TypeError(f"this operator has no option {extra[0]!r}")
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fewstep.base.callables import callable_digest
 from fewstep.base.extras import install_hint
 from fewstep.base.interrupts import unbroken
 from fewstep.base.memory import MicroBatches, parts_of
@@ -96,7 +97,7 @@ def distill_inputs(
     """Returns the inputs of a run other than the recipe: teacher, trajectories, features, sites.
 
     Trajectories are known by their settings, and by the first and the last of them: a store's settings determine
-    the rest. A custom distance is known by its weights; its code is not hashed.
+    the rest. A custom distance is known by its code and its weights (:func:`callable_digest`).
     """
     ends = store.read([0, len(store) - 1])
     about = [dict(store.settings), len(store), store.times.tolist(), _digest({"x": ends.states})]
@@ -106,8 +107,8 @@ def distill_inputs(
         inputs["initial"] = read_operator(recipe.initial, teacher=denoiser).fingerprint()
     if recipe.features in EMBEDDED and inputs["features"] is None:
         inputs["features"] = {"sha256": Features.load(str(recipe.features)).sha256}
-    if isinstance(distance, nn.Module):
-        inputs["distance"] = _digest(distance.state_dict())
+    if callable(distance):
+        inputs["distance"] = callable_digest(distance)
     if sites is not None:
         inputs["sites"] = list(sites)
     return inputs
@@ -467,6 +468,7 @@ class Trainer:
                 "initial": self.inputs.get("initial"),
                 "extractor": (self.inputs.get("features") or {}).get("sha256"),
                 "guidance": self.store.settings.get("guidance"),
+                "seed": self.store.settings.get("seed"),
             }
             write_operator(self.out, self.student, weights=self.average, training=about)
         self.accelerator.wait_for_everyone()

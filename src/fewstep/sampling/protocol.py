@@ -108,8 +108,13 @@ class BuiltInSampler(Sampler, Protocol):
         """Its options, with their values."""
         ...
 
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """What its model adds to the options of a recipe, so that the recipe is not taken for another model's."""
+        ...
+
     def configured(self, nfe: int, **options: Any) -> BuiltInSampler:
-        """Returns the sampler of a budget, with these options.
+        """Returns the sampler of a budget, with these options; fixed ones may be given with their value.
 
         Raises:
             ValueError, TypeError: If it has no such budget or option.

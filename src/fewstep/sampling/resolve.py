@@ -301,9 +301,10 @@ def check_sources(request: SamplerRequest) -> None:
 
 
 def _of_operator(own: BuiltInSampler, request: SamplerRequest) -> Resolved:
-    """Returns the built-in sampler of a budget, whose options the recipe has if they are not the default."""
+    """Returns the built-in sampler of a budget; the recipe has its fixed options, and others that are not the default."""
     configured = own.configured(request.nfe or own.nfe, **request.options)
     options = {k: v for k, v in configured.options.items() if v != own.options[k]}
+    options |= configured.fixed
     return Resolved(
         configured,
         _recipe=lambda: SamplerRecipe(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 from fewstep.diffusion.noise import NoiseSource
 from fewstep.sampling.batches import run_batch
@@ -13,17 +15,26 @@ SHOWN = 40
 """The number of samples in a picture."""
 
 
-def picture_of(sampler: Sampler, *, classes: int | None, seed: int, title: str) -> bytes:
-    """Returns a PNG of samples, with the classes in turn.
+def picture_of(
+    sampler: Sampler, *, conditions: Mapping[str, Any] | None = None, seed: int, title: str
+) -> bytes:
+    """Returns a PNG of 40 samples.
+
+    Arguments:
+        sampler: The sampler.
+        conditions: The conditions of the 40 samples.
+        seed: The seed of their noise.
+        title: The title.
 
     Cost: the sampler's evaluations for 40 samples.
     """
     from fewstep.reporting.plots import picture
 
     model = sampler.denoiser
-    cond = {"class_labels": [i % classes for i in range(SHOWN)]} if classes else {}
     source = NoiseSource(seed, range(SHOWN))
-    samples = run_batch(sampler, source, model.prepare(SHOWN, cond)).x.float().cpu()
+    samples = (
+        run_batch(sampler, source, model.prepare(SHOWN, dict(conditions or {}))).x.float().cpu()
+    )
     decode = getattr(model, "decode", None)
     buffer = io.BytesIO()
     picture(samples if decode is None else decode(samples), title=title).save(buffer, "PNG")

@@ -29,7 +29,7 @@ from fewstep.training.recipe import TrainRecipe, default_recipe, with_schedule
 from fewstep.training.train import OUTPUTS
 from fewstep.training.train import train as run
 from fewstep.workflows.files import prepared_folder
-from fewstep.workflows.pictures import PICTURE, picture_of
+from fewstep.workflows.pictures import PICTURE, SHOWN, picture_of
 
 SHOWN_NFE = 20
 """The network evaluations of the samples in the picture."""
@@ -114,9 +114,11 @@ class TrainedModel:
         """Writes a picture of samples into a folder; returns its path."""
         resolved = resolve(self.denoiser, SamplerRequest(nfe=SHOWN_NFE))
         steps, name = self.recipe.steps, resolved.recipe.name
+        classes = self.classes
+        labels = {"class_labels": [i % classes for i in range(SHOWN)]} if classes else None
         picture = picture_of(
             resolved.sampler,
-            classes=self.classes,
+            conditions=labels,
             seed=self.recipe.seed,
             title=f"after {steps} steps · {name} · {SHOWN_NFE} evaluations",
         )
