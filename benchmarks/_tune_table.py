@@ -56,6 +56,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "objective": "mmd",
         "search": {"kernel": "cubic", "steps": 60, "batch_size": 32, "heldout": 500},
     },
+    "ggdm with rate 0.001": {
+        "family": "ggdm+pred+time",
+        "objective": "mmd",
+        "search": {
+            "kernel": "cubic",
+            "steps": 60,
+            "batch_size": 32,
+            "heldout": 500,
+            "learning_rate": 1e-3,
+        },
+    },
 }
 """The default search, and the same without or with one ingredient."""
 
@@ -252,7 +263,7 @@ def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
             cells[name, int(nfe)] = read_tensors(file)
     teacher = next((each for (name, _), each in cells.items() if name == "teacher"), None)
     command = f"{COMMAND} --name {settings['model']}, then ratios"
-    result: dict[str, Any] = {"about": about(command=command), **settings, "cells": {}}
+    result: dict[str, Any] = {"about": about(command=command), **settings, "cells": {}, "free": {}}
     roles = dict(zip(settings["features"], settings["roles"], strict=True))
     print(
         f"{settings['model']}: {settings['n']} samples of seed {SEED}, FID against all real images\n"
@@ -272,6 +283,8 @@ def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
             }
             if not free:
                 continue
+            for n, each in free.items():
+                result["free"].setdefault(f"{n[5:]} {nfe}", {})[space] = value(each)
             best = min(free, key=lambda n: value(free[n]))
             peer = min((n for n in free if is_peer(n[5:])), key=lambda n: value(free[n]))
             for (name, k), each in cells.items():
@@ -309,7 +322,8 @@ def show(out: Path, write: Path | None, mixtures: Path | None = None) -> None:
     for file in sorted(out.glob("*.json")):
         if file.name != "about.json":
             made = read_json(file)["about"]
-            cell = result["cells"].setdefault(file.stem.replace("-", " ").replace(".", " "), {})
+            name, _, nfe = file.stem.rpartition(".")
+            cell = result["cells"].setdefault(f"{name.replace('-', ' ')} {nfe}", {})
             cell["verdict"], cell["start"] = made["verdict"], made["base"]["origin"]
             cell |= {key: made[key] for key in ("share", "learning_rates") if key in made}
             if (seconds := file.with_suffix(".cpu")).exists():

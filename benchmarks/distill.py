@@ -4,12 +4,13 @@ Usage:
     python benchmarks/distill.py quality --student endpoint=DIR [--student path=DIR] [--tuned FILE]
         [-n 2000] --out CELLS
         (with --model FOLDER --data IMAGES --features FOLDER,FOLDER --name NAME: of another model)
+    python benchmarks/distill.py picture FILE.png --rows "student endpoint;ddim 4" --student endpoint=DIR --out CELLS
     python benchmarks/distill.py speed --student endpoint=DIR ...
 
 Each cell is a file in CELLS; an interrupted run is resumed. ``quality``: FID to the training
 images, in the features of two classifiers, of a network with random weights and of wavelets, recall, RMS distance to the
 teacher's sampler (`auto` with 10 evaluations) from the same noise, FLOPs and the CPU time of one sample alone, beside
-solvers; and a picture, a row each. ``speed``:
+solvers; and a picture, a row each. ``picture``: some of the rows. ``speed``:
 one evaluation of student and teacher, in turn. Which parts of DSNO matter: ``benchmarks/dsno.py``.
 A flow map is measured at each of its budgets, along the trajectory and with fresh noise between.
 """
@@ -40,7 +41,7 @@ from fewstep.operators.continued import continued
 from fewstep.operators.students import make_student
 from fewstep.reporting.plots import image_grid
 from fewstep.sampling.plan_sampler import PlanSampler
-from quality import MODEL, Subject, build
+from quality import MODEL, REFERENCE, REFERENCE_NFE, SEED, Subject, build, gather
 
 TEACHER = "auto 10"
 """What the distance is measured to: the best sampler of as many evaluations as the recorded one has."""
@@ -61,7 +62,9 @@ TIMED = 5
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("quality", "speed"))
+    parser.add_argument("what", choices=("quality", "picture", "speed"))
+    parser.add_argument("file", type=Path, nargs="?", help="for picture")
+    parser.add_argument("--rows", default="", help="the rows of a picture, as 'ddim 4;auto 4'")
     parser.add_argument("--student", action="append", default=[], help="name=folder")
     parser.add_argument("--tuned", action="append", default=[], help="name=recipe file")
     parser.add_argument("--solvers", default=BESIDE, help="names and budgets")
@@ -69,7 +72,7 @@ def main() -> None:
         "--continued", default="", help="'KNOT SOLVER NFE' of flow maps and solvers from there"
     )
     parser.add_argument("-n", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--out", type=Path, default=Path("distill-cells"))
     parser.add_argument(
         "--model", default=MODEL, help="the teacher: an embedded model, or a folder"
@@ -77,10 +80,17 @@ def main() -> None:
     parser.add_argument("--data", default=MODEL, help="its real images")
     parser.add_argument("--features", default=",".join(EMBEDDED), help="two feature extractors")
     parser.add_argument("--name", default=MODEL, help="the model's name in the result")
+    parser.add_argument(
+        "--samples", type=Path, help="samples of solvers: DIR of benchmarks/quality.py"
+    )
     parser.add_argument("--teacher", default=TEACHER, help="what the distance is measured to")
     parser.add_argument("--json", type=Path, help="a file for the results")
     options = parser.parse_args()
-    {"quality": quality, "speed": speed}[options.what](options)
+    if options.samples is not None and options.seed != SEED:
+        parser.error(f"the samples of benchmarks/quality.py have seed {SEED}")
+    if options.what == "picture" and options.file is None:
+        parser.error("the file of the picture is needed")
+    {"quality": quality, "picture": picture, "speed": speed}[options.what](options)
 
 
 def pairs(texts: list[str]) -> dict[str, str]:
@@ -98,11 +108,13 @@ class Row:
         cost: Of one sample, in evaluations of the teacher's network, counted in FLOPs.
         file: The name of the file of its samples.
         run: Samples, from noise and labels.
+        cell: Its name and budget in a comparison of benchmarks/quality.py, whose noise and labels are the same.
     """
 
     cost: float
     file: str
     run: Callable[[Tensor, Tensor], Tensor]
+    cell: tuple[str, int] | None = None
 
 
 def quality(options: argparse.Namespace) -> None:
@@ -114,21 +126,13 @@ def quality(options: argparse.Namespace) -> None:
     looks = [*subject.features, random_features(shape, seed=UNSEEN), wavelets(shape)]
     references = {_named(look): subject.real(look) for look in looks}
     own = references[_named(clean)]
-    n, labels = options.n, torch.arange(options.n) % 10
-    noise = NoiseSource(options.seed, range(n)).draw(INITIAL, shape)
+    n, labels = options.n, labels_of(options.n)
+    noise = noise_of(options, model)
     say_what_runs(f"{subject.name}, n = {n}, seed {options.seed}, labels in turn, no guidance.")
-
-    def drawn(row: Row) -> Tensor:
-        file = options.out / f"{row.file}-{options.seed}.safetensors"
-        if not file.exists() or len(read_tensors(file)["x"]) < n:
-            write_tensors(file, {"x": row.run(noise, labels).half()})
-            print(row.file, flush=True)
-        return read_tensors(file)["x"][:n].float()
-
     cells = rows_of(options, model)
-    samples = {name: drawn(row) for name, row in cells.items()}
+    samples = {name: drawn(row, options, model) for name, row in cells.items()}
     whole = solver_row(options.teacher, model)
-    teacher = drawn(whole)
+    teacher = drawn(whole, options, model)
     one, rows, results = one_call(model), [], {}
     for name, row in cells.items():
         x = samples[name]
@@ -169,14 +173,52 @@ def quality(options: argparse.Namespace) -> None:
         "recall",
     )
     print_table(head, rows)
-    shown = {name: x[:SHOWN] for name, x in samples.items()}
-    picture = image_grid(torch.cat(list(shown.values())), columns=SHOWN, row_labels=list(shown))
-    picture.save(options.out / "samples.png")
+    save_picture(samples, options.out / "samples.png")
     print("\ncost: in evaluations of the teacher's network, counted in FLOPs.")
     if options.json:
         origin = about(n=n, seed=options.seed, teacher=model.fingerprint(), model=subject.name)
         compared = {"rms to": options.teacher, "FLOPs": one}
         write_json(options.json, {"about": origin | compared, "cells": results})
+
+
+def picture(options: argparse.Namespace) -> None:
+    """Draws some rows of the table, from the same noise."""
+    model = fewstep.load(options.model)
+    cells = rows_of(options, model)
+    rows = options.rows.split(";") if options.rows else list(cells)
+    if unknown := [name for name in rows if name not in cells]:
+        raise ValueError(f"there is no row {unknown[0]!r}; there are {', '.join(cells)}")
+    save_picture({name: drawn(cells[name], options, model) for name in rows}, options.file)
+
+
+def save_picture(samples: dict[str, Tensor], file: Path) -> None:
+    """Saves the first samples of each row."""
+    shown = torch.cat([x[:SHOWN] for x in samples.values()])
+    image_grid(shown, columns=SHOWN, row_labels=list(samples)).save(file)
+
+
+def labels_of(n: int) -> Tensor:
+    """Returns the class of each sample: 0 to 9, over and over."""
+    return torch.arange(n) % 10
+
+
+def noise_of(options: argparse.Namespace, model: fewstep.Denoiser) -> Tensor:
+    """Returns the initial noise of all samples."""
+    assert model.event_shape is not None
+    return NoiseSource(options.seed, range(options.n)).draw(INITIAL, model.event_shape)
+
+
+def drawn(row: Row, options: argparse.Namespace, model: fewstep.Denoiser) -> Tensor:
+    """Returns the samples of a row, from its file if they have been drawn."""
+    file, n = options.out / f"{row.file}-{options.seed}.safetensors", options.n
+    if not file.exists() or len(read_tensors(file)["x"]) < n:
+        known = None
+        if options.samples is not None and row.cell is not None:
+            known = gather(*row.cell, options.samples, model.fingerprint(), n)
+        x = row.run(noise_of(options, model), labels_of(n)) if known is None else known[0][:n]
+        write_tensors(file, {"x": x.half()})
+        print(row.file, flush=True)
+    return read_tensors(file)["x"][:n].float()
 
 
 def rows_of(options: argparse.Namespace, model: fewstep.Denoiser) -> dict[str, Row]:
@@ -239,8 +281,12 @@ def run_of(source: fewstep.Denoiser, how: dict[str, Any]) -> Callable[[Tensor, T
 
 def solver_row(name: str, model: fewstep.Denoiser) -> Row:
     """Returns the row of a name and budget such as ``"ddim 4"``."""
-    how = solver_of(name, model)
-    return Row(float(name.rpartition(" ")[2]), name.replace(" ", "-"), run_of(model, how))
+    solver, _, nfe = name.rpartition(" ")
+    run = run_of(model, solver_of(name, model))
+    cell = solver, int(nfe)
+    if cell == (REFERENCE, REFERENCE_NFE):
+        cell = "reference", REFERENCE_NFE
+    return Row(float(nfe), name.replace(" ", "-"), run, cell)
 
 
 def alone(run: Callable[[], Tensor]) -> float:

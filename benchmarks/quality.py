@@ -2,6 +2,7 @@
 
 Usage: python benchmarks/quality.py draw --out DIR [--names tab3,unipc3,...] [--nfe 5,6,8,10,15,20,50]
        python benchmarks/quality.py score --out DIR [--samples 1000]
+       python benchmarks/quality.py grow --out DIR --samples N --start DIR [--names ...] [--nfe ...]
        python benchmarks/quality.py picture FILE.png --out DIR --cells "auto 5,diffusers:ddim 5"
        python benchmarks/quality.py show [FILE]
        (with --model FOLDER --data IMAGES --features FOLDER,FOLDER --name NAME: of another model)
@@ -9,7 +10,8 @@ Usage: python benchmarks/quality.py draw --out DIR [--names tab3,unipc3,...] [--
 A name is that of a solver (``ddim``, or on another grid than its own ``ddim@quadratic``), ``auto``, ``profile``,
 ``diffusers:NAME`` or ``azula:NAME``. ``draw`` runs `fewstep.comparison` on the embedded model, or another: every sampler and budget from the same noise and the same
 labels, cell by cell, in DIR; it can be interrupted and given again, and other names or budgets are added to what is
-there. ``score`` prints the table of all cells and writes it: FID to the real images in the features of two
+there. ``grow`` takes over the whole batches of a comparison of fewer samples, whose noise and labels are the same; draw then
+adds the rest. ``score`` prints the table of all cells and writes it: FID to the real images in the features of two
 classifiers (the first saw clean images, the second noisy and blurred ones) and of a third with random weights, KID and
 inception score of the first, with 95 % intervals, and the RMS distance to the reference. ``picture`` draws samples of the same noise, a cell a row, and the reference as the last. ``show`` prints the table of such a file, by default the one in
 benchmarks/results. FID depends on the number of samples, so compare within one table only.
@@ -23,6 +25,7 @@ in pairs: the same noise and labels, so that the interval of a difference is muc
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,9 +37,10 @@ from torch import Tensor, nn
 import fewstep
 from _common import RESULTS, about, say_what_runs
 from fewstep.adapters.diffusers.peers import diffusers_sampler
-from fewstep.base.files import read_json, write_json
+from fewstep.base.files import read_json, read_tensors, write_json
+from fewstep.base.progress import Progress
 from fewstep.comparison import Cell, Comparison, compare
-from fewstep.comparison.scores import less_fid
+from fewstep.comparison.scores import less_fid, same_place
 from fewstep.comparison.store import STATE, Store
 from fewstep.metrics import Estimate, Features, Reference, fid, inception_score
 from fewstep.metrics.features import EMBEDDED, FeatureMap
@@ -179,6 +183,7 @@ def run(
     denoiser: Denoiser,
     n: int,
     subject: Subject | None = None,
+    progress: Progress | bool = True,
 ) -> Comparison:
     """Runs the cells that are missing; the samples of all are stored with them."""
     subject = subject or Subject()
@@ -208,8 +213,54 @@ def run(
         cond={"class_labels": labels(range(n))},
         batch_size=min(n, CHUNK),
         shown=n,
-        progress=True,
+        progress=progress,
     )
+
+
+class Begun(Exception):
+    """The folder of a comparison has its settings, before the first evaluation."""
+
+
+class Begin:
+    """A progress that ends a comparison as soon as it has begun."""
+
+    def stage(self, name: str, total: int | None = None, *, done: int = 0) -> None:
+        """Does nothing."""
+
+    def tick(self, amount: int = 1, note: str = "") -> None:
+        """Raises :exc:`Begun`."""
+        raise Begun
+
+
+def grow(start: Path, folder: Path, asked: Sequence[str], budgets: Sequence[int], n: int) -> int:
+    """Writes the whole batches of a smaller comparison into a begun one; returns their number.
+
+    Sample i of both has the same noise and labels, and a cell's identity is that of its sampler.
+    """
+    smaller, larger = Store(start), Store(folder)
+    cells = [cell for cell in smaller.all() if cell.name == "reference"]
+    cells += [c for c in smaller.all() if c.name in asked and c.nfe in budgets]
+    base, count, written = cells[0], min(n, CHUNK), 0
+    for cell in cells:
+        tensors = smaller.tensors(cell)
+        for first in range(0, len(tensors["shown"]) - count + 1, count):
+            rows = slice(first, first + count)
+            known = smaller.part("reference", base.nfe, base.identity, first)
+            reference = read_tensors(known)
+            part = {
+                "seconds": torch.full((count,), cell.seconds[1], dtype=torch.float64),
+                "draws": torch.full((count,), cell.stochastic),
+                **{key: tensors[key][rows].contiguous() for key in ("shown", "features")},
+            }
+            x = part["shown"]
+            if cell is base:
+                part |= {key: reference[key] for key in ("x", "zero")}
+            else:
+                ends = [same_place(x, reference[key].to(x.dtype)) for key in ("x", "zero")]
+                part["squares"] = torch.stack(ends, 1)
+            larger.write_part(larger.part(cell.name, cell.nfe, cell.identity, first), part)
+            written += 1
+    return written
 
 
 def gather(
@@ -315,7 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("draw", "score", "picture", "show"))
+    parser.add_argument("what", choices=("draw", "grow", "score", "picture", "show"))
     parser.add_argument(
         "file", type=Path, nargs="?", default=Subject().file(N), help="for show, picture"
     )
@@ -324,6 +375,7 @@ def main() -> None:
         "--names", default="", help="samplers, separated by commas; all if left out"
     )
     parser.add_argument("--nfe", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--start", type=Path, help="the folder of a smaller comparison, for grow")
     parser.add_argument("--samples", type=int, default=N)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", default=MODEL, help="an embedded model, or a folder")
@@ -355,6 +407,13 @@ def main() -> None:
     budgets = [int(k) for k in arguments.nfe.split(",")]
     if arguments.what == "draw":
         run(asked or names(), budgets, arguments.out, denoiser, n, subject)
+        return
+    if arguments.what == "grow":
+        if arguments.start is None:
+            parser.error("grow needs --start")
+        with contextlib.suppress(Begun):
+            run(asked, budgets, arguments.out, denoiser, n, subject, progress=Begin())
+        print(f"{grow(arguments.start, arguments.out, asked, budgets, n)} batches taken over")
         return
     # Scored is what was drawn: nothing is run again, and nothing that is missing.
     drawn = dict[str, list[int]]()

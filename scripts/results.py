@@ -21,13 +21,14 @@ PAGES_FOLDER = ROOT / "docs" / "results"
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 from blocks import filled  # noqa: E402
-from result_pages import errors, first, frames, papers, quality, running, tuning  # noqa: E402
+from result_pages import errors, first, frames, papers, quality, running, students, tuning  # noqa: E402
 
 QUESTIONS = {
     "deciding": "Measure, tune or distill: what does each cost and give?",
     "distance": "How near to the model's own solution, on which networks, beside whom?",
     "quality": "What FID does that give on grey images of clothes?",
     "quality-cifar10": "What FID does that give on photographs?",
+    "solvers": "Which of all solvers, ours and the peers'?",
     "speed": "What does it cost beside the network? Does a long run stay flat?",
     "faults": "What survives kills, damage, full disks?",
     "pipelines": "Which pipelines of diffusers work?",
@@ -35,6 +36,7 @@ QUESTIONS = {
     "tuning-cifar10": "What does a search bring on photographs?",
     "deis": "DEIS: do the orders and the ingredients hold?",
     "ddss": "DDSS: do its ratios hold, and what beats it?",
+    "students": "What do students of 1, 2 and 4 evaluations give?",
     "dsno": "DSNO: what are students of one evaluation worth?",
     "accelerated": "Accelerated DDIM and DDPM: do the rates hold?",
 }
@@ -46,6 +48,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "distance": errors.distance,
     "quality": quality.quality,
     "quality-cifar10": partial(quality.quality, "cifar10"),
+    "solvers": quality.solvers,
     "speed": running.speed,
     "faults": running.faults,
     "pipelines": running.pipelines,
@@ -53,6 +56,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "tuning-cifar10": partial(tuning.tuning, "cifar10"),
     "deis": papers.deis,
     "ddss": papers.ddss,
+    "students": students.students,
     "dsno": papers.dsno,
     "accelerated": papers.accelerated,
 }
@@ -61,7 +65,9 @@ PAGES: dict[str, Callable[[], str]] = {
 BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "results"): first.readme,
     ("docs/choosing.md", "defaults"): errors.tables,
-    ("docs/distilling.md", "students"): papers.students_in_short,
+    ("docs/tuning.md", "tuned"): tuning.in_short,
+    ("docs/tuning.md", "ingredients"): tuning.ingredients,
+    ("docs/distilling.md", "students"): students.students_in_short,
     ("docs/distilling.md", "frames"): frames.in_short,
 }
 """The writer of each table in a page that people write, by file and name of the block."""

@@ -16,9 +16,13 @@ from result_pages.parts import (
     origin,
     page_of,
     quality_of,
+    remade,
     table,
 )
+from result_pages.students import FILES as STUDENTS
 from result_pages.tuning import FILES, unseen_of
+
+from fewstep.studies.fit import evaluations
 
 
 def readme() -> str:
@@ -73,7 +77,7 @@ def index(questions: Mapping[str, str]) -> str:
 *chosen for each network and budget* (DDIM, DEIS-2/3, DPM++2M, DPM++2M Karras, UniPC-2/3), on {len(found)} networks:
 
 {table(["sampler", "evaluations", "share of the best peer's error, mean", "worst network", "at or below it"], rows)}
-The measurement costs {cost:,} evaluations of one image, once a model. All networks, budgets and the own grids of each solver: [distance](distance.md).
+The measurement cost {cost:,} evaluations of one image at most, once a model (statistics of DPM-Solver-v3, which are measured since, make it {evaluations():,}). All networks, budgets and the own grids of each solver: [distance](distance.md).
 
 {_quality_summary()}
 {_searched()}
@@ -139,24 +143,31 @@ def _searched() -> str:
 
 
 def _students() -> str:
-    """What the shipped student gave, beside solvers."""
-    result = load("distill")
-    if result is None:
-        return ""
-    cells = result["cells"]
-    chosen = [name for name in cells if name.startswith("student fashion-1step")]
-    solvers = [name for name in cells if name.split()[0] in ("auto", "profile", "tuned")]
-    rows = [
-        [
-            name.removeprefix("student "),
-            f"{cells[name]['cost']:.0f}",
-            *(interval(value) for value in cells[name]["fid"].values()),
+    """What students gave, beside solvers."""
+    parts = []
+    for model, file in STUDENTS.items():
+        result = load(file)
+        if result is None:
+            continue
+        cells = result["cells"]
+        first = next(name for name in cells if name.startswith("student ")).rpartition(",")[0]
+        chosen = [name for name in cells if name.startswith(first)]
+        solvers = [name for name in cells if name.split()[0] in ("auto", "profile", "tuned")]
+        rows = [
+            [
+                name.removeprefix("student "),
+                f"{cells[name]['cost']:.0f}",
+                *(interval(value) for value in cells[name]["fid"].values()),
+            ]
+            for name in (*chosen, *solvers)
+            if "fresh" not in name
         ]
-        for name in (*chosen, *solvers)
-        if "fresh" not in name
-    ]
-    kinds = [f"FID, {name}" for name in cells[chosen[0]]["fid"]]
-    return f"**With hours** (`fewstep distill`), on `fashion`; how each kind of features was used: [DSNO and flow maps](dsno.md):\n\n{table(['', 'evaluations', *kinds], rows)}"
+        kinds = [f"FID, {name}" for name in cells[chosen[0]]["fid"]]
+        parts.append(f"`{model}`:\n\n{table(['', 'evaluations', *kinds], rows)}")
+    if not parts:
+        return ""
+    head = "**With hours** (`fewstep distill`); how each kind of features was used: [students](students.md)."
+    return "\n\n".join((head, *parts))
 
 
 def _behind(found: Mapping[str, Any]) -> str:
@@ -191,7 +202,7 @@ def _behind(found: Mapping[str, Any]) -> str:
             lines.append(
                 f"- {limit['name']}: {limit['worst']:.2f} ({limit['solver']}), wanted {limit['most']:g}."
             )
-    cifar = quality_of("cifar10")
+    cifar = remade()
     lines.append(
         "- The papers' tables on CIFAR-10 have not been made again."
         if cifar is None
@@ -206,7 +217,7 @@ def deciding() -> str:
     from defaults import mean
 
     found = networks()
-    evaluations = [entry["evaluations"] for entry in found.values()]
+    counts = [entry["evaluations"] for entry in found.values()]
     seconds = sorted(entry["seconds"] for entry in found.values())
 
     def error(who: str) -> str:
@@ -227,7 +238,7 @@ def deciding() -> str:
         ["nothing: `auto`", "0", "0", f"error over the best peer's: {error('auto')}"],
         [
             "measure: `fewstep fit`",
-            f"{min(evaluations):,} to {max(evaluations):,}, once a model",
+            f"{min(counts):,} to {max(counts):,}, once a model",
             f"{seconds[0]:.0f} to {seconds[-1]:.0f} s on two cores, median {seconds[len(seconds) // 2]:.0f} s",
             f"error over the best peer's: {error('profile')}",
         ],

@@ -20,13 +20,16 @@ WITHIN = 1.15
 """How near errors at several numbers of frames should be to each other, and to those of students of one number."""
 
 LABELS = ", published labels"
+MORE = ("dsno-long", "dsno-28")
+"""The files of more frames, and of larger images."""
+
 DRAWN = ("dsno", "dsno, 2 to 8 frames")
 """The students with drawn frames."""
 
 
 def section() -> str:
     """Returns the section of DSNO's page."""
-    short, long = load("dsno"), load("dsno-long")
+    short, more = load("dsno"), longer_runs()
     if short is None:
         return (
             "Temporal blocks on a small teacher: not measured yet: `python benchmarks/dsno.py`.\n"
@@ -42,7 +45,7 @@ A frame is one pass of the network, so a student of M frames has seen 1/M as man
 trajectories; the cost of an evaluation is in those of `endpoint`. `dsno` draws 1 to 4 frames. Published labels: a frame's own time, with weights up to 10,000.
 
 {students(short)}
-{_longer(long)}{_verdicts(cells, long)}
+{"".join(map(_longer, more))}{_verdicts(cells, more)}
 ### A solver from a frame
 
 Error of the sample when `unipc3` goes on from a frame with 1 to 4 evaluations; in brackets the solver alone, with as many evaluations in all and with as many FLOPs (rounded up).
@@ -66,19 +69,44 @@ def students(result: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
-def _longer(long: Mapping[str, Any] | None) -> str:
-    if long is None:
-        return ""
-    seeds = len(long["cells"]["endpoint"])
-    return f"{long['about']['frames']:,} frames, {seeds} seed{'s' * (seeds > 1)}:\n\n{students(long)}\n"
+def _longer(result: Mapping[str, Any]) -> str:
+    """Returns the table of more frames, or of larger images."""
+    about = result["about"]
+    seeds = len(result["cells"]["endpoint"])
+    times = about["frames"] / _former_frames()
+    return f"""{about["size"]} x {about["size"]} images, {about["parameters"]:,} parameters, {about["trajectories"]:,} trajectories, {about["frames"]:,} frames ({times:.3g} times those of the student of
+four frames that was trained on `fashion` before), {seeds} seed{"s" * (seeds > 1)}: {origin(about)}
+
+{students(result)}
+"""
 
 
-def _verdicts(cells: Cells, long: Mapping[str, Any] | None) -> str:
+def longer_runs() -> list[dict[str, Any]]:
+    """Returns the results of more frames or larger images that there are."""
+    return [found for name in MORE if (found := load(name)) is not None]
+
+
+def _former_frames() -> int:
+    """Returns the frames that the recipe of the first student of several frames trains."""
+    recipe = read_json(BENCHMARKS.parent / "recipes" / "fashion-path.json", what="recipe")
+    return recipe["steps"] * recipe["batch_size"] * recipe["frames"]
+
+
+def _verdicts(cells: Cells, more: Sequence[Mapping[str, Any]]) -> str:
     """Returns what the errors say of numbers of frames and of temporal blocks."""
     paper = read_json(BENCHMARKS / "published.json", what="published figures")["dsno"]["fid"]
     lines = [_invariance(cells)]
-    if long is not None:
-        lines.append(_invariance(long["cells"], f"{long['about']['frames']:,} frames: "))
+    for found in more:
+        about = found["about"]
+        lines.append(
+            _invariance(
+                found["cells"], f"{about['size']} x {about['size']}, {about['frames']:,} frames: "
+            )
+        )
+        if {"folded, 4 frames", "dsno, 4 frames"} <= set(found["cells"]):
+            lines[-1] += (
+                f" Without temporal blocks over with them, four frames: {_gain(found['cells']):.2f}."
+            )
     by_labels = _at(cells, f"folded, 4 frames{LABELS}", 4) / _at(cells, "folded, 4 frames", 4)
     lines.append(
         f"- Four frames, error without temporal blocks over that with them: {_gain(cells, LABELS):.2f} with the published labels (FID in the paper: "
@@ -153,6 +181,4 @@ def in_short() -> str:
     """Returns the table of the page about distilling."""
     result = load("dsno")
     assert result is not None
-    return (
-        f"{students(result)}\n{_verdicts(result['cells'], load('dsno-long'))}\n{continued(result)}"
-    )
+    return f"{students(result)}\n{_verdicts(result['cells'], longer_runs())}\n{continued(result)}"

@@ -9,11 +9,8 @@ from result_pages import frames
 from result_pages.parts import (
     BENCHMARKS,
     cells_of,
-    interval,
-    load,
-    origin,
     printed,
-    qualities_of,
+    remade,
     table,
 )
 from result_pages.tuning import searched_ggdm
@@ -58,13 +55,8 @@ def beside(paper: str, result: Mapping[str, Any] | None, key: str = "fid") -> st
     return f"{table(['', *map(str, budgets)], rows)}\n{more}"
 
 
-def _remade() -> dict[str, Any] | None:
-    """Returns the table with the most of the papers' rows, which need not be that of the most samples."""
-    return max(qualities_of("cifar10"), key=lambda found: len(found["cells"]), default=None)
-
-
 def _cells(title: str, paper: str, key: str = "fid") -> str:
-    result = _remade()
+    result = remade()
     if result is None:
         return f"{title}: not measured yet: `python benchmarks/quality.py draw --model cifar10`.\n"
     return f"{title} behind the bar ({result['n']} samples):\n\n{beside(paper, result, key)}"
@@ -112,106 +104,8 @@ Published FID on CIFAR-10, and its ratio to that of the teacher's trajectories (
 
 {table(["student", "FID", "ratio"], rows)}
 {frames.section()}
-## Students of `fashion`
-
-{_students()}
-How they are trained, what they cost, where they fail: [distilling](../distilling.md).
+What students of `fashion` and `cifar10` give at 1, 2 and 4 evaluations: [students](students.md). How they are trained, what they cost, where they fail: [distilling](../distilling.md).
 """
-
-
-def _students() -> str:
-    result = load("distill")
-    if result is None:
-        return "Ours: not measured yet: `python benchmarks/distill.py quality`.\n"
-    cells = result["cells"]
-    many = max(cells, key=lambda name: cells[name]["cost"])
-    base = cells[many]
-    looks = list(base["fid"])
-    before = result["about"].get("earlier")
-    earlier = "" if before is None else f" {before['rows']}: {origin(before)}, the same noise."
-    rows = [
-        [
-            name,
-            f"{row['cost']:.3g}",
-            *(interval(row["fid"][key], 3 if key == "random-2" else 2) for key in looks),
-            " / ".join(f"{row['fid'][key][0] / base['fid'][key][0]:.2f}" for key in looks),
-            "" if row["recall"] is None else f"{row['recall'][0]:.3f}",
-            f"{row['rms']:.3f}",
-            f"{row['right']:.2f}",
-        ]
-        for name, row in cells.items()
-    ]
-    head = [
-        "sampler",
-        "evaluations",
-        *(FEATURES[key] for key in looks),
-        f"ratios to {many}",
-        "recall",
-        "RMS",
-        "right",
-    ]
-    return f"""{origin(result["about"])}; {result["about"]["n"]} samples. The last columns: RMS to ten evaluations of `auto`, and the share of samples
-that a classifier finds of the requested class. {SEEN}{earlier}
-
-{table(head, rows)}{options_of_flow_maps()}"""
-
-
-FEATURES = {
-    "fashion": "FID",
-    "fashion-robust": "FID, robust",
-    "random-2": "FID, random",
-}
-"""The names of the features in a head."""
-
-SEEN = """Robust are the features of the student's loss. Those of the first column its loss did not see, but the noise levels
-of its corrector were chosen with them, in part on these very samples."""
-"""What students have seen of the features."""
-
-
-def options_of_flow_maps() -> str:
-    """What each option of the trainer of flow maps gives, or nothing before it is measured."""
-    result = load("flow-map-options")
-    if result is None:
-        return ""
-    about, cells = result["about"], result["cells"]
-    budgets = list(cells["the start"]["budgets"])
-    rows = [
-        [
-            name,
-            f"{row['seconds'] / about['steps']:.2f}" if row["seconds"] else "",
-            *(
-                f"{cell['fid']['fashion'][0]:.2f} / {cell['fid']['fashion-robust'][0]:.2f} / {cell['recall'][0]:.3f}"
-                for cell in (row["budgets"][nfe] for nfe in budgets)
-            ),
-        ]
-        for name, row in cells.items()
-    ]
-    half = max(
-        (cell["fid"]["fashion"][2] - cell["fid"]["fashion"][1]) / 2
-        for row in cells.values()
-        for cell in row["budgets"].values()
-    )
-    return f"""
-Options of the trainer of flow maps, one by one: {about["steps"]} steps of 32 trajectories each from the first stage of `fashion-1step`, the same trajectories in the same
-order ({origin(about)}; {about["n"]} samples, the same noise for all; each FID has an interval of up to ± {half:.1f} of its own, of which the rows share most).
-
-{table(["option", "CPU seconds a step", *(f"{nfe}: FID / robust / recall" for nfe in budgets)], rows)}"""
-
-
-def students_in_short() -> str:
-    """The table of students and solvers of the page about distilling."""
-    result = load("distill")
-    assert result is not None
-    rows = [
-        [
-            name,
-            f"{row['cost']:.0f}",
-            "{:.1f} ({:.1f} to {:.1f})".format(*row["fid"]["fashion"]),
-            f"{row['rms']:.3f}",
-        ]
-        for name, row in result["cells"].items()
-    ]
-    return table(["", "evaluations", "FID", "RMS"], rows)
 
 
 def accelerated() -> str:
@@ -226,7 +120,7 @@ The orders that the theorems state are measured against the exact law; quality o
 
 
 def _accelerated_rows() -> str:
-    cells = cells_of(_remade())
+    cells = cells_of(remade())
     names = [
         "ddim@uniform",
         "accelerated-ddim",

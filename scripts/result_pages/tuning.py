@@ -106,34 +106,111 @@ The way to the best candidate is how far the result goes from the start: all of 
 {_mixture(result.get("mixture", {}))}"""
 
 
-def searched_ggdm(name: str = "fashion") -> str:
-    """Returns the table of GGDM+PRED+TIME, searched here, beside the ratios that DDSS states."""
-    result = load(FILES[name])
-    cells = {} if result is None else result["cells"]
-    budgets = sorted(int(cell.split()[-1]) for cell in cells if cell.startswith("ggdm "))
-    if result is None or not budgets:
+def in_short() -> str:
+    """The table of the page about tuning: the default search over the best training-free samplers, in unseen features."""
+    parts = []
+    for model, file in FILES.items():
+        result = load(file)
+        if result is None:
+            continue
+        cells, unseen = result["cells"], unseen_of(result)
+        looked = [space for space in result["features"] if space not in unseen]
+        rows = []
+        for k in sorted(int(name.split()[-1]) for name in cells if name.startswith("default ")):
+            cell = cells[f"default {k}"]
+            rows.append(
+                [
+                    k,
+                    *(
+                        ", ".join(f"{cell[space][key][0]:.2f}" for space in unseen)
+                        for key in ("over the peer", "over the best")
+                    ),
+                    ", ".join(f"{cell[space]['over the best'][0]:.2f}" for space in looked),
+                    _short_verdict(cell.get("verdict", "")),
+                ]
+            )
+        head = [
+            "evaluations",
+            f"over the best of diffusers, in {', '.join(unseen)}",
+            "over the best training-free one, ours included",
+            f"the same in {', '.join(looked)}, which the search looked with",
+            "its own verdict",
+        ]
+        parts.append(f"`{model}`, {result['n']} samples:\n\n{table(head, rows)}")
+    return "\n".join(parts)
+
+
+def ingredients(nfe: int = 5) -> str:
+    """The table of the page about tuning: the default search, and with one ingredient more or less."""
+    result = load(FILES["fashion"])
+    assert result is not None
+    cells, spaces = result["cells"], result["features"]
+    heads = [f"{space}, {role}" for space, role in zip(spaces, result["roles"], strict=True)]
+    names = [name for name in cells if name.endswith(f" {nfe}") and not name.startswith("ggdm")]
+    names.sort(key=lambda name: (not name.startswith("default"), name))
+    rows = [
+        [
+            f"`{name} {nfe}`, no search",
+            *(f"{result['free'][f'{name} {nfe}'][space]:.3g}" for space in spaces),
+            "",
+        ]
+        for name in ("profile", "auto")
+    ]
+    rows += [
+        [
+            name.rpartition(" ")[0],
+            *(f"{cells[name][space]['FID']:.3g}" for space in spaces),
+            f"{cells[name].get('CPU seconds', math.nan):.0f}",
+        ]
+        for name in names
+    ]
+    rows.append(
+        ["the teacher", *(f"{cells[names[0]][space]['teacher FID']:.3g}" for space in spaces), ""]
+    )
+    return table(["search", *heads, "CPU seconds"], rows)
+
+
+def searched_ggdm() -> str:
+    """Returns the tables of GGDM+PRED+TIME, searched here, beside the ratios that DDSS states."""
+    found = [result for file in FILES.values() if (result := load(file)) is not None]
+    parts = [part for result in found if (part := _searched_ggdm(result))]
+    if not parts:
         return (
             "Searched here: not measured yet: `python benchmarks/tune.py table --variants ggdm`.\n"
         )
-    rows = []
-    for k in budgets:
-        for who in ("ggdm", "default"):
-            cell = cells.get(f"{who} {k}", {})
-            shown = [
-                f"{cell[space]['FID']:.3g}: {_over(cell[space].get('over DDIM'))}"
-                if space in cell
-                else ""
-                for space in result["features"]
-            ]
-            shown += [f"{cell.get('CPU seconds', math.nan):.0f}"]
-            rows.append(
-                [k, {"ggdm": "GGDM+PRED+TIME, KID", "default": "gs, the default"}[who], *shown]
-            )
-    heads = [f"{f}, {r}" for f, r in zip(result["features"], result["roles"], strict=True)]
-    return f"""Searched here, for `{result["model"]}` ({result["n"]} samples): FID, and its ratio to that of the best of three strides of DDIM with 95 % interval. Wanted: the paper's
-{", ".join(f"{v:.2f} at {k}" for k, v in DDSS_RATIOS.items())}. GGDM starts from DDIM, with KID in the features of the loss (60 steps of 32; the paper's 50,000 of 512); roles are those of the default search.
+    return f"""Searched here: FID, and its ratio to that of the best of three strides of DDIM with 95 % interval. Wanted: the paper's {", ".join(f"{v:.2f} at {k}" for k, v in DDSS_RATIOS.items())}.
+GGDM starts from DDIM, with KID in the features of the loss (60 steps of 32; the paper's 50,000 of 512); roles are those of the default search.
 
-{table(["evaluations", "search", *heads, "CPU seconds"], rows)}"""
+{"".join(parts)}"""
+
+
+def _searched_ggdm(result: Mapping[str, Any]) -> str:
+    cells = result["cells"]
+    searched = sorted(
+        (int(cell.split()[-1]), cell.rpartition(" ")[0])
+        for cell in cells
+        if cell.startswith("ggdm ")
+    )
+    rows = []
+    for k, name in [*searched, *((k, "default") for k in dict.fromkeys(k for k, _ in searched))]:
+        cell = cells.get(f"{name} {k}", {})
+        shown = [
+            f"{cell[space]['FID']:.3g}: {_over(cell[space].get('over DDIM'))}"
+            if space in cell
+            else ""
+            for space in result["features"]
+        ]
+        title = name.replace("ggdm", "GGDM+PRED+TIME, KID").replace("default", "gs, the default")
+        seconds = f"{cell.get('CPU seconds', math.nan):.0f}"
+        rows.append([k, title, *shown, seconds, _short_verdict(cell.get("verdict", ""))])
+    rows.sort(key=lambda row: row[0])
+    if not rows:
+        return ""
+    heads = [f"{f}, {r}" for f, r in zip(result["features"], result["roles"], strict=True)]
+    return f"""`{result["model"]}`, {result["n"]} samples:
+
+{table(["evaluations", "search", *heads, "CPU seconds", "verdict of the search itself"], rows)}
+"""
 
 
 def _over(ratio: Sequence[float] | None) -> str:

@@ -185,7 +185,7 @@ def test_a_flow_map_and_a_solver_from_one_of_its_knots(folders, tmp_path, capsys
     assert run([*from_frame, "--teacher", str(teacher), *recipe]) == 0
     torch.testing.assert_close(drawn(tmp_path / "again"), expected)
     for more, message in (
-        ((), "goes on with a solver from frame 1 of the operator; give the frame and"),
+        ((), "continues with a solver from frame 1 of the operator; give the frame and"),
         (
             ("--from-frame", "1", "--teacher", str(teacher), "--solver", "unipc2"),
             "this sampler has solver 'unipc2', not 'ddim'",

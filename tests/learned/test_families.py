@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 
@@ -344,3 +347,20 @@ def test_a_family_is_a_class_and_a_line(monkeypatch):
     assert base.solver == solver("tab2")
     assert base.grid.ends_at_zero
     assert family("late", base).count > 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_options_of_a_family_are_known_and_switches_are_true_or_false(name):
+    # Every text is true in Python: "no" must not switch anything on.
+    switches = [
+        key
+        for key, parameter in inspect.signature(FAMILIES[name].kind).parameters.items()
+        if isinstance(parameter.default, bool)
+    ]
+    assert switches
+    base: Any = None  # nothing is looked at before the options
+    for key in switches:
+        with pytest.raises(TypeError, match=f"option {key} .* true or false, got 'no'"):
+            family(name, base, **{key: "no"})
+    with pytest.raises(TypeError, match=f"no option 'unknown'; it has .*{switches[0]}"):
+        family(name, base, unknown=True)

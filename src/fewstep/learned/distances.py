@@ -52,4 +52,10 @@ def distance_of(distance: str | Distance, features: FeatureMap = None) -> Distan
     """
     if callable(distance):
         return distance
-    return feature_distance(features) if distance == "features" else DISTANCES[distance]
+    if distance == "features":
+        return feature_distance(features)
+    if distance not in DISTANCES:
+        raise ValueError(
+            f"unknown distance {distance!r}; there are features, {', '.join(DISTANCES)}"
+        )
+    return DISTANCES[distance]

@@ -8,6 +8,7 @@ coefficients. All result in ordinary plans.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,11 +85,17 @@ def family(name: str, base: Base, **options: Any) -> LearnedPlan:
 
     Raises:
         ValueError: If the name is unknown or the base does not fit.
-        TypeError: If the family has no such option.
+        TypeError: If the family has no such option, or a switch is not true or false.
     """
     entry = FAMILIES[name]
-    try:
-        return entry(base, **options)
-    except TypeError as error:
-        message = str(error).split("__init__() ")[-1]
-        raise TypeError(f"family {name!r} {message}") from None
+    known = {
+        key: parameter.default
+        for key, parameter in inspect.signature(entry.kind).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for key, value in options.items():
+        if key not in known:
+            raise TypeError(f"family {name!r} has no option {key!r}; it has {', '.join(known)}")
+        if isinstance(known[key], bool) and not isinstance(value, bool):
+            raise TypeError(f"option {key} of family {name!r} is true or false, got {value!r}")
+    return entry(base, **options)

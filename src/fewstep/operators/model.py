@@ -227,7 +227,7 @@ def check_request(sampler: BuiltInSampler, nfe: int, options: Mapping[str, Any])
     """
     if FRAME in options and FRAME not in sampler.fixed:
         raise ValueError(
-            f"this recipe goes on with a solver from frame {options[FRAME]!r:.40} of the operator; give the frame and "
+            f"this recipe continues with a solver from frame {options[FRAME]!r:.40} of the operator; give the frame and "
             "the model of the solver too: fewstep.operators.continued(...) (--from-frame, --teacher)"
         )
     if nfe not in sampler.budgets:
