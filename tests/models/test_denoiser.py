@@ -9,6 +9,7 @@ import torch
 
 import fewstep
 from fewstep.diffusion.prediction import Prediction
+from fewstep.models import denoiser as denoiser_module
 from fewstep.models import exact
 from fewstep.models.denoiser import Denoiser, matches
 from fewstep.sampling.binding import bind
@@ -352,7 +353,7 @@ def test_the_fingerprint_is_computed_again_only_if_weights_changed(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [n for n in fewstep.SCHEDULES if n != "tabulated"])
-def test_times_outside_of_the_schedule_are_refused_before_an_evaluation(name):
+def test_times_that_are_not_finite_are_refused_before_an_evaluation(name):
     schedule, evaluations = fewstep.schedule(name), []
 
     def network(x, t):
@@ -361,17 +362,13 @@ def test_times_outside_of_the_schedule_are_refused_before_an_evaluation(name):
 
     model = fewstep.Denoiser.wrap(network, schedule=schedule, prediction="x0")
     x = torch.ones(2, 3)
-    beyond = schedule.t_max * 1.01 if not schedule.discrete else schedule.t_max + 0.5
-    for wrong in (math.nan, math.inf, -math.inf, -1.0, beyond, schedule.t_zero):
+    for wrong in (math.nan, math.inf, -math.inf):
         for t in (wrong, torch.tensor([schedule.t_max, wrong])):
-            with pytest.raises(
-                ValueError, match=rf"^t must be a time of '{name}', .*(at most|below) .*got"
-            ):
+            with pytest.raises(ValueError, match=r"^t must be finite, got \["):
                 model(x, t, prediction="x0")
     assert not evaluations
     below = schedule.t_min if schedule.discrete else schedule.t_min / 2
-    rounded = schedule.t_max + 1e-9 if schedule.discrete else schedule.t_max
-    for right in (schedule.t_min, schedule.t_max, below, below - 1e-9, rounded):
+    for right in (schedule.t_min, schedule.t_max, below):
         for t in (right, torch.tensor(right), torch.full((2,), right), torch.full((1,), right)):
             assert model(x, t).isfinite().all()
 
@@ -403,8 +400,6 @@ def test_pure_noise_of_a_flow_has_no_data_in_its_noise():
         for right in (flow.t_max, 1 - 1e-6):  # where pipelines of flow models start
             at = torch.tensor(right, dtype=dtype)
             assert noise(x, at, prediction="x0").isfinite().all()
-    with pytest.raises(ValueError, match="'flow', above 0 and below 1, got 1"):
-        noise(x, 1.0, prediction="x0")
 
 
 def test_times_are_not_checked_where_they_have_no_values():
@@ -417,9 +412,7 @@ def test_times_are_not_checked_where_they_have_no_values():
 def test_the_evaluations_of_a_sampler_do_not_check_times(monkeypatch):
     """Those of its grid were checked when it was made."""
     model = fewstep.load("mixture-smooth")
-    monkeypatch.setattr(
-        type(model.schedule), "check_times", lambda *a, **k: pytest.fail("checked")
-    )
+    monkeypatch.setattr(denoiser_module, "_checked_times", lambda *a, **k: pytest.fail("checked"))
     for solver in ("tab2", "dopri5"):
         fewstep.sample(
             fewstep.Clipped(model), 2, solver=solver, **{} if solver == "dopri5" else {"nfe": 3}

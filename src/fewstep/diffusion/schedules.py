@@ -123,14 +123,12 @@ class NoiseSchedule(ABC):
         return t == self.t_zero and self.t_zero < self.t_min
 
     @final
-    def check_times(self, t: Tensor, *, converted: bool = False) -> None:
+    def check_times(self, t: Tensor) -> None:
         r"""Raises unless a network can be evaluated at these times, which may be below ``t_min``.
 
         Arguments:
             t: The times. Continuous ones may be beyond ``t_max`` by the rounding of half precision, timesteps outside
                 of the table by a thousandth.
-            converted: Whether a prediction of noise is converted, which divides by :math:`\alpha`: the time
-                ``t_limit``, where that is 0, is then excluded.
 
         Raises:
             ValueError: If one is NaN, not above the label ``t_zero``, negative, or beyond the largest one.
@@ -141,16 +139,14 @@ class NoiseSchedule(ABC):
         top, slack = self.t_limit, 0.0
         if top is None:
             top, slack = self.t_max, 1e-3 if self.discrete else 4e-3 * self.t_max
-        below = converted and self.t_limit is not None
         lowest = -slack if self.discrete else 0.0
         starts, ends = low >= lowest and low > self.t_zero, high <= top + slack
-        if starts and ends and not (below and high == top):
+        if starts and ends:
             return
         start = "above 0" if self.t_zero == 0 else "from 0"
-        end = f"below {top:g}" if below else f"at most {top:g}"
         hint = "; it is an index of the table" if self.discrete else ""
         raise ValueError(
-            f"t must be a time of {self.name!r}, {start} and {end}, got {high if starts else low:g}{hint}"
+            f"t must be a time of {self.name!r}, {start} and at most {top:g}, got {high if starts else low:g}{hint}"
         )
 
     @final
