@@ -24,6 +24,9 @@ from result_pages.tuning import FILES, unseen_of
 
 from fewstep.studies.fit import evaluations
 
+FEW = (1, 2, 4, 5)
+"""The budgets of students on the first page, and the next one."""
+
 
 def readme() -> str:
     """The table of the README: the error beside that of the best peer."""
@@ -143,31 +146,35 @@ def _searched() -> str:
 
 
 def _students() -> str:
-    """What students gave, beside solvers."""
-    parts = []
+    """What students gave, beside solvers and tuned samplers of as many evaluations."""
+    rows, kinds = [], list[str]()
     for model, file in STUDENTS.items():
         result = load(file)
         if result is None:
             continue
         cells = result["cells"]
         first = next(name for name in cells if name.startswith("student ")).rpartition(",")[0]
-        chosen = [name for name in cells if name.startswith(first)]
-        solvers = [name for name in cells if name.split()[0] in ("auto", "profile", "tuned")]
-        rows = [
-            [
-                name.removeprefix("student "),
-                f"{cells[name]['cost']:.0f}",
-                *(interval(value) for value in cells[name]["fid"].values()),
+        kinds.append(f"{', '.join(next(iter(cells.values()))['fid'])} on `{model}`")
+        for nfe in FEW:
+            shown = [_fids(cells.get(f"{first}, {nfe}"))]
+            shown += [
+                _fids(cells.get(f"{who} {nfe}")) for who in ("auto", "profile", "ddim", "tuned")
             ]
-            for name in (*chosen, *solvers)
-            if "fresh" not in name
-        ]
-        kinds = [f"FID, {name}" for name in cells[chosen[0]]["fid"]]
-        parts.append(f"`{model}`:\n\n{table(['', 'evaluations', *kinds], rows)}")
-    if not parts:
+            rows.append([model, nfe, *shown])
+        many = max(cells, key=lambda name: cells[name]["cost"])
+        rows.append(
+            [f"{model}, the model itself", many.split()[-1], "", "", "", _fids(cells[many]), ""]
+        )
+    if not rows:
         return ""
-    head = "**With hours** (`fewstep distill`); how each kind of features was used: [students](students.md)."
-    return "\n\n".join((head, *parts))
+    head = ["model", "evaluations", "student", "`auto`", "measured once", "DDIM or many", "tuned"]
+    return f"""**With hours** (`fewstep distill`): FID in four kinds of features ({"; ".join(kinds)}), with intervals and how each was used in [students](students.md):
+
+{table(head, rows)}"""
+
+
+def _fids(cell: Mapping[str, Any] | None) -> str:
+    return "" if cell is None else " / ".join(f"{fid[0]:.3g}" for fid in cell["fid"].values())
 
 
 def _behind(found: Mapping[str, Any]) -> str:
@@ -197,6 +204,18 @@ def _behind(found: Mapping[str, Any]) -> str:
             lines.append(
                 f"- FID of `{model}` at {nfe}: {name} {peers[name]:.2f}, the profile {column['profile']:.2f}."
             )
+    for model, file in FILES.items():
+        result = load(file) or {"cells": {}}
+        above = []
+        for name, cell in result["cells"].items():
+            if name.startswith("default "):
+                over = [cell[space]["over the peer"][0] for space in unseen_of(result)]
+                if worse := sum(value > 1 for value in over):
+                    above.append(
+                        f"{name.split()[-1]} evaluations in {worse} of {len(over)} kinds of unseen features"
+                    )
+        if above:
+            lines.append(f"- A search of `{model}` is behind the best peer at {', '.join(above)}.")
     for limit in (load("overhead") or {}).get("limits", []):
         if limit["worst"] > limit["most"]:
             lines.append(
