@@ -44,11 +44,10 @@ def _table(model: str, result: Mapping[str, Any]) -> str:
     looks = list(base["fid"])
     rows = [
         [
-            name,
+            name.removeprefix("student "),
             f"{row['cost']:.3g}",
             f"{1e3 * row['seconds']:.0f}",
             *(interval(row["fid"][key], 3 if base["fid"][key][0] < 1 else 2) for key in looks),
-            " / ".join(f"{row['fid'][key][0] / base['fid'][key][0]:.2f}" for key in looks),
             f"{row['recall'][0]:.3f}",
             f"{row['rms']:.3f}",
             f"{row['right']:.2f}",
@@ -60,7 +59,6 @@ def _table(model: str, result: Mapping[str, Any]) -> str:
         "evaluations",
         "CPU ms",
         *(f"FID, {key}" for key in looks),
-        f"ratios to {many}",
         "recall",
         "RMS",
         "right",
