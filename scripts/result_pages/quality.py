@@ -60,20 +60,28 @@ def solvers(model: str = SAMPLED[0]) -> str:
     cells, judged = cells_of(result), EVERYWHERE[-1]
     names = _by_fid({n for n, k in cells if k in EVERYWHERE}, cells, judged)
 
-    def cell(name: str, nfe: int) -> str:
-        row = cells.get((name, nfe))
-        if row is None:
-            return ""
-        fids = " / ".join(f"{row[key][0]:.3g}" for key in ("fid", "robust", "random"))
-        return f"{fids}; {row['rms'][0]:.3f}"
-
     half = ", ".join(f"{_half_width(cells, k):.1f} at {k}" for k in EVERYWHERE)
     return f"""{title}
 {origin(result["about"])}; {result["n"]:,} samples, seed {result["seed"]}, classes in turn. FID in the features of two classifiers and of random weights, and RMS to the reference from the same noise;
 sorted by the first FID at {judged}. The median half-width of a single interval is {half}. Each solver is on its own grid, without a measurement of the model unless it is called `profile`; one that cannot meet a budget
 has no cell there. What ties with the best: [quality]({page_of(model)}.md).
 
-{table(["sampler", *map(str, EVERYWHERE)], [[name, *(cell(name, k) for k in EVERYWHERE)] for name in names])}"""
+{table(["sampler", *map(str, EVERYWHERE)], [[name, *(_cell(cells, name, k) for k in EVERYWHERE)] for name in names])}"""
+
+
+def _cell(
+    cells: Mapping[tuple[str, int], Any],
+    name: str,
+    nfe: int,
+    more: Mapping[str, str] | None = None,
+) -> str:
+    """Returns the scores of a cell, empty if there is none: FIDs, other scores in a format, and RMS."""
+    row = cells.get((name, nfe))
+    if row is None:
+        return ""
+    fids = " / ".join(f"{row[key][0]:.3g}" for key in ("fid", "robust", "random"))
+    others = [f"{row[key][0]:{form}}" for key, form in {**(more or {}), "rms": ".3f"}.items()]
+    return "; ".join((fids, *others))
 
 
 def _by_fid(names: Iterable[str], cells: Mapping[tuple[str, int], Any], nfe: int) -> list[str]:
@@ -98,14 +106,8 @@ def _tables(result: Mapping[str, Any], model: str) -> str:
     apart = model == SAMPLED[0] and len(few) < len(names)
     shown_names = [name for name in names if not (apart and name in few)]
 
-    def cell(name: str, nfe: int) -> str:
-        row = cells.get((name, nfe))
-        if row is None:
-            return ""
-        values = " / ".join(f"{row[key][0]:.3g}" for key in ("fid", "robust", "random"))
-        return f"{values}; {row['inception'][0]:.2f}; {row['kid'][0]:.2g}; {row['rms'][0]:.3f}"
-
-    rows = [[name, *(cell(name, nfe) for nfe in budgets)] for name in shown_names]
+    more = {"inception": ".2f", "kid": ".2g"}
+    rows = [[name, *(_cell(cells, name, nfe, more) for nfe in budgets)] for name in shown_names]
     best = []
     for nfe in budgets:
         ties = [name for name in names if (name, nfe) in cells and cells[name, nfe]["tie"]]

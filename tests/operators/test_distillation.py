@@ -464,16 +464,15 @@ def test_settings_that_are_refused(change, message, model, store, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_recipe_in_the_folder_is_refused(model, store, tmp_path):
+def interrupt(model, store, folder) -> None:
+    """Begins a run that stops at its third step, with checkpoints."""
+    progress = Stopping(3, stage="distilling")
     with pytest.raises(Stopped):
-        distill(
-            model,
-            store,
-            tmp_path,
-            checkpoint_every=1,
-            progress=Stopping(3, stage="distilling"),
-            **SHORT,
-        )
+        distill(model, store, folder, checkpoint_every=1, progress=progress, **SHORT)
+
+
+def test_another_recipe_in_the_folder_is_refused(model, store, tmp_path):
+    interrupt(model, store, tmp_path)
     for change in ({"learning_rate": 1e-4}, {"seed": 1}, {"mode": "folded"}):
         with pytest.raises(ValueError, match=r"a run of another recipe, at step [23]"):
             distill(model, store, tmp_path, **{**SHORT, **change})
@@ -493,15 +492,7 @@ def test_the_record_has_the_identity_of_teacher_store_and_extractor(model, store
 
 
 def test_a_run_is_not_resumed_with_another_teacher_or_store(model, store, tmp_path):
-    with pytest.raises(Stopped):
-        distill(
-            model,
-            store,
-            tmp_path,
-            checkpoint_every=1,
-            progress=Stopping(3, stage="distilling"),
-            **SHORT,
-        )
+    interrupt(model, store, tmp_path)
     settings = store.settings | {"seed": 1}
     other = Memory(store.times, store.states, store.conditions, settings)
     with pytest.raises(ValueError, match=r"other inputs \(another trajectories\), at step [23]"):

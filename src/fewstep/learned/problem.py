@@ -518,9 +518,8 @@ class Problem:
         trained = self._trained
         # The result is compared with the start in them too, to choose its share of the way.
         spaces = [Space(own, real.loss.heldout[real.final], TRAINED if trained else SELECTED)]
-        if real.independent and identity(own) != identity(
-            other
-        ):  # else one kind of features for both
+        # Of one kind of features for both the role is that of the loss.
+        if real.independent and identity(own) != identity(other):
             spaces.append(Space(other, real.judge.heldout[real.final], SELECTED))
         if real.samples is not None:
             with torch.no_grad():
